@@ -1,0 +1,1 @@
+"""unvanish: see, explain and cure vanishing gradients in recurrent networks."""

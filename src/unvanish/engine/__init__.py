@@ -1,0 +1,6 @@
+"""One recurrent layer over one sequence, on a ladder of rungs with one signature: native, manual, reference."""
+
+from unvanish.engine.dispatch import RUNGS, Choice, explain, force, run
+from unvanish.engine.manual import Flow, Trace, adjoint, trace, weight_gradients
+
+__all__ = ["RUNGS", "Choice", "Flow", "Trace", "adjoint", "explain", "force", "run", "trace", "weight_gradients"]

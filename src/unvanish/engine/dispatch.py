@@ -1,0 +1,115 @@
+"""Which rung runs a sequence, and why."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unvanish.cells import Cell, State, Weights
+from unvanish.engine import manual, reference
+
+RUNGS = {"manual": manual.run, "reference": reference.run}
+"""Fastest first; the dispatch takes the first that supports the call."""
+
+_forced: ContextVar[str | None] = ContextVar("unvanish_forced_rung", default=None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rung that runs, and what kept each faster one from it."""
+
+    rung: str
+    declined: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{name}: not used, {why}" for name, why in self.declined.items()]
+        return "\n".join([*lines, f"{self.rung}: runs"])
+
+
+def _obstacle(rung: str, x: Tensor) -> str | None:
+    """Why `rung` can't run x, or None if it can."""
+    if rung == "manual":
+        if not x.dtype.is_floating_point:
+            return f"its adjoint is for real floating dtypes, the input is {x.dtype}"
+        if torch._C._are_functorch_transforms_active():
+            return "a torch.func transform is active, which needs autograd's own graph"
+    return None
+
+
+def _known(rung: str) -> str:
+    if rung not in RUNGS:
+        raise ValueError(f"rung: expected one of {', '.join(RUNGS)}, got {rung!r}")
+    return rung
+
+
+@contextmanager
+def force(rung: str) -> Iterator[None]:
+    """Every sequence inside the block runs on `rung`: "native", "manual" or "reference"; an error where it can't."""
+    token = _forced.set(_known(rung))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def explain(x: Tensor, rung: str | None = None) -> Choice:
+    """The rung that `run` takes for an input like x, and why not a faster one.
+
+    Raises:
+        ValueError: `rung` names no rung.
+        RuntimeError: a forced rung can't run this input.
+    """
+    forced = _known(rung) if rung is not None else _forced.get()
+    if forced is not None:
+        why = _obstacle(forced, x)
+        if why is not None:
+            raise RuntimeError(f"rung {forced!r} was forced, but can't run here: {why}; force another or none")
+        return Choice(forced, {name: "another rung was forced" for name in RUNGS if name != forced})
+    declined: dict[str, str] = {}
+    for name in RUNGS:
+        why = _obstacle(name, x)
+        if why is None:
+            return Choice(name, declined)
+        declined[name] = why
+    raise AssertionError("the reference rung runs everything")
+
+
+def run(
+    cell: Cell,
+    x: Tensor,
+    state: State,
+    w: Weights,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    clip: float | None = None,
+    rung: str | None = None,
+) -> tuple[Tensor, State]:
+    """One layer and direction over one sequence: s_t = cell.step(x_t, s_{t-1}), differentiable in x, state and w.
+
+    Args:
+        cell: one of `unvanish.cells.CELLS`.
+        x: `[T, B, I]`, time-major.
+        state: initial (h `[B, R]`,) or (h, c `[B, H]`).
+        w: the weights.
+        lengths: `[B]`, the number of steps of each sample; None: T for all. After its last step a sample's state is held and y is 0.
+        reverse: read from the last step to the first; y stays in input order.
+        clip: the largest 2-norm, per sample, of the error handed from one step to the one before; None: unbounded.
+        rung: force "native", "manual" or "reference"; None: the fastest that supports the call.
+
+    Returns:
+        y `[T, B, R]` and the final state.
+
+    Raises:
+        ValueError: x is not `[T, B, I]` with T ≥ 1, or `rung` or `clip` is not valid.
+        RuntimeError: the forced rung can't run this input.
+    """
+    if x.dim() != 3 or x.shape[0] == 0:
+        raise ValueError(f"x: expected [T, B, I] with T ≥ 1, got {tuple(x.shape)}")
+    if x.shape[-1] != w.w_ih.shape[-1]:
+        raise ValueError(f"x: expected {w.w_ih.shape[-1]} features (w_ih is {tuple(w.w_ih.shape)}), got {x.shape[-1]}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: expected a positive norm or None, got {clip}")
+    return RUNGS[explain(x, rung).rung](cell, x, state, w, lengths, reverse, clip)

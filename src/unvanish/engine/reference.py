@@ -1,0 +1,69 @@
+"""The reference rung: a loop of cell steps, and autograd does the rest. Any dtype, any device, any order of derivative."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unvanish.cells import Cell, State, Weights
+from unvanish.engine.sequence import active_steps, clip_rows, steps
+
+
+class _ClipError(torch.autograd.Function):
+    """The identity, whose backward clips the error per sample."""
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, limit: float) -> Tensor:
+        ctx.limit = limit
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return clip_rows(grads[0], ctx.limit), None
+
+
+def run(
+    cell: Cell,
+    x: Tensor,
+    state: State,
+    w: Weights,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    clip: float | None = None,
+) -> tuple[Tensor, State]:
+    """(y, final state) for x `[T, B, I]`; see `unvanish.engine.run`."""
+    T = x.shape[0]
+    active = active_steps(lengths, T, x.device)
+    projected = cell.project(x, w)
+    y: list[Tensor] = [state[0]] * T
+    for t in steps(T, reverse):
+        previous = state
+        read = previous if clip is None else tuple(_ClipError.apply(s, clip) for s in previous)
+        state, _ = cell.step(projected[t], read, w)
+        y[t] = state[0]
+        if active is not None:
+            y[t] = torch.where(active[t], state[0], 0.0)
+            state = tuple(torch.where(active[t], new, old) for new, old in zip(state, previous, strict=True))
+    return torch.stack(y), state
+
+
+def gradients(
+    cell: Cell,
+    x: Tensor,
+    state: State,
+    w: Weights,
+    lengths: Tensor | None,
+    reverse: bool,
+    clip: float | None,
+    dy: Tensor | None,
+    dfinal: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients with respect to (x, *state, *w), None where nothing flows: the double backward of the other rungs."""
+    inputs = (x, *state, *w)
+    wanted = [v for v in inputs if v is not None and v.requires_grad]
+    with torch.enable_grad():
+        y, final = run(cell, x, state, w, lengths, reverse, clip)
+        pairs = [(out, d) for out, d in zip((y, *final), (dy, *dfinal), strict=True) if d is not None and out.requires_grad]
+        found = torch.autograd.grad([p[0] for p in pairs], wanted, [p[1] for p in pairs], create_graph=True, allow_unused=True)
+    remaining = iter(found)
+    return tuple(next(remaining) if v is not None and v.requires_grad else None for v in inputs)

@@ -1,0 +1,113 @@
+"""What a comparison measured: frozen data, as it stands in `results.json`. Drawn by `unvanish.report`."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SCHEMA = 1
+"""Version of the layout of `results.json`."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How one error source, at the last step T, travels back: ‖∂E_T/∂s_{T−ℓ}‖ over the lag ℓ, at one moment of training."""
+
+    update: int
+    """optimizer updates done when it was measured"""
+    lag: list[int]
+    log_norm: list[float]
+    """ln(‖∂E_T/∂s_{T−ℓ}‖ / ‖∂E_T/∂s_T‖), median over the batch; natural logarithm; right far below float64's range"""
+    low: list[float]
+    """its 10th percentile over the batch"""
+    high: list[float]
+    """its 90th percentile"""
+    rate: float
+    """nats per step: the slope of log_norm over the lag"""
+    half_life: float | None
+    """steps: ln 2 / −rate; None where the norm does not decay"""
+    reach: int
+    """steps: the largest lag at which the norm is above `fraction` of its value at lag 0"""
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model trained on one task."""
+
+    name: str
+    """as asked for: "rnn", "gru", "lstm", "lstm-chrono" """
+    title: str
+    parameters: int
+    curve_update: list[int]
+    curve_error: list[float]
+    """validation error along training, in the task's metric"""
+    test_error: float
+    solved: bool
+    solved_at: int | None
+    """the first measured update from which validation stays below `solved_below`"""
+    seconds: float
+    before: Reach
+    during: list[Reach]
+    after: Reach
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """All runs on one task, under one budget."""
+
+    name: str
+    title: str
+    describe: str
+    source: str
+    length: int
+    metric: str
+    """"mean squared error", "error rate", ..."""
+    chance: float
+    """error of the best answer that ignores the input"""
+    solved_below: float
+    settings: dict[str, Any]
+    """hidden, steps, batch, lr, seed, clip, optimizer"""
+    runs: list[Run]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything `unvanish compare` found out."""
+
+    tasks: list[TaskResult]
+    environment: dict[str, str]
+    """versions, processor, threads"""
+    command: str
+    schema: int = SCHEMA
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `results.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Comparison":
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: not a comparison, or of another schema version.
+        """
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"results.json: expected schema {SCHEMA}, got {found!r}; made by another version of unvanish?")
+        try:
+            tasks = [
+                TaskResult(**{**task, "runs": [_run(run) for run in task["runs"]]}) for task in data["tasks"]
+            ]
+            return cls(tasks, data["environment"], data["command"], data["schema"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"results.json: a field is missing or unknown: {error}") from error
+
+
+def _run(data: dict[str, Any]) -> Run:
+    return Run(
+        **{
+            **data,
+            "before": Reach(**data["before"]),
+            "during": [Reach(**moment) for moment in data["during"]],
+            "after": Reach(**data["after"]),
+        }
+    )
