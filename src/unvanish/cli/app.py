@@ -1,0 +1,99 @@
+"""Commands: parse, call one public function, print."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from unvanish.cli.output import OutputFolder, UserError
+
+app = typer.Typer(
+    name="unvanish",
+    help="See, explain and cure vanishing gradients in recurrent networks.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+@app.callback()
+def _root() -> None:
+    """See, explain and cure vanishing gradients in recurrent networks."""
+
+
+@app.command()
+def compare(
+    task: Annotated[list[str] | None, typer.Option(help="Task; repeat for several. [default: adding, digits]")] = None,
+    length: Annotated[int | None, typer.Option(help="Steps of the sequences. [default: the task's own]")] = None,
+    cells: Annotated[str, typer.Option(help="Models, separated by commas.")] = "rnn,gru,lstm,lstm-chrono",
+    hidden: Annotated[int, typer.Option(help="Hidden units.")] = 64,
+    steps: Annotated[int | None, typer.Option(help="Optimizer updates. [default: the task's own]")] = None,
+    batch: Annotated[int, typer.Option(help="Samples per update.")] = 64,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for report, figures and data; must be new, empty, or of an earlier run.")] = Path(
+        "unvanish-compare"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Train RNN, GRU, LSTM and a cured LSTM on long-lag tasks: whose gradient survives, and who learns.
+
+    Ends with a table and a folder: report.html (opens offline), figures, results.json, flow records.
+    """
+    folder = OutputFolder(out)
+    from unvanish import report, train
+    from unvanish.cli.progress import TrainingBars
+
+    console = Console(quiet=quiet or as_json, stderr=False)
+    names = [name.strip() for name in cells.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--cells: expected names out of {', '.join(train.RECIPES)}, got {cells!r}")
+    with folder.staged() as stage, TrainingBars(console) as bars:
+        result = train.compare(
+            task or train.DEFAULT_TASKS,
+            names,
+            length=length,
+            hidden=hidden,
+            steps=steps,
+            batch=batch,
+            lr=lr,
+            seed=seed,
+            flows=stage,
+            command=shlex.join(["unvanish", *sys.argv[1:]]),
+            tell=bars.tell,
+        )
+        (stage / "results.json").write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
+        report.save_figures(result, stage)
+        report.write_comparison(result, stage / "report.html")
+    if as_json:
+        typer.echo(json.dumps(result.to_json()))
+    report.print_comparison(result, console)
+    console.print(f"Report: [bold]{folder.path / 'report.html'}[/bold]", highlight=False)
+
+
+def main() -> None:
+    """Run the command line; a user's error ends with one line and exit code 2, Ctrl-C with 130."""
+    try:
+        app(standalone_mode=False)
+    except (UserError, ValueError, ArithmeticError, OSError) as error:
+        _fail(str(error), USER_ERROR)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", INTERRUPTED)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            _fail(error.format_message(), USER_ERROR)
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/bold red] ", end="")
+    print(message, file=sys.stderr)
+    sys.exit(code)

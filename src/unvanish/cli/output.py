@@ -1,0 +1,58 @@
+"""Output folders: written beside, renamed into place when complete."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MARKER = "results.json"
+"""what tells an earlier run's folder from the user's own"""
+
+
+class UserError(Exception):
+    """What the user can mend; printed without a traceback."""
+
+
+class OutputFolder:
+    """A folder that appears whole or not at all.
+
+    Raises:
+        UserError: the folder holds something else, or can't be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out: {path} is a file; name a folder")
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / MARKER).is_file():
+            raise UserError(f"--out: {path} holds files that are not from an earlier run; name a new or empty folder")
+        parent = self.path.parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            self._stage = Path(tempfile.mkdtemp(dir=parent, prefix=f".{self.path.name}."))
+        except OSError as error:
+            raise UserError(f"--out: {path} can't be written: {error.strerror}") from error
+
+    @contextmanager
+    def staged(self) -> Iterator[Path]:
+        """A private folder to write into; it takes the final name when the block ends well, and is removed when it does not."""
+        try:
+            yield self._stage
+            os.chmod(self._stage, 0o777 & ~_umask())
+            old = None
+            if self.path.exists():
+                old = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}.old."))
+                os.replace(self.path, old)
+            os.replace(self._stage, self.path)
+            if old is not None:
+                shutil.rmtree(old)
+        finally:
+            shutil.rmtree(self._stage, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

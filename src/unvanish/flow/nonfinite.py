@@ -1,0 +1,61 @@
+"""Where a NaN or an infinity was born: the layer, the step, the sample and the gate; forward first, then backward."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from unvanish import engine
+
+
+def birthplace(name: str, tr: engine.Trace, dy: Tensor | None, flow: engine.Flow) -> str | None:
+    """A sentence naming the first non-finite value of this layer's pass, or None when all are finite.
+
+    Forward, in the layer's reading order, a step is searched in the order of computation: input, previous state, gates, state. Backward,
+    from the last step read to the first: the error that arrives at h_t, then δ of the states, then δ of each gate.
+    """
+    if _finite(flow.da) and _finite(tr.y) and _finite(tr.x) and all(map(_finite, (*flow.dstate, *flow.dinitial))):
+        return None
+    for label, weight in zip(tr.weights._fields, tr.weights, strict=True):
+        if weight is not None and not _finite(weight):
+            return f"{name}: weight {label} holds a {_kind(weight)} before the pass"
+    gates = tr.cell.activations(tr.saved)
+    forward = [("the input x", tr.x), ("the state before the step", tr.saved.h_prev)]
+    forward += [(f"gate {gate}", gates[..., i, :]) for i, gate in enumerate(tr.cell.gates)]
+    forward += [("the state h", tr.y)]
+    found = _first(name, "forward", forward, tr.active, tr.reverse)
+    if found is not None:
+        return found
+    da = flow.da.unflatten(-1, (len(tr.cell.gates), -1))
+    backward = [] if dy is None else [("the error arriving at h from outside", dy)]
+    backward += [(f"δ{state}", d) for state, d in zip(tr.cell.states, flow.dstate, strict=True)]
+    backward += [(f"δ of gate {gate}", da[..., i, :]) for i, gate in enumerate(tr.cell.gates)]
+    found = _first(name, "backward", backward, tr.active, not tr.reverse)
+    return found or f"{name}: the error at the final or initial state is not finite"
+
+
+def _finite(v: Tensor) -> bool:
+    return bool(v.isfinite().all())
+
+
+def _kind(v: Tensor) -> str:
+    return "NaN" if bool(v.isnan().any()) else "infinity"
+
+
+def _first(name: str, way: str, parts: Iterable[tuple[str, Tensor]], active: Tensor | None, reverse: bool) -> str | None:
+    best: tuple[int, int, str, str] | None = None
+    for label, v in parts:
+        bad = ~v.isfinite()
+        if active is not None:
+            bad &= active
+        steps = bad.flatten(1).any(1).nonzero().flatten()
+        if len(steps) == 0:
+            continue
+        t = int(steps[-1 if reverse else 0])
+        if best is None or (t > best[0] if reverse else t < best[0]):
+            b = int(bad[t].any(-1).nonzero()[0])
+            best = (t, b, label, _kind(v[t, b]))
+    if best is None:
+        return None
+    t, b, label, kind = best
+    return f"{name}: {kind} born {way} at step {t}, sample {b}, in {label}"

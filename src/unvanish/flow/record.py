@@ -1,0 +1,209 @@
+"""Records of the gradient's flow: frozen data, saved without pickle.
+
+Axes: `T` steps, `B` samples in the user's order, `G` gates in torch's order. Norms are float64, whatever the model's dtype.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = 1
+"""Version of the layout of a flow file."""
+
+
+class NoBackwardError(RuntimeError):
+    """A flow was asked for before any error had flowed."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A NaN or an infinity turned up in a watched pass; the message says where it was born."""
+
+
+@dataclass(frozen=True, repr=False)
+class LayerFlow:
+    """The error's way back through one layer and direction, one forward pass.
+
+    Steps are in input order, also for a reversed layer. Where a sample has no input (t ≥ its length) norms are 0 and gate
+    statistics NaN. A field that does not exist for the cell is None: `dc` but for the LSTM, all but `dh` for `uv.mark`.
+    """
+
+    name: str
+    """module path, layer, direction: "encoder.lstm.l0", "rnn.l1.reverse" """
+    cell: str
+    """"rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru", or "mark" """
+    gate_names: tuple[str, ...]
+    lengths: Tensor
+    """[B] steps of each sample"""
+    dh: Tensor
+    """[T, B] ‖∂E/∂h_t‖₂"""
+    dc: Tensor | None = None
+    """[T, B] ‖∂E/∂c_t‖₂"""
+    dgates: Tensor | None = None
+    """[T, B, G] ‖∂E/∂a_t‖₂ of each gate's pre-activations"""
+    dweight: Tensor | None = None
+    """[T] ‖g_t‖_F, g_t = δa_tᵀ [h_{t-1}, x_t]: the T subgradients of ∂E/∂W = Σ_t g_t, W = [W_hh, W_ih]"""
+    partial: Tensor | None = None
+    """[T] ‖Σ_{s≥t} g_s‖_F, the partial sums from the end; with `watch(..., partial=True)`"""
+    gates: Tensor | None = None
+    """[T, B, G] each gate's mean value over its units"""
+    saturation: Tensor | None = None
+    """[T, B, G] share of a gate's units whose φ' is below 5 % of its maximum"""
+    log_carry: Tensor | None = None
+    """[H] mean over steps and samples of ln f (LSTM) or ln z (GRU), nats per step: what a unit keeps of its state"""
+    residual: float = math.nan
+    """‖Σ_t g_t − autograd's ∂E/∂W‖ / ‖autograd's‖; NaN when autograd computed none (weights frozen)"""
+    detached: tuple[int, ...] = ()
+    """steps whose incoming state came from the step before, but cut off from its graph"""
+
+    def __repr__(self) -> str:
+        T, B = self.dh.shape
+        lines = [f"LayerFlow {self.name!r}: {self.cell}, T={T}, B={B}, residual {self.residual:.1e}"]
+        for label, norm in (("dh", self.dh), ("dc", self.dc)):
+            if norm is not None:
+                first, last = (f"{float(norm[t].median()):.2e}" for t in (0, T - 1))
+                lines.append(f"  {label}: ‖∂E/∂{label[1]}_t‖ median over samples {first} at t=0, {last} at t={T - 1}")
+        return "\n".join(lines)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensor fields that are present."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per step and sample with input: layer, t, sample, dh, dc, dweight, and dgate_*, gate_*, saturation_* per gate."""
+        import pandas as pd
+
+        T, B = self.dh.shape
+        t, b = torch.meshgrid(torch.arange(T), torch.arange(B), indexing="ij")
+        columns: dict[str, Any] = {"layer": self.name, "t": t, "sample": b, "dh": self.dh}
+        for name in ("dc", "dweight", "partial"):
+            value = getattr(self, name)
+            if value is not None:
+                columns[name] = value if value.dim() == 2 else value[:, None].expand(T, B)
+        for prefix, value in (("dgate", self.dgates), ("gate", self.gates), ("saturation", self.saturation)):
+            if value is not None:
+                columns |= {f"{prefix}_{gate}": value[..., i] for i, gate in enumerate(self.gate_names)}
+        present = (t < self.lengths[None, :]).reshape(-1)
+        return pd.DataFrame(
+            {k: v if isinstance(v, str) else v.reshape(-1)[present].numpy() for k, v in columns.items()}
+        )
+
+
+class Flow(Mapping[str, LayerFlow]):
+    """Layer name → LayerFlow."""
+
+    def __init__(self, layers: Mapping[str, LayerFlow]) -> None:
+        self._layers = dict(layers)
+
+    @property
+    def layers(self) -> dict[str, LayerFlow]:
+        """Name → record, in the model's order."""
+        return dict(self._layers)
+
+    def __getitem__(self, name: str) -> LayerFlow:
+        layers = self.layers
+        if name not in layers:
+            raise KeyError(f"no layer {name!r} in this flow; it has {', '.join(layers)}")
+        return layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.layers.values()))
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """All layers' rows; see `LayerFlow.to_dataframe`."""
+        import pandas as pd
+
+        return pd.concat([layer.to_dataframe() for layer in self.layers.values()], ignore_index=True)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file with a JSON header: no pickle, written by rename, never half.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        from safetensors.torch import save
+
+        layers = self.layers
+        header, data = [], {}
+        for index, layer in enumerate(layers.values()):
+            tensors = layer.tensors()
+            data |= {f"{index}.{name}": value.contiguous() for name, value in tensors.items()}
+            plain = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name not in tensors}
+            header.append({k: v for k, v in plain.items() if v is not None and v == v})
+        blob = save(data, {"unvanish.flow": str(SCHEMA), "layers": json.dumps(header)})
+        write_atomically(Path(path), blob)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Flow":
+        """Read what `save` wrote; nothing in the file is executed.
+
+        Raises:
+            OSError: the file can't be read.
+            ValueError: not a flow file, or of another schema version.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+                if header.get("unvanish.flow") != str(SCHEMA):
+                    found = header.get("unvanish.flow")
+                    raise ValueError(f"{path}: expected a flow file of schema {SCHEMA}, found schema {found!r}")
+                data = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            records = json.loads(header["layers"])
+            layers = []
+            for index, plain in enumerate(records):
+                tensors = {k.split(".", 1)[1]: v for k, v in data.items() if k.split(".", 1)[0] == str(index)}
+                plain["gate_names"] = tuple(plain["gate_names"])
+                plain["detached"] = tuple(plain["detached"])
+                layers.append(LayerFlow(**plain, **tensors))
+        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a flow file written by unvanish: {error}") from error
+        return Flow({layer.name: layer for layer in layers})
+
+    # Drawing stands above measuring: these two look the report package up by name, so that flow does not import it.
+    def plot(self, ax: Any = None) -> Any:
+        """‖∂E/∂h_t‖ and ‖∂E/∂c_t‖ over t, on a log axis; returns the matplotlib Axes."""
+        return import_module("unvanish.report.figures").plot_flow(self, ax)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """The same, interactive, in one self-contained HTML file."""
+        import_module("unvanish.report.figures").flow_html(self, Path(path))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write to a temporary neighbour, then rename: readers see the old file or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,384 @@
+"""Watch the error travel back through the recurrent layers of any model, without touching the model's own numbers.
+
+Torch runs forward and backward as always. A watch keeps what went into each recurrent layer and, through hooks on what came out,
+∂E/∂h_t as it arrives from outside; from these it replays the layer's own backpropagation through time. So outputs and gradients stay
+bitwise torch's, and the replay can be held against autograd's ∂E/∂W (`residual`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, ClassVar
+from weakref import WeakSet, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import RemovableHandle
+
+from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
+from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, ModuleSequence, Sequence, weight_key
+
+
+@dataclass
+class _Backward:
+    """One run of the autograd engine."""
+
+    errors: dict[Sequence, dict[Hashable, Tensor]] = field(default_factory=dict)
+    gradients: dict[Hashable, Tensor] = field(default_factory=dict)
+    """weight key → autograd's ∂E/∂W of this run"""
+
+
+class Watch(Flow):
+    """A flow that fills as errors come back; see `watch`."""
+
+    _active: ClassVar[list[Watch]] = []
+
+    def __init__(self, model: nn.Module, *, partial: bool = False, keep: int = 8) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if keep < 1:
+            raise ValueError(f"keep: expected at least 1 pass, got {keep}")
+        self._model = model
+        self._partial = partial
+        self._keep = keep
+        self._modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)}
+        if any(isinstance(m, torch._dynamo.OptimizedModule) for m in model.modules()):
+            raise TypeError("model: a torch.compile'd module hides its layers; watch the module it was made from (._orig_mod)")
+        self._handles: list[RemovableHandle] = []
+        self._weights: dict[Hashable, tuple[Tensor, RemovableHandle]] = {}
+        self._sequences: WeakSet[Sequence] = WeakSet()
+        self._current: WeakValueDictionary[str, Sequence] = WeakValueDictionary()
+        self._last_state: dict[str, tuple[Tensor, ...]] = {}
+        self._epoch = self._cut = self._count = 0
+        self._runs: dict[int, _Backward] = {}
+        self._passes: OrderedDict[tuple[int, int], Measured] = OrderedDict()
+        self._seen: dict[str, None] = {}
+        self._rng: dict[str, Tensor | None] = {}
+        self.dropped = 0
+        """passes measured and forgotten, since more than `keep` of a layer came"""
+
+    def __enter__(self) -> Watch:
+        if self in Watch._active:
+            raise RuntimeError("this watch is already active; make a second one with uv.watch(model)")
+        for name, module in self._modules.items():
+            if isinstance(module, nn.RNNBase):
+                self._handles.append(module.register_forward_pre_hook(self._before_module(name)))
+                self._handles.append(module.register_forward_hook(self._after_module(name), with_kwargs=True))
+            else:
+                self._handles.append(module.register_forward_hook(self._after_cell(name), with_kwargs=True))
+        self._handles.append(self._model.register_forward_pre_hook(self._begin))
+        Watch._active.append(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        Watch._active.remove(self)
+        for handle in self._handles:
+            handle.remove()
+        for sequence in list(self._sequences):
+            sequence.close()
+        for weight, handle in self._weights.values():
+            handle.remove()
+            if not weight._backward_hooks:
+                weight._backward_hooks = None
+        for held in (self._handles, self._weights, self._current, self._last_state, self._runs, self._rng):
+            held.clear()
+        if kind is None and not self._modules and not self._seen:
+            raise ValueError(
+                f"model: {type(self._model).__name__} has no nn.RNN, nn.LSTM, nn.GRU or cell, and nothing was marked; "
+                "mark the states of a custom cell with uv.mark(h, 'name')"
+            )
+
+    @property
+    def layers(self) -> dict[str, LayerFlow]:
+        """Name → the record of the latest pass that an error came back to.
+
+        Raises:
+            NoBackwardError: no error has come back to any layer.
+            NonFiniteError: a NaN or infinity turned up; the message says where it was born.
+        """
+        latest = {measured.flow.name: measured for measured in self._passes.values()}
+        if not latest:
+            raise NoBackwardError(self._silence("any layer"))
+        for measured in latest.values():
+            if measured.nonfinite is not None:
+                raise NonFiniteError(measured.nonfinite)
+        return {name: measured.flow for name, measured in latest.items()}
+
+    def __getitem__(self, name: str) -> LayerFlow:
+        if name in self._passed():
+            return self.passes(name)[-1]
+        if self._expects(name):
+            raise NoBackwardError(self._silence(repr(name)))
+        known = [*self._passed(), *(n for n in self._seen if n not in self._passed())]
+        raise KeyError(f"no layer {name!r} here; there are {', '.join(known) or ', '.join(self._modules) or 'none'}")
+
+    def passes(self, name: str) -> list[LayerFlow]:
+        """The records of the last `keep` passes of one layer, oldest first.
+
+        Raises:
+            KeyError, NoBackwardError, NonFiniteError: as for `flow[name]`.
+        """
+        found = [measured for measured in self._passes.values() if measured.flow.name == name]
+        if not found:
+            self[name]
+        for measured in found:
+            if measured.nonfinite is not None:
+                raise NonFiniteError(measured.nonfinite)
+        return [measured.flow for measured in found]
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self._passes else f"Watch of {type(self._model).__name__}: no error has come back yet"
+
+    def _passed(self) -> dict[str, None]:
+        return dict.fromkeys(measured.flow.name for measured in self._passes.values())
+
+    def _expects(self, name: str) -> bool:
+        return name in self._seen or any(
+            name == f"{path}.l{k}{end}".removeprefix(".")
+            for path, module in self._modules.items()
+            if isinstance(module, nn.RNNBase)
+            for k in range(module.num_layers)
+            for end in ("", ".reverse")[: 2 if module.bidirectional else 1]
+        ) or (isinstance(self._modules.get(name), nn.RNNCellBase))
+
+    def _silence(self, what: str) -> str:
+        if not self._seen:
+            return f"{what}: no forward pass with gradients ran inside the watch; call the model and loss.backward() in the with block"
+        if not self._passes:
+            return f"{what}: no backward pass ran inside the watch; call loss.backward() in the with block"
+        return f"{what}: a backward pass ran, but no error came back to it: the loss does not depend on it"
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        if _graph_task() < 0:
+            self._epoch += 1
+            # What an aborted backward pass left behind.
+            self._runs.clear()
+
+    def _before_module(self, name: str) -> Any:
+        def hook(module: nn.RNNBase, args: Any) -> None:
+            draws = module.training and module.dropout > 0 and module.num_layers > 1
+            if draws and next(module.parameters()).device.type != "cpu":
+                raise RuntimeError(
+                    f"watch: dropout between the layers of {name or 'the model'!r} is drawn inside cuDNN, where it can't be "
+                    "drawn again; set its dropout to 0, use one module per layer, or watch on the CPU"
+                )
+            self._rng[name] = torch.get_rng_state() if draws else None
+
+        return hook
+
+    def _after_module(self, name: str) -> Any:
+        def hook(module: nn.RNNBase, args: Any, kwargs: Any, output: Any) -> None:
+            if not torch.is_grad_enabled():
+                return
+            x = args[0] if args else kwargs["input"]
+            hx = args[1] if len(args) > 1 else kwargs.get("hx")
+            final = output[1] if isinstance(output[1], tuple) else (output[1],)
+            stepwise = _steps(module, x) == 1
+            sequence = self._continued(name, hx, final, stepwise)
+            if sequence is None or module.bidirectional or self._partial:
+                sequence = self._new(name, hx, ModuleSequence(name, module, self._catch, self._partial))
+            assert isinstance(sequence, ModuleSequence)
+            for weight in module._flat_weights_names:
+                self._hear_weight(module, weight)
+            sequence.add(x, hx, output, self._rng.pop(name, None))
+
+        return hook
+
+    def _after_cell(self, name: str) -> Any:
+        def hook(module: nn.RNNCellBase, args: Any, kwargs: Any, output: Any) -> None:
+            if not torch.is_grad_enabled():
+                return
+            x = args[0] if args else kwargs["input"]
+            hx = args[1] if len(args) > 1 else kwargs.get("hx")
+            states = output if isinstance(output, tuple) else (output,)
+            title = name or "cell"
+            sequence = self._continued(title, hx, states, stepwise=True)
+            if sequence is None:
+                sequence = self._new(title, hx, CellSequence(title, module, self._catch, self._partial))
+            assert isinstance(sequence, CellSequence)
+            for weight in ("weight_ih", "weight_hh"):
+                self._hear_weight(module, weight)
+            sequence.add(x, hx, output)
+
+        return hook
+
+    def _continued(self, name: str, hx: Any, output: tuple[Tensor, ...], stepwise: bool) -> Sequence | None:
+        """The sequence that this call goes on with: the one whose last state it starts from, attached to the graph or not."""
+        given = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+        last = self._last_state.get(name, ())
+        self._last_state[name] = tuple(state.detach() for state in output)
+        sequence = self._current.get(name)
+        if sequence is None or not given or sequence.era != (self._cut, _graph_task()):
+            return None
+        attached = any(g.requires_grad for g in given)
+        if any(g.data_ptr() == s.data_ptr() for g, s in zip(given, last, strict=True)):
+            if not attached:
+                sequence.detached.append(sequence.steps)
+            return sequence
+        # A state that was changed between two steps (attention, dropout) still goes on, unless it is the learnt initial state again.
+        fresh = given[0].data_ptr() == sequence.start
+        return sequence if stepwise and attached and not fresh and sequence.epoch == self._epoch else None
+
+    def _new(self, name: str, hx: Any, sequence: Sequence) -> Sequence:
+        self._count += 1
+        sequence.number, sequence.era, sequence.epoch = self._count, (self._cut, _graph_task()), self._epoch
+        sequence.start = None if hx is None else (hx[0] if isinstance(hx, tuple) else hx).data_ptr()
+        self._current[name] = sequence
+        self._sequences.add(sequence)
+        self._seen[name] = None
+        return sequence
+
+    def mark(self, h: Tensor, name: str) -> None:
+        """See `unvanish.mark`."""
+        sequence = self._current.get(name)
+        if sequence is None or sequence.era != (self._cut, _graph_task()) or sequence.epoch != self._epoch:
+            sequence = self._new(name, None, MarkSequence(name, self._catch))
+        assert isinstance(sequence, MarkSequence)
+        sequence.add(h)
+
+    def _hear_weight(self, module: nn.Module, name: str) -> None:
+        weight, key = getattr(module, name), weight_key(module, name)
+        if not weight.requires_grad or (weight.is_leaf and key in self._weights):
+            return
+
+        def hook(grad: Tensor) -> None:
+            gradients = self._run().gradients
+            gradients[key] = gradients[key] + grad if key in gradients else grad
+
+        handle = weight.register_hook(hook)
+        if weight.is_leaf:
+            self._weights[key] = (weight, handle)
+
+    def _run(self) -> _Backward:
+        task = _graph_task()
+        if task not in self._runs:
+            self._runs[task] = _Backward()
+            Variable._execution_engine.queue_callback(lambda: self._finish(task))
+        return self._runs[task]
+
+    def _catch(self, sequence: Sequence, key: Hashable, grad: Tensor) -> None:
+        errors = self._run().errors.setdefault(sequence, {})
+        errors[key] = errors[key] + grad if key in errors else grad
+
+    @torch.no_grad()
+    def _finish(self, task: int) -> None:
+        """A backward pass has ended: measure every sequence it reached, before an optimizer moves the weights."""
+        run = self._runs.pop(task)
+        self._cut += 1
+        ours: dict[Hashable, Tensor] = {}
+        measured: list[tuple[Sequence, list[Measured]]] = []
+        for sequence, errors in run.errors.items():
+            found = sequence.measure(errors)
+            for part in found:
+                for key, gradient in part.gradients.items():
+                    ours[key] = ours[key] + gradient if key in ours else gradient
+            if sequence.errors:
+                # A second backward through the same graph: errors add, as .grad does.
+                for key, error in errors.items():
+                    sequence.errors[key] = sequence.errors[key] + error if key in sequence.errors else error
+                keys = [part.gradients for part in found]
+                found = [replace(part, gradients=k) for part, k in zip(sequence.measure(sequence.errors), keys, strict=True)]
+            else:
+                sequence.errors = errors
+            measured.append((sequence, found))
+        for sequence, found in measured:
+            for index, part in enumerate(found):
+                residual = _residual({key: ours[key] for key in part.gradients}, run.gradients)
+                self._store(sequence, index, replace(part, gradients={}, flow=replace(part.flow, residual=residual)))
+
+    def _store(self, sequence: Sequence, index: int, measured: Measured) -> None:
+        token = (sequence.number, index)
+        self._passes[token] = measured
+        same = [key for key, other in self._passes.items() if other.flow.name == measured.flow.name]
+        for key in same[: -self._keep]:
+            del self._passes[key]
+            self.dropped += 1
+
+
+def _steps(module: nn.RNNBase, x: Tensor | PackedSequence) -> int:
+    if isinstance(x, PackedSequence):
+        return len(x.batch_sizes)
+    return x.shape[1 if module.batch_first and x.dim() == 3 else 0]
+
+
+def _graph_task() -> int:
+    """The number of the running backward pass, −1 outside."""
+    return torch._C._current_graph_task_id()
+
+
+def _residual(ours: dict[Hashable, Tensor], autograd: dict[Hashable, Tensor]) -> float:
+    pairs = [(mine, autograd[key]) for key, mine in ours.items() if key in autograd]
+    if not pairs:
+        return math.nan
+    apart, size = (
+        math.hypot(*(float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in vs))
+        for vs in ([mine - theirs for mine, theirs in pairs], [theirs for _, theirs in pairs])
+    )
+    return apart / size if size > 0 else (0.0 if apart == 0 else math.inf)
+
+
+def watch(model: nn.Module, *, partial: bool = False, keep: int = 8) -> Watch:
+    """Record, per recurrent layer and direction, how the error flows back: ‖∂E/∂h_t‖, ‖∂E/∂c_t‖, gates and subgradients.
+
+        with uv.watch(model) as flow:
+            loss_fn(model(x), y).backward()
+        flow["encoder.lstm.l0"].dh          # [T, B]
+
+    δh_t = ∂E_t/∂h_t + W_hhᵀ δa_{t+1} and so on: exact total derivatives of whatever `backward` was called on, for every
+    nn.RNN, nn.LSTM and nn.GRU in the model (layers, directions, packed, projected, with dropout between layers), every nn.*Cell
+    stepped in a loop, and every state handed to `uv.mark`. Records name layers "path.l0", "path.l1.reverse"; a cell by its path.
+
+    The model's outputs, gradients, hooks, generator state and attributes are what they would be without the watch, also when the block
+    raises.
+
+    What counts as a pass. Each forward call of a module under enabled gradients starts one; calls under `torch.no_grad()` are not recorded.
+    Calls that start from the state the same module or cell returned last go on with the same pass (a decoder's loop, a cell's loop), even
+    if that state was detached: `detached` then lists the steps. A backward pass ends all passes: what runs after it is new. So truncated
+    BPTT gives one pass per chunk.
+
+    - Several forwards: `flow[name]` is the latest pass that an error came back to; `flow.passes(name)` the last `keep`.
+    - Several backwards through one forward (`retain_graph=True`): errors add, as `.grad` does; the record shows the sum.
+    - No backward, or a loss that does not depend on the layer: access raises NoBackwardError, never zeros.
+    - Backward after the block: not seen.
+    - NaN or infinity: access raises NonFiniteError naming layer, step, sample and gate where it was born.
+    - `torch.autograd.grad`, and frozen weights: recorded; `residual` is NaN where autograd computed no ∂E/∂W.
+
+    `residual` compares the record with autograd's ∂E/∂W of the same backward pass. It is large if a weight takes part elsewhere in the
+    loss too (tied weights, a penalty): then it measures that part.
+
+    Args:
+        model: any module; not one returned by torch.compile.
+        partial: also record `partial`, ‖Σ_{s≥t} g_s‖_F; costs about as much as ∂E/∂W again.
+        keep: passes remembered per layer; older ones are dropped and counted in `flow.dropped`.
+
+    Raises:
+        TypeError: model is no nn.Module, or is a compiled one.
+        ValueError: on leaving the block, if the model has no recurrent layer and nothing was marked.
+        RuntimeError: dropout between layers inside cuDNN.
+    """
+    return Watch(model, partial=partial, keep=keep)
+
+
+def mark(h: Tensor, name: str) -> Tensor:
+    """Show a custom cell's state h_t `[B, H]` or `[H]` to the active watch, once per step: `h = uv.mark(step(x[t], h), "mycell")`.
+
+    Records ‖∂E/∂h_t‖ under `flow[name].dh`, t counting the calls of one forward pass. Outside a watch, and under `torch.no_grad()`, it does
+    nothing. Returns h itself.
+
+    Raises:
+        TypeError: h is no tensor.
+        ValueError: h does not require gradients inside a watch, so no error can come back to it.
+    """
+    if not isinstance(h, Tensor):
+        raise TypeError(f"h: expected a tensor, got {type(h).__name__}")
+    if Watch._active and torch.is_grad_enabled():
+        if not h.requires_grad:
+            raise ValueError(f"h: the state marked {name!r} does not require gradients, so no error can come back to it")
+        Watch._active[-1].mark(h, name)
+    return h

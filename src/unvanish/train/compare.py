@@ -1,0 +1,176 @@
+"""The main job: the same tasks for several recurrent models, whose gradient survives and who learns."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import unvanish
+from unvanish import flow
+from unvanish.train.fit import Budget, Progress, evaluate, fit
+from unvanish.train.models import SequenceModel, recipe
+from unvanish.train.records import Comparison, Reach, Run, TaskResult
+from unvanish.train.tasks import Task, make_task
+
+DEFAULT_TASKS = ("adding", "digits")
+DEFAULT_CELLS = ("rnn", "gru", "lstm", "lstm-chrono")
+DEFAULT_STEPS = {"adding": 1000, "digits": 600}
+HIDDEN, BATCH, LR, CLIP = 64, 64, 3e-3, 1.0
+PROBES = 32
+"""validation samples on which the flow is measured"""
+
+Tell = Callable[[Task, str, int, int, float | None], None]
+"""(task, cell, updates done, updates in all, latest validation error)"""
+
+
+def measure(model: SequenceModel, task: Task, update: int, fraction: float = 0.01) -> Reach:
+    """‖∂E_T/∂s_{T−ℓ}‖ of the task's own error at the last step, s = c for the LSTM and h for the others, in float64.
+
+    The rows of the map are renormalised as they go, so `log_norm` is right far below what the training's float32 can hold.
+    """
+    double = deepcopy(model).double()
+    x, y = (v.double() if v.is_floating_point() else v for v in task.samples("validation", range(PROBES)))
+    states, _ = double.recurrent(x)
+    last = states[:, -1].detach().requires_grad_()
+    (source,) = torch.autograd.grad(task.loss(double.head(last), y) * len(y), last)
+    T = x.shape[1]
+    log_norms = flow.adjoint_map(double.recurrent, x, sources=[T - 1], cotangent=source.unsqueeze(0)).log_norms[0]
+    relative = (log_norms - log_norms[-1]).flip(0)
+    middle, low, high = (torch.nanquantile(relative, q, dim=1) for q in (0.5, 0.1, 0.9))
+    decay = flow.decay(middle, fraction=fraction)
+    return Reach(
+        update=update,
+        lag=list(range(T)),
+        log_norm=middle.tolist(),
+        low=low.tolist(),
+        high=high.tolist(),
+        rate=decay.rate,
+        half_life=decay.half_life,
+        reach=decay.reach,
+        fraction=fraction,
+    )
+
+
+def run_one(task: Task, name: str, hidden: int, budget: Budget, tell: Tell, folder: Path | None) -> Run:
+    """Measure, train, measure again; the same seed gives the same run."""
+    start = time.perf_counter()
+    torch.manual_seed(budget.seed)
+    chosen = recipe(name)
+    model = chosen.build(task, hidden)
+    before = measure(model, task, 0)
+    during: list[Reach] = []
+    moments = {budget.steps // 10, budget.steps // 2} - {0, budget.steps}
+    progress: Progress = fit(
+        model,
+        task,
+        budget,
+        at={update: lambda done: during.append(measure(model, task, done)) for update in moments},
+        tell=lambda done, error: tell(task, name, done, budget.steps, error),
+    )
+    if folder is not None:
+        with flow.watch(model) as record:
+            x, y = task.samples("validation", range(PROBES))
+            task.loss(model(x), y).backward()
+        record.save(folder / f"{task.name}-{name}.flow")
+    model.zero_grad()
+    test_error = evaluate(model, task)
+    stays = [all(e < task.solved_below for e in progress.error[i:]) for i in range(len(progress.error))]
+    return Run(
+        name=name,
+        title=chosen.title,
+        parameters=sum(p.numel() for p in model.parameters()),
+        curve_update=progress.update,
+        curve_error=progress.error,
+        test_error=test_error,
+        solved=test_error < task.solved_below,
+        solved_at=next((u for u, stay in zip(progress.update, stays, strict=True) if stay), None),
+        seconds=time.perf_counter() - start,
+        before=before,
+        during=during,
+        after=measure(model, task, budget.steps),
+    )
+
+
+def compare(
+    tasks: Sequence[str] = DEFAULT_TASKS,
+    cells: Sequence[str] = DEFAULT_CELLS,
+    *,
+    length: int | None = None,
+    hidden: int = HIDDEN,
+    steps: int | None = None,
+    batch: int = BATCH,
+    lr: float = LR,
+    seed: int = 0,
+    flows: str | os.PathLike[str] | None = None,
+    command: str = "unvanish.train.compare(...)",
+    tell: Tell = lambda *_: None,
+) -> Comparison:
+    """Train every cell on every task under one budget; measure how far the last step's error reaches, before, during and after.
+
+    Args:
+        tasks: names out of `unvanish.train.TASKS`.
+        cells: names out of `unvanish.train.RECIPES`.
+        length: steps of the sequences; None: each task's own.
+        hidden: H.
+        steps: optimizer updates; None: each task's own.
+        batch: samples per update.
+        lr: Adam's learning rate.
+        seed: of data, weights and order.
+        flows: a folder for one flow file per run; None: keep none.
+        command: what the user typed, for the report.
+        tell: hears of every update.
+
+    Raises:
+        ValueError: an unknown task or cell, or a number out of range.
+        ArithmeticError: a loss became NaN or infinite.
+    """
+    if hidden < 1:
+        raise ValueError(f"hidden: expected at least 1, got {hidden}")
+    for name in cells:
+        recipe(name)
+    chosen = [make_task(name, length if name != "digits" or len(tasks) == 1 else None, seed) for name in tasks]
+    budgets = [Budget(steps or DEFAULT_STEPS[task.name], batch, lr, CLIP, seed) for task in chosen]
+    results = []
+    folder = None if flows is None else Path(flows)
+    for task, budget in zip(chosen, budgets, strict=True):
+        runs = [run_one(task, name, hidden, budget, tell, folder) for name in cells]
+        settings = {**asdict(budget), "hidden": hidden, "optimizer": "Adam", "probes": PROBES}
+        results.append(
+            TaskResult(
+                name=task.name,
+                title=task.title,
+                describe=task.describe,
+                source=task.source,
+                length=task.length,
+                metric=task.metric,
+                chance=task.chance,
+                solved_below=task.solved_below,
+                settings=settings,
+                runs=runs,
+            )
+        )
+    return Comparison(results, environment(), command)
+
+
+def environment() -> dict[str, str]:
+    """Versions, processor and threads: what a figure depends on besides the seed."""
+    return {
+        "unvanish": unvanish.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

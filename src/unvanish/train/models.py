@@ -1,0 +1,65 @@
+"""The models that a task is answered with: a recurrent layer and a linear read-out of its last state."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from unvanish import cures
+from unvanish.train.tasks import Task
+
+
+class SequenceModel(nn.Module):
+    """answer = W h_T + b, with h_T the last state of `recurrent`."""
+
+    def __init__(self, recurrent: nn.RNNBase, outputs: int) -> None:
+        super().__init__()
+        self.recurrent = recurrent
+        self.head = nn.Linear(recurrent.hidden_size, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, I]` → `[B, O]`"""
+        states, _ = self.recurrent(x)
+        return self.head(states[:, -1])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A cell, and what is done to it before training."""
+
+    title: str
+    layer: type[nn.RNNBase]
+    prepare: Callable[[nn.RNNBase, int], object] | None = None
+    """in place, given the layer and the sequence length"""
+    nonlinearity: str | None = None
+
+    def build(self, task: Task, hidden: int) -> SequenceModel:
+        """The model for a task; weights come from torch's global generator."""
+        options = {} if self.nonlinearity is None else {"nonlinearity": self.nonlinearity}
+        layer = self.layer(task.inputs, hidden, batch_first=True, **options)
+        if self.prepare is not None:
+            self.prepare(layer, task.length)
+        return SequenceModel(layer, task.outputs)
+
+
+RECIPES: dict[str, Recipe] = {
+    "rnn": Recipe("tanh-RNN", nn.RNN),
+    "irnn": Recipe("IRNN (relu, identity)", nn.RNN, lambda layer, length: cures.identity_(layer), "relu"),
+    "rnn-orthogonal": Recipe("tanh-RNN, orthogonal", nn.RNN, lambda layer, length: cures.orthogonal_(layer)),
+    "gru": Recipe("GRU", nn.GRU),
+    "gru-chrono": Recipe("GRU, chrono", nn.GRU, lambda layer, length: cures.chrono_(layer, max_lag=length)),
+    "lstm": Recipe("LSTM", nn.LSTM),
+    "lstm-forget1": Recipe("LSTM, forget bias 1", nn.LSTM, lambda layer, length: cures.forget_bias_(layer, 1.0)),
+    "lstm-chrono": Recipe("LSTM, chrono", nn.LSTM, lambda layer, length: cures.chrono_(layer, max_lag=length)),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called `name`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"cells: expected names out of {', '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name]

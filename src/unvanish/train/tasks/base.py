@@ -1,0 +1,99 @@
+"""What a task is: samples that can be drawn again from (seed, index), a metric, and what chance reaches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import Dataset
+
+Split = Literal["train", "validation", "test"]
+Samples = tuple[Tensor, Tensor]
+"""(x [B, T, I], y [B] or [B, O])"""
+
+
+class Task(ABC):
+    """A supervised task on sequences, answered at the last step.
+
+    Every sample is a function of (seed, split, index) alone, so any one can be regenerated.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    describe: ClassVar[str]
+    source: ClassVar[str]
+    """the paper"""
+    kind: ClassVar[Literal["regression", "classification"]]
+    default_length: ClassVar[int]
+
+    length: int
+    seed: int
+    inputs: int
+    """I, features per step"""
+    outputs: int
+    """targets, or classes"""
+    chance: float
+    """error of the best answer that ignores the input"""
+    solved_below: float
+    """error below which the task counts as solved"""
+
+    @property
+    def metric(self) -> str:
+        """Name of the error that is reported."""
+        return "mean squared error" if self.kind == "regression" else "error rate"
+
+    @abstractmethod
+    def size(self, split: Split) -> int:
+        """Samples in a split."""
+
+    @abstractmethod
+    def samples(self, split: Split, indices: Sequence[int]) -> Samples:
+        """The samples with these indices."""
+
+    def dataset(self, split: Split) -> Dataset[Samples]:
+        """The split for a DataLoader that hands over whole batches (`batch_size=None` and a batch sampler, or `__getitems__`)."""
+        return _Samples(self, split)
+
+    def loss(self, answer: Tensor, y: Tensor) -> Tensor:
+        """What training minimises."""
+        return mse_loss(answer, y) if self.kind == "regression" else cross_entropy(answer, y)
+
+    def error(self, answer: Tensor, y: Tensor) -> Tensor:
+        """The metric, mean over the batch."""
+        return mse_loss(answer, y) if self.kind == "regression" else (answer.argmax(-1) != y).double().mean()
+
+
+class _Samples(Dataset[Samples]):
+    def __init__(self, task: Task, split: Split) -> None:
+        self.task, self.split = task, split
+
+    def __len__(self) -> int:
+        return self.task.size(self.split)
+
+    def __getitem__(self, index: int) -> Samples:
+        x, y = self.task.samples(self.split, [index])
+        return x[0], y[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Samples]:
+        x, y = self.task.samples(self.split, indices)
+        return list(zip(x, y, strict=True))
+
+
+def whole(value: int | None, name: str, default: int, least: int) -> int:
+    """A whole number with a default and a least value.
+
+    Raises:
+        ValueError: below `least`.
+    """
+    if value is None:
+        return default
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return value
+
+
+def as_float(x: object) -> Tensor:
+    """A float32 tensor of an array."""
+    return torch.as_tensor(x, dtype=torch.float32)
