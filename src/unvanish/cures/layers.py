@@ -1,0 +1,153 @@
+"""What the cures act on: every layer and direction of torch's recurrent modules, and their gate blocks.
+
+torch stacks the gates along the first axis: `weight_hh` is `[G·H, R]` and block γ (rows γH … γH+H) is W_hγ. It adds
+two bias vectors `b_ih + b_hh`; a cure that speaks of *the* bias of a gate means that sum.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from unvanish.cells import CELLS, Cell, Weights
+
+RecurrentModule = nn.RNNBase | nn.RNNCellBase
+
+M = TypeVar("M", bound=nn.Module)
+"""A cure returns the very module it was given."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer and direction of a recurrent module."""
+
+    module: RecurrentModule
+    cell: Cell
+    path: str
+    """of the module in the model the user passed; "" for the model itself"""
+    suffix: str
+    """what torch appends to its weights' names: "_l0", "_l1_reverse"; "" for a cell module"""
+
+    @property
+    def label(self) -> str:
+        """How an error names this layer."""
+        return f"{self.path or type(self.module).__name__}{self.suffix}"
+
+    @property
+    def reverse(self) -> bool:
+        """Whether it reads from the last step to the first."""
+        return self.suffix.endswith("_reverse")
+
+    def has(self, name: str) -> bool:
+        """Whether the module has `name`, one of "weight_hh", "bias_ih", …, for this layer."""
+        return getattr(self.module, name + self.suffix, None) is not None
+
+    def weight(self, name: str) -> Tensor:
+        """The weight as the forward pass sees it, parametrized or not."""
+        return getattr(self.module, name + self.suffix)
+
+    def weights(self) -> Weights:
+        """All of them, as the cells' mathematics takes them."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        return Weights(*(self.weight(name) if self.has(name) else None for name in names))  # type: ignore[arg-type]
+
+    def parameter(self, name: str, cure: str) -> nn.Parameter:
+        """The weight as a parameter that can be written in place.
+
+        Raises:
+            ValueError: it is computed from other parameters, so that a write would be lost at the next forward pass.
+        """
+        found = self.module._parameters.get(name + self.suffix)
+        if found is None:
+            raise ValueError(
+                f"{cure}: {name}{self.suffix} of {self.label!r} is parametrized, so it can't be set in place; "
+                "initialise first and parametrize afterwards, or remove the parametrization"
+            )
+        return found
+
+    def blocks(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Gate name → its rows of a stacked weight or bias; views."""
+        return dict(zip(self.cell.gates, tensor.chunk(len(self.cell.gates), dim=0), strict=True))
+
+
+def cell_of(module: RecurrentModule) -> Cell:
+    """The mathematics of a recurrent module.
+
+    Raises:
+        TypeError: it is none of torch's RNN, LSTM, GRU and their cells.
+    """
+    if isinstance(module, nn.LSTM | nn.LSTMCell):
+        return CELLS["lstm"]
+    if isinstance(module, nn.GRU | nn.GRUCell):
+        return CELLS["gru"]
+    if isinstance(module, nn.RNN | nn.RNNCell):
+        return CELLS[f"rnn_{module.nonlinearity}"]
+    raise TypeError(f"module: expected torch's RNN, LSTM, GRU or one of their cells, got {type(module).__name__}")
+
+
+def recurrent_modules(model: nn.Module, cure: str) -> dict[str, RecurrentModule]:
+    """Path → recurrent module, in the model's order.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: there is none in it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"module: {cure} expected a torch.nn.Module, got {type(model).__name__}")
+    found = {path: m for path, m in model.named_modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)}
+    if not found:
+        raise ValueError(
+            f"module: {cure} expected torch.nn.RNN, LSTM, GRU, one of their cells, or a module that contains one; "
+            f"{type(model).__name__} contains none"
+        )
+    return found
+
+
+def layers_of(module: RecurrentModule, path: str = "") -> list[Layer]:
+    """Its layers and directions, in torch's order."""
+    cell = cell_of(module)
+    if isinstance(module, nn.RNNCellBase):
+        return [Layer(module, cell, path, "")]
+    ends = ("", "_reverse") if module.bidirectional else ("",)
+    return [Layer(module, cell, path, f"_l{k}{end}") for k in range(module.num_layers) for end in ends]
+
+
+def recurrent_layers(model: nn.Module, cure: str, fits: Iterable[str] | None = None, why: str = "") -> list[Layer]:
+    """Every layer and direction in the model; all of them must be of a cell that the cure fits.
+
+    Raises:
+        TypeError: model is no module, or a cell is not in `fits`.
+        ValueError: there is no recurrent layer.
+    """
+    found = [layer for path, m in recurrent_modules(model, cure).items() for layer in layers_of(m, path)]
+    allowed = set(CELLS if fits is None else fits)
+    for layer in found:
+        if layer.cell.name not in allowed:
+            raise TypeError(
+                f"module: {cure} does not fit {layer.label!r}, a {type(layer.module).__name__}: {why}; "
+                f"pass the submodules it fits ({', '.join(sorted(allowed))})"
+            )
+    return found
+
+
+def finite(name: str, value: float, above: float = -math.inf) -> float:
+    """The number, checked: finite and > above.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value) or not value > above:
+        expected = "a finite number" if above == -math.inf else f"a finite number above {above:g}"
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+    return float(value)
+
+
+def draws_on(generator: torch.Generator | None) -> torch.device:
+    """Where to draw: on the generator's device, else the CPU, so that a seed means the same numbers everywhere."""
+    return torch.device("cpu") if generator is None else generator.device
