@@ -1,9 +1,9 @@
 """The gated recurrent unit (Cho et al. 2014), in torch's form: the reset gate acts after the matrix product.
 
-    r_t, z_t = σ(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)   (their blocks; torch's order r, z, n)
-    q_t = W_hn h_{t-1} + b_hn
-    n_t = tanh(W_in x_t + b_in + r_t ⊙ q_t)
-    h_t = (1 − z_t) ⊙ n_t + z_t ⊙ h_{t-1}
+r_t, z_t = σ(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)   (their blocks; torch's order r, z, n)
+q_t = W_hn h_{t-1} + b_hn
+n_t = tanh(W_in x_t + b_in + r_t ⊙ q_t)
+h_t = (1 − z_t) ⊙ n_t + z_t ⊙ h_{t-1}
 """
 
 from typing import NamedTuple

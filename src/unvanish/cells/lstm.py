@@ -1,9 +1,9 @@
 """Long short-term memory (Hochreiter & Schmidhuber 1997), with the forget gate of Gers, Schmidhuber & Cummins 2000.
 
-    i, f, o = σ(·)   g = tanh(·)   of   a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh      (torch's order i, f, g, o)
-    c_t = f_t ⊙ c_{t-1} + i_t ⊙ g_t
-    m_t = o_t ⊙ tanh(c_t)
-    h_t = m_t,  or W_hr m_t with a projection (Sak, Senior & Beaufays 2014)
+i, f, o = σ(·)   g = tanh(·)   of   a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh      (torch's order i, f, g, o)
+c_t = f_t ⊙ c_{t-1} + i_t ⊙ g_t
+m_t = o_t ⊙ tanh(c_t)
+h_t = m_t,  or W_hr m_t with a projection (Sak, Senior & Beaufays 2014)
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """The plain recurrent network (Elman 1990).
 
-    a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh        h_t = φ(a_t),  φ ∈ {tanh, relu, σ}
+a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh        h_t = φ(a_t),  φ ∈ {tanh, relu, σ}
 """
 
 from collections.abc import Callable

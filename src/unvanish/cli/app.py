@@ -38,9 +38,9 @@ def compare(
     batch: Annotated[int, typer.Option(help="Samples per update.")] = 64,
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for report, figures and data; must be new, empty, or of an earlier run.")] = Path(
-        "unvanish-compare"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for report, figures and data; must be new, empty, or of an earlier run.")
+    ] = Path("unvanish-compare"),
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:

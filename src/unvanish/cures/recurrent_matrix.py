@@ -45,7 +45,8 @@ def orthogonal_(module: M, gain: float = 1.0, generator: torch.Generator | None 
     with torch.no_grad():
         for layer, w_hh in zip(layers, matrices, strict=True):
             for block in layer.blocks(w_hh).values():
-                block.copy_(gain * _haar(*block.shape, generator))
+                rows, columns = block.shape
+                block.copy_(gain * _haar(rows, columns, generator))
     return module
 
 

@@ -4,4 +4,16 @@ from unvanish.engine.dispatch import RUNGS, Choice, explain, force, run
 from unvanish.engine.manual import Flow, Trace, adjoint, trace, weight_gradients
 from unvanish.engine.sequence import active_steps
 
-__all__ = ["RUNGS", "Choice", "Flow", "Trace", "active_steps", "adjoint", "explain", "force", "run", "trace", "weight_gradients"]
+__all__ = [
+    "RUNGS",
+    "Choice",
+    "Flow",
+    "Trace",
+    "active_steps",
+    "adjoint",
+    "explain",
+    "force",
+    "run",
+    "trace",
+    "weight_gradients",
+]

@@ -1,8 +1,8 @@
 """The manual rung: the hand-written adjoint of every cell, in torch operations. Any device; real floating dtypes.
 
-    forward   p = W_ih x + b_ih for all steps at once, then saved_t, s_t = cell.step(p_t, s_{t-1})
-    backward  δh_t = ∂E_t/∂h_t + (what step t+1 hands back),  the cell's adjoint gives δa_t
-    weights   ∂E/∂W_ih = Σ_t δa_tᵀ x_t,  ∂E/∂W_hh = Σ_t δa_hh_tᵀ h_{t-1}: one matrix product over all steps
+forward   p = W_ih x + b_ih for all steps at once, then saved_t, s_t = cell.step(p_t, s_{t-1})
+backward  δh_t = ∂E_t/∂h_t + (what step t+1 hands back),  the cell's adjoint gives δa_t
+weights   ∂E/∂W_ih = Σ_t δa_tᵀ x_t,  ∂E/∂W_hh = Σ_t δa_hh_tᵀ h_{t-1}: one matrix product over all steps
 """
 
 from dataclasses import dataclass

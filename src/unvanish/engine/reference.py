@@ -63,7 +63,11 @@ def gradients(
     wanted = [v for v in inputs if v is not None and v.requires_grad]
     with torch.enable_grad():
         y, final = run(cell, x, state, w, lengths, reverse, clip)
-        pairs = [(out, d) for out, d in zip((y, *final), (dy, *dfinal), strict=True) if d is not None and out.requires_grad]
-        found = torch.autograd.grad([p[0] for p in pairs], wanted, [p[1] for p in pairs], create_graph=True, allow_unused=True)
+        pairs = [
+            (out, d) for out, d in zip((y, *final), (dy, *dfinal), strict=True) if d is not None and out.requires_grad
+        ]
+        found = torch.autograd.grad(
+            [p[0] for p in pairs], wanted, [p[1] for p in pairs], create_graph=True, allow_unused=True
+        )
     remaining = iter(found)
     return tuple(next(remaining) if v is not None and v.requires_grad else None for v in inputs)

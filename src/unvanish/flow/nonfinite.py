@@ -42,7 +42,9 @@ def _kind(v: Tensor) -> str:
     return "NaN" if bool(v.isnan().any()) else "infinity"
 
 
-def _first(name: str, way: str, parts: Iterable[tuple[str, Tensor]], active: Tensor | None, reverse: bool) -> str | None:
+def _first(
+    name: str, way: str, parts: Iterable[tuple[str, Tensor]], active: Tensor | None, reverse: bool
+) -> str | None:
     best: tuple[int, int, str, str] | None = None
     for label, v in parts:
         bad = ~v.isfinite()

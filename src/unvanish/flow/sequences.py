@@ -116,7 +116,9 @@ class ModuleSequence(Sequence):
             ]
             states = [tuple(s.detach() for s in state) for state in initial_states(module, hx, inputs)]
             masks = _dropout_masks(module, inputs, x if packed else None, rng)
-        self.calls.append(_Call(layers, inputs._replace(x=inputs.x.detach()), states, masks, _layout(x) if packed else None))
+        self.calls.append(
+            _Call(layers, inputs._replace(x=inputs.x.detach()), states, masks, _layout(x) if packed else None)
+        )
         self.listen(y.data if packed else y, (index, "y"))
         for i, state in enumerate(final if isinstance(final, tuple) else (final,)):
             self.listen(state, (index, i))
@@ -151,7 +153,9 @@ class ModuleSequence(Sequence):
         for first in range(0, len(call.layers), n_dir):
             here = [
                 engine.trace(layer.cell, x, state, layer.weights, call.inputs.lengths, layer.reverse)
-                for layer, state in zip(call.layers[first : first + n_dir], call.states[first : first + n_dir], strict=True)
+                for layer, state in zip(
+                    call.layers[first : first + n_dir], call.states[first : first + n_dir], strict=True
+                )
             ]
             traces += here
             x = torch.cat([tr.y for tr in here], dim=-1)
@@ -164,7 +168,9 @@ class ModuleSequence(Sequence):
         if dy is None:
             return None
         if call.packed is not None:
-            return nn.utils.rnn.pad_packed_sequence(call.packed._replace(data=dy, sorted_indices=None, unsorted_indices=None))[0]
+            return nn.utils.rnn.pad_packed_sequence(
+                call.packed._replace(data=dy, sorted_indices=None, unsorted_indices=None)
+            )[0]
         return time_major(self.module, dy).x
 
     def _final_error(self, call: _Call, d: Tensor | None) -> Tensor | None:
@@ -175,14 +181,24 @@ class ModuleSequence(Sequence):
             return d.unsqueeze(1)
         return d if call.inputs.order is None else d.index_select(1, call.inputs.order)
 
-    def _record(self, call: _Call, layer: LayerDirection, tr: engine.Trace, flow: engine.Flow, dy: Tensor | None) -> Measured:
+    def _record(
+        self, call: _Call, layer: LayerDirection, tr: engine.Trace, flow: engine.Flow, dy: Tensor | None
+    ) -> Measured:
         grads = engine.weight_gradients(tr, flow)
         suffix = layer.name
         name = f"{self.name}.{suffix}" if self.name else suffix
         T, B = tr.x.shape[:2]
         lengths = call.inputs.lengths
         record = summarise(
-            name, tr.cell, tr.saved, flow.dstate, flow.da, flow.da_hh, tr.x, tr.active, self.want_partial,
+            name,
+            tr.cell,
+            tr.saved,
+            flow.dstate,
+            flow.da,
+            flow.da_hh,
+            tr.x,
+            tr.active,
+            self.want_partial,
             torch.full((B,), T) if lengths is None else lengths,
         )
         if call.inputs.order is not None:
@@ -240,7 +256,9 @@ class CellSequence(Sequence):
             total = torch.tensor(self.exposed, device=x.device)[:, None, None]
             d = (d[0], torch.where(total, d[1] - through_h, d[1]))
         step = self.cell.adjoint(d, saved, self.weights)
-        record = summarise(self.name, self.cell, saved, step.state, step.da, step.da_hh, x, active, self.want_partial, lengths)
+        record = summarise(
+            self.name, self.cell, saved, step.state, step.da, step.da_hh, x, active, self.want_partial, lengths
+        )
         gradients = {
             weight_key(self.module, "weight_ih"): step.da.flatten(0, 1).mT @ x.flatten(0, 1),
             weight_key(self.module, "weight_hh"): step.da_hh.flatten(0, 1).mT @ saved.h_prev.flatten(0, 1),
@@ -330,7 +348,9 @@ def cell_name(module: nn.RNNCellBase) -> str:
         return "gru"
     if isinstance(module, nn.RNNCell):
         return f"rnn_{module.nonlinearity}"
-    raise TypeError(f"module: expected nn.RNNCell, nn.LSTMCell or nn.GRUCell, got {type(module).__name__}; use uv.mark(h, name)")
+    raise TypeError(
+        f"module: expected nn.RNNCell, nn.LSTMCell or nn.GRUCell, got {type(module).__name__}; use uv.mark(h, name)"
+    )
 
 
 def _batched(v: Tensor) -> Tensor:
@@ -348,7 +368,9 @@ def _layout(x: PackedSequence) -> PackedSequence:
     return x._replace(data=x.data.new_empty(0))
 
 
-def _dropout_masks(module: nn.RNNBase, inputs: TimeMajor, packed: PackedSequence | None, rng: Tensor | None) -> list[Tensor]:
+def _dropout_masks(
+    module: nn.RNNBase, inputs: TimeMajor, packed: PackedSequence | None, rng: Tensor | None
+) -> list[Tensor]:
     """Draw again what torch drew between the layers: the same generator state, shapes and order."""
     if rng is None:
         return []
@@ -387,7 +409,9 @@ def _join(pieces: tuple[Measured, ...], detached: tuple[int, ...]) -> Measured:
             total[key] = total[key] + gradient
     timed = ("dh", "dc", "dgates", "dweight", "gates", "saturation")
     joined = {
-        name: torch.cat([getattr(flow, name) for flow in flows]) for name in timed if getattr(flows[0], name) is not None
+        name: torch.cat([getattr(flow, name) for flow in flows])
+        for name in timed
+        if getattr(flows[0], name) is not None
     }
     lengths = torch.stack([flow.lengths for flow in flows])
     if first.log_carry is not None:

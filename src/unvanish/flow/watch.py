@@ -48,8 +48,11 @@ class Watch(Flow):
         self._partial = partial
         self._keep = keep
         self._modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)}
+        self._names = [name for path, module in self._modules.items() for name in _record_names(path, module)]
         if any(isinstance(m, torch._dynamo.OptimizedModule) for m in model.modules()):
-            raise TypeError("model: a torch.compile'd module hides its layers; watch the module it was made from (._orig_mod)")
+            raise TypeError(
+                "model: a torch.compile'd module hides its layers; watch the module it was made from (._orig_mod)"
+            )
         self._handles: list[RemovableHandle] = []
         self._weights: dict[Hashable, tuple[Tensor, RemovableHandle]] = {}
         self._sequences: WeakSet[Sequence] = WeakSet()
@@ -76,7 +79,9 @@ class Watch(Flow):
         Watch._active.append(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         Watch._active.remove(self)
         for handle in self._handles:
             handle.remove()
@@ -108,15 +113,16 @@ class Watch(Flow):
         for measured in latest.values():
             if measured.nonfinite is not None:
                 raise NonFiniteError(measured.nonfinite)
-        return {name: measured.flow for name, measured in latest.items()}
+        order = [*self._names, *self._seen]
+        return {name: latest[name].flow for name in sorted(latest, key=order.index)}
 
     def __getitem__(self, name: str) -> LayerFlow:
         if name in self._passed():
             return self.passes(name)[-1]
-        if self._expects(name):
+        if name in self._names or name in self._seen:
             raise NoBackwardError(self._silence(repr(name)))
-        known = [*self._passed(), *(n for n in self._seen if n not in self._passed())]
-        raise KeyError(f"no layer {name!r} here; there are {', '.join(known) or ', '.join(self._modules) or 'none'}")
+        known = dict.fromkeys([*self._names, *self._passed()])
+        raise KeyError(f"no layer {name!r} here; there are {', '.join(known) or 'none'}")
 
     def passes(self, name: str) -> list[LayerFlow]:
         """The records of the last `keep` passes of one layer, oldest first.
@@ -133,19 +139,12 @@ class Watch(Flow):
         return [measured.flow for measured in found]
 
     def __repr__(self) -> str:
-        return super().__repr__() if self._passes else f"Watch of {type(self._model).__name__}: no error has come back yet"
+        return (
+            super().__repr__() if self._passes else f"Watch of {type(self._model).__name__}: no error has come back yet"
+        )
 
     def _passed(self) -> dict[str, None]:
         return dict.fromkeys(measured.flow.name for measured in self._passes.values())
-
-    def _expects(self, name: str) -> bool:
-        return name in self._seen or any(
-            name == f"{path}.l{k}{end}".removeprefix(".")
-            for path, module in self._modules.items()
-            if isinstance(module, nn.RNNBase)
-            for k in range(module.num_layers)
-            for end in ("", ".reverse")[: 2 if module.bidirectional else 1]
-        ) or (isinstance(self._modules.get(name), nn.RNNCellBase))
 
     def _silence(self, what: str) -> str:
         if not self._seen:
@@ -283,7 +282,9 @@ class Watch(Flow):
                 for key, error in errors.items():
                     sequence.errors[key] = sequence.errors[key] + error if key in sequence.errors else error
                 keys = [part.gradients for part in found]
-                found = [replace(part, gradients=k) for part, k in zip(sequence.measure(sequence.errors), keys, strict=True)]
+                found = [
+                    replace(part, gradients=k) for part, k in zip(sequence.measure(sequence.errors), keys, strict=True)
+                ]
             else:
                 sequence.errors = errors
             measured.append((sequence, found))
@@ -299,6 +300,13 @@ class Watch(Flow):
         for key in same[: -self._keep]:
             del self._passes[key]
             self.dropped += 1
+
+
+def _record_names(path: str, module: nn.RNNBase | nn.RNNCellBase) -> list[str]:
+    if isinstance(module, nn.RNNCellBase):
+        return [path or "cell"]
+    ends = ("", ".reverse") if module.bidirectional else ("",)
+    return [f"{path}.l{k}{end}".removeprefix(".") for k in range(module.num_layers) for end in ends]
 
 
 def _steps(module: nn.RNNBase, x: Tensor | PackedSequence) -> int:
@@ -379,6 +387,8 @@ def mark(h: Tensor, name: str) -> Tensor:
         raise TypeError(f"h: expected a tensor, got {type(h).__name__}")
     if Watch._active and torch.is_grad_enabled():
         if not h.requires_grad:
-            raise ValueError(f"h: the state marked {name!r} does not require gradients, so no error can come back to it")
+            raise ValueError(
+                f"h: the state marked {name!r} does not require gradients, so no error can come back to it"
+            )
         Watch._active[-1].mark(h, name)
     return h

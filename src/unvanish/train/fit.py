@@ -42,7 +42,9 @@ class Progress:
 
 
 class _Supervised(lightning.LightningModule):
-    def __init__(self, model: nn.Module, task: Task, budget: Budget, progress: Progress, tell: Callable[..., None]) -> None:
+    def __init__(
+        self, model: nn.Module, task: Task, budget: Budget, progress: Progress, tell: Callable[..., None]
+    ) -> None:
         super().__init__()
         self.model, self.task, self.budget, self.progress, self.tell = model, task, budget, progress, tell
         self._errors: list[tuple[float, int]] = []
@@ -51,7 +53,9 @@ class _Supervised(lightning.LightningModule):
         x, y = batch
         loss = self.task.loss(self.model(x), y)
         if not loss.isfinite():
-            raise ArithmeticError(f"the training loss became {float(loss)} at update {self.global_step}; try a smaller lr or clip")
+            raise ArithmeticError(
+                f"the training loss became {float(loss)} at update {self.global_step}; try a smaller lr or clip"
+            )
         return loss
 
     def on_train_batch_end(self, *_: Any) -> None:

@@ -92,11 +92,11 @@ class Comparison:
         """
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"results.json: expected schema {SCHEMA}, got {found!r}; made by another version of unvanish?")
+            raise ValueError(
+                f"results.json: expected schema {SCHEMA}, got {found!r}; made by another version of unvanish?"
+            )
         try:
-            tasks = [
-                TaskResult(**{**task, "runs": [_run(run) for run in task["runs"]]}) for task in data["tasks"]
-            ]
+            tasks = [TaskResult(**{**task, "runs": [_run(run) for run in task["runs"]]}) for task in data["tasks"]]
             return cls(tasks, data["environment"], data["command"], data["schema"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"results.json: a field is missing or unknown: {error}") from error

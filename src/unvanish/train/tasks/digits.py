@@ -29,7 +29,9 @@ class Digits(Task):
         from sklearn.datasets import load_digits
 
         if length not in (None, self.default_length):
-            raise ValueError(f"length: an image of the digits has {self.default_length} pixels, got {length}; leave it out")
+            raise ValueError(
+                f"length: an image of the digits has {self.default_length} pixels, got {length}; leave it out"
+            )
         self.length = self.default_length
         self.seed = seed
         images, labels = load_digits(return_X_y=True)

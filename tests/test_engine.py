@@ -1,0 +1,109 @@
+"""Every rung against torch's own modules and against the reference."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.strategies import LayerCase, layer_cases
+from unvanish import engine
+from unvanish.cells import CELLS, Weights
+
+FAST = [rung for rung in engine.RUNGS if rung != "reference"]
+
+
+def outcome(case: LayerCase, rung: str, clip: float | None, seed: int) -> list[torch.Tensor]:
+    """Outputs, final state and every gradient under a random cotangent."""
+    y, final = engine.run(case.cell, case.x, case.state, case.weights, case.lengths, case.reverse, clip, rung)
+    generator = torch.Generator().manual_seed(seed)
+    out = [y, *final]
+    d = [torch.randn(v.shape, generator=generator, dtype=v.dtype) for v in out]
+    return [*out, *torch.autograd.grad(out, case.inputs, d, allow_unused=True, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("rung", FAST)
+@given(case=layer_cases(), clip=st.none() | st.floats(0.1, 2), seed=st.integers(0, 99))
+def test_rungs_agree_with_the_reference(rung: str, case: LayerCase, clip: float | None, seed: int) -> None:
+    torch.testing.assert_close(
+        outcome(case, rung, clip, seed), outcome(case, "reference", clip, seed), rtol=1e-11, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize("rung", list(engine.RUNGS))
+@given(case=layer_cases(torch.float64, ("rnn_tanh", "rnn_relu", "lstm", "gru")))
+def test_equal_to_torch_modules(rung: str, case: LayerCase) -> None:
+    x, w, (T, B, n_in) = case.x, case.weights, case.x.shape
+    H, R = case.state[-1].shape[-1], case.state[0].shape[-1]
+    options = {"bias": w.b_ih is not None, "dtype": torch.float64}
+    if case.cell.name == "lstm":
+        module = (
+            torch.nn.LSTM(n_in, H, proj_size=0 if w.w_hr is None else R, **options) if w.w_hr is None or R < H else None
+        )
+    else:
+        kind = torch.nn.GRU if case.cell.name == "gru" else torch.nn.RNN
+        extra = {} if kind is torch.nn.GRU else {"nonlinearity": case.cell.name.removeprefix("rnn_")}
+        module = kind(n_in, H, **options, **extra)
+    if module is None:
+        return
+    with torch.no_grad():
+        for mine, theirs in zip([v for v in w if v is not None], module.parameters(), strict=True):
+            theirs.copy_(mine)
+    hx = tuple(s.unsqueeze(0) for s in case.state)
+    expected, _ = module(x, hx if len(hx) > 1 else hx[0])
+    y, _ = engine.run(case.cell, x, case.state, w, rung=rung)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("rung", FAST)
+@pytest.mark.parametrize("name", list(CELLS))
+def test_gradients_of_gradients(rung: str, name: str) -> None:
+    torch.manual_seed(0)
+    cell, G = CELLS[name], len(CELLS[name].gates)
+    x, w_ih, w_hh = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 2), (G * 2, 2), (G * 2, 2))
+    )
+    state = tuple(torch.randn(2, 2, dtype=torch.float64) for _ in cell.states)
+
+    def run(x: torch.Tensor, w_ih: torch.Tensor, w_hh: torch.Tensor) -> torch.Tensor:
+        return engine.run(cell, x, state, Weights(w_ih, w_hh), rung=rung)[0]
+
+    assert torch.autograd.gradcheck(run, (x, w_ih, w_hh))
+    assert torch.autograd.gradgradcheck(run, (x, w_ih, w_hh))
+
+
+def test_dispatch_says_what_runs_and_why() -> None:
+    x = torch.zeros(1, 1, 1)
+    assert engine.explain(x).rung == next(iter(engine.RUNGS))
+    with engine.force("reference"):
+        assert engine.explain(x).rung == "reference"
+    assert "complex" in str(engine.explain(torch.zeros(1, 1, 1, dtype=torch.complex64)))
+    with pytest.raises(RuntimeError, match="forced, but can't run"):
+        engine.explain(torch.zeros(1, 1, 1, dtype=torch.complex64), "manual")
+    with pytest.raises(ValueError, match="rung: expected one of"):
+        engine.explain(x, "fast")
+
+
+def test_torch_func_goes_to_the_reference() -> None:
+    w = Weights(torch.randn(2, 2), torch.randn(2, 2))
+    seen = []
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        seen.append(engine.explain(x).rung)
+        return engine.run(CELLS["rnn_tanh"], x, (torch.zeros(1, 2),), w)[0].sum()
+
+    assert torch.func.grad(f)(torch.randn(3, 1, 2)).shape == (3, 1, 2)
+    assert seen == ["reference"]
+
+
+@pytest.mark.parametrize(
+    ("x", "clip", "message"),
+    [
+        (torch.zeros(2, 3), None, r"x: expected \[T, B, I\]"),
+        (torch.zeros(0, 3, 2), None, r"x: expected \[T, B, I\] with T ≥ 1"),
+        (torch.zeros(2, 3, 5), None, "x: expected 2 features"),
+        (torch.zeros(2, 3, 2), -1.0, "clip: expected a positive norm"),
+    ],
+)
+def test_wrong_input_is_named(x: torch.Tensor, clip: float | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine.run(CELLS["rnn_tanh"], x, (torch.zeros(3, 2),), Weights(torch.zeros(2, 2), torch.zeros(2, 2)), clip=clip)
