@@ -31,6 +31,10 @@ class Weights(NamedTuple):
     w_hr: Tensor | None = None
     """[P, H]: the LSTM's projection of h"""
 
+    def detach(self) -> "Weights":
+        """The same numbers, outside any graph."""
+        return Weights(*(None if v is None else v.detach() for v in self))  # type: ignore[arg-type]
+
 
 class Adjoint(NamedTuple):
     """What one step of backpropagation through time yields."""

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from typer.exceptions import TyperException
 
 from unvanish.cli.output import OutputFolder, UserError
 
@@ -87,13 +89,10 @@ def main() -> None:
         _fail(str(error), USER_ERROR)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", INTERRUPTED)
-    except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-            _fail(error.format_message(), USER_ERROR)
-        raise
+    except TyperException as error:
+        _fail(str(error), USER_ERROR)
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/bold red] ", end="")
-    print(message, file=sys.stderr)
+    Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/bold red]", escape(message))
     sys.exit(code)

@@ -37,7 +37,8 @@ class OutputFolder:
 
     @contextmanager
     def staged(self) -> Iterator[Path]:
-        """A private folder to write into; it takes the final name when the block ends well, and is removed when it does not."""
+        """A private folder to write into; it takes the final name when the block ends well, and is removed when it
+        does not."""
         try:
             yield self._stage
             os.chmod(self._stage, 0o777 & ~_umask())

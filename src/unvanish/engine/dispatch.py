@@ -94,8 +94,8 @@ def run(
         x: `[T, B, I]`, time-major.
         state: initial (h `[B, R]`,) or (h, c `[B, H]`).
         w: the weights.
-        lengths: `[B]`, the number of steps of each sample; None: T for all. After its last step a sample's state is held and y is 0.
-        reverse: read from the last step to the first; y stays in input order.
+        lengths: `[B]`, the number of steps of each sample; None: T for all. After its last step a sample's state is
+        held and y is 0. reverse: read from the last step to the first; y stays in input order.
         clip: the largest 2-norm, per sample, of the error handed from one step to the one before; None: unbounded.
         rung: force "native", "manual" or "reference"; None: the fastest that supports the call.
 

@@ -1,4 +1,5 @@
-"""The reference rung: a loop of cell steps, and autograd does the rest. Any dtype, any device, any order of derivative."""
+"""The reference rung: a loop of cell steps, and autograd does the rest. Any dtype, any device, any order of
+derivative."""
 
 from typing import Any
 
@@ -58,7 +59,8 @@ def gradients(
     dy: Tensor | None,
     dfinal: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients with respect to (x, *state, *w), None where nothing flows: the double backward of the other rungs."""
+    """Differentiable gradients with respect to (x, *state, *w), None where nothing flows: the double backward of the
+    other rungs."""
     inputs = (x, *state, *w)
     wanted = [v for v in inputs if v is not None and v.requires_grad]
     with torch.enable_grad():

@@ -1,7 +1,7 @@
 """What the rungs share: ragged sequences, the order of the steps, clipping of δ inside the recurrence.
 
-Sequences are time-major `[T, B, ...]`. With `lengths` `[B]`, sample b is active at t < lengths[b]; where it is not, its state is
-held, so the final state is the one after its last step and a reversed sequence starts at its own end.
+Sequences are time-major `[T, B, ...]`. With `lengths` `[B]`, sample b is active at t < lengths[b]; where it is not,
+its state is held, so the final state is the one after its last step and a reversed sequence starts at its own end.
 """
 
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ def steps(T: int, reverse: bool) -> Iterator[int]:
 
 
 def clip_rows(d: Tensor, limit: float) -> Tensor:
-    """Each row of d `[B, n]` scaled down to 2-norm ≤ limit. The norm is taken in float64: squares of float32 overflow at 1e19."""
+    """Each row of d `[B, n]` scaled down to 2-norm ≤ limit. The norm is taken in float64: squares of float32 overflow
+    at 1e19."""
     norm = torch.linalg.vector_norm(d, dim=-1, keepdim=True, dtype=torch.float64)
     return d * torch.where(norm > limit, limit / norm, 1.0).to(d.dtype)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from unvanish import engine
@@ -11,7 +10,8 @@ from unvanish import engine
 def birthplace(name: str, tr: engine.Trace, dy: Tensor | None, flow: engine.Flow) -> str | None:
     """A sentence naming the first non-finite value of this layer's pass, or None when all are finite.
 
-    Forward, in the layer's reading order, a step is searched in the order of computation: input, previous state, gates, state. Backward,
+    Forward, in the layer's reading order, a step is searched in the order of computation: input, previous state,
+    gates, state. Backward,
     from the last step read to the first: the error that arrives at h_t, then δ of the states, then δ of each gate.
     """
     if _finite(flow.da) and _finite(tr.y) and _finite(tr.x) and all(map(_finite, (*flow.dstate, *flow.dinitial))):

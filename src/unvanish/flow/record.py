@@ -1,6 +1,7 @@
 """Records of the gradient's flow: frozen data, saved without pickle.
 
-Axes: `T` steps, `B` samples in the user's order, `G` gates in torch's order. Norms are float64, whatever the model's dtype.
+Axes: `T` steps, `B` samples in the user's order, `G` gates in torch's order. Norms are float64, whatever the model's
+dtype.
 """
 
 import json
@@ -35,7 +36,8 @@ class NonFiniteError(ArithmeticError):
 class LayerFlow:
     """The error's way back through one layer and direction, one forward pass.
 
-    Steps are in input order, also for a reversed layer. Where a sample has no input (t ≥ its length) norms are 0 and gate
+    Steps are in input order, also for a reversed layer. Where a sample has no input (t ≥ its length) norms are 0 and
+    gate
     statistics NaN. A field that does not exist for the cell is None: `dc` but for the LSTM, all but `dh` for `uv.mark`.
     """
 
@@ -81,7 +83,8 @@ class LayerFlow:
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row per step and sample with input: layer, t, sample, dh, dc, dweight, and dgate_*, gate_*, saturation_* per gate."""
+        """One row per step and sample with input: layer, t, sample, dh, dc, dweight, and dgate_*, gate_*,
+        saturation_* per gate."""
         import pandas as pd
 
         T, B = self.dh.shape

@@ -1,8 +1,9 @@
 """One watched forward pass: what ran, which errors came back to it, and the record they make.
 
-A sequence is a list of segments: calls of a module that follow one another, each starting from the state the one before returned.
-A call of nn.LSTM is one segment of many steps, a call of nn.LSTMCell one step. Everything kept is detached, so a sequence lives as
-long as the graph whose hooks hold it, and never keeps a graph alive.
+A sequence is a list of segments: calls of a module that follow one another, each starting from the state the one
+before returned.
+A call of nn.LSTM is one segment of many steps, a call of nn.LSTMCell one step. Everything kept is detached, so a
+sequence lives as long as the graph whose hooks hold it, and never keeps a graph alive.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
@@ -53,7 +53,7 @@ class Sequence(ABC):
         self.handles: list[RemovableHandle] = []
         self.detached: list[int] = []
         self.number = self.epoch = 0
-        self.era = (0, 0)
+        self.era: tuple[int, int] = (0, 0)
         self.start: int | None = None
         self._catch = catch
 
@@ -103,19 +103,16 @@ class ModuleSequence(Sequence):
     def steps(self) -> int:
         return sum(call.inputs.x.shape[0] for call in self.calls)
 
-    def add(self, x: Tensor | PackedSequence, hx: Any, output: Any, rng: Tensor | None) -> None:
+    def add(self, x: Tensor | PackedSequence, hx: Any, lengths: Any, output: Any, rng: Tensor | None) -> None:
         """A call that has just returned `output`; `rng` is the generator's state before it, where it drew dropout."""
         module, index = self.module, len(self.calls)
         y, final = output
         packed = isinstance(x, PackedSequence)
         with torch.no_grad():
-            inputs = time_major(module, x)
-            layers = [
-                layer._replace(weights=Weights(*(None if v is None else v.detach() for v in layer.weights)))
-                for layer in layer_directions(module)
-            ]
+            inputs = time_major(module, x, lengths)
+            layers = [layer._replace(weights=layer.weights.detach()) for layer in layer_directions(module)]
             states = [tuple(s.detach() for s in state) for state in initial_states(module, hx, inputs)]
-            masks = _dropout_masks(module, inputs, x if packed else None, rng)
+            masks = _dropout_masks(module, inputs, rng)
         self.calls.append(
             _Call(layers, inputs._replace(x=inputs.x.detach()), states, masks, _layout(x) if packed else None)
         )
@@ -138,7 +135,8 @@ class ModuleSequence(Sequence):
             for d in reversed(range(n_dir)):
                 tr, layer = traces[first + d], call.layers[first + d]
                 dy_d = None if dy is None else dy.tensor_split(n_dir, dim=-1)[d]
-                flow = engine.adjoint(tr, dy_d, tuple(None if f is None else f[first + d] for f in dfinal))
+                ends = tuple(None if f is None else f[first + d] for f in dfinal)
+                flow = engine.adjoint(tr, dy_d, ends, getattr(self.module, "clip", None))
                 below.append(flow.da @ tr.weights.w_ih if first else None)
                 measured.insert(0, self._record(call, layer, tr, flow, dy_d))
             if first:
@@ -231,8 +229,7 @@ class CellSequence(Sequence):
         given = tuple(torch.zeros_like(s) for s in states) if hx is None else hx if isinstance(hx, tuple) else (hx,)
         self.x.append(_batched(x.detach()))
         self.previous.append(tuple(_batched(s.detach()) for s in given))
-        used = (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
-        self.weights = Weights(*(None if v is None else v.detach() for v in used))  # type: ignore[union-attr]
+        self.weights = Weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh).detach()
         # A fused step (CUDA) returns h_t and c_t from one node: its ∂E/∂c_t lacks the path through h_t.
         self.exposed.append(len(states) == 1 or states[0].grad_fn is not states[1].grad_fn)
         for i, state in enumerate(states):
@@ -368,25 +365,14 @@ def _layout(x: PackedSequence) -> PackedSequence:
     return x._replace(data=x.data.new_empty(0))
 
 
-def _dropout_masks(
-    module: nn.RNNBase, inputs: TimeMajor, packed: PackedSequence | None, rng: Tensor | None
-) -> list[Tensor]:
-    """Draw again what torch drew between the layers: the same generator state, shapes and order."""
+def _dropout_masks(module: nn.RNNBase, inputs: TimeMajor, rng: Tensor | None) -> list[Tensor]:
+    """Draw again what was drawn between the layers: the same generator state, shapes and order."""
     if rng is None:
         return []
-    T, B = inputs.x.shape[:2]
     width = (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
-    shape = (T, B, width) if packed is None else (packed.data.shape[0], width)
-    masks = []
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(rng)
-        for _ in range(module.num_layers - 1):
-            mask = dropout(torch.ones(shape, dtype=inputs.x.dtype), module.dropout)
-            if packed is not None:
-                bare = packed._replace(data=mask, sorted_indices=None, unsorted_indices=None)
-                mask = nn.utils.rnn.pad_packed_sequence(bare)[0]
-            masks.append(mask)
-    return masks
+        return [inputs.dropout_mask(width, module.dropout) for _ in range(module.num_layers - 1)]
 
 
 def _reorder(record: LayerFlow, order: Tensor) -> LayerFlow:

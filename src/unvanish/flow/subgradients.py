@@ -1,4 +1,5 @@
-"""The T subgradients of ∂E/∂W = Σ_t g_t, g_t = δa_tᵀ [h_{t-1}, x_t], W = [W_hh, W_ih]: their norms, and their partial sums'."""
+"""The T subgradients of ∂E/∂W = Σ_t g_t, g_t = δa_tᵀ [h_{t-1}, x_t], W = [W_hh, W_ih]: their norms, and their partial
+sums'."""
 
 import torch
 from torch import Tensor
@@ -10,8 +11,8 @@ CHUNK_ELEMENTS = 2**22
 def dweight(da: Tensor, da_hh: Tensor, x: Tensor, h_prev: Tensor) -> Tensor:
     """‖g_t‖_F, `[T]` float64, from δa and δa_hh `[T, B, G·H]`, x `[T, B, I]`, h_{t-1} `[T, B, R]`.
 
-    By the Gram identity ‖Σ_b u_bᵀ v_b‖_F² = Σ_{b,b'} (u_b · u_b')(v_b · v_b'), without forming g_t. δ is scaled to about 1 by a power of
-    two first, so that its squares neither underflow nor overflow.
+    By the Gram identity ‖Σ_b u_bᵀ v_b‖_F² = Σ_{b,b'} (u_b · u_b')(v_b · v_b'), without forming g_t. δ is scaled to
+    about 1 by a power of two first, so that its squares neither underflow nor overflow.
     """
     T, B, width = da.shape
     step = max(1, CHUNK_ELEMENTS // (B * max(width, B)))
@@ -29,7 +30,8 @@ def dweight(da: Tensor, da_hh: Tensor, x: Tensor, h_prev: Tensor) -> Tensor:
 
 
 def partial(da: Tensor, da_hh: Tensor, x: Tensor, h_prev: Tensor) -> Tensor:
-    """‖Σ_{s≥t} g_s‖_F, `[T]` float64: the partial sums of ∂E/∂W from the last step backwards. Forms one g_t at a time."""
+    """‖Σ_{s≥t} g_s‖_F, `[T]` float64: the partial sums of ∂E/∂W from the last step backwards. Forms one g_t at a
+    time."""
     T = len(da)
     norms = da.new_zeros(T, dtype=torch.float64)
     sums = [d.new_zeros(d.shape[-1], v.shape[-1], dtype=torch.float64) for d, v in ((da, x), (da_hh, h_prev))]

@@ -1,8 +1,9 @@
 """Watch the error travel back through the recurrent layers of any model, without touching the model's own numbers.
 
-Torch runs forward and backward as always. A watch keeps what went into each recurrent layer and, through hooks on what came out,
-∂E/∂h_t as it arrives from outside; from these it replays the layer's own backpropagation through time. So outputs and gradients stay
-bitwise torch's, and the replay can be held against autograd's ∂E/∂W (`residual`).
+Torch runs forward and backward as always. A watch keeps what went into each recurrent layer and, through hooks on
+what came out,
+∂E/∂h_t as it arrives from outside; from these it replays the layer's own backpropagation through time. So outputs and
+gradients stay bitwise torch's, and the replay can be held against autograd's ∂E/∂W (`residual`).
 """
 
 from __future__ import annotations
@@ -148,7 +149,10 @@ class Watch(Flow):
 
     def _silence(self, what: str) -> str:
         if not self._seen:
-            return f"{what}: no forward pass with gradients ran inside the watch; call the model and loss.backward() in the with block"
+            return (
+                f"{what}: no forward pass with gradients ran inside the watch; "
+                "call the model and loss.backward() in the with block"
+            )
         if not self._passes:
             return f"{what}: no backward pass ran inside the watch; call loss.backward() in the with block"
         return f"{what}: a backward pass ran, but no error came back to it: the loss does not depend on it"
@@ -164,8 +168,8 @@ class Watch(Flow):
             draws = module.training and module.dropout > 0 and module.num_layers > 1
             if draws and next(module.parameters()).device.type != "cpu":
                 raise RuntimeError(
-                    f"watch: dropout between the layers of {name or 'the model'!r} is drawn inside cuDNN, where it can't be "
-                    "drawn again; set its dropout to 0, use one module per layer, or watch on the CPU"
+                    f"watch: dropout between the layers of {name or 'the model'!r} is drawn inside cuDNN, where it "
+                    "can't be drawn again; set its dropout to 0, use one module per layer, or watch on the CPU"
                 )
             self._rng[name] = torch.get_rng_state() if draws else None
 
@@ -185,7 +189,7 @@ class Watch(Flow):
             assert isinstance(sequence, ModuleSequence)
             for weight in module._flat_weights_names:
                 self._hear_weight(module, weight)
-            sequence.add(x, hx, output, self._rng.pop(name, None))
+            sequence.add(x, hx, kwargs.get("lengths"), output, self._rng.pop(name, None))
 
         return hook
 
@@ -208,7 +212,8 @@ class Watch(Flow):
         return hook
 
     def _continued(self, name: str, hx: Any, output: tuple[Tensor, ...], stepwise: bool) -> Sequence | None:
-        """The sequence that this call goes on with: the one whose last state it starts from, attached to the graph or not."""
+        """The sequence that this call goes on with: the one whose last state it starts from, attached to the graph or
+        not."""
         given = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
         last = self._last_state.get(name, ())
         self._last_state[name] = tuple(state.detach() for state in output)
@@ -220,7 +225,8 @@ class Watch(Flow):
             if not attached:
                 sequence.detached.append(sequence.steps)
             return sequence
-        # A state that was changed between two steps (attention, dropout) still goes on, unless it is the learnt initial state again.
+        # A state that was changed between two steps (attention, dropout) still goes on, unless it is the learnt
+        # initial state again.
         fresh = given[0].data_ptr() == sequence.start
         return sequence if stepwise and attached and not fresh and sequence.epoch == self._epoch else None
 
@@ -332,33 +338,39 @@ def _residual(ours: dict[Hashable, Tensor], autograd: dict[Hashable, Tensor]) ->
 
 
 def watch(model: nn.Module, *, partial: bool = False, keep: int = 8) -> Watch:
-    """Record, per recurrent layer and direction, how the error flows back: ‖∂E/∂h_t‖, ‖∂E/∂c_t‖, gates and subgradients.
+    """Record, per recurrent layer and direction, how the error flows back: ‖∂E/∂h_t‖, ‖∂E/∂c_t‖, gates and
+    subgradients.
 
         with uv.watch(model) as flow:
             loss_fn(model(x), y).backward()
         flow["encoder.lstm.l0"].dh          # [T, B]
 
     δh_t = ∂E_t/∂h_t + W_hhᵀ δa_{t+1} and so on: exact total derivatives of whatever `backward` was called on, for every
-    nn.RNN, nn.LSTM and nn.GRU in the model (layers, directions, packed, projected, with dropout between layers), every nn.*Cell
-    stepped in a loop, and every state handed to `uv.mark`. Records name layers "path.l0", "path.l1.reverse"; a cell by its path.
+    nn.RNN, nn.LSTM and nn.GRU in the model (layers, directions, packed, projected, with dropout between layers),
+    every nn.*Cell
+    stepped in a loop, and every state handed to `uv.mark`. Records name layers "path.l0", "path.l1.reverse"; a cell
+    by its path.
 
-    The model's outputs, gradients, hooks, generator state and attributes are what they would be without the watch, also when the block
-    raises.
+    The model's outputs, gradients, hooks, generator state and attributes are what they would be without the watch,
+    also when the block raises.
 
-    What counts as a pass. Each forward call of a module under enabled gradients starts one; calls under `torch.no_grad()` are not recorded.
-    Calls that start from the state the same module or cell returned last go on with the same pass (a decoder's loop, a cell's loop), even
-    if that state was detached: `detached` then lists the steps. A backward pass ends all passes: what runs after it is new. So truncated
-    BPTT gives one pass per chunk.
+    What counts as a pass. Each forward call of a module under enabled gradients starts one; calls under
+    `torch.no_grad()` are not recorded.
+    Calls that start from the state the same module or cell returned last go on with the same pass (a decoder's loop,
+    a cell's loop), even
+    if that state was detached: `detached` then lists the steps. A backward pass ends all passes: what runs after it
+    is new. So truncated BPTT gives one pass per chunk.
 
     - Several forwards: `flow[name]` is the latest pass that an error came back to; `flow.passes(name)` the last `keep`.
-    - Several backwards through one forward (`retain_graph=True`): errors add, as `.grad` does; the record shows the sum.
+    - Several backwards through one forward (`retain_graph=True`): errors add, as `.grad` does; the record shows the
+      sum.
     - No backward, or a loss that does not depend on the layer: access raises NoBackwardError, never zeros.
     - Backward after the block: not seen.
     - NaN or infinity: access raises NonFiniteError naming layer, step, sample and gate where it was born.
     - `torch.autograd.grad`, and frozen weights: recorded; `residual` is NaN where autograd computed no ∂E/∂W.
 
-    `residual` compares the record with autograd's ∂E/∂W of the same backward pass. It is large if a weight takes part elsewhere in the
-    loss too (tied weights, a penalty): then it measures that part.
+    `residual` compares the record with autograd's ∂E/∂W of the same backward pass. It is large if a weight takes part
+    elsewhere in the loss too (tied weights, a penalty): then it measures that part.
 
     Args:
         model: any module; not one returned by torch.compile.
@@ -374,10 +386,11 @@ def watch(model: nn.Module, *, partial: bool = False, keep: int = 8) -> Watch:
 
 
 def mark(h: Tensor, name: str) -> Tensor:
-    """Show a custom cell's state h_t `[B, H]` or `[H]` to the active watch, once per step: `h = uv.mark(step(x[t], h), "mycell")`.
+    """Show a custom cell's state h_t `[B, H]` or `[H]` to the active watch, once per step: `h = uv.mark(step(x[t],
+    h), "mycell")`.
 
-    Records ‖∂E/∂h_t‖ under `flow[name].dh`, t counting the calls of one forward pass. Outside a watch, and under `torch.no_grad()`, it does
-    nothing. Returns h itself.
+    Records ‖∂E/∂h_t‖ under `flow[name].dh`, t counting the calls of one forward pass. Outside a watch, and under
+    `torch.no_grad()`, it does nothing. Returns h itself.
 
     Raises:
         TypeError: h is no tensor.

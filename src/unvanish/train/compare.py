@@ -31,7 +31,8 @@ Tell = Callable[[Task, str, int, int, float | None], None]
 def measure(model: SequenceModel, task: Task, update: int, fraction: float = 0.01) -> Reach:
     """‖∂E_T/∂s_{T−ℓ}‖ of the task's own error at the last step, s = c for the LSTM and h for the others, in float64.
 
-    The rows of the map are renormalised as they go, so `log_norm` is right far below what the training's float32 can hold.
+    The rows of the map are renormalised as they go, so `log_norm` is right far below what the training's float32 can
+    hold.
     """
     double = deepcopy(model).double()
     x, y = (v.double() if v.is_floating_point() else v for v in task.samples("validation", range(PROBES)))
@@ -110,7 +111,8 @@ def compare(
     command: str = "unvanish.train.compare(...)",
     tell: Tell = lambda *_: None,
 ) -> Comparison:
-    """Train every cell on every task under one budget; measure how far the last step's error reaches, before, during and after.
+    """Train every cell on every task under one budget; measure how far the last step's error reaches, before, during
+    and after.
 
     Args:
         tasks: names out of `unvanish.train.TASKS`.

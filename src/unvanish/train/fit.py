@@ -49,7 +49,7 @@ class _Supervised(lightning.LightningModule):
         self.model, self.task, self.budget, self.progress, self.tell = model, task, budget, progress, tell
         self._errors: list[tuple[float, int]] = []
 
-    def training_step(self, batch: Sequence[Tensor], index: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         loss = self.task.loss(self.model(x), y)
         if not loss.isfinite():
@@ -58,10 +58,10 @@ class _Supervised(lightning.LightningModule):
             )
         return loss
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.tell(self.global_step, self.progress.error[-1] if self.progress.error else None)
 
-    def validation_step(self, batch: Sequence[Tensor], index: int) -> None:
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         x, y = batch
         self._errors.append((float(self.task.error(self.model(x), y)), len(y)))
 
@@ -80,7 +80,9 @@ class _At(lightning.Callback):
     def __init__(self, updates: set[int], act: Callable[[int], None]) -> None:
         self.updates, self.act = updates, act
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step in self.updates:
             self.act(trainer.global_step)
 
@@ -93,7 +95,8 @@ def fit(
     at: dict[int, Callable[[int], None]] | None = None,
     tell: Callable[[int, float | None], None] = lambda update, error: None,
 ) -> Progress:
-    """Adam on the task's loss for `budget.steps` updates, the global gradient norm clipped; validation 20 times along the way.
+    """Adam on the task's loss for `budget.steps` updates, the global gradient norm clipped; validation 20 times along
+    the way.
 
     Args:
         model: answers `[B, T, I]` with what the task's loss takes.

@@ -28,7 +28,7 @@ class Recipe:
     """A cell, and what is done to it before training."""
 
     title: str
-    layer: type[nn.RNNBase]
+    layer: Callable[..., nn.RNNBase]
     prepare: Callable[[nn.RNNBase, int], object] | None = None
     """in place, given the layer and the sequence length"""
     nonlinearity: str | None = None

@@ -9,7 +9,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Reach:
-    """How one error source, at the last step T, travels back: ‖∂E_T/∂s_{T−ℓ}‖ over the lag ℓ, at one moment of training."""
+    """How one error source, at the last step T, travels back: ‖∂E_T/∂s_{T−ℓ}‖ over the lag ℓ, at one moment of
+    training."""
 
     update: int
     """optimizer updates done when it was measured"""

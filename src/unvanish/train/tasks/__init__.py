@@ -1,10 +1,12 @@
 """Long-lag tasks, each in its own file with its paper and chance level."""
 
+from collections.abc import Callable
+
 from unvanish.train.tasks.adding import Adding
 from unvanish.train.tasks.base import Task
 from unvanish.train.tasks.digits import Digits
 
-TASKS: dict[str, type[Task]] = {"adding": Adding, "digits": Digits}
+TASKS: dict[str, Callable[[int | None, int], Task]] = {"adding": Adding, "digits": Digits}
 
 
 def make_task(name: str, length: int | None = None, seed: int = 0) -> Task:

@@ -1,4 +1,5 @@
-"""The adding problem (Hochreiter & Schmidhuber 1997, experiment 4, in the form of Arjovsky, Shah & Bengio 2016, §5.2)."""
+"""The adding problem (Hochreiter & Schmidhuber 1997, experiment 4, in the form of Arjovsky, Shah & Bengio 2016,
+§5.2)."""
 
 from collections.abc import Sequence
 
@@ -10,9 +11,11 @@ _SPLITS: dict[Split, int] = {"train": 0, "validation": 1, "test": 2}
 
 
 class Adding(Task):
-    """x_t = (u_t, m_t): u_t ~ U[0, 1]; m_t marks one step of the first half and one of the second. Answer: the sum of the marked u.
+    """x_t = (u_t, m_t): u_t ~ U[0, 1]; m_t marks one step of the first half and one of the second. Answer: the sum of
+    the marked u.
 
-    Always answering 1 has MSE Var(u + u') = 1/6 ≈ 0.167: chance. To do better, an error at the last step must reach the marks.
+    Always answering 1 has MSE Var(u + u') = 1/6 ≈ 0.167: chance. To do better, an error at the last step must reach
+    the marks.
     """
 
     name = "adding"

@@ -53,7 +53,8 @@ class Task(ABC):
         """The samples with these indices."""
 
     def dataset(self, split: Split) -> Dataset[Samples]:
-        """The split for a DataLoader that hands over whole batches (`batch_size=None` and a batch sampler, or `__getitems__`)."""
+        """The split for a DataLoader that hands over whole batches (`batch_size=None` and a batch sampler, or
+        `__getitems__`)."""
         return _Samples(self, split)
 
     def loss(self, answer: Tensor, y: Tensor) -> Tensor:
@@ -67,7 +68,8 @@ class Task(ABC):
 
 class _Samples(Dataset[Samples]):
     def __init__(self, task: Task, split: Split) -> None:
-        self.task, self.split = task, split
+        self.task = task
+        self.split: Split = split
 
     def __len__(self) -> int:
         return self.task.size(self.split)

@@ -1,4 +1,5 @@
-"""Handwritten digits read pixel by pixel, after the sequential MNIST of Le, Jaitly & Hinton 2015, on scikit-learn's 8 × 8 images."""
+"""Handwritten digits read pixel by pixel, after the sequential MNIST of Le, Jaitly & Hinton 2015, on scikit-learn's 8
+× 8 images."""
 
 from collections.abc import Sequence
 
@@ -11,8 +12,8 @@ from unvanish.train.tasks.base import Samples, Split, Task, as_float
 class Digits(Task):
     """x_t is one pixel in [0, 1], row by row, 64 steps; the answer, after the last, is the digit.
 
-    1,797 images (UCI optical digits), shuffled once by the seed: 1,197 to train, 300 to validate, 300 to test. The classes are nearly
-    balanced, so the best constant answer errs in about 90 %.
+    1,797 images (UCI optical digits), shuffled once by the seed: 1,197 to train, 300 to validate, 300 to test. The
+    classes are nearly balanced, so the best constant answer errs in about 90 %.
     """
 
     name = "digits"

@@ -1,0 +1,43 @@
+"""torch.nn.RNNCell, LSTMCell and GRUCell, with a sigmoid RNN and the mathematics of `unvanish.cells`.
+
+A single step has no sequence to run faster; these exist so that a model can name one family of layers, and for the
+sigmoid.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from unvanish.cells import CELLS, Weights
+
+
+class RNNCell(nn.RNNCell):
+    """h' = φ(W_ih x + b_ih + W_hh h + b_hh), φ ∈ {tanh, relu, sigmoid}: torch.nn.RNNCell, and sigmoid."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.nonlinearity not in ("tanh", "relu", "sigmoid"):
+            raise ValueError(f"nonlinearity: expected 'tanh', 'relu' or 'sigmoid', got {self.nonlinearity!r}")
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # noqa: A002 (torch's name)
+        """As torch's: `[B, I]` or `[I]` → `[B, H]` or `[H]`."""
+        if self.nonlinearity != "sigmoid":
+            return super().forward(input, hx)
+        if input.dim() not in (1, 2):
+            raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if hx is None:
+            hx = input.new_zeros(*input.shape[:-1], self.hidden_size)
+        if hx.shape != (*input.shape[:-1], self.hidden_size):
+            raise RuntimeError(f"hx: expected {(*input.shape[:-1], self.hidden_size)}, got {tuple(hx.shape)}")
+        weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        cell = CELLS["rnn_sigmoid"]
+        (h,), _ = cell.step(cell.project(input, weights), (hx,), weights)
+        return h
+
+
+class LSTMCell(nn.LSTMCell):
+    """torch.nn.LSTMCell."""
+
+
+class GRUCell(nn.GRUCell):
+    """torch.nn.GRUCell."""

@@ -1,0 +1,263 @@
+"""torch.nn.RNN, LSTM and GRU, run by the engine: every option, error, weight and state_dict is torch's; only the
+sequence runs otherwise.
+
+A subclass adds three things to how a sequence is run:
+
+    layer(x, hx, lengths=[...])     samples of different length without packing: any integer dtype or device, zero
+    allowed
+    layer.clip = c                  the error handed from one step to the one before never exceeds 2-norm c per sample
+    layer.checkpoint_every = n      keep one state in n, recompute the rest in the backward: memory for 10⁶ steps
+
+`layer.states(x)` returns every h_t, c_t and gate of every layer.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+from unvanish import engine
+from unvanish.cells import State
+from unvanish.nn.modules import LayerDirection, TimeMajor, initial_states, layer_directions, time_major
+
+
+class LayerStates(NamedTuple):
+    """Every state and gate of one layer and direction, time-major, samples in the user's order."""
+
+    h: Tensor
+    """[T, B, R]"""
+    c: Tensor | None
+    """[T, B, H]; None but for the LSTM"""
+    gates: dict[str, Tensor]
+    """gate → its values [T, B, H]"""
+
+
+class _EngineSequence(nn.RNNBase):
+    """How a sequence is run: layer by layer and direction by direction on `unvanish.engine`."""
+
+    # Class attributes, so that accelerate() can turn a torch layer into this one, and back, without adding anything
+    # to it.
+    clip: float | None = None
+    checkpoint_every: int | None = None
+    _autocast_promotes: ClassVar[bool] = False
+    """whether torch's layer returns float32 under autocast, as its GRU does"""
+
+    def _torch_forward(self) -> Any:
+        """torch's own forward, for graphs that must not hold our operator and for devices where torch is faster."""
+        return next(base for base in type(self).__mro__ if base.__module__ == "torch.nn.modules.rnn").forward
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,  # noqa: A002 (torch's name)
+        hx: Any = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Any, Any]:
+        """As torch's: (output, h_n), or (output, (h_n, c_n)) for the LSTM.
+
+        Args:
+            input: `[T, B, I]`, `[B, T, I]` with batch_first, `[T, I]`, or packed.
+            hx: the initial state; None: zeros.
+            lengths: `[B]` steps of each sample of a padded input, of any integer dtype, on any device, zero allowed.
+            Output is 0 from
+                there on, and the final state is the one at the sample's own end.
+
+        Raises:
+            ValueError, RuntimeError: as torch's, and for lengths that do not fit.
+        """
+        if self._needs_torch(input) and lengths is None and self.clip is None and self.checkpoint_every is None:
+            return self._torch_forward()(self, input, hx)
+        self._check(input, hx)
+        inputs = time_major(self, input, lengths)
+        device = inputs.x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.float32 if self._autocast_promotes else torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):
+                y, final = self._run(inputs._replace(x=inputs.x.float()), _float(hx))
+            y, final = y.to(dtype), tuple(s.to(dtype) for s in final)
+        else:
+            y, final = self._run(inputs, hx)
+        return self._in_layout(input, inputs, y, final)
+
+    def states(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,  # noqa: A002
+    ) -> dict[str, LayerStates]:
+        """Every state and gate of every layer: "l0", "l1.reverse", … → LayerStates; 0 where a sample has no input.
+
+        Differentiable where gradients are enabled. Dropout between layers is not applied: these are the states of
+        evaluation.
+
+        Raises:
+            ValueError, RuntimeError: as `forward`.
+        """
+        self._check(input, hx)
+        inputs = time_major(self, input, lengths)
+        layers, states = layer_directions(self), initial_states(self, hx, inputs)
+        x, found = inputs.x, {}
+        order = None if inputs.order is None else torch.argsort(inputs.order)
+        active = engine.active_steps(inputs.lengths, x.shape[0], x.device)
+
+        def arrange(v: Tensor) -> Tensor:
+            v = v if active is None else torch.where(active, v, 0.0)
+            return v if order is None else v.index_select(1, order)
+
+        for here, initial in _by_layer(layers, states):
+            traces = [
+                engine.trace(d.cell, x, s, d.weights, inputs.lengths, d.reverse)
+                for d, s in zip(here, initial, strict=True)
+            ]
+            x = torch.cat([tr.y for tr in traces], dim=-1)
+            for d, tr in zip(here, traces, strict=True):
+                gates = dict(zip(d.cell.gates, d.cell.activations(tr.saved).unbind(-2), strict=True))
+                c = arrange(tr.saved.c) if "c" in tr.saved._fields else None
+                found[d.name] = LayerStates(arrange(tr.y), c, {gate: arrange(v) for gate, v in gates.items()})
+        return found
+
+    def extra_repr(self) -> str:
+        """torch's, and what was added."""
+        added = [f"{k}={getattr(self, k)}" for k in ("clip", "checkpoint_every") if getattr(self, k) is not None]
+        return ", ".join([super().extra_repr(), *added])
+
+    def _needs_torch(self, x: Tensor | PackedSequence) -> bool:
+        data = x.data if isinstance(x, PackedSequence) else x
+        return data.device.type != "cpu" or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+
+    def _check(self, x: Tensor | PackedSequence, hx: Any) -> None:
+        """torch's checks, in torch's words."""
+        self._update_flat_weights()
+        if isinstance(x, PackedSequence):
+            data, batch_sizes = x.data, x.batch_sizes
+        else:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"input: expected a Tensor or a PackedSequence, got {type(x).__name__}")
+            if x.dim() not in (2, 3):
+                raise ValueError(f"{self._get_name()}: Expected input to be 2D or 3D, got {x.dim()}D instead")
+            if x.shape[1 if self.batch_first and x.dim() == 3 else 0] == 0:
+                raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+            data, batch_sizes = x if x.dim() == 3 else x.unsqueeze(0 if self.batch_first else 1), None
+        if hx is None:
+            self.check_input(data, batch_sizes)
+            return
+        batched = isinstance(x, PackedSequence) or x.dim() == 3
+        given = hx if isinstance(hx, tuple | list) else (hx,)
+        if any(h.dim() != 2 + batched for h in given):
+            form, got = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2), [f"{h.dim()}-D" for h in given]
+            raise RuntimeError(f"For {form[0]} input, hx should also be {form[1]}-D but got ({', '.join(got)}) tensors")
+        if not batched:
+            given = tuple(h.unsqueeze(1) for h in given)
+        self.check_forward_args(data, given if self.mode == "LSTM" else given[0], batch_sizes)  # type: ignore[arg-type]
+
+    def _run(self, inputs: TimeMajor, hx: Any) -> tuple[Tensor, State]:
+        """([T, B, D·R], ([L·D, B, R], ...)) in internal order."""
+        layers, states = layer_directions(self), initial_states(self, hx, inputs)
+        x, finals = inputs.x, []
+        for number, (here, initial) in enumerate(_by_layer(layers, states)):
+            if number and self.dropout and self.training:
+                x = x * inputs.dropout_mask(x.shape[-1], self.dropout)
+            ran = [self._run_direction(d, x, s, inputs.lengths) for d, s in zip(here, initial, strict=True)]
+            x = torch.cat([y for y, _ in ran], dim=-1) if len(ran) > 1 else ran[0][0]
+            finals += [final for _, final in ran]
+        return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
+
+    def _run_direction(
+        self, d: LayerDirection, x: Tensor, state: State, lengths: Tensor | None
+    ) -> tuple[Tensor, State]:
+        if self.checkpoint_every is None:
+            return engine.run(d.cell, x, state, d.weights, lengths, d.reverse, self.clip)
+        starts = range(0, x.shape[0], self.checkpoint_every)
+        pieces: dict[int, Tensor] = {}
+        for start in reversed(starts) if d.reverse else starts:
+            part = x[start : start + self.checkpoint_every]
+            here = None if lengths is None else (lengths - start).clamp(0, len(part))
+            pieces[start], state = checkpoint(  # type: ignore[misc]
+                engine.run,
+                d.cell,
+                part,
+                state,
+                d.weights,
+                here,
+                d.reverse,
+                self.clip,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        return torch.cat([pieces[start] for start in starts]), state
+
+    def _in_layout(self, given: Tensor | PackedSequence, inputs: TimeMajor, y: Tensor, final: State) -> tuple[Any, Any]:
+        """As the user gave the input."""
+        if isinstance(given, PackedSequence):
+            lengths = torch.full((y.shape[1],), y.shape[0]) if inputs.lengths is None else inputs.lengths.cpu()
+            data = pack_padded_sequence(y, lengths).data
+            if inputs.order is not None:
+                final = tuple(s.index_select(1, torch.argsort(inputs.order)) for s in final)
+            output: Any = PackedSequence(data, given.batch_sizes, given.sorted_indices, given.unsorted_indices)
+        elif given.dim() == 2:
+            output, final = y.squeeze(1), tuple(s.squeeze(1) for s in final)
+        else:
+            output = y.transpose(0, 1) if self.batch_first else y
+        return output, (final if self.mode == "LSTM" else final[0])
+
+
+class RNN(_EngineSequence, nn.RNN):
+    """h_t = φ(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), φ ∈ {tanh, relu, sigmoid}: torch.nn.RNN, and sigmoid.
+
+    Arguments, shapes, weights and errors as torch.nn.RNN; see this module's docstring for what is added.
+
+    >>> rnn = RNN(3, 4, nonlinearity="sigmoid")
+    >>> rnn(torch.zeros(5, 2, 3), lengths=[5, 0])[0].shape
+    torch.Size([5, 2, 4])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if len(args) > 3:
+            kwargs["nonlinearity"], args = args[3], (*args[:3], *args[4:])
+        if kwargs.get("nonlinearity") == "sigmoid":
+            super().__init__(*args, **{**kwargs, "nonlinearity": "tanh"})
+            self.nonlinearity, self.mode = "sigmoid", "RNN_SIGMOID"
+        else:
+            super().__init__(*args, **kwargs)
+
+    def _needs_torch(self, x: Tensor | PackedSequence) -> bool:
+        return self.nonlinearity != "sigmoid" and super()._needs_torch(x)
+
+
+class LSTM(_EngineSequence, nn.LSTM):
+    """c_t = f_t ⊙ c_{t-1} + i_t ⊙ g_t,  h_t = o_t ⊙ tanh(c_t): torch.nn.LSTM.
+
+    Arguments, shapes, weights and errors as torch.nn.LSTM; see this module's docstring for what is added.
+
+    >>> lstm = LSTM(3, 4)
+    >>> states = lstm.states(torch.zeros(5, 2, 3))["l0"]
+    >>> states.c.shape, states.gates["f"].shape
+    (torch.Size([5, 2, 4]), torch.Size([5, 2, 4]))
+    """
+
+
+class GRU(_EngineSequence, nn.GRU):
+    """h_t = (1 − z_t) ⊙ n_t + z_t ⊙ h_{t-1}: torch.nn.GRU.
+
+    Arguments, shapes, weights and errors as torch.nn.GRU; see this module's docstring for what is added.
+
+    >>> GRU(3, 4, bidirectional=True)(torch.zeros(5, 2, 3))[0].shape
+    torch.Size([5, 2, 8])
+    """
+
+    _autocast_promotes = True
+
+
+def _by_layer(layers: list[LayerDirection], states: list[State]) -> list[tuple[list[LayerDirection], list[State]]]:
+    n_dir = 2 if any(d.reverse for d in layers) else 1
+    return [(layers[k : k + n_dir], states[k : k + n_dir]) for k in range(0, len(layers), n_dir)]
+
+
+def _float(hx: Any) -> Any:
+    if hx is None:
+        return None
+    return tuple(h.float() for h in hx) if isinstance(hx, tuple | list) else hx.float()

@@ -1,0 +1,130 @@
+"""A torch recurrent module as the layers and directions it consists of, and its input as a time-major sequence."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from unvanish.cells import CELLS, Cell, State, Weights
+
+
+class LayerDirection(NamedTuple):
+    """One layer and direction of a stacked module."""
+
+    cell: Cell
+    weights: Weights
+    layer: int
+    reverse: bool
+    name: str
+    """ "l0", "l1.reverse" """
+
+
+class TimeMajor(NamedTuple):
+    """An input as the engine takes it, in internal batch order: the packed one's, else the user's."""
+
+    x: Tensor
+    """[T, B, I]"""
+    lengths: Tensor | None
+    """[B], None when all have T steps"""
+    order: Tensor | None
+    """[B] the user's index of each internal sample; None when they are the same"""
+    batch_sizes: Tensor | None = None
+    """[T] of a packed input: how many samples are active at each step"""
+
+    def dropout_mask(self, width: int, p: float) -> Tensor:
+        """What torch's dropout between layers multiplies `[T, B, width]` with: 0 or 1/(1 − p), drawn as torch draws
+        it."""
+        T, B = self.x.shape[:2]
+        if self.batch_sizes is None:
+            return dropout(self.x.new_ones(T, B, width), p)
+        packed = dropout(self.x.new_ones(int(self.batch_sizes.sum()), width), p)
+        return pad_packed_sequence(PackedSequence(packed, self.batch_sizes))[0]
+
+
+def layer_directions(module: nn.RNNBase, weights: Sequence[Tensor] | None = None) -> list[LayerDirection]:
+    """Its layers and directions in torch's order, with the weights that its last forward pass used.
+
+    Raises:
+        TypeError: module is not one of torch's recurrent modules.
+    """
+    if not isinstance(module, nn.RNNBase) or module.mode.lower() not in CELLS:
+        raise TypeError(f"layer: expected torch.nn.RNN, LSTM or GRU, got {type(module).__name__}")
+    if weights is None:
+        module._update_flat_weights()
+        weights = [w for w in module._flat_weights if w is not None]
+    cell = CELLS[module.mode.lower()]
+    directions = (False, True) if module.bidirectional else (False,)
+    places = [(layer, reverse) for layer in range(module.num_layers) for reverse in directions]
+    per_place = len(weights) // len(places)
+    found = []
+    for k, (layer, reverse) in enumerate(places):
+        w_ih, w_hh, *rest = weights[k * per_place : (k + 1) * per_place]
+        w_hr = rest.pop() if module.proj_size else None
+        b_ih, b_hh = rest if module.bias else (None, None)
+        name = f"l{layer}" + ".reverse" * reverse
+        found.append(LayerDirection(cell, Weights(w_ih, w_hh, b_ih, b_hh, w_hr), layer, reverse, name))
+    return found
+
+
+def time_major(
+    module: nn.RNNBase, x: Tensor | PackedSequence, lengths: Tensor | Sequence[int] | None = None
+) -> TimeMajor:
+    """x as `[T, B, I]`, from `[T, B, I]`, `[B, T, I]` (batch_first), `[T, I]` or packed; `lengths` are those of a
+    padded one.
+
+    Raises:
+        TypeError: x is neither a tensor nor packed.
+        ValueError: it has the wrong number of axes, or no steps; lengths don't fit.
+    """
+    if isinstance(x, PackedSequence):
+        if lengths is not None:
+            raise ValueError("lengths: a packed input carries its own; leave lengths out")
+        padded, found = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes))
+        whole = bool((found == len(x.batch_sizes)).all())
+        return TimeMajor(padded, None if whole else found.to(padded.device), x.sorted_indices, x.batch_sizes)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor or a PackedSequence, got {type(x).__name__}")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x: expected 2 or 3 axes, got shape {tuple(x.shape)}")
+    if x.dim() == 2:
+        x = x.unsqueeze(1)
+    elif module.batch_first:
+        x = x.transpose(0, 1)
+    if x.shape[0] == 0:
+        raise ValueError("x: expected at least one step, got a sequence of length 0")
+    return TimeMajor(x, None if lengths is None else _whole_lengths(lengths, x), None)
+
+
+def _whole_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
+    given, (T, B) = torch.as_tensor(lengths), x.shape[:2]
+    if given.is_floating_point() or given.dtype == torch.bool or given.shape != (B,):
+        found = f"{tuple(given.shape)} of {given.dtype}"
+        raise ValueError(f"lengths: expected {B} whole numbers, one per sample, got {found}")
+    if B and not bool(((given >= 0) & (given <= T)).all()):
+        raise ValueError(f"lengths: expected 0 to {T}, the steps of the input, got {given.tolist()}")
+    return given.to(x.device, torch.int64)
+
+
+def initial_states(module: nn.RNNBase, hx: Any, inputs: TimeMajor) -> list[State]:
+    """(h_0,) or (h_0, c_0) of each layer and direction in internal batch order; zeros where hx is None."""
+    x, B = inputs.x, inputs.x.shape[1]
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    sizes = (module.proj_size or module.hidden_size, module.hidden_size)[: 2 if module.mode == "LSTM" else 1]
+    if hx is None:
+        return [tuple(x.new_zeros(B, n) for n in sizes)] * rows
+    given = hx if isinstance(hx, tuple | list) else (hx,)
+    given = tuple(h.unsqueeze(1) if h.dim() == 2 else h for h in given)
+    for h, n in zip(given, sizes, strict=True):
+        if h.shape != (rows, B, n):
+            raise ValueError(f"hx: expected {(rows, B, n)}, got {tuple(h.shape)}")
+    if inputs.order is not None:
+        given = tuple(h.index_select(1, inputs.order) for h in given)
+    return [tuple(h[k] for h in given) for k in range(rows)]
+
+
+def in_user_order(v: Tensor, inputs: TimeMajor, dim: int = 1) -> Tensor:
+    """Samples back from internal to the user's order, along `dim`."""
+    return v if inputs.order is None else v.index_select(dim, torch.argsort(inputs.order))

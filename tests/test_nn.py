@@ -1,0 +1,223 @@
+"""Our layers are torch's in everything but how the sequence is run."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+import unvanish as uv
+from tests.strategies import ModuleCase, module_cases
+
+
+def flat(output: Any) -> list[Tensor]:
+    y, final = output
+    return [y.data if isinstance(y, PackedSequence) else y, *(final if isinstance(final, tuple) else (final,))]
+
+
+def outcome(module: nn.RNNBase, case: ModuleCase, seed: int) -> list[Tensor]:
+    torch.manual_seed(seed)
+    module.zero_grad()
+    out = flat(module(case.x, case.hx))
+    sum((torch.randn_like(o) * o).sum() for o in out).backward()  # type: ignore[union-attr]
+    return [*(o.detach() for o in out), *(p.grad for p in module.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@given(data=st.data(), seed=st.integers(0, 99), training=st.booleans())
+def test_outputs_and_gradients_equal_torch(
+    dtype: torch.dtype, tolerance: float, data: Any, seed: int, training: bool
+) -> None:
+    case = data.draw(module_cases(dtype, dropout=0.4))
+    module = case.module.train(training)
+    expected = outcome(module, case, seed)
+    uv.accelerate(module)
+    torch.testing.assert_close(outcome(module, case, seed), expected, rtol=tolerance, atol=tolerance)
+    assert type(module).__module__ == "unvanish.nn.layers"
+    uv.restore(module)
+    assert type(module).__module__ == "torch.nn.modules.rnn"
+
+
+@given(case=module_cases(), seed=st.integers(0, 99))
+def test_a_watch_on_ours_equals_a_watch_on_torch(case: ModuleCase, seed: int) -> None:
+    def record(module: nn.RNNBase) -> uv.flow.Watch:
+        with uv.watch(module) as flow:
+            outcome(module, case, seed)
+        return flow
+
+    theirs, ours = record(case.module), record(uv.accelerate(case.module))
+    for name in case.names:
+        torch.testing.assert_close(ours[name].dh, theirs[name].dh, rtol=1e-11, atol=1e-14)
+        assert ours[name].residual <= 1e-12
+
+
+@pytest.mark.parametrize("kind", [uv.nn.RNN, uv.nn.LSTM, uv.nn.GRU])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_lengths_equal_packing_and_may_be_zero(kind: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = kind(2, 3, num_layers=2, bidirectional=True, batch_first=True, dtype=torch.float64)
+    x = torch.randn(4, 6, 2, dtype=torch.float64)
+    lengths = torch.tensor([3, 0, 6, 1], dtype=dtype)
+    y, final = layer(x, lengths=lengths)
+    for b, n in enumerate(lengths.tolist()):
+        assert (y[b, n:] == 0).all()
+        finals = final if isinstance(final, tuple) else (final,)
+        if n:
+            alone, alone_final = layer(x[b : b + 1, :n])
+            torch.testing.assert_close(y[b : b + 1, :n], alone, rtol=1e-12, atol=1e-14)
+            theirs = alone_final if isinstance(alone_final, tuple) else (alone_final,)
+            torch.testing.assert_close([f[:, b : b + 1] for f in finals], list(theirs), rtol=1e-12, atol=1e-14)
+        else:
+            assert all((f[:, b] == 0).all() for f in finals)
+    with uv.watch(layer) as flow:
+        layer(x, lengths=lengths)[0].sum().backward()
+    assert flow["l0"].lengths.tolist() == [3, 0, 6, 1]
+    assert flow["l1.reverse"].residual <= 1e-12
+
+
+@pytest.mark.parametrize("lengths", [[1, 2], [1.0, 2.0, 3.0], [1, 2, 9], [-1, 2, 3]])
+def test_lengths_that_do_not_fit(lengths: list[float]) -> None:
+    with pytest.raises(ValueError, match="lengths: expected"):
+        uv.nn.GRU(2, 3)(torch.zeros(4, 3, 2), lengths=lengths)
+
+
+@given(case=module_cases(), every=st.integers(1, 8), seed=st.integers(0, 99))
+def test_checkpointing_changes_no_number(case: ModuleCase, every: int, seed: int) -> None:
+    module = uv.accelerate(case.module)
+    expected = outcome(module, case, seed)
+    module.checkpoint_every = every
+    torch.testing.assert_close(outcome(module, case, seed), expected, rtol=1e-12, atol=1e-13)
+    with pytest.raises(ValueError, match="uses checkpoint_every"):
+        uv.restore(module)
+
+
+def test_clip_bounds_the_error_handed_back() -> None:
+    torch.manual_seed(0)
+    rnn = uv.nn.RNN(2, 4, dtype=torch.float64)
+    with torch.no_grad():
+        rnn.weight_hh_l0.mul_(8)
+    rnn.clip = 0.01
+    x = torch.randn(20, 3, 2, dtype=torch.float64)
+    with uv.watch(rnn) as flow:
+        rnn(x)[0][-1].sum().backward()
+    assert (flow["l0"].dh[:-1] <= 0.01 * (1 + 1e-12)).all()
+    assert (flow["l0"].dh[-1] > 1).all()
+    assert flow["l0"].residual <= 1e-12
+
+
+def test_sigmoid_rnn_and_cell() -> None:
+    torch.manual_seed(0)
+    rnn, cell = (
+        uv.nn.RNN(2, 3, nonlinearity="sigmoid", dtype=torch.float64),
+        uv.nn.RNNCell(2, 3, nonlinearity="sigmoid"),
+    )
+    cell.double().load_state_dict({k.removesuffix("_l0"): v for k, v in rnn.state_dict().items()})
+    x = torch.randn(4, 2, 2, dtype=torch.float64)
+    y, _ = rnn(x)
+    h = torch.zeros(2, 3, dtype=torch.float64)
+    for t in range(4):
+        expected = torch.sigmoid(x[t] @ rnn.weight_ih_l0.T + rnn.bias_ih_l0 + h @ rnn.weight_hh_l0.T + rnn.bias_hh_l0)
+        h = cell(x[t], h)
+        torch.testing.assert_close(h, expected, rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(y[t], h, rtol=1e-13, atol=1e-15)
+    with pytest.raises(ValueError, match="nonlinearity='sigmoid', which torch's layer does not have"):
+        uv.restore(rnn)
+    with pytest.raises(ValueError, match="nonlinearity"):
+        uv.nn.RNN(2, 3, nonlinearity="selu")
+
+
+@given(case=module_cases())
+def test_states_are_those_of_the_run(case: ModuleCase) -> None:
+    module = uv.accelerate(case.module).eval()
+    states = module.states(case.x, case.hx)
+    assert list(states) == case.names
+    y, final = module(case.x, case.hx)
+    if isinstance(y, PackedSequence):
+        y = nn.utils.rnn.pad_packed_sequence(y)[0]
+    elif y.dim() == 2:
+        y = y.unsqueeze(1)
+    elif module.batch_first:
+        y = y.transpose(0, 1)
+    top = [s.h for name, s in states.items() if name.startswith(f"l{module.num_layers - 1}")]
+    torch.testing.assert_close(torch.cat(top, -1), y, rtol=1e-12, atol=1e-14)
+    for s in states.values():
+        if s.c is not None and not module.proj_size:
+            torch.testing.assert_close(s.h, s.gates["o"] * s.c.tanh(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_double_backward_pickle_deepcopy_state_dict_and_functional_call(kind: str) -> None:
+    torch.manual_seed(0)
+    ours, theirs = getattr(uv.nn, kind)(2, 3, dtype=torch.float64), getattr(nn, kind)(2, 3, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def penalty(layer: nn.Module) -> Tensor:
+        (g,) = torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), x)[0]
+
+    torch.testing.assert_close(penalty(ours), penalty(theirs), rtol=1e-11, atol=1e-13)
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(twin) is type(ours)
+        assert torch.equal(twin(x)[0], ours(x)[0])
+    other = {k: v * 2 for k, v in theirs.state_dict().items()}
+    expected = torch.func.functional_call(theirs, other, (x,))[0]
+    torch.testing.assert_close(torch.func.functional_call(ours, other, (x,))[0], expected, rtol=1e-12, atol=1e-14)
+    buffer = io.BytesIO()
+    torch.save(ours.state_dict(), buffer)
+    buffer.seek(0)
+    theirs.load_state_dict(torch.load(buffer, weights_only=True))
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_autocast_returns_torchs_dtypes(kind: str) -> None:
+    torch.manual_seed(0)
+    ours, theirs = getattr(uv.nn, kind)(2, 3), getattr(nn, kind)(2, 3)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, expected = flat(ours(x)), flat(theirs(x))
+    assert [v.dtype for v in mine] == [v.dtype for v in expected]
+    torch.testing.assert_close(mine, expected, rtol=3e-2, atol=3e-2)
+    flat(ours(x))[0].sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize(
+    ("x", "hx"),
+    [
+        (torch.zeros(4), None),
+        (torch.zeros(4, 2, 3, 1), None),
+        (torch.zeros(4, 2, 5), None),
+        (torch.zeros(4, 2, 3, dtype=torch.float64), None),
+        (torch.zeros(0, 2, 3), None),
+        (torch.zeros(4, 2, 3), torch.zeros(1, 3, 6)),
+        (torch.zeros(4, 2, 3), torch.zeros(1, 6)),
+        (torch.zeros(4, 3), torch.zeros(1, 1, 6)),
+        (torch.zeros(4, 3), torch.zeros(2, 6)),
+    ],
+)
+def test_wrong_input_raises_what_torch_raises(kind: str, x: Tensor, hx: Tensor | None) -> None:
+    ours, theirs = getattr(uv.nn, kind)(3, 6), getattr(nn, kind)(3, 6)
+    state = (hx, hx) if hx is not None and kind == "LSTM" else hx
+    with pytest.raises(Exception) as expected:  # noqa: PT011 (whatever torch raises)
+        theirs(x, state)
+    with pytest.raises(type(expected.value)):
+        ours(x, state)
+
+
+def test_accelerate_refuses_what_it_would_break() -> None:
+    class Own(nn.LSTM):
+        def forward(self, *args: Any) -> Any:
+            return None
+
+    with pytest.raises(ValueError, match="a subclass whose own forward would be lost"):
+        uv.accelerate(nn.Sequential(Own(2, 3)))
+    with pytest.raises(ValueError, match="has none"):
+        uv.accelerate(nn.Linear(2, 2))
