@@ -137,7 +137,7 @@ def test_states_are_those_of_the_run(case: ModuleCase) -> None:
     module = uv.accelerate(case.module).eval()
     states = module.states(case.x, case.hx)
     assert list(states) == case.names
-    y, final = module(case.x, case.hx)
+    y, _ = module(case.x, case.hx)
     if isinstance(y, PackedSequence):
         y = nn.utils.rnn.pad_packed_sequence(y)[0]
     elif y.dim() == 2:

@@ -1,6 +1,6 @@
 """Turn a model's torch layers into ours and back, in place, touching no weight."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -39,7 +39,7 @@ def accelerate(model: M) -> M:
                 "derive it from unvanish.nn instead"
             )
     for module in found.values():
-        module.__class__ = _OURS.get(type(module), type(module))
+        _turn_into(module, _OURS.get(type(module), type(module)))
     return model
 
 
@@ -60,5 +60,9 @@ def restore(model: M) -> M:
     for module in ours.values():
         for k in ("clip", "checkpoint_every"):
             vars(module).pop(k, None)
-        module.__class__ = _TORCHS[type(module)]
+        _turn_into(module, _TORCHS[type(module)])
     return model
+
+
+def _turn_into(module: Any, kind: type[nn.Module]) -> None:
+    module.__class__ = kind

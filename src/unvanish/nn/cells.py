@@ -19,7 +19,7 @@ class RNNCell(nn.RNNCell):
         if self.nonlinearity not in ("tanh", "relu", "sigmoid"):
             raise ValueError(f"nonlinearity: expected 'tanh', 'relu' or 'sigmoid', got {self.nonlinearity!r}")
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # noqa: A002 (torch's name)
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """As torch's: `[B, I]` or `[I]` → `[B, H]` or `[H]`."""
         if self.nonlinearity != "sigmoid":
             return super().forward(input, hx)

@@ -51,7 +51,7 @@ class _EngineSequence(nn.RNNBase):
 
     def forward(
         self,
-        input: Tensor | PackedSequence,  # noqa: A002 (torch's name)
+        input: Tensor | PackedSequence,
         hx: Any = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
@@ -87,7 +87,7 @@ class _EngineSequence(nn.RNNBase):
         input: Tensor | PackedSequence,
         hx: Any = None,
         *,
-        lengths: Tensor | Sequence[int] | None = None,  # noqa: A002
+        lengths: Tensor | Sequence[int] | None = None,
     ) -> dict[str, LayerStates]:
         """Every state and gate of every layer: "l0", "l1.reverse", … → LayerStates; 0 where a sample has no input.
 
@@ -127,7 +127,7 @@ class _EngineSequence(nn.RNNBase):
 
     def _needs_torch(self, x: Tensor | PackedSequence) -> bool:
         data = x.data if isinstance(x, PackedSequence) else x
-        return data.device.type != "cpu" or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+        return data.device.type != "cpu" or torch.onnx.is_in_onnx_export() or torch._C._get_tracing_state() is not None
 
     def _check(self, x: Tensor | PackedSequence, hx: Any) -> None:
         """torch's checks, in torch's words."""
