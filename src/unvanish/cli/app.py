@@ -35,10 +35,10 @@ def compare(
     task: Annotated[list[str] | None, typer.Option(help="Task; repeat for several. [default: adding, digits]")] = None,
     length: Annotated[int | None, typer.Option(help="Steps of the sequences. [default: the task's own]")] = None,
     cells: Annotated[str, typer.Option(help="Models, separated by commas.")] = "rnn,gru,lstm,lstm-chrono",
-    hidden: Annotated[int, typer.Option(help="Hidden units.")] = 64,
+    hidden: Annotated[int, typer.Option(help="Hidden units.")] = 48,
     steps: Annotated[int | None, typer.Option(help="Optimizer updates. [default: the task's own]")] = None,
     batch: Annotated[int, typer.Option(help="Samples per update.")] = 64,
-    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 3e-3,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-2,
     seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder for report, figures and data; must be new, empty, or of an earlier run.")

@@ -44,13 +44,13 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "rnn": Recipe("tanh-RNN", nn.RNN),
-    "irnn": Recipe("IRNN (relu, identity)", nn.RNN, lambda layer, length: cures.identity_(layer), "relu"),
-    "rnn-orthogonal": Recipe("tanh-RNN, orthogonal", nn.RNN, lambda layer, length: cures.orthogonal_(layer)),
+    "irnn": Recipe("IRNN", nn.RNN, lambda layer, length: cures.identity_(layer), "relu"),
+    "rnn-orthogonal": Recipe("orthogonal tanh-RNN", nn.RNN, lambda layer, length: cures.orthogonal_(layer)),
     "gru": Recipe("GRU", nn.GRU),
-    "gru-chrono": Recipe("GRU, chrono", nn.GRU, lambda layer, length: cures.chrono_(layer, max_lag=length)),
+    "gru-chrono": Recipe("chrono GRU", nn.GRU, lambda layer, length: cures.chrono_(layer, max_lag=length)),
     "lstm": Recipe("LSTM", nn.LSTM),
-    "lstm-forget1": Recipe("LSTM, forget bias 1", nn.LSTM, lambda layer, length: cures.forget_bias_(layer, 1.0)),
-    "lstm-chrono": Recipe("LSTM, chrono", nn.LSTM, lambda layer, length: cures.chrono_(layer, max_lag=length)),
+    "lstm-forget1": Recipe("forget-bias-1 LSTM", nn.LSTM, lambda layer, length: cures.forget_bias_(layer, 1.0)),
+    "lstm-chrono": Recipe("chrono LSTM", nn.LSTM, lambda layer, length: cures.chrono_(layer, max_lag=length)),
 }
 
 

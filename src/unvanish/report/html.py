@@ -1,0 +1,105 @@
+"""The report: one self-contained page, opens offline, made from records alone."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from unvanish.flow.record import Flow, write_atomically
+from unvanish.report import verdict
+from unvanish.report.style import decades, line
+from unvanish.train.records import Comparison, Reach, TaskResult
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Does the gradient survive, who learns, why, what to do, how was this measured: one HTML file.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    data = {task.name: _task_data(task) for task in comparison.tasks}
+    page = _render("comparison.html.j2", comparison=comparison, verdict=verdict, colour=line, data=_script_safe(data))
+    write_atomically(path, page.encode())
+
+
+def write_flow(flow: Flow, path: Path) -> None:
+    """‖∂E/∂h_t‖ and ‖∂E/∂c_t‖ over t of every layer: one HTML file.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    traces = []
+    for index, layer in enumerate(flow.values()):
+        for norm, dash, label in ((layer.dh, "solid", "h"), (layer.dc, "dash", "c")):
+            if norm is not None:
+                present = (np.arange(len(norm))[:, None] < layer.lengths.numpy()[None, :]) & (norm.numpy() > 0)
+                values = np.ma.masked_where(~present, np.log10(np.where(present, norm.numpy(), 1.0)))
+                middle = np.ma.median(values, axis=1).filled(np.nan)
+                traces.append(
+                    {
+                        "x": list(range(len(middle))),
+                        "y": [None if np.isnan(v) else float(v) for v in middle],
+                        "name": f"{layer.name} ∂E/∂{label}",
+                        "colour": line(index).colour,
+                        "dash": dash,
+                    }
+                )
+    page = _render("flow.html.j2", flow=flow, data=_script_safe({"traces": traces}))
+    write_atomically(path, page.encode())
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("unvanish.report", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    from plotly.offline import get_plotlyjs
+
+    assets = files("unvanish.report") / "assets"
+    return environment.get_template(template).render(
+        plotly=get_plotlyjs(),
+        css=(assets / "report.css").read_text("utf-8"),
+        js=(assets / "report.js").read_text("utf-8"),
+        **values,
+    )
+
+
+def _script_safe(data: Any) -> str:
+    """JSON that can stand inside a script element: no "<" that could end it, no line separators that JavaScript reads as ends."""
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _task_data(task: TaskResult) -> dict[str, Any]:
+    return {
+        "metric": task.metric,
+        "chance": task.chance,
+        "solvedBelow": task.solved_below,
+        "runs": [
+            {
+                "title": _short(run.title),
+                "colour": line(index).colour,
+                "dash": line(index).dash,
+                "update": run.curve_update,
+                "error": run.curve_error,
+                "moments": [_moment(m) for m in (run.before, *run.during, run.after)],
+            }
+            for index, run in enumerate(task.runs)
+        ],
+    }
+
+
+def _moment(reach: Reach) -> dict[str, Any]:
+    return {
+        "update": reach.update,
+        "lag": reach.lag,
+        "middle": decades(reach.log_norm),
+        "low": decades(reach.low),
+        "high": decades(reach.high),
+    }
+
+
+def _short(title: str, most: int = 40) -> str:
+    return title if len(title) <= most else title[: most - 1] + "…"

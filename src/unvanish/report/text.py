@@ -1,0 +1,47 @@
+"""A comparison on the terminal: tables that fit 80 columns, and the verdict in words."""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from unvanish.report import verdict
+from unvanish.train.records import Comparison, TaskResult
+
+_COLOUR = {"solved": "green", "partly": "yellow", "chance": "red"}
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """One table and three sentences per task."""
+    for task in comparison.tasks:
+        console.print(_table(task))
+        for sentence in (verdict.survival(task), verdict.learning(task), verdict.explanation(task)):
+            console.print(sentence, markup=False, highlight=False)
+        console.print()
+
+
+def _table(task: TaskResult) -> Table:
+    title = f"{task.title}, {task.length} steps. {task.metric.capitalize()}, chance {task.chance:.3g}"
+    table = Table(
+        title=escape(title),
+        caption="rate: nats per step; half-life, reach: steps (reach at 1 % left)",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("model", max_width=24, overflow="ellipsis", no_wrap=True)
+    table.add_column("error", justify="right")
+    table.add_column("outcome")
+    for name in ("rate", "half-life", "reach"):
+        table.add_column(name, justify="right")
+    table.add_column("trained", justify="right")
+    for run in task.runs:
+        outcome = verdict.outcome(task, run)
+        table.add_row(
+            escape(run.title),
+            f"{run.test_error:.3g}",
+            f"[{_COLOUR[outcome]}]{outcome}[/]",
+            f"{run.before.rate:.3f}",
+            verdict.half_life(run.before),
+            str(run.before.reach),
+            str(run.after.reach),
+        )
+    return table

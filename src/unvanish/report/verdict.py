@@ -1,0 +1,121 @@
+"""What a comparison says, in words: computed from the records, shared by the terminal and the page."""
+
+import math
+from collections.abc import Sequence
+
+from unvanish.report.style import LN10
+from unvanish.train.records import Reach, Run, TaskResult
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def power_of_ten(log_norm: float) -> str:
+    """A factor e^log_norm in words: "10⁻⁴¹", "0.32", "exactly 0"."""
+    if log_norm == -math.inf:
+        return "exactly 0"
+    if math.isnan(log_norm):
+        return "unknown"
+    exponent = log_norm / LN10
+    if -2 < exponent < 3:
+        return f"{10**exponent:.2g}"
+    return f"10{str(round(exponent)).translate(_SUPERSCRIPT)}"
+
+
+def fate(reach: Reach) -> str:
+    """What becomes of the last step's error at the first step: "vanishes", "survives" or "explodes".
+
+    Relative to its size at lag 0, so that no scale of the loss matters: below `fraction` it has vanished, above its inverse exploded.
+    """
+    end = reach.log_norm[-1]
+    if end < math.log(reach.fraction):
+        return "vanishes"
+    return "explodes" if end > -math.log(reach.fraction) else "survives"
+
+
+def survival(task: TaskResult) -> str:
+    """Whose gradient survives the length of the task, before training."""
+    lag = task.length - 1
+    parts = [f"{run.title}: {power_of_ten(run.before.log_norm[-1])}" for run in task.runs]
+    return f"Of the last step's error, {lag} steps earlier there is left, before training: {'; '.join(parts)}."
+
+
+def learning(task: TaskResult) -> str:
+    """Who solves the task, who learns something, who stays at chance."""
+    solved = [run.title for run in task.runs if run.solved]
+    some = [run.title for run in task.runs if not run.solved and not at_chance(task, run)]
+    none = [run.title for run in task.runs if not run.solved and at_chance(task, run)]
+    parts = []
+    if solved:
+        parts.append(f"{_and(solved)} {'solves' if len(solved) == 1 else 'solve'} it")
+    if some:
+        parts.append(f"{_and(some)} {'learns' if len(some) == 1 else 'learn'} part of it")
+    if none:
+        parts.append(f"{_and(none)} {'stays' if len(none) == 1 else 'stay'} at chance")
+    steps = task.settings["steps"]
+    return f"After {steps} updates {', '.join(parts)}."
+
+
+def explanation(task: TaskResult) -> str:
+    """What ties the two together, or that they do not agree here."""
+    kept = [run for run in task.runs if fate(run.before) != "vanishes"]
+    lost = [run for run in task.runs if fate(run.before) == "vanishes"]
+    learnt_lost = [run for run in lost if run.solved]
+    failed_kept = [run for run in kept if not run.solved]
+    if not lost:
+        return "No model's gradient vanishes over this length: what separates them is something else."
+    text = [f"At the start the gradient of {_and([run.title for run in lost])} vanishes over {task.length - 1} steps."]
+    if learnt_lost:
+        names = [f"{run.title} ({reached(run)})" for run in learnt_lost]
+        verb = "solves" if len(names) == 1 else "solve"
+        text.append(
+            f"Still {_and(names)} {verb} the task: training itself moved the reach. A gradient that vanishes at the start makes "
+            "learning slow and uncertain, not always impossible."
+        )
+    if failed_kept:
+        names = _and([run.title for run in failed_kept])
+        text.append(f"{names} did not solve it although the gradient reaches: reach is needed, not sufficient.")
+    return " ".join(text)
+
+
+def reached(run: Run) -> str:
+    """The change of reach over training."""
+    return f"reach {run.before.reach} → {run.after.reach} steps"
+
+
+def advice(task: TaskResult) -> list[str]:
+    """What to do with a task like this, from what was measured."""
+    best = min(task.runs, key=lambda run: run.test_error)
+    out = []
+    if best.solved:
+        when = f" after {best.solved_at} updates" if best.solved_at is not None else ""
+        out.append(f"Use {best.title}: it solved this task{when} with a {task.metric} of {best.test_error:.3g}.")
+    else:
+        out.append("No model solved it within the budget: give more --steps, or a cell with a longer carry (lstm-chrono, gru-chrono).")
+    for run in task.runs:
+        if not run.solved and fate(run.before) == "vanishes" and run.name in ("lstm", "gru"):
+            out.append(
+                f"{run.title}: its gates start half open, so that each step keeps about half of the error. Before training call "
+                f"unvanish.cures.chrono_(layer, max_lag={task.length})."
+            )
+        elif not run.solved and fate(run.before) == "vanishes":
+            out.append(f"{run.title}: no additive path carries the error; replace the cell by an LSTM or GRU with chrono biases.")
+    return out
+
+
+def at_chance(task: TaskResult, run: Run) -> bool:
+    """Whether the error is within 10 % of what the best constant answer has."""
+    return run.test_error > 0.9 * task.chance
+
+
+def outcome(task: TaskResult, run: Run) -> str:
+    """ "solved", "partly" or "chance"."""
+    return "solved" if run.solved else "chance" if at_chance(task, run) else "partly"
+
+
+def half_life(reach: Reach) -> str:
+    """In steps; "∞" where the norm does not fade."""
+    return "∞" if reach.half_life is None else f"{reach.half_life:.3g}"
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
