@@ -7,10 +7,44 @@ with uv.watch(model) as flow:
 flow["lstm.l0"].dh          # [T, B] ‖∂E/∂h_t‖
 """
 
-from unvanish import cures, flow, nn
-from unvanish.flow.watch import mark, watch
-from unvanish.nn import accelerate, restore
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+from typing import Any as _Any
+
+if TYPE_CHECKING:
+    from unvanish import cures, engine, flow, nn, report, train
+    from unvanish import report as plot
+    from unvanish.flow.watch import mark, watch
+    from unvanish.nn import accelerate, restore
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "accelerate", "cures", "flow", "mark", "nn", "restore", "watch"]
+__all__ = [
+    "__version__",
+    "accelerate",
+    "cures",
+    "engine",
+    "flow",
+    "mark",
+    "nn",
+    "plot",
+    "report",
+    "restore",
+    "train",
+    "watch",
+]
+
+_FROM = {"mark": "flow.watch", "watch": "flow.watch", "accelerate": "nn", "restore": "nn"}
+
+
+def __getattr__(name: str) -> _Any:
+    """Import on first use: the command line's help must not wait for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'unvanish' has no attribute {name!r}")
+    if name in _FROM:
+        return getattr(_import_module(f"unvanish.{_FROM[name]}"), name)
+    return _import_module("unvanish.report" if name == "plot" else f"unvanish.{name}")
+
+
+def __dir__() -> list[str]:
+    return __all__

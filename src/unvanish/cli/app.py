@@ -90,7 +90,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", INTERRUPTED)
     except TyperException as error:
-        _fail(str(error), USER_ERROR)
+        _fail(error.format_message(), USER_ERROR)
 
 
 def _fail(message: str, code: int) -> None:

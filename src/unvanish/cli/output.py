@@ -19,7 +19,7 @@ class OutputFolder:
     """A folder that appears whole or not at all.
 
     Raises:
-        UserError: the folder holds something else, or can't be written.
+        UserError: the folder holds something else.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,29 +28,31 @@ class OutputFolder:
             raise UserError(f"--out: {path} is a file; name a folder")
         if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / MARKER).is_file():
             raise UserError(f"--out: {path} holds files that are not from an earlier run; name a new or empty folder")
-        parent = self.path.parent
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            self._stage = Path(tempfile.mkdtemp(dir=parent, prefix=f".{self.path.name}."))
-        except OSError as error:
-            raise UserError(f"--out: {path} can't be written: {error.strerror}") from error
 
     @contextmanager
     def staged(self) -> Iterator[Path]:
-        """A private folder to write into; it takes the final name when the block ends well, and is removed when it
-        does not."""
+        """A private folder to write into, that takes the final name if the block ends well and is removed if not.
+
+        Raises:
+            UserError: it can't be made.
+        """
         try:
-            yield self._stage
-            os.chmod(self._stage, 0o777 & ~_umask())
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            stage = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}."))
+        except OSError as error:
+            raise UserError(f"--out: {self.path} can't be written: {error.strerror}") from error
+        try:
+            yield stage
+            os.chmod(stage, 0o777 & ~_umask())
             old = None
             if self.path.exists():
                 old = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}.old."))
                 os.replace(self.path, old)
-            os.replace(self._stage, self.path)
+            os.replace(stage, self.path)
             if old is not None:
                 shutil.rmtree(old)
         finally:
-            shutil.rmtree(self._stage, ignore_errors=True)
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -11,7 +11,8 @@ class Decay(NamedTuple):
     """Of ‖∂E_k/∂s_{k−ℓ}‖ over the lag ℓ. All three are unchanged when the error is multiplied by a constant."""
 
     rate: float
-    """nats per step: least-squares slope of the log norm over ℓ; < 0 vanishes, > 0 explodes; −inf where it is exactly 0 at once"""
+    """nats per step: least-squares slope of the log norm over ℓ; < 0 vanishes, > 0 explodes; −inf where it is exactly
+    0 at once"""
     half_life: float | None
     """steps: ln 2 / −rate; None where the norm does not fade"""
     reach: int
@@ -21,10 +22,12 @@ class Decay(NamedTuple):
 def decay(log_norm: Tensor, fraction: float = 0.01) -> Decay:
     """Rate, half-life and reach of `log_norm` `[T]` = ln‖∂E_k/∂s_{k−ℓ}‖, ℓ = 0 … T−1.
 
-    Lags where the error is exactly zero (−inf: a unit switched off, or no path) bound the reach and are left out of the slope.
+    Lags where the error is exactly zero (−inf: a unit switched off, or no path) bound the reach and are left out of
+    the slope.
 
     Raises:
-        ValueError: log_norm is not a vector of at least one lag, its lag 0 is not finite, a value is NaN or +inf, or fraction is not
+        ValueError: log_norm is not a vector of at least one lag, its lag 0 is not finite, a value is NaN or +inf, or
+        fraction is not
             in (0, 1).
     """
     if log_norm.dim() != 1 or len(log_norm) == 0:
@@ -33,7 +36,9 @@ def decay(log_norm: Tensor, fraction: float = 0.01) -> Decay:
         raise ValueError(f"fraction: expected a number between 0 and 1, got {fraction}")
     y = log_norm.double()
     if not bool(y[0].isfinite()) or bool((y.isnan() | (y == math.inf)).any()):
-        raise ValueError("log_norm: expected a finite value at lag 0 and none that is NaN or +inf; no error at the source?")
+        raise ValueError(
+            "log_norm: expected a finite value at lag 0 and none that is NaN or +inf; no error at the source?"
+        )
     lag = torch.arange(len(y), dtype=torch.float64)
     above = (y - y[0] > math.log(fraction)).nonzero().flatten()
     present = y.isfinite()

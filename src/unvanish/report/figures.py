@@ -24,14 +24,15 @@ def new_axes(width: float = 6.4, height: float = 3.8) -> Axes:
 
 
 def plot_reach(task: TaskResult, ax: Axes | None = None, moment: Moment = "before") -> Axes:
-    """‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0 over the lag ℓ, in powers of ten: median over samples, band from 10 % to 90 %."""
+    """‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0 over the lag ℓ, in powers of ten: median over samples, band from 10 % to 90
+    %."""
     ax = ax or new_axes()
     for index, run in enumerate(task.runs):
         reach, style = getattr(run, moment), line(index)
         middle, low, high = (np.array(decades(v), dtype=float) for v in (reach.log_norm, reach.low, reach.high))
         ax.fill_between(reach.lag, low, high, color=style.colour, alpha=0.15, linewidth=0)
         ax.plot(reach.lag, middle, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=run.title)
-    _finish(ax, "lag ℓ (steps before the error)", "‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0")
+    _finish(ax, "lag ℓ (steps before the error)", r"$\|\partial E_T/\partial s_{T-\ell}\|$ relative to lag 0")
     ax.yaxis.set_major_formatter(lambda value, _: f"$10^{{{value:g}}}$")
     when = "before training" if moment == "before" else "after training"
     ax.set_title(f"{task.title}: the error's way back, {when}", loc="left", fontsize=10)
@@ -43,7 +44,14 @@ def plot_learning(task: TaskResult, ax: Axes | None = None) -> Axes:
     ax = ax or new_axes()
     for index, run in enumerate(task.runs):
         style = line(index)
-        ax.plot(run.curve_update, run.curve_error, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=run.title)
+        ax.plot(
+            run.curve_update,
+            run.curve_error,
+            color=style.colour,
+            linestyle=style.dashes,
+            linewidth=1.8,
+            label=run.title,
+        )
     ax.axhline(task.chance, color="0.4", linewidth=0.9, label="chance")
     ax.axhline(task.solved_below, color="0.4", linewidth=0.9, linestyle=":", label="solved below")
     ax.set_yscale("log")
@@ -65,7 +73,14 @@ def plot_flow(flow: Flow | LayerFlow, ax: Axes | None = None) -> Axes:
             low, middle, high = _quantiles(values)
             colour, t = line(index).colour, np.arange(len(norm))
             ax.fill_between(t, low, high, color=colour, alpha=0.15, linewidth=0)
-            ax.plot(t, middle, color=colour, linestyle=dashes, linewidth=1.8, label=f"{layer.name}  ‖∂E/∂{label}_t‖")
+            ax.plot(
+                t,
+                middle,
+                color=colour,
+                linestyle=dashes,
+                linewidth=1.8,
+                label=rf"{layer.name}  $\|\partial E/\partial {label}_t\|$",
+            )
     ax.set_yscale("log")
     _finish(ax, "step t", "error gradient norm")
     return ax

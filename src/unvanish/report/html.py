@@ -67,7 +67,8 @@ def _render(template: str, **values: Any) -> str:
 
 
 def _script_safe(data: Any) -> str:
-    """JSON that can stand inside a script element: no "<" that could end it, no line separators that JavaScript reads as ends."""
+    """JSON that can stand inside a script element: no "<" that could end it, no line separators that JavaScript reads
+    as ends."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

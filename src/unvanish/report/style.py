@@ -1,4 +1,5 @@
-"""One palette for all pictures: Okabe & Ito's colours, told apart by dash and marker too, so they survive greyscale print."""
+"""One palette for all pictures: Okabe & Ito's colours, told apart by dash and marker too, so they survive greyscale
+print."""
 
 import math
 from typing import NamedTuple

@@ -24,7 +24,8 @@ def power_of_ten(log_norm: float) -> str:
 def fate(reach: Reach) -> str:
     """What becomes of the last step's error at the first step: "vanishes", "survives" or "explodes".
 
-    Relative to its size at lag 0, so that no scale of the loss matters: below `fraction` it has vanished, above its inverse exploded.
+    Relative to its size at lag 0, so that no scale of the loss matters: below `fraction` it has vanished, above its
+    inverse exploded.
     """
     end = reach.log_norm[-1]
     if end < math.log(reach.fraction):
@@ -68,8 +69,8 @@ def explanation(task: TaskResult) -> str:
         names = [f"{run.title} ({reached(run)})" for run in learnt_lost]
         verb = "solves" if len(names) == 1 else "solve"
         text.append(
-            f"Still {_and(names)} {verb} the task: training itself moved the reach. A gradient that vanishes at the start makes "
-            "learning slow and uncertain, not always impossible."
+            f"Still {_and(names)} {verb} the task: training itself moved the reach. "
+            "A gradient that vanishes at the start makes learning slow and uncertain, not always impossible."
         )
     if failed_kept:
         names = _and([run.title for run in failed_kept])
@@ -90,15 +91,19 @@ def advice(task: TaskResult) -> list[str]:
         when = f" after {best.solved_at} updates" if best.solved_at is not None else ""
         out.append(f"Use {best.title}: it solved this task{when} with a {task.metric} of {best.test_error:.3g}.")
     else:
-        out.append("No model solved it within the budget: give more --steps, or a cell with a longer carry (lstm-chrono, gru-chrono).")
+        out.append(
+            "No model solved it within the budget: give more --steps, or a cell with a longer carry (lstm-chrono, gru-chrono)."
+        )
     for run in task.runs:
         if not run.solved and fate(run.before) == "vanishes" and run.name in ("lstm", "gru"):
             out.append(
-                f"{run.title}: its gates start half open, so that each step keeps about half of the error. Before training call "
-                f"unvanish.cures.chrono_(layer, max_lag={task.length})."
+                f"{run.title}: its gates start half open, so that each step keeps about half of the error. "
+                f"Before training call unvanish.cures.chrono_(layer, max_lag={task.length})."
             )
         elif not run.solved and fate(run.before) == "vanishes":
-            out.append(f"{run.title}: no additive path carries the error; replace the cell by an LSTM or GRU with chrono biases.")
+            out.append(
+                f"{run.title}: no additive path carries the error; replace the cell by an LSTM or GRU with chrono biases."
+            )
     return out
 
 

@@ -136,7 +136,9 @@ def compare(
     for name in cells:
         recipe(name)
     chosen = [make_task(name, length if name != "digits" or len(tasks) == 1 else None, seed) for name in tasks]
-    budgets = [Budget(steps if steps is not None else DEFAULT_STEPS[task.name], batch, lr, CLIP, seed) for task in chosen]
+    budgets = [
+        Budget(steps if steps is not None else DEFAULT_STEPS[task.name], batch, lr, CLIP, seed) for task in chosen
+    ]
     results = []
     folder = None if flows is None else Path(flows)
     for task, budget in zip(chosen, budgets, strict=True):

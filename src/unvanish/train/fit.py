@@ -54,7 +54,7 @@ class _Supervised(lightning.LightningModule):
         loss = self.task.loss(self.model(x), y)
         if not loss.isfinite():
             raise ArithmeticError(
-                f"the training loss became {float(loss)} at update {self.global_step}; try a smaller lr or clip"
+                f"the training loss became {loss.item()} at update {self.global_step}; try a smaller lr or clip"
             )
         return loss
 

@@ -1,0 +1,169 @@
+"""The main job, small: it measures what it says, and its command leaves a whole folder or none."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from unvanish import flow, train
+from unvanish.cli import main
+from unvanish.train.compare import measure
+from unvanish.train.fit import Budget, evaluate, fit
+from unvanish.train.models import RECIPES, recipe
+from unvanish.train.tasks import make_task
+
+SMALL = ["--steps", "3", "--hidden", "4", "--batch", "4"]
+
+
+def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    code = "from unvanish.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True, cwd=cwd
+    )
+
+
+def test_measures_the_law_of_an_orthogonal_network() -> None:
+    torch.manual_seed(0)
+    task = make_task("adding", 30)
+    model = recipe("rnn").build(task, 8)
+    with torch.no_grad():
+        for p in model.recurrent.parameters():
+            p.zero_()
+        q, _ = torch.linalg.qr(torch.randn(8, 8))
+        model.recurrent.weight_hh_l0.copy_(0.5 * q)
+    reach = measure(model, task, 0, fraction=0.01)
+    assert reach.rate == pytest.approx(math.log(0.5), rel=1e-6)
+    assert reach.half_life == pytest.approx(1.0, rel=1e-6)
+    assert reach.log_norm == pytest.approx([lag * math.log(0.5) for lag in range(30)], rel=1e-5)
+    assert reach.reach == 6
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_builds_and_learns_something(name: str) -> None:
+    torch.manual_seed(0)
+    task = make_task("digits")
+    model = recipe(name).build(task, 16)
+    before = evaluate(model, task)
+    progress = fit(model, task, Budget(40, 32, 1e-2, 1.0, 0))
+    assert progress.update[-1] == 40
+    assert len(progress.error) == 20
+    after = evaluate(model, task)
+    assert after < 0.95 or before > after
+
+
+def test_the_same_seed_gives_the_same_comparison() -> None:
+    options = {"steps": 4, "hidden": 4, "batch": 4, "length": 12}
+    one, two = (train.compare(["adding"], ["rnn", "lstm-chrono"], **options, seed=5) for _ in range(2))
+    for a, b in zip(one.tasks[0].runs, two.tasks[0].runs, strict=True):
+        assert (a.curve_error, a.test_error, a.before, a.during, a.after) == (
+            b.curve_error,
+            b.test_error,
+            b.before,
+            b.during,
+            b.after,
+        )
+    other = train.compare(["adding"], ["rnn"], **options, seed=6)
+    assert other.tasks[0].runs[0].test_error != one.tasks[0].runs[0].test_error
+    assert train.Comparison.from_json(json.loads(json.dumps(one.to_json()))) == one
+
+
+def test_an_explosion_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task("adding", 10)
+    model = recipe("rnn").build(task, 4)
+    with torch.no_grad():
+        model.head.weight.fill_(math.nan)
+    with pytest.raises(ArithmeticError, match="the training loss became nan at update 0"):
+        fit(model, task, Budget(2, 4, 1e-2, 1.0, 0))
+
+
+def test_command_writes_report_figures_results_and_flows(tmp_path: Path) -> None:
+    done = command(
+        "compare",
+        "--task",
+        "adding",
+        "--length",
+        "12",
+        "--cells",
+        "rnn,lstm-chrono",
+        *SMALL,
+        "--out",
+        "out",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tanh-RNN" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"report.html", "results.json", "adding-learning.png", "adding-learning.svg", "adding-rnn.flow"} <= names
+    result = train.Comparison.from_json(json.loads((tmp_path / "out" / "results.json").read_text()))
+    assert [run.name for run in result.tasks[0].runs] == ["rnn", "lstm-chrono"]
+    assert flow.load(tmp_path / "out" / "adding-lstm-chrono.flow")["recurrent.l0"].residual < 1e-3
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    again = command(
+        "compare",
+        "--task",
+        "adding",
+        "--length",
+        "12",
+        "--cells",
+        "rnn",
+        *SMALL,
+        "--out",
+        "out",
+        "--json",
+        cwd=tmp_path,
+    )
+    assert json.loads(again.stdout)["tasks"][0]["runs"][0]["name"] == "rnn"
+    assert not (tmp_path / "out" / "adding-lstm-chrono.flow").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "nope"], "task: expected one of adding, digits"),
+        (["--cells", "nope"], "cells: expected names out of rnn"),
+        (["--cells", ","], "--cells: expected names"),
+        (["--length", "1"], "length: expected at least 2"),
+        (["--task", "digits", "--length", "65"], "length: an image of the digits has 64 pixels"),
+        (["--steps", "0"], "steps: expected a positive number"),
+        (["--lr", "-1"], "lr: expected a positive number"),
+        (["--lr", "nan"], "lr: expected a positive number"),
+        (["--hidden", "0"], "hidden: expected at least 1"),
+        (["--steps", "many"], "Invalid value for '--steps'"),
+        (["--nonsense"], "No such option"),
+        (["--out", "file"], "is a file"),
+        (["--out", "mine"], "holds files that are not from an earlier run"),
+        (["--out", "file/below"], "can't be written"),
+    ],
+)
+def test_a_wrong_command_is_told_what_is_wrong_and_writes_nothing(
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["unvanish", "compare", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "mine"}
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from unvanish.cli import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    assert "compare" in done.stdout
+    assert done.stdout.split()[-1] == "False"

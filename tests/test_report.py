@@ -1,0 +1,158 @@
+"""The report is true in words, safe with hostile names, and alive in a browser."""
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import unvanish as uv
+from unvanish import report
+from unvanish.report import verdict
+from unvanish.train.records import Comparison, Reach, Run, TaskResult
+
+HOSTILE = ["<script>alert(1)</script>\"'&", "</script><img src=x onerror=alert(1)>", "שלום ‮abc", "x" * 300]
+
+
+def reach(slope: float, update: int = 0, length: int = 200) -> Reach:
+    curve = [slope * lag for lag in range(length)]
+    half = math.log(2) / -slope if slope < 0 else None
+    last = max(lag for lag in range(length) if slope * lag > math.log(0.01))
+    return Reach(
+        update, list(range(length)), curve, [v - 1 for v in curve], [v + 1 for v in curve], slope, half, last, 0.01
+    )
+
+
+def run(title: str, slope: float, error: float, after: float | None = None) -> Run:
+    solved = error < 0.01
+    end = reach(slope if after is None else after, 100)
+    return Run(
+        "rnn", title, 10, [50, 100], [0.2, error], error, solved, 100 if solved else None, 1.0, reach(slope), [], end
+    )
+
+
+def comparison(*runs: Run) -> Comparison:
+    settings = {"steps": 100, "hidden": 4, "seed": 0}
+    task = TaskResult(
+        "adding", "Adding", "Add.", "a paper", 200, "mean squared error", 1 / 6, 0.01, settings, list(runs)
+    )
+    return Comparison([task], {"torch": "2"}, "unvanish compare")
+
+
+def test_verdicts_say_what_the_records_say() -> None:
+    both = comparison(run("RNN", -0.5, 0.167), run("cured", -0.001, 0.001)).tasks[0]
+    assert verdict.survival(both).endswith("RNN: 10⁻⁴³; cured: 0.82.")
+    assert verdict.learning(both) == "After 100 updates cured solves it, RNN stays at chance."
+    assert verdict.explanation(both) == "At the start the gradient of RNN vanishes over 199 steps."
+    nobody = comparison(run("A", -0.5, 0.05), run("B", 0.0, 0.167)).tasks[0]
+    assert verdict.learning(nobody) == "After 100 updates A learns part of it, B stays at chance."
+    assert "B did not solve it although the gradient reaches" in verdict.explanation(nobody)
+    assert verdict.advice(nobody)[0].startswith("No model solved it")
+    lucky = comparison(run("A", -0.5, 0.001, after=0.0)).tasks[0]
+    assert "Still A (reach 9 → 199 steps) solves the task" in verdict.explanation(lucky)
+    assert verdict.explanation(comparison(run("A", 0.0, 0.1)).tasks[0]).startswith("No model's gradient vanishes")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "1"), (-1.0, "0.37"), (-1000.0, "10⁻⁴³⁴"), (50.0, "10²²"), (-math.inf, "exactly 0")]
+)
+def test_factors_in_words(value: float, text: str) -> None:
+    assert verdict.power_of_ten(value) == text
+
+
+def test_fate_does_not_depend_on_scale_and_knows_explosions() -> None:
+    assert [verdict.fate(reach(s)) for s in (-0.1, 0.0, 0.1)] == ["vanishes", "survives", "explodes"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_tables_fit_80_columns(name: str) -> None:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    report.print_comparison(comparison(run(name, -0.5, 0.167)), console)
+    assert max(map(len, console.export_text().splitlines())) <= 80
+
+
+def test_figures_are_written(tmp_path: Path) -> None:
+    record = comparison(run("RNN", -0.5, 0.167), run(HOSTILE[0], 0.0, 0.001))
+    dead = replace(record.tasks[0].runs[0].before, log_norm=[0.0] + [-math.inf] * 199)
+    record.tasks[0].runs[0] = replace(record.tasks[0].runs[0], before=dead)
+    written = report.save_figures(record, tmp_path)
+    assert len(written) == 6
+    assert all(path.stat().st_size > 5000 for path in written)
+
+
+def test_plots_take_and_return_axes() -> None:
+    lstm = nn.LSTM(2, 3)
+    with uv.watch(lstm) as flow:
+        lstm(torch.randn(5, 2, 2))[0][-1].sum().backward()
+    ax = flow.plot()
+    assert len(ax.lines) == 2
+    expected = flow["l0"].dh.quantile(0.5, dim=1)
+    assert ax.lines[0].get_ydata() == pytest.approx(expected.tolist())
+    assert report.plot_flow(flow["l0"], ax) is ax
+    assert len(ax.lines) == 4
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine: the page is not rendered")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=flags)
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 375])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_report_lives_in_a_browser(browser, tmp_path: Path, width: int, scheme: str) -> None:
+    names = [*HOSTILE, "plain"]
+    path = tmp_path / "report.html"
+    report.write_comparison(comparison(*(run(name, -0.1 * i, 0.1, after=-0.01) for i, name in enumerate(names))), path)
+    assert path.stat().st_size < 6e6
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append(dialog.message))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    page.wait_for_selector("#reach-adding .legend")
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("tbody td bdi").all_inner_texts() == names
+    before = page.evaluate("JSON.stringify(document.getElementById('reach-adding').data.map((t) => t.y))")
+    page.locator("fieldset input").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("fieldset input").nth(1).is_checked()
+    assert page.evaluate("document.getElementById('reach-adding').data.length") == 2 * len(names)
+    assert page.evaluate("JSON.stringify(document.getElementById('reach-adding').data.map((t) => t.y))") != before
+    page.evaluate("Plotly.Fx.hover('reach-adding', [{curveNumber: 9, pointNumber: 100}])")
+    assert "of the error at lag 0" in (page.locator("#reach-adding .hoverlayer").text_content() or "")
+    assert said == []
+    page.close()
+
+
+@pytest.mark.browser
+def test_flow_page_lives_in_a_browser(browser, tmp_path: Path) -> None:
+    lstm = nn.LSTM(2, 3)
+    with uv.watch(lstm) as flow:
+        lstm(torch.randn(5, 2, 2))[0][-1].sum().backward()
+    flow.to_html(tmp_path / "flow.html")
+    page = browser.new_page()
+    said: list[str] = []
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto((tmp_path / "flow.html").as_uri())
+    page.wait_for_selector("#flow .legend")
+    drawn = page.evaluate("document.getElementById('flow').data.map((t) => t.y)")
+    assert drawn[0] == pytest.approx(flow["l0"].dh.double().median(1).values.log10().tolist(), abs=1.0)
+    assert said == []
+    page.close()
