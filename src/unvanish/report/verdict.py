@@ -91,9 +91,7 @@ def advice(task: TaskResult) -> list[str]:
         when = f" after {best.solved_at} updates" if best.solved_at is not None else ""
         out.append(f"Use {best.title}: it solved this task{when} with a {task.metric} of {best.test_error:.3g}.")
     else:
-        out.append(
-            "No model solved it within the budget: give more --steps, or a cell with a longer carry (lstm-chrono, gru-chrono)."
-        )
+        out.append("No model solved it within the budget: give more --steps, or a cell with a longer carry.")
     for run in task.runs:
         if not run.solved and fate(run.before) == "vanishes" and run.name in ("lstm", "gru"):
             out.append(
@@ -101,9 +99,7 @@ def advice(task: TaskResult) -> list[str]:
                 f"Before training call unvanish.cures.chrono_(layer, max_lag={task.length})."
             )
         elif not run.solved and fate(run.before) == "vanishes":
-            out.append(
-                f"{run.title}: no additive path carries the error; replace the cell by an LSTM or GRU with chrono biases."
-            )
+            out.append(f"{run.title}: no additive path carries the error; take an LSTM or GRU with chrono biases.")
     return out
 
 
