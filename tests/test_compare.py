@@ -124,11 +124,11 @@ def test_command_writes_report_figures_results_and_flows(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "nope"], "task: expected one of adding, digits"),
+        (["--task", "nope"], "task: expected one of adding, copy"),
         (["--cells", "nope"], "cells: expected names out of rnn"),
         (["--cells", ","], "--cells: expected names"),
         (["--length", "1"], "length: expected at least 2"),
-        (["--task", "digits", "--length", "65"], "length: an image of the digits has 64 pixels"),
+        (["--task", "digits", "--length", "65"], "length: an image of digits has 64 pixels"),
         (["--steps", "0"], "steps: expected a positive number"),
         (["--lr", "-1"], "lr: expected a positive number"),
         (["--lr", "nan"], "lr: expected a positive number"),

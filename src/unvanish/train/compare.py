@@ -19,7 +19,9 @@ from unvanish.train.tasks import Task, make_task
 
 DEFAULT_TASKS = ("adding", "digits")
 DEFAULT_CELLS = ("rnn", "gru", "lstm", "lstm-chrono")
-DEFAULT_STEPS = {"adding": 800, "digits": 600}
+DEFAULT_STEPS = {"adding": 800}
+STEPS = 600
+"""updates for a task without a default of its own"""
 HIDDEN, BATCH, LR, CLIP = 48, 64, 1e-2, 1.0
 PROBES = 32
 """validation samples on which the flow is measured"""
@@ -37,7 +39,10 @@ def measure(model: SequenceModel, task: Task, update: int, fraction: float = 0.0
     double = deepcopy(model).double().train(False)
     x, y = (v.double() if v.is_floating_point() else v for v in task.samples("validation", range(PROBES)))
     with flow.watch(double) as record:
-        (task.loss(double(x), y) * len(y)).backward()
+        answer = double(x)
+        if task.answers > 1:
+            answer, y = answer[:, -1:], y[:, -1:]
+        (task.loss(answer, y) * len(y)).backward()
     layer = next(iter(record.values()))
     norms = layer.dh if layer.dc is None else layer.dc
     relative = (norms.log() - norms[-1].log()).flip(0)
@@ -137,7 +142,8 @@ def compare(
         recipe(name)
     chosen = [make_task(name, length if name != "digits" or len(tasks) == 1 else None, seed) for name in tasks]
     budgets = [
-        Budget(steps if steps is not None else DEFAULT_STEPS[task.name], batch, lr, CLIP, seed) for task in chosen
+        Budget(steps if steps is not None else DEFAULT_STEPS.get(task.name, STEPS), batch, lr, CLIP, seed)
+        for task in chosen
     ]
     results = []
     folder = None if flows is None else Path(flows)

@@ -10,17 +10,18 @@ from unvanish.train.tasks import Task
 
 
 class SequenceModel(nn.Module):
-    """answer = W h_T + b, with h_T the last state of `recurrent`."""
+    """answer_t = W h_t + b, from the last states of `recurrent`: one, or as many as the task asks for."""
 
-    def __init__(self, recurrent: nn.RNNBase, outputs: int) -> None:
+    def __init__(self, recurrent: nn.RNNBase, outputs: int, answers: int = 1) -> None:
         super().__init__()
         self.recurrent = recurrent
+        self.answers = answers
         self.head = nn.Linear(recurrent.hidden_size, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, I]` → `[B, O]`"""
+        """`[B, T, I]` → `[B, O]`, or `[B, answers, O]`"""
         states, _ = self.recurrent(x)
-        return self.head(states[:, -1])
+        return self.head(states[:, -1] if self.answers == 1 else states[:, -self.answers :])
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Recipe:
         layer = self.layer(task.inputs, hidden, batch_first=True, **options)
         if self.prepare is not None:
             self.prepare(layer, task.length)
-        return SequenceModel(layer, task.outputs)
+        return SequenceModel(layer, task.outputs, task.answers)
 
 
 RECIPES: dict[str, Recipe] = {

@@ -1,19 +1,37 @@
-"""Long-lag tasks, each in its own file with its paper and chance level."""
+"""Long-lag tasks, with their papers and chance levels."""
 
 from collections.abc import Callable
 
-from unvanish.train.tasks.adding import Adding
+from unvanish.train.tasks.adding import Adding, Multiplication
 from unvanish.train.tasks.base import Task
-from unvanish.train.tasks.digits import Digits
+from unvanish.train.tasks.copy_memory import CopyMemory, VariableCopyMemory
+from unvanish.train.tasks.digits import Digits, PermutedMNIST, SequentialMNIST
+from unvanish.train.tasks.recall import DelayedRecall, NoiseFreeLag
+from unvanish.train.tasks.temporal_order import TemporalOrder, TemporalOrder3
 
-TASKS: dict[str, Callable[[int | None, int], Task]] = {"adding": Adding, "digits": Digits}
+TASKS: dict[str, Callable[[int | None, int], Task]] = {
+    task.name: task
+    for task in (
+        Adding,
+        CopyMemory,
+        VariableCopyMemory,
+        TemporalOrder,
+        TemporalOrder3,
+        Multiplication,
+        NoiseFreeLag,
+        DelayedRecall,
+        Digits,
+        SequentialMNIST,
+        PermutedMNIST,
+    )
+}
 
 
 def make_task(name: str, length: int | None = None, seed: int = 0) -> Task:
     """The task called `name`.
 
     Raises:
-        ValueError: there is no such task, or it can't have this length.
+        ValueError: there is no such task, it can't have this length, or its images are not installed.
     """
     if name not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")

