@@ -4,6 +4,8 @@ sums'."""
 import torch
 from torch import Tensor
 
+from unvanish.flow.exponents import times_power_of_two
+
 CHUNK_ELEMENTS = 2**22
 """Float64 copies are made of so many elements at a time."""
 
@@ -23,9 +25,9 @@ def dweight(da: Tensor, da_hh: Tensor, x: Tensor, h_prev: Tensor) -> Tensor:
         exponent = torch.frexp(torch.stack([u.abs().amax((1, 2)) for u, _ in pairs]).amax(0)).exponent
         total = da.new_zeros(len(exponent), dtype=torch.float64)
         for u, v in pairs:
-            u = torch.ldexp(u, -exponent[:, None, None])
+            u = times_power_of_two(u, -exponent[:, None, None])
             total += ((u @ u.mT) * (v @ v.mT)).sum((1, 2))
-        pieces.append(torch.ldexp(total.clamp_min(0).sqrt(), exponent))
+        pieces.append(times_power_of_two(total.clamp_min(0).sqrt(), exponent))
     return torch.cat(pieces)
 
 

@@ -38,14 +38,14 @@ def measure(model: SequenceModel, task: Task, update: int, fraction: float = 0.0
     """
     double = deepcopy(model).double().train(False)
     x, y = (v.double() if v.is_floating_point() else v for v in task.samples("validation", range(PROBES)))
-    with flow.watch(double) as record:
-        answer = double(x)
-        if task.answers > 1:
-            answer, y = answer[:, -1:], y[:, -1:]
-        (task.loss(answer, y) * len(y)).backward()
-    layer = next(iter(record.values()))
-    norms = layer.dh if layer.dc is None else layer.dc
-    relative = (norms.log() - norms[-1].log()).flip(0)
+    states, _ = double.recurrent(x)
+    last = states[:, -1].detach().requires_grad_()
+    answer = double.head(last)
+    error = task.loss(answer, y if task.answers == 1 else y[:, -1]) * len(y)
+    (source,) = torch.autograd.grad(error, last)
+    found = flow.adjoint_map(double.recurrent, x, sources=[-1], cotangent=source.unsqueeze(0))
+    log_norms = found.over_lag(0)
+    relative = log_norms - log_norms[0]
     # No interpolation: between two exact zeros, −inf, it would make a NaN.
     middle, low, high = (torch.quantile(relative, q, dim=1, interpolation="lower") for q in (0.5, 0.1, 0.9))
     decay = flow.decay(middle, fraction=fraction)

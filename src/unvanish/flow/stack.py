@@ -1,0 +1,94 @@
+"""A stacked module run forward with everything kept: what the maps, terms and exponents are computed from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from unvanish import engine
+from unvanish.nn.modules import LayerDirection, TimeMajor, initial_states, layer_directions, time_major
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Every layer and direction of a module over one input; dropout between layers is off, as in evaluation."""
+
+    inputs: TimeMajor
+    layers: list[LayerDirection]
+    traces: list[engine.Trace]
+
+    @property
+    def directions(self) -> int:
+        """1, or 2 when bidirectional."""
+        return 2 if any(layer.reverse for layer in self.layers) else 1
+
+    def index(self, at: str | None) -> int:
+        """Position of the layer called `at`; None: the last layer's forward direction.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        names = [layer.name for layer in self.layers]
+        if at is None:
+            return len(names) - self.directions
+        if at not in names:
+            raise ValueError(f"at: expected one of {', '.join(names)}, got {at!r}")
+        return names.index(at)
+
+    def in_user_order(self, v: Tensor, dim: int) -> Tensor:
+        """Samples back into the order in which the user gave them."""
+        order = self.inputs.order
+        return v if order is None else v.index_select(dim, torch.argsort(order))
+
+    def in_internal_order(self, v: Tensor, dim: int) -> Tensor:
+        """The user's samples in the order in which they were run."""
+        return v if self.inputs.order is None else v.index_select(dim, self.inputs.order)
+
+
+@torch.no_grad()
+def run_stack(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None) -> Stack:
+    """Run `layer` over x, in its own layout, from hx, zeros when None.
+
+    Raises:
+        TypeError, ValueError: layer is no recurrent module of torch or unvanish; x or hx does not fit.
+    """
+    layers = layer_directions(layer)
+    inputs = time_major(layer, x)
+    if inputs.x.shape[-1] != layer.input_size:
+        raise ValueError(f"x: expected {layer.input_size} features, got {inputs.x.shape[-1]}")
+    if inputs.x.dtype != layers[0].weights.w_ih.dtype:
+        raise ValueError(f"x: expected the layer's dtype {layers[0].weights.w_ih.dtype}, got {inputs.x.dtype}")
+    states = initial_states(layer, hx, inputs)
+    n_dir = 2 if layer.bidirectional else 1
+    below, traces = inputs.x.detach(), []
+    for first in range(0, len(layers), n_dir):
+        here = [
+            engine.trace(d.cell, below, tuple(s.detach() for s in state), d.weights.detach(), inputs.lengths, d.reverse)
+            for d, state in zip(layers[first : first + n_dir], states[first : first + n_dir], strict=True)
+        ]
+        traces += here
+        below = torch.cat([tr.y for tr in here], dim=-1)
+    return Stack(inputs, layers, traces)
+
+
+def saved_at(tr: engine.Trace, t: int) -> Any:
+    """What the cell saved at step t."""
+    return type(tr.saved)(*(field[t] for field in tr.saved))
+
+
+def reading_order(tr: engine.Trace) -> Iterator[int]:
+    """The steps as the layer reads them."""
+    T = tr.x.shape[0]
+    return iter(range(T - 1, -1, -1) if tr.reverse else range(T))
+
+
+def full_jacobians(tr: engine.Trace, t: int) -> Tensor:
+    """∂s_t/∂s_{t−1} `[B, S, S]`; the identity where a sample is inactive, whose state is held."""
+    jacobian = tr.cell.jacobian(saved_at(tr, t), tr.weights)
+    if tr.active is None:
+        return jacobian
+    held = torch.eye(jacobian.shape[-1], dtype=jacobian.dtype, device=jacobian.device)
+    return torch.where(tr.active[t].unsqueeze(-1), jacobian, held)
