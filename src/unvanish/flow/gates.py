@@ -1,0 +1,84 @@
+"""What the gates imply: how open they are, how often saturated, and how long each unit remembers."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from unvanish.flow.sequences import SATURATED
+from unvanish.flow.stack import run_stack
+
+CARRY = {"lstm": "f", "gru": "z"}
+"""cell → the gate that multiplies the old state"""
+
+
+@dataclass(frozen=True, repr=False)
+class GateStatistics:
+    """Of one layer and direction, over all steps and samples with input."""
+
+    cell: str
+    gate_names: tuple[str, ...]
+    mean: Tensor
+    """[G, H] float64"""
+    saturation: Tensor
+    """[G, H] share of steps at which φ' is below 5 % of its maximum"""
+    log_carry: Tensor | None
+    """[H] mean ln f (LSTM) or ln z (GRU), nats per step; None for the RNN, which carries nothing"""
+
+    @property
+    def half_life(self) -> Tensor:
+        """[H] steps until the carry alone has halved a unit's error: ln 2 / −mean ln f."""
+        return math.log(2) / -self._carried()
+
+    @property
+    def time_constant(self) -> Tensor:
+        """[H] τ, steps until it has fallen to 1/e: 1 / −mean ln f. A gate that is constantly 1 − 1/τ' has τ ≈ τ' −
+        1/2."""
+        return 1 / -self._carried()
+
+    def histogram(self, bins: int = 20) -> tuple[Tensor, Tensor]:
+        """(counts [bins], edges [bins + 1] in steps) of the time constants, bins equal in the logarithm."""
+        tau = self.time_constant.clamp(max=torch.finfo(torch.float64).max ** 0.25).log10()
+        low, high = float(tau.min()), float(tau.max())
+        edges = torch.linspace(low, high if high > low else low + 1, bins + 1, dtype=torch.float64)
+        return torch.histogram(tau, edges).hist, 10**edges
+
+    def _carried(self) -> Tensor:
+        if self.log_carry is None:
+            raise ValueError(f"a {self.cell} has no gate that carries its state, so no time constant")
+        return self.log_carry
+
+    def __repr__(self) -> str:
+        means = ", ".join(f"{g} {float(m.mean()):.3f}" for g, m in zip(self.gate_names, self.mean, strict=True))
+        if self.log_carry is None:
+            return f"GateStatistics of {self.cell}: mean {means}"
+        tau = self.time_constant
+        return f"GateStatistics of {self.cell}: mean {means}; time constants {tau.min():.3g} to {tau.max():.3g} steps"
+
+
+@torch.no_grad()
+def gate_statistics(
+    layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None, *, at: str | None = None
+) -> GateStatistics:
+    """Mean, saturation and implied memory of every unit's gates: τ = 1 / −mean_t ln f_t.
+
+    Args:
+        layer, x, hx, at: as in `adjoint_map`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+
+    Source: Tallec & Ollivier 2018, section 2 (gates as time constants).
+    """
+    stack = run_stack(layer, x, hx)
+    tr = stack.traces[stack.index(at)]
+    on = (
+        torch.ones(tr.x.shape[:2], dtype=torch.bool, device=tr.x.device) if tr.active is None else tr.active.squeeze(-1)
+    )
+    values, closed = tr.cell.activations(tr.saved)[on].double(), tr.cell.sensitivity(tr.saved)[on] < SATURATED
+    carry = CARRY.get(tr.cell.name)
+    log_carry = None if carry is None else getattr(tr.saved, carry)[on].double().log().mean(0).cpu()
+    return GateStatistics(tr.cell.name, tr.cell.gates, values.mean(0).cpu(), closed.double().mean(0).cpu(), log_carry)
