@@ -64,7 +64,7 @@ def test_lstm_terms_equal_autograd_one_gate_at_a_time(projection: int) -> None:
     x = torch.randn(2, 1, 2, dtype=torch.float64)
     terms = uv.flow.decompose(lstm, x, matrices=True)
     w_i, w_f, w_g, w_o = lstm.weight_hh_l0.chunk(4)
-    c0, (i0, f0, g0, o0) = _step(lstm, x[0], None)
+    c0, (_, _, _, o0) = _step(lstm, x[0])
     c = c0.detach().requires_grad_()
 
     def h_of(c: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def test_lstm_terms_equal_autograd_one_gate_at_a_time(projection: int) -> None:
         torch.testing.assert_close(getattr(terms, name).matrix[0, 0], expected, rtol=1e-10, atol=1e-13)
 
 
-def _step(lstm: nn.LSTM, x: Tensor, h: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+def _step(lstm: nn.LSTM, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     a = x @ lstm.weight_ih_l0.T + lstm.bias_ih_l0 + lstm.bias_hh_l0
     i, f, g, o = a.chunk(4, -1)
     gates = [i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()]
