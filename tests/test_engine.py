@@ -76,6 +76,7 @@ def test_dispatch_says_what_runs_and_why() -> None:
     assert engine.explain(x).rung == next(iter(engine.RUNGS))
     with engine.force("reference"):
         assert engine.explain(x).rung == "reference"
+    assert engine.explain(torch.zeros(1, 1, 1, dtype=torch.float16)).rung == "manual"
     assert "complex" in str(engine.explain(torch.zeros(1, 1, 1, dtype=torch.complex64)))
     with pytest.raises(RuntimeError, match="forced, but can't run"):
         engine.explain(torch.zeros(1, 1, 1, dtype=torch.complex64), "manual")

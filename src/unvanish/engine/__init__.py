@@ -1,7 +1,8 @@
 """One recurrent layer over one sequence, on a ladder of rungs with one signature: native, manual, reference."""
 
-from unvanish.engine.dispatch import RUNGS, Choice, explain, force, run
-from unvanish.engine.manual import Flow, Trace, adjoint, trace, weight_gradients
+from unvanish.engine.dispatch import RUNGS, Choice, adjoint, explain, force, run, trace
+from unvanish.engine.manual import Flow, Trace, weight_gradients
+from unvanish.engine.native import isa
 from unvanish.engine.sequence import active_steps
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "adjoint",
     "explain",
     "force",
+    "isa",
     "run",
     "trace",
     "weight_gradients",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import manual, reference
+from unvanish.engine import manual, native, reference
 
-RUNGS = {"manual": manual.run, "reference": reference.run}
+RUNGS = {"native": native.run, "manual": manual.run, "reference": reference.run}
 """Fastest first; the dispatch takes the first that supports the call."""
 
 _forced: ContextVar[str | None] = ContextVar("unvanish_forced_rung", default=None)
@@ -31,6 +31,8 @@ class Choice:
 
 def _obstacle(rung: str, x: Tensor) -> str | None:
     """Why `rung` can't run x, or None if it can."""
+    if rung == "native":
+        return native.obstacle(x)
     if rung == "manual":
         if not x.dtype.is_floating_point:
             return f"its adjoint is for real floating dtypes, the input is {x.dtype}"
@@ -113,3 +115,21 @@ def run(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: expected a positive norm or None, got {clip}")
     return RUNGS[explain(x, rung).rung](cell, x, state, w, lengths, reverse, clip)
+
+
+def trace(
+    cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None = None, reverse: bool = False
+) -> manual.Trace:
+    """`run` with every state and gate kept. Differentiable, on the manual rung, where an input requires gradients."""
+    inputs = (x, *state, *w)
+    differentiable = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
+    if differentiable or explain(x).rung != "native":
+        return manual.trace(cell, x, state, w, lengths, reverse)
+    return native.trace(cell, x, state, w, lengths, reverse)
+
+
+def adjoint(
+    tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None = None
+) -> manual.Flow:
+    """δ at every step of a trace, from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero."""
+    return (manual if tr.kept is None else native).adjoint(tr, dy, dfinal, clip)

@@ -32,6 +32,8 @@ class Trace:
     active: Tensor | None
     """[T, B, 1], or None when all samples have T steps"""
     reverse: bool
+    kept: Any = None
+    """what the native rung needs to go back; None when the manual rung ran"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Flow:
     """[T, B, G·H]"""
     dinitial: State
     """with respect to the initial state"""
+    weights: Weights | None = None
+    """Σ_t g_t, where the rung that ran has it at hand"""
 
 
 def trace(
@@ -94,6 +98,8 @@ def adjoint(tr: Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], cli
 
 def weight_gradients(tr: Trace, flow: Flow) -> Weights:
     """∂E/∂W = Σ_t g_t for every weight present."""
+    if flow.weights is not None:
+        return flow.weights
     w = tr.weights
     da, da_hh = flow.da.flatten(0, 1), flow.da_hh.flatten(0, 1)
     dw_hr = None

@@ -1,0 +1,122 @@
+// What differs between the cells: how gates lie in memory, and the arithmetic of one vector of hidden units.
+//
+// Hidden units come in blocks of `lanes`; a block's gates lie side by side, so that a product's accumulators are the gates of the same
+// units. A plain RNN has one gate, so four blocks of units lie side by side instead.
+
+enum Gate { I = 0, F = 1, G = 2, O = 3, R = 0, Z = 1, N = 2, Q = 3 };
+
+template <class Real>
+UV_INLINE Vec<Real> square(Vec<Real> v) {
+  return v * v;
+}
+
+// kGates: stacked in torch's weights. kAcross: vectors of a panel. kSaved: vectors kept per block for the backward pass.
+struct LstmCell {
+  static constexpr int kGates = 4, kAcross = 4, kSaved = 4, kUnits = 1;
+  static constexpr bool kHasC = true, kSplit = false;
+
+  template <class Real>
+  static UV_INLINE Vec<Real> forward(const Vec<Real>* a, const Vec<Real>*, Vec<Real> c_prev, Vec<Real>* saved,
+                                     Vec<Real>& c, Vec<Real>) {
+    saved[I] = sigmoid<Real>(a[I]);
+    saved[F] = sigmoid<Real>(a[F]);
+    saved[G] = tanh<Real>(a[G]);
+    saved[O] = sigmoid<Real>(a[O]);
+    c = saved[F] * c_prev + saved[I] * saved[G];
+    return saved[O] * tanh<Real>(c);
+  }
+
+  // dm = ∂E/∂(o ⊙ tanh c); dc comes in as what reaches c_t from later steps, goes out as what c_{t−1} gets; total_c is δc_t.
+  template <class Real>
+  static UV_INLINE void backward(Vec<Real> dm, Vec<Real>& dc, Vec<Real>& total_c, const Vec<Real>* saved, Vec<Real> c,
+                                 Vec<Real> c_prev, Vec<Real>, Vec<Real>* da, Vec<Real>*, Vec<Real>&) {
+    Vec<Real> t = tanh<Real>(c), i = saved[I], f = saved[F], g = saved[G], o = saved[O];
+    total_c = dm * o * (Real(1) - t * t) + dc;
+    da[I] = total_c * g * i * (Real(1) - i);
+    da[F] = total_c * c_prev * f * (Real(1) - f);
+    da[G] = total_c * i * (Real(1) - g * g);
+    da[O] = dm * t * o * (Real(1) - o);
+    dc = total_c * f;
+  }
+};
+
+struct GruCell {
+  static constexpr int kGates = 3, kAcross = 3, kSaved = 4, kUnits = 1;
+  static constexpr bool kHasC = false, kSplit = true;
+
+  // a: W_ih x + b_ih, with b_hh added for r and z; q: W_hh h + (0, 0, b_hn).
+  template <class Real>
+  static UV_INLINE Vec<Real> forward(const Vec<Real>* a, const Vec<Real>* q, Vec<Real>, Vec<Real>* saved, Vec<Real>&,
+                                     Vec<Real> h_prev) {
+    saved[R] = sigmoid<Real>(a[R] + q[R]);
+    saved[Z] = sigmoid<Real>(a[Z] + q[Z]);
+    saved[Q] = q[N];
+    saved[N] = tanh<Real>(a[N] + saved[R] * saved[Q]);
+    return saved[N] + saved[Z] * (h_prev - saved[N]);
+  }
+
+  template <class Real>
+  static UV_INLINE void backward(Vec<Real> dh, Vec<Real>&, Vec<Real>&, const Vec<Real>* saved, Vec<Real>, Vec<Real>,
+                                 Vec<Real> h_prev, Vec<Real>* da, Vec<Real>* da_hh, Vec<Real>& carried) {
+    Vec<Real> r = saved[R], z = saved[Z], n = saved[N];
+    da[N] = dh * (Real(1) - z) * (Real(1) - n * n);
+    da[Z] = dh * (h_prev - n) * z * (Real(1) - z);
+    da[R] = da[N] * saved[Q] * r * (Real(1) - r);
+    da_hh[R] = da[R];
+    da_hh[Z] = da[Z];
+    da_hh[N] = r * da[N];
+    carried = z * dh;
+  }
+};
+
+struct Tanh {
+  template <class Real>
+  static UV_INLINE Vec<Real> value(Vec<Real> a) {
+    return tanh<Real>(a);
+  }
+  template <class Real>
+  static UV_INLINE Vec<Real> slope(Vec<Real> h) {
+    return Real(1) - h * h;
+  }
+};
+
+struct Relu {
+  template <class Real>
+  static UV_INLINE Vec<Real> value(Vec<Real> a) {
+    return a < Real(0) ? all<Real>(0) : a;  // keeps NaN
+  }
+  template <class Real>
+  static UV_INLINE Vec<Real> slope(Vec<Real> h) {
+    return h > Real(0) ? all<Real>(1) : all<Real>(0);
+  }
+};
+
+struct Sigmoid {
+  template <class Real>
+  static UV_INLINE Vec<Real> value(Vec<Real> a) {
+    return sigmoid<Real>(a);
+  }
+  template <class Real>
+  static UV_INLINE Vec<Real> slope(Vec<Real> h) {
+    return h * (Real(1) - h);
+  }
+};
+
+template <class Phi>
+struct PlainCell {
+  static constexpr int kGates = 1, kAcross = 4, kSaved = 4, kUnits = 4;
+  static constexpr bool kHasC = false, kSplit = false;
+
+  template <class Real>
+  static UV_INLINE Vec<Real> forward(const Vec<Real>* a, const Vec<Real>*, Vec<Real>, Vec<Real>* saved, Vec<Real>&,
+                                     Vec<Real>) {
+    saved[0] = Phi::template value<Real>(a[0]);
+    return saved[0];
+  }
+
+  template <class Real>
+  static UV_INLINE void backward(Vec<Real> dh, Vec<Real>&, Vec<Real>&, const Vec<Real>* saved, Vec<Real>, Vec<Real>,
+                                 Vec<Real>, Vec<Real>* da, Vec<Real>*, Vec<Real>&) {
+    da[0] = dh * Phi::template slope<Real>(saved[0]);
+  }
+};

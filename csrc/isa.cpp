@@ -1,0 +1,82 @@
+// All kernels for one instruction set: compiled once for each, with UV_ISA its name and UV_BYTES the width of its vectors.
+#include <cstdint>
+
+#include "pool.h"
+#include "unvanish.h"
+
+#define UV_JOIN_(a, b) a##b
+#define UV_JOIN(a, b) UV_JOIN_(a, b)
+#define UV_TEXT_(a) #a
+#define UV_TEXT(a) UV_TEXT_(a)
+
+namespace unvanish {
+namespace UV_ISA {
+namespace {
+
+#include "vector.h"
+#include "product.h"
+#include "cells.h"
+#include "sequence.h"
+#include "backward.h"
+
+template <class CellType, class Real>
+void forward(const Layer<Real>& layer, const Final<Real>& final, int threads) {
+  Forward<CellType, Real> run(layer, final);
+  parallel_for(run.blocks(), threads, [](void* run, int64_t i) { static_cast<Forward<CellType, Real>*>(run)->block(i); }, &run);
+}
+
+template <class CellType, class Real>
+void backward(const Layer<Real>& layer, const Gradients<Real>& gradients, int threads) {
+  using Run = Backward<CellType, Real>;
+  Run run(layer, gradients);
+  parallel_for(run.blocks(), threads, [](void* run, int64_t i) { static_cast<Run*>(run)->block(i); }, &run);
+  for (int64_t row = 0; row < run.gathered(); ++row) run.gather(row);
+  run.gather_projection();
+}
+
+// f(cell) for the cell's own type.
+template <class F>
+void with_cell(Cell cell, F f) {
+  switch (cell) {
+    case Cell::rnn_tanh: f(PlainCell<Tanh>()); break;
+    case Cell::rnn_relu: f(PlainCell<Relu>()); break;
+    case Cell::rnn_sigmoid: f(PlainCell<Sigmoid>()); break;
+    case Cell::lstm: f(LstmCell()); break;
+    case Cell::gru: f(GruCell()); break;
+  }
+}
+
+template <class Real>
+int64_t padded(Cell cell, int64_t H) {
+  int64_t out = 0;
+  with_cell(cell, [&](auto kind) { out = round_up(H, kLanes<Real> * decltype(kind)::kUnits); });
+  return out;
+}
+
+template <class Real>
+int64_t saved_width(Cell cell, int64_t H) {
+  int64_t out = 0;
+  with_cell(cell, [&](auto kind) { out = padded<Real>(cell, H) * decltype(kind)::kSaved / decltype(kind)::kUnits; });
+  return out;
+}
+
+template <class Real>
+void forward_any(const Layer<Real>& layer, const Final<Real>& final, int threads) {
+  with_cell(layer.cell, [&](auto kind) { forward<decltype(kind)>(layer, final, threads); });
+}
+
+template <class Real>
+void backward_any(const Layer<Real>& layer, const Gradients<Real>& gradients, int threads) {
+  with_cell(layer.cell, [&](auto kind) { backward<decltype(kind)>(layer, gradients, threads); });
+}
+
+template <class Real>
+constexpr Kernels<Real> table{UV_TEXT(UV_ISA), kLanes<Real>, padded<Real>, saved_width<Real>, forward_any<Real>, backward_any<Real>};
+
+}  // namespace
+
+const Kernels<float>* float_kernels() { return &table<float>; }
+const Kernels<double>* double_kernels() { return &table<double>; }
+
+}  // namespace UV_ISA
+}  // namespace unvanish

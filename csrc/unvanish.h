@@ -1,0 +1,83 @@
+// The contract between the kernels and whoever calls them: one recurrent layer and direction over one sequence.
+//
+// All arrays are dense, row-major and time-major; "in" is read only, "out" is written entirely. Every pointer is borrowed for the
+// duration of the call. T steps, B samples, I inputs, H hidden units, R = P with a projection, else H; G gates (RNN 1, GRU 3, LSTM 4).
+// Weights are in torch's layout: gates stacked along the first axis, LSTM i, f, g, o; GRU r, z, n.
+//
+// A sample b is active at t < lengths[b]. Where it is not, its state is held, y is 0, gradients are 0, and no work is spent.
+//
+// Results do not depend on the number of threads, bit for bit, and a sample's outputs, states and input gradients do not depend on
+// the samples beside it: the order in which every sum is taken is fixed by the shapes alone.
+#pragma once
+
+#include <cstdint>
+
+namespace unvanish {
+
+enum class Cell : int { rnn_tanh, rnn_relu, rnn_sigmoid, lstm, gru };
+
+template <class Real>
+struct Layer {
+  Cell cell;
+  bool reverse;            // read from the last step to the first
+  int64_t T, B, I, H, R;
+  const int64_t* lengths;  // in [B], non-increasing, 0 ≤ lengths ≤ T; null: all T
+  const Real* x;           // in [T, B, I]
+  const Real* h0;          // in [B, R]
+  const Real* c0;          // in [B, H]; null but for the LSTM
+  const Real* w_ih;        // in [G·H, I]
+  const Real* w_hh;        // in [G·H, R]
+  const Real* b_ih;        // in [G·H]; null: none
+  const Real* b_hh;        // in [G·H]; null: none
+  const Real* w_hr;        // in [P, H]; null: no projection
+  Real* y;                 // [T, B, R]: out of forward, in of backward
+  Real* gates;             // [T, B, saved_width()]: out of forward, in of backward; null in forward: keep nothing
+  Real* cells;             // [T, B, padded()] c_t, likewise; null but for the LSTM
+};
+
+template <class Real>
+struct Final {
+  Real* h;  // out [B, R]
+  Real* c;  // out [B, H]; null but for the LSTM
+};
+
+template <class Real>
+struct Gradients {
+  const Real* dy;   // in [T, B, R] ∂E_t/∂h_t; null: zero
+  const Real* dhn;  // in [B, R] with respect to the final h; null: zero
+  const Real* dcn;  // in [B, H] with respect to the final c; null: zero
+  double clip;      // largest 2-norm per sample of the error handed from one step to the one before; 0: unbounded
+  Real* dx;         // out [T, B, I]; null: not wanted
+  Real* dw_ih;      // out [G·H, I]
+  Real* dw_hh;      // out [G·H, R]
+  Real* db_ih;      // out [G·H]; null: not wanted
+  Real* db_hh;      // out [G·H]; null: not wanted
+  Real* dw_hr;      // out [P, H]; null: no projection
+  Real* dh0;        // out [B, R]
+  Real* dc0;        // out [B, H]; null but for the LSTM
+  // Where a sample is inactive these stay as they came: hand in zeros.
+  double* norm_h;   // out [T, B] ‖δh_t‖₂, accumulated in double; null: not wanted
+  double* norm_c;   // out [T, B] ‖δc_t‖₂; null: not wanted
+  double* norm_a;   // out [T, B, G] ‖δa_t‖₂ per gate; null: not wanted
+  Real* delta_h;    // out [T, B, R] δh_t; null: not wanted
+  Real* delta_c;    // out [T, B, H] δc_t; null: not wanted
+  Real* delta_a;    // out [T, B, G·H] δa_t; null: not wanted
+  Real* delta_a_hh; // out [T, B, G·H] with respect to W_hh h_{t−1} + b_hh, for the GRU; null: not wanted
+};
+
+// What one instruction set offers. `lanes` is the number of Reals in a vector; hidden units are padded to whole blocks.
+template <class Real>
+struct Kernels {
+  const char* isa;
+  int lanes;
+  int64_t (*padded)(Cell, int64_t H);       // H rounded up to whole blocks
+  int64_t (*saved_width)(Cell, int64_t H);  // Reals that `gates` holds per step and sample
+  void (*forward)(const Layer<Real>&, const Final<Real>&, int threads);
+  void (*backward)(const Layer<Real>&, const Gradients<Real>&, int threads);
+};
+
+// The kernels for this machine, or those named by `isa` ("baseline", "avx2", "avx512"); null if it can't run them.
+template <class Real>
+const Kernels<Real>* kernels(const char* isa = nullptr);
+
+}  // namespace unvanish

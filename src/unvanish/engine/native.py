@@ -1,0 +1,378 @@
+"""The native rung: C++ kernels for float32 and float64 on the CPU, as operators that torch.compile can see.
+
+What the forward pass keeps for the backward lies in the kernels' own layout: `gates` `[T, B, saved]` and `cells`
+`[T, B, padded]`.
+"""
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unvanish.cells import CELLS, Cell, State, Weights
+from unvanish.engine import manual, reference
+from unvanish.engine.sequence import active_steps
+
+try:
+    from unvanish import _native
+except ImportError as error:
+    _native: Any = None
+    MISSING = f"the extension is not built ({error}); reinstall with a C++20 compiler"
+else:
+    MISSING = ""
+
+_NUMBER = {name: i for i, name in enumerate(("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru"))}
+_SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
+
+
+def obstacle(x: Tensor) -> str | None:
+    """Why the kernels can't run x, or None if they can."""
+    if MISSING:
+        return MISSING
+    if x.device.type != "cpu":
+        return f"its kernels are for the CPU, the input is on {x.device}"
+    if x.dtype not in _SUFFIX:
+        return f"its kernels are for float32 and float64, the input is {x.dtype}"
+    if x.numel() == 0:
+        return "the input is empty"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active, which needs autograd's own graph"
+    return None
+
+
+def isa(dtype: torch.dtype = torch.float32) -> str:
+    """The instruction set whose kernels run here: "avx512", "avx2" or "baseline"; UNVANISH_ISA forces one."""
+    return os.environ.get("UNVANISH_ISA") or getattr(_native, f"isa_{_SUFFIX[dtype]}")()
+
+
+class Layout(NamedTuple):
+    """How the kernels keep a layer's states."""
+
+    lanes: int
+    padded: int
+    saved: int
+
+
+def layout(cell: Cell, H: int, dtype: torch.dtype) -> Layout:
+    """Vector lanes, H rounded up to whole blocks, and the width of what is kept of the gates."""
+    return Layout(*_call("layout", dtype)(_NUMBER[cell.name], H, _forced_isa()))
+
+
+def _forced_isa() -> str | None:
+    return os.environ.get("UNVANISH_ISA")
+
+
+def _call(name: str, dtype: torch.dtype) -> Any:
+    return getattr(_native, f"{name}_{_SUFFIX[dtype]}")
+
+
+def _pooled(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised memory that goes back to the kernels' pool: fresh pages cost as much as the arithmetic."""
+    count = 1
+    for n in shape:
+        count *= n
+    return _call("empty", like.dtype)(count).view(shape)
+
+
+def _address(v: Tensor | None) -> int:
+    return 0 if v is None else v.data_ptr()
+
+
+def _sizes(x: Tensor, w_ih: Tensor, w_hh: Tensor, cell: int) -> tuple[int, ...]:
+    T, B, n_in = x.shape
+    return T, B, n_in, w_ih.shape[0] // len(_cell(cell).gates), w_hh.shape[1]
+
+
+def _cell(number: int) -> Cell:
+    return CELLS[list(_NUMBER)[number]]
+
+
+@torch.library.custom_op("unvanish::forward", mutates_args=())
+def _forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    lengths: Tensor | None,
+    cell: int,
+    reverse: bool,
+    clip: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, final h, final c, gates, cells); what does not exist is empty."""
+    T, B, _, H, R = sizes = _sizes(x, w_ih, w_hh, cell)
+    has_c, kept = c0 is not None, layout(_cell(cell), H, x.dtype)
+    y, h = x.new_empty(T, B, R), x.new_empty(B, R)
+    c = x.new_empty(B, H) if has_c else x.new_empty(0)
+    gates = _pooled(x, T, B, kept.saved) if save else x.new_empty(0)
+    cells = _pooled(x, T, B, kept.padded) if save and has_c else x.new_empty(0)
+    inputs = [_address(v) for v in (lengths, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y)]
+    states = [_address(gates if save else None), _address(cells if save and has_c else None)]
+    outs = [_address(h), _address(c if has_c else None)]
+    _call("forward", x.dtype)(cell, reverse, sizes, inputs + states, outs, torch.get_num_threads(), _forced_isa())
+    return y, h, c, gates, cells
+
+
+@_forward.register_fake
+def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, clip, save):
+    T, B, _, H, R = _sizes(x, w_ih, w_hh, cell)
+    kept = layout(_cell(cell), H, x.dtype)
+    nothing = x.new_empty(0)
+    c = x.new_empty(B, H) if c0 is not None else nothing
+    gates = x.new_empty(T, B, kept.saved) if save else nothing.clone()
+    cells = x.new_empty(T, B, kept.padded) if save and c0 is not None else nothing.clone()
+    return x.new_empty(T, B, R), x.new_empty(B, R), c, gates, cells
+
+
+@torch.library.custom_op("unvanish::backward", mutates_args=())
+def _backward(
+    dy: Tensor | None,
+    dh: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    lengths: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    cell: int,
+    reverse: bool,
+    clip: float,
+    want_dx: bool,
+    want_delta: bool,
+) -> list[Tensor]:
+    """[dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr] and, with want_delta, [δh, δc, δa, δa_hh]; empty where absent."""
+    sizes = _sizes(x, w_ih, w_hh, cell)
+    out = _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, want_dx, want_delta)
+    present = [v if v.numel() else None for v in out]
+    dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *delta = present
+    kept = [_address(v) for v in (lengths, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates)]
+    kept.append(_address(cells if c0 is not None else None))
+    wanted = [dy, dh, dc, dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0, None, None, None, *(delta or [None] * 4)]
+    addresses = [_address(v) for v in wanted]
+    _call("backward", x.dtype)(cell, reverse, sizes, kept, addresses, clip, torch.get_num_threads(), _forced_isa())
+    return out
+
+
+def _gradient_shapes(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    cell: int,
+    want_dx: bool,
+    want_delta: bool,
+) -> list[Tensor]:
+    like = (x if want_dx else None, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    out = [x.new_empty(0) if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in like]
+    if want_delta:
+        T, B, _, H, R = _sizes(x, w_ih, w_hh, cell)
+        G = len(_cell(cell).gates)
+        shapes = ((T, B, R), (T, B, H) if c0 is not None else (0,), (T, B, G * H), (T, B, G * H) if G == 3 else (0,))
+        # Zeros: where a sample is inactive nothing is written.
+        out += [x.new_zeros(shape) for shape in shapes]
+    return out
+
+
+@_backward.register_fake
+def _(dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, y, gates, cells, cell, reverse, clip, dx, delta):
+    return _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, dx, delta)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, cell, reverse, clip, _ = inputs
+    y, _, _, gates, cells = output
+    ctx.save_for_backward(*tensors, y, gates, cells)
+    ctx.cell, ctx.reverse, ctx.clip = cell, reverse, clip
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(gates, cells)
+
+
+def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    *inputs, y, gates, cells = ctx.saved_tensors
+    x, h0, c0, *weights, lengths = inputs
+    nothing = (None,) * 4
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        cell, state = _cell(ctx.cell), (h0,) if c0 is None else (h0, c0)
+        clip = ctx.clip or None
+        found = reference.gradients(
+            cell, x, state, Weights(*weights), lengths, ctx.reverse, clip, dy, (dh,) if c0 is None else (dh, dc)
+        )
+        dx, dh0, *rest = found
+        dc0 = None if c0 is None else rest.pop(0)
+        return dx, dh0, dc0, *rest, None, *nothing
+    d = [None if v is None else v.contiguous() for v in (dy, dh, dc)]
+    out = _backward(
+        *d,
+        x,
+        h0,
+        c0,
+        *weights,
+        lengths,
+        y,
+        gates,
+        cells,
+        ctx.cell,
+        ctx.reverse,
+        ctx.clip,
+        ctx.needs_input_grad[0],
+        False,
+    )
+    found = [g if like is not None else None for g, like in zip(out, (x, h0, c0, *weights), strict=True)]
+    return (found[0] if ctx.needs_input_grad[0] else None, *found[1:], None, *nothing)
+
+
+torch.library.register_autograd("unvanish::forward", _autograd, setup_context=_setup_context)
+
+
+class _Kept(NamedTuple):
+    """A forward pass as the kernels left it."""
+
+    given: "_Sorted"
+    y: Tensor
+    gates: Tensor
+    cells: Tensor
+
+
+class _Sorted(NamedTuple):
+    """A ragged batch with its longest samples first, as the kernels want it."""
+
+    x: Tensor
+    state: State
+    lengths: Tensor | None
+    back: Tensor | None
+    """index of each sample's place among the sorted; None when nothing moved"""
+
+
+def _sort(x: Tensor, state: State, lengths: Tensor | None) -> _Sorted:
+    if lengths is None:
+        return _Sorted(x, state, None, None)
+    lengths = lengths.to("cpu", torch.int64)
+    if bool((lengths[:-1] >= lengths[1:]).all()):
+        return _Sorted(x, state, lengths.contiguous(), None)
+    sorted_lengths, order = lengths.sort(descending=True, stable=True)
+    back = torch.argsort(order)
+    return _Sorted(x.index_select(1, order), tuple(s.index_select(0, order) for s in state), sorted_lengths, back)
+
+
+def _apply(
+    cell: Cell, given: _Sorted, w: Weights, reverse: bool, clip: float | None, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    h0, c0 = (*given.state, None)[:2]
+    tensors = [None if v is None else v.contiguous() for v in (given.x, h0, c0, *w)]
+    return _forward(*tensors, given.lengths, _NUMBER[cell.name], reverse, clip or 0.0, save)  # type: ignore[arg-type]
+
+
+def run(
+    cell: Cell,
+    x: Tensor,
+    state: State,
+    w: Weights,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    clip: float | None = None,
+) -> tuple[Tensor, State]:
+    """(y, final state) for x `[T, B, I]`; see `unvanish.engine.run`."""
+    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, *state, *w))
+    given = _sort(x, state, lengths)
+    y, h, c, _, _ = _apply(cell, given, w, reverse, clip, save)
+    final = (h, c)[: len(cell.states)]
+    if given.back is None:
+        return y, final
+    return y.index_select(1, given.back), tuple(s.index_select(0, given.back) for s in final)
+
+
+@torch.no_grad()
+def trace(
+    cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None = None, reverse: bool = False
+) -> manual.Trace:
+    """As `unvanish.engine.manual.trace`, outside any graph."""
+    given = _sort(x, state, lengths)
+    y, h, c, gates, cells = _apply(cell, given, w, reverse, None, True)
+    T, B, H = *x.shape[:2], w.w_ih.shape[0] // len(cell.gates)
+    kept = layout(cell, H, x.dtype)
+    values = gates.view(T, B, kept.padded // kept.lanes, -1, kept.lanes).transpose(2, 3).reshape(T, B, -1, kept.padded)
+    if cell.name.startswith("rnn"):
+        values = gates.view(T, B, 1, kept.padded)
+    values, states = values[..., :H], [y, cells[..., :H]][: len(cell.states)]
+    final = (h, c)[: len(cell.states)]
+    if given.back is not None:
+        values, states = values.index_select(1, given.back), [s.index_select(1, given.back) for s in states]
+        final = tuple(s.index_select(0, given.back) for s in final)
+    active = active_steps(lengths, T, x.device)
+    before = [_before(s, s0, lengths, reverse) for s, s0 in zip(states, state, strict=True)]
+    fields = list(values.unbind(2))
+    if cell.name == "lstm":
+        fields.append(states[1])
+    elif cell.name.startswith("rnn"):
+        fields = [states[0]]
+    saved = cell.Saved(*before, *fields)  # type: ignore[attr-defined]
+    return manual.Trace(cell, w, x, states[0], final, saved, active, reverse, _Kept(given, y, gates, cells))
+
+
+def _before(states: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
+    """The state before each step, `[T, B, ·]`; a reversed sample starts at its own end."""
+    if not reverse:
+        return torch.cat([initial.unsqueeze(0), states[:-1]])
+    shifted = torch.cat([states[1:], initial.unsqueeze(0)])
+    if lengths is None:
+        return shifted
+    T = states.shape[0]
+    starts = torch.arange(1, T + 1)[:, None] >= lengths.cpu()[None, :]
+    return torch.where(starts.unsqueeze(-1), initial, shifted)
+
+
+@torch.no_grad()
+def adjoint(
+    tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None = None
+) -> manual.Flow:
+    """As `unvanish.engine.manual.adjoint`, for a trace of this rung; gives the weights' gradients along."""
+    given, y, gates, cells = tr.kept
+    order = None if given.back is None else torch.argsort(given.back)
+
+    def arrange(v: Tensor | None, dim: int) -> Tensor | None:
+        return None if v is None else (v if order is None else v.index_select(dim, order)).contiguous()
+
+    dh, dc = (*(arrange(d, 0) for d in dfinal), None)[:2]
+    h0, c0 = (*given.state, None)[:2]
+    tensors = [None if v is None else v.contiguous() for v in (given.x, h0, c0, *tr.weights)]
+    number = _NUMBER[tr.cell.name]
+    out = _backward(
+        arrange(dy, 1),
+        dh,
+        dc,
+        *tensors,
+        given.lengths,
+        y,
+        gates,
+        cells,
+        number,
+        tr.reverse,
+        clip or 0.0,
+        False,
+        True,  # type: ignore[arg-type]
+    )
+    _, dh0, dc0, *grads = out[:8]
+    delta = out[8:]
+    if given.back is not None:
+        delta = [d.index_select(1, given.back) if d.numel() else d for d in delta]
+        dh0, dc0 = (d.index_select(0, given.back) if d.numel() else d for d in (dh0, dc0))
+    n = len(tr.cell.states)
+    weights = Weights(*(None if w is None else g for w, g in zip(tr.weights, grads, strict=True)))  # type: ignore[arg-type]
+    da_hh = delta[3] if delta[3].numel() else delta[2]
+    return manual.Flow((delta[0], delta[1])[:n], delta[2], da_hh, (dh0, dc0)[:n], weights)
