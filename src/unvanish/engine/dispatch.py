@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,8 @@ from unvanish.engine import manual, native, reference
 RUNGS = {"native": native.run, "manual": manual.run, "reference": reference.run}
 """Fastest first; the dispatch takes the first that supports the call."""
 
-_forced: ContextVar[str | None] = ContextVar("unvanish_forced_rung", default=None)
+# A plain global: torch.compile guards on it, which it can't do with a context variable.
+_forced: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,15 @@ def _known(rung: str) -> str:
 
 @contextmanager
 def force(rung: str) -> Iterator[None]:
-    """Every sequence inside the block runs on `rung`: "native", "manual" or "reference"; an error where it can't."""
-    token = _forced.set(_known(rung))
+    """Every sequence in the process runs on `rung` while in the block: "native", "manual" or "reference"; an error where
+    it can't.
+    """
+    global _forced
+    before, _forced = _forced, _known(rung)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def explain(x: Tensor, rung: str | None = None) -> Choice:
@@ -64,7 +67,7 @@ def explain(x: Tensor, rung: str | None = None) -> Choice:
         ValueError: `rung` names no rung.
         RuntimeError: a forced rung can't run this input.
     """
-    forced = _known(rung) if rung is not None else _forced.get()
+    forced = _known(rung) if rung is not None else _forced
     if forced is not None:
         why = _obstacle(forced, x)
         if why is not None:

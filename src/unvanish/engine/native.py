@@ -152,7 +152,7 @@ def _backward(
     want_dx: bool,
     want_delta: bool,
 ) -> list[Tensor]:
-    """[dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr] and, with want_delta, [δh, δc, δa, δa_hh]; empty where absent."""
+    """[dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr], then [δh, δc, δa, δa_hh] if want_delta; empty where absent."""
     sizes = _sizes(x, w_ih, w_hh, cell)
     out = _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, want_dx, want_delta)
     present = [v if v.numel() else None for v in out]

@@ -1,0 +1,234 @@
+"""The kernels: right on every instruction set and shape, and bitwise the same whoever runs them."""
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import unvanish as uv
+from tests.strategies import LayerCase, layer_cases
+from tests.test_engine import outcome
+from unvanish.cells import CELLS, Weights
+from unvanish.engine import native
+
+pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=f"native rung: {native.MISSING}")
+
+
+def runs(isa: str) -> bool:
+    os.environ["UNVANISH_ISA"] = isa
+    try:
+        native.layout(CELLS["lstm"], 4, torch.float32)
+    except ValueError:
+        return False
+    finally:
+        del os.environ["UNVANISH_ISA"]
+    return True
+
+
+ISAS = [isa for isa in ("baseline", "avx2", "avx512") if not native.MISSING and runs(isa)]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("UNVANISH_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def layer(name: str, T: int, B: int, n_in: int, H: int, dtype: torch.dtype = torch.float32, P: int = 0) -> LayerCase:
+    """A layer whose states stay bounded, so that rounding errors do too."""
+    torch.manual_seed(T + B + H)
+    cell, R = CELLS[name], P or H
+    G = len(cell.gates)
+    shapes = [(G * H, n_in), (G * H, R), (G * H,), (G * H,)] + [(P, H)] * bool(P)
+    weights = Weights(*((torch.randn(s, dtype=dtype) / (2 * s[-1] ** 0.5)).requires_grad_() for s in shapes))
+    state = tuple(torch.randn(B, n, dtype=dtype).requires_grad_() for n in (R, H)[: len(cell.states)])
+    return LayerCase(cell, torch.randn(T, B, n_in, dtype=dtype).requires_grad_(), state, weights, None, False)
+
+
+@pytest.mark.parametrize("name", list(CELLS))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("T", "B", "n_in", "H"), [(1, 1, 1, 1), (3, 7, 1, 17), (40, 33, 5, 64), (9, 70, 65, 15), (200, 4, 3, 130)]
+)
+def test_every_instruction_set_equals_the_reference(
+    isa: str, name: str, dtype: torch.dtype, tolerance: float, T: int, B: int, n_in: int, H: int
+) -> None:
+    case = layer(name, T, B, n_in, H, dtype)
+    found, expected = outcome(case, "native", None, 1), outcome(case, "reference", None, 1)
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).norm()) <= tolerance * float(b.norm())
+
+
+@settings(max_examples=150)
+@given(case=layer_cases(torch.float32), clip=st.none() | st.floats(0.1, 2), seed=st.integers(0, 99))
+def test_random_float32_layers_equal_float64(case: LayerCase, clip: float | None, seed: int) -> None:
+    double = LayerCase(
+        case.cell,
+        case.x.detach().double().requires_grad_(),
+        tuple(s.detach().double().requires_grad_() for s in case.state),
+        Weights(*(None if v is None else v.detach().double().requires_grad_() for v in case.weights)),
+        case.lengths,
+        case.reverse,
+    )
+    generator = torch.Generator().manual_seed(seed)
+
+    def result(c: LayerCase, rung: str, d: list[Tensor]) -> list[Tensor]:
+        y, final = uv.engine.run(c.cell, c.x, c.state, c.weights, c.lengths, c.reverse, clip, rung)
+        cotangents = [v.to(y.dtype) for v in d]
+        grads = torch.autograd.grad([y, *final], c.inputs, cotangents, allow_unused=True, materialize_grads=True)
+        return [y, *final, *grads]
+
+    y, final = uv.engine.run(case.cell, case.x, case.state, case.weights, case.lengths, case.reverse)
+    d = [torch.randn(v.shape, generator=generator, dtype=torch.float64).float().double() for v in (y, *final)]
+    for a, b in zip(result(case, "native", d), result(double, "reference", d), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", list(CELLS))
+@pytest.mark.parametrize("B", [1, 5, 33])
+def test_bitwise_the_same_for_any_number_of_threads_and_every_time(name: str, B: int, threads: None) -> None:
+    case = layer(name, 30, B, 6, 40)
+    results = []
+    for count in (1, 2, 3, 4, 2):
+        torch.set_num_threads(count)
+        results.append(outcome(case, "native", None, 1))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", list(CELLS))
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_samples_result_does_not_depend_on_its_neighbours(name: str, ragged: bool) -> None:
+    T, B = 12, 37
+    case = layer(name, T, B, 6, 40)
+    lengths = torch.randint(1, T + 1, (B,), generator=torch.Generator().manual_seed(0)) if ragged else None
+
+    def run(rows: slice) -> list[Tensor]:
+        x = case.x.detach()[:, rows].contiguous().requires_grad_()
+        state = tuple(s.detach()[rows].clone().requires_grad_() for s in case.state)
+        part = None if lengths is None else lengths[rows]
+        y, final = uv.engine.run(case.cell, x, state, case.weights, part, rung="native")
+        total = y.square().sum() + sum(s.square().sum() for s in final)
+        grads = torch.autograd.grad(total, [x, *state])
+        return [v.transpose(0, 1) if v.dim() == 3 else v for v in (y, *final, *grads)]
+
+    whole = run(slice(0, B))
+    for b in (0, 17, 36):
+        assert all(torch.equal(a[b], alone[0]) for a, alone in zip(whole, run(slice(b, b + 1)), strict=True))
+
+
+@pytest.mark.parametrize("name", list(CELLS))
+def test_trace_and_adjoint_equal_the_manual_ones(name: str) -> None:
+    for P in (0, 3) if name == "lstm" else (0,):
+        for reverse in (False, True):
+            case = layer(name, 9, 6, 4, 19, torch.float64, P)
+            lengths = torch.tensor([4, 9, 1, 0, 9, 6])
+            args = (
+                case.cell,
+                case.x.detach(),
+                tuple(s.detach() for s in case.state),
+                case.weights.detach(),
+                lengths,
+                reverse,
+            )
+            one, two = native.trace(*args), uv.engine.manual.trace(*args)
+            dy = torch.randn_like(two.y)
+            final = tuple(torch.randn_like(s) for s in two.final)
+            flows = [native.adjoint(one, dy, final, 0.5), uv.engine.manual.adjoint(two, dy, final, 0.5)]
+            torch.testing.assert_close([one.y, *one.final], [two.y, *two.final], rtol=1e-12, atol=1e-13)
+            inside = two.active
+            for a, b in zip(one.saved, two.saved, strict=True):
+                torch.testing.assert_close(
+                    torch.where(inside, a, 0.0), torch.where(inside, b, 0.0), rtol=1e-12, atol=1e-13
+                )
+            for a, b in zip(flows[0].dstate + flows[0].dinitial, flows[1].dstate + flows[1].dinitial, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+            torch.testing.assert_close(
+                [flows[0].da, flows[0].da_hh], [flows[1].da, flows[1].da_hh], rtol=1e-11, atol=1e-13
+            )
+            pairs = zip(
+                uv.engine.weight_gradients(one, flows[0]), uv.engine.weight_gradients(two, flows[1]), strict=True
+            )
+            for a, b in pairs:
+                assert (a is None) == (b is None)
+                if a is not None:
+                    torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_concurrent_callers(threads: None) -> None:
+    torch.set_num_threads(2)
+    case = layer("lstm", 60, 40, 8, 32)
+    expected = outcome(case, "native", None, 1)
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        mine = LayerCase(
+            case.cell,
+            case.x.detach().requires_grad_(),
+            tuple(s.detach().requires_grad_() for s in case.state),
+            Weights(*(None if v is None else v.detach().requires_grad_() for v in case.weights)),
+            None,
+            False,
+        )
+        results = [outcome(mine, "native", None, 1) for _ in range(10)]
+        wrong.extend(number for r in results if not all(map(torch.equal, r, expected)))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+def test_a_forked_child_can_run(threads: None) -> None:
+    torch.set_num_threads(2)
+    case = layer("gru", 20, 40, 8, 32)
+    with torch.no_grad():
+        expected = uv.engine.run(case.cell, case.x, case.state, case.weights, rung="native")[0]
+        child = os.fork()
+        if child == 0:
+            found = uv.engine.run(case.cell, case.x, case.state, case.weights, rung="native")[0]
+            os._exit(0 if torch.equal(found, expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("name", ["rnn_relu", "lstm", "gru"])
+def test_operators_pass_torchs_own_checks(name: str) -> None:
+    case = layer(name, 3, 2, 2, 3, torch.float64)
+    h0, c0 = (*case.state, None)[:2]
+    number = native._NUMBER[name]
+    arguments = (case.x, h0, c0, *case.weights, None, number, False, 0.0, True)
+    torch.library.opcheck(native._forward, arguments)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_compiles_into_one_graph(kind: str) -> None:
+    torch.manual_seed(0)
+    ours = getattr(uv.nn, kind)(3, 4, num_layers=2, dtype=torch.float64)
+    x = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
+    expected = ours(x)[0].square().sum()
+    (gradient,) = torch.autograd.grad(expected, x)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(lambda x: ours(x)[0].square().sum(), fullgraph=True, backend="aot_eager")
+        found = compiled(x)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, x)[0], gradient)
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNVANISH_ISA", "sse9")
+    with pytest.raises(ValueError, match="this machine has no 'sse9'"):
+        native.layout(CELLS["lstm"], 4, torch.float32)
