@@ -49,7 +49,7 @@ def _known(rung: str) -> str:
 
 @contextmanager
 def force(rung: str) -> Iterator[None]:
-    """Every sequence in the process runs on `rung` while in the block: "native", "manual" or "reference"; an error where
+    """Every sequence of the process runs on `rung` in the block: "native", "manual" or "reference"; an error where
     it can't.
     """
     global _forced
