@@ -71,16 +71,16 @@ def test_clipper_errors():
     with pytest.raises(ArithmeticError, match=r"NaN or infinity in parameters \[0\]"):
         clipper.clip_()
     assert len(clipper.norms) == 0
-    with pytest.raises(ValueError, match="^parameters"):
+    with pytest.raises(ValueError, match=r"^parameters"):
         cures.GradientClipper([])
-    with pytest.raises(ValueError, match="^quantile"):
+    with pytest.raises(ValueError, match=r"^quantile"):
         cures.GradientClipper([w], quantile=1.5)
-    with pytest.raises(ValueError, match="^history, warmup"):
+    with pytest.raises(ValueError, match=r"^history, warmup"):
         cures.GradientClipper([w], warmup=5, history=2)
 
 
 def unrolled_errors(cell, x, limit):
-    """δ at every step of a loop of torch's cell, clipped by hand: back from the last step, one step's graph at a time."""
+    """δ of a loop of torch's cell, clipped by hand: back from the last step, one step's graph at a time."""
     states, h = [], torch.zeros(x.shape[1], cell.hidden_size, dtype=x.dtype)
     for step in x:
         states.append(h)
@@ -144,5 +144,5 @@ def test_forward_is_unchanged_and_the_bound_can_be_taken_off(kind):
 def test_clip_recurrence_errors():
     with pytest.raises(ValueError, match="contains none"):
         cures.clip_recurrence_(nn.Linear(2, 2), 1.0)
-    with pytest.raises(ValueError, match="^limit"):
+    with pytest.raises(ValueError, match=r"^limit"):
         cures.clip_recurrence_(nn.RNN(2, 2), 0.0)

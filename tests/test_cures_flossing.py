@@ -96,11 +96,11 @@ def test_flossing_errors():
     x = torch.zeros(4, 1, 2)
     with pytest.raises(TypeError, match=r"'' is a GRUCell|GRUCell"):
         cures.GradientFlossing(nn.GRUCell(2, 3))
-    with pytest.raises(ValueError, match="^n, every, warmup"):
+    with pytest.raises(ValueError, match=r"^n, every, warmup"):
         cures.GradientFlossing(nn.RNN(2, 3), n=0)
-    with pytest.raises(ValueError, match="^n: expected at most 3"):
+    with pytest.raises(ValueError, match=r"^n: expected at most 3"):
         cures.GradientFlossing(nn.RNN(2, 3), n=4)(x)
-    with pytest.raises(ValueError, match="^warmup"):
+    with pytest.raises(ValueError, match=r"^warmup"):
         cures.GradientFlossing(nn.RNN(2, 3), warmup=4)(x)
     dead = cures.identity_(nn.RNN(2, 3, nonlinearity="relu"))
     with pytest.raises(ArithmeticError, match=r"^l0: exponent 1 of 1 is not finite"):

@@ -1,6 +1,33 @@
-"""Cures for vanishing and exploding gradients, each usable alone: initialise, clip, penalise, constrain, rescue."""
+"""Cures for vanishing and exploding gradients, each usable alone on a stock torch module.
+
+initialise   forget_bias_, chrono_, orthogonal_, identity_, spectral_radius_ clip         GradientClipper (global norm,
+threshold from what was observed), clip_recurrence_ (δ inside the recurrence) penalise     Omega (Pascanu et al. 2013),
+GradientFlossing (Engelken 2023) constrain    constrain (orthogonal or spectral W_hh) rescue       rescue_ (smallest
+change of the forget biases), survival (what it is measured by) replace      replace (RNN → GRU or LSTM)
+"""
 
 from unvanish.cures.carry_bias import chrono_, forget_bias_
+from unvanish.cures.clip import GradientClipper, clip_recurrence_
+from unvanish.cures.constrain import constrain
+from unvanish.cures.flossing import GradientFlossing
+from unvanish.cures.omega import Omega
 from unvanish.cures.recurrent_matrix import identity_, orthogonal_, spectral_radius_
+from unvanish.cures.replace import replace
+from unvanish.cures.rescue import rescue_
+from unvanish.cures.survival import survival
 
-__all__ = ["chrono_", "forget_bias_", "identity_", "orthogonal_", "spectral_radius_"]
+__all__ = [
+    "GradientClipper",
+    "GradientFlossing",
+    "Omega",
+    "chrono_",
+    "clip_recurrence_",
+    "constrain",
+    "forget_bias_",
+    "identity_",
+    "orthogonal_",
+    "replace",
+    "rescue_",
+    "spectral_radius_",
+    "survival",
+]

@@ -33,7 +33,7 @@ def forget_bias_(module: M, value: float = 1.0) -> M:
     Source: Gers, Schmidhuber & Cummins 2000; Jozefowicz, Zaremba & Sutskever 2015, section 2.2.
 
     Limits: one time constant for all units, 1 + eᵛᵃˡᵘᵉ steps (3.7 for 1): a start for lags of tens of steps, not of
-        hundreds; `chrono_` spreads the time constants.
+    hundreds; `chrono_` spreads the time constants.
 
     >>> lstm = forget_bias_(torch.nn.LSTM(3, 2), 2.0)
     >>> (lstm.bias_ih_l0 + lstm.bias_hh_l0)[2:4].tolist()
@@ -74,7 +74,7 @@ def chrono_(module: M, max_lag: float, generator: torch.Generator | None = None)
     Source: Tallec & Ollivier 2018, "Can recurrent neural networks warp time?", equation 16.
 
     Limits: the time constants hold where W_ih x + W_hh h is small beside the bias; i ≈ 1/τ makes slow units slow to
-        write as well.
+    write as well.
 
     >>> lstm = chrono_(torch.nn.LSTM(3, 4), max_lag=784)
     >>> b_i, b_f, _, _ = (lstm.bias_ih_l0 + lstm.bias_hh_l0).chunk(4)

@@ -33,7 +33,7 @@ def orthogonal_(module: M, gain: float = 1.0, generator: torch.Generator | None 
     Source: Saxe, McClelland & Ganguli 2014; per gate as in Henaff, Szlam & LeCun 2016.
 
     Limits: an initialisation: training moves W_hh away (`constrain` holds it). In a gated cell orthogonal blocks keep
-        the error's way through h alive; the state's own survival is the carry gate's (`forget_bias_`, `chrono_`).
+    the error's way through h alive; the state's own survival is the carry gate's (`forget_bias_`, `chrono_`).
 
     >>> rnn = orthogonal_(torch.nn.RNN(3, 4).double())
     >>> torch.allclose(rnn.weight_hh_l0.mT @ rnn.weight_hh_l0, torch.eye(4, dtype=torch.float64))
@@ -69,8 +69,8 @@ def identity_(module: M, scale: float = 1.0) -> M:
     Source: Le, Jaitly & Hinton 2015, "A simple way to initialize recurrent networks of rectified linear units".
 
     Limits: meant for nonlinearity="relu". tanh shrinks the state and its error wherever h is not near 0; relu has no
-        bound, so a learning rate that is too large makes it explode. The paper starts the input weights small; here
-        they are left alone.
+    bound, so a learning rate that is too large makes it explode. The paper starts the input weights small; here
+    they are left alone.
 
     >>> identity_(torch.nn.RNN(3, 2, nonlinearity="relu"), 0.5).weight_hh_l0.tolist()
     [[0.5, 0.0], [0.0, 0.5]]
@@ -110,10 +110,10 @@ def spectral_radius_(module: M, radius: float = 1.0) -> M:
         to the gradient.
 
     Limits: the radius is the rate over many steps of the linearised network; over few steps a matrix that is far from
-        normal does much more (see σ_max), and a saturated φ much less.
+    normal does much more (see σ_max), and a saturated φ much less.
 
     >>> rnn = spectral_radius_(torch.nn.RNN(3, 4).double(), 0.9)
-    >>> round(float(torch.linalg.eigvals(rnn.weight_hh_l0).abs().max()), 12)
+    >>> round(torch.linalg.eigvals(rnn.weight_hh_l0).abs().max().item(), 12)
     0.9
     """
     radius = finite("radius", radius, above=0.0)

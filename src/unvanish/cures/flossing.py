@@ -1,0 +1,153 @@
+"""Gradient flossing: push Lyapunov exponents to zero, where an error neither vanishes nor explodes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unvanish import engine
+from unvanish.cures.layers import recurrent_modules
+from unvanish.flow.stack import full_jacobians, reading_order
+from unvanish.nn.modules import initial_states, layer_directions, time_major
+
+
+class GradientFlossing:
+    """L = mean_i λ_i²,  λ_i = 1/T Σ_t ln|R_ii(t)|,  J_t Q_{t-1} = Q_t R(t): the first n exponents, squared.
+
+    J_t is the Jacobian of the full state (s = h, or (h, c) for the LSTM) along the trajectory that the input drives;
+    derivatives go through Q, R, J and the states, by autograd. Used before training, or every few epochs:
+
+        floss = GradientFlossing(model, n=8)
+        for _ in range(300):
+            optimizer.zero_grad()
+            floss(x).backward()
+            optimizer.step()
+
+    `floss(*inputs)` runs model(*inputs) and takes, of every nn.RNN, nn.LSTM and nn.GRU call in it, each layer's and
+    direction's own spectrum; squares are averaged over exponents, samples, layers. Gradients flow to all weights that
+    shape the trajectory, an embedding before the layer among them. Dropout between layers is off, as for the exponents
+    in `uv.flow`.
+
+    Args:
+        model: nn.RNN, nn.LSTM, nn.GRU or a module that contains some.
+        n: how many exponents, from the largest; at most the size of the state. An LSTM's H smallest exponents are
+            often −∞ or nearly so (h has no memory of its own): keep n ≤ H.
+        every: steps between two QR decompositions; more is cheaper, until the columns of the product grow parallel.
+        warmup: steps read before averaging begins, in which Q turns towards the leading directions.
+        seed: of the first Q.
+
+    Raises:
+        TypeError: model is no module, or holds cells, which have no sequence of their own.
+        ValueError: there is no recurrent layer, or a number does not fit.
+
+    Source: Engelken 2023, "Gradient flossing: improving gradient descent through dynamic control of Jacobians",
+    equations 4 to 6; QR on products of Jacobians from Benettin et al. 1980.
+
+    Limits: T matrices `[B, S, S]` and their QR stay in the graph, so that cost is T·B·S²·(S + n) and memory T·B·S²:
+    floss on few samples and a few hundred steps. Exponents are averages over time; what happens at single steps they
+    don't show.
+
+    >>> rnn, x = nn.RNN(2, 8), torch.randn(30, 4, 2)
+    >>> floss = GradientFlossing(rnn, n=2)
+    >>> floss(x).backward()
+    >>> floss.exponents(x)["l0"].shape
+    torch.Size([4, 2])
+    """
+
+    def __init__(self, model: nn.Module, n: int = 1, every: int = 1, warmup: int = 0, seed: int = 0) -> None:
+        self._model, self._modules = model, {}
+        for path, module in recurrent_modules(model, "GradientFlossing").items():
+            if not isinstance(module, nn.RNNBase):
+                raise TypeError(
+                    f"model: GradientFlossing expected nn.RNN, nn.LSTM or nn.GRU, but {path!r} is a "
+                    f"{type(module).__name__}, which has no sequence of its own; use the layer that runs them whole"
+                )
+            self._modules[path] = module
+        if n < 1 or every < 1 or warmup < 0:
+            raise ValueError(f"n, every, warmup: expected n ≥ 1, every ≥ 1, warmup ≥ 0, got {n}, {every}, {warmup}")
+        self.n, self.every, self.warmup, self.seed = n, every, warmup, seed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """L for model(*args, **kwargs), a differentiable scalar.
+
+        Raises:
+            ValueError: no recurrent layer ran, n exceeds its state, or warmup its steps.
+            ArithmeticError: an exponent is −∞ or NaN: the Jacobians' product has no n directions left.
+        """
+        found = self.exponents(*args, **kwargs)
+        for name, value in found.items():
+            if not bool(value.isfinite().all()):
+                i = int((~value.isfinite()).any(0).nonzero()[0])
+                raise ArithmeticError(
+                    f"{name}: exponent {i + 1} of {self.n} is not finite: the product of Jacobians has rank {i} or "
+                    "less, as with dead or saturated units; lower n"
+                )
+        return torch.stack([value.square().mean() for value in found.values()]).mean()
+
+    def exponents(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """λ `[B, n]` in nats per step, by layer name ("encoder.lstm.l0"), differentiable; samples in internal order.
+
+        Raises:
+            ValueError: no recurrent layer ran, n exceeds its state, or warmup its steps.
+        """
+        calls: list[tuple[str, Any, Any]] = []
+        handles = [
+            module.register_forward_pre_hook(self._listener(path, calls), with_kwargs=True)
+            for path, module in self._modules.items()
+        ]
+        try:
+            self._model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not calls:
+            raise ValueError("model: none of its recurrent layers ran on this input")
+        found: dict[str, list[Tensor]] = {}
+        for path, x, hx in calls:
+            for name, value in self._spectra(self._modules[path], x, hx).items():
+                found.setdefault(f"{path}.{name}".removeprefix("."), []).append(value)
+        return {name: torch.stack(values).mean(0) if len(values) > 1 else values[0] for name, values in found.items()}
+
+    def _listener(self, path: str, calls: list[tuple[str, Any, Any]]) -> Any:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else kwargs["input"]
+            calls.append((path, x, args[1] if len(args) > 1 else kwargs.get("hx")))
+
+        return before
+
+    def _spectra(self, module: nn.RNNBase, x: Any, hx: Any) -> dict[str, Tensor]:
+        inputs = time_major(module, x)
+        layers, states = layer_directions(module), initial_states(module, hx, inputs)
+        D = 2 if module.bidirectional else 1
+        below, found = inputs.x, {}
+        for first in range(0, len(layers), D):
+            traces = [
+                engine.trace(d.cell, below, state, d.weights, inputs.lengths, d.reverse)
+                for d, state in zip(layers[first : first + D], states[first : first + D], strict=True)
+            ]
+            below = torch.cat([tr.y for tr in traces], dim=-1)
+            found |= {d.name: self._spectrum(tr) for d, tr in zip(layers[first : first + D], traces, strict=True)}
+        return found
+
+    def _spectrum(self, tr: engine.Trace) -> Tensor:
+        T, B = tr.x.shape[:2]
+        S = sum(s.shape[-1] for s in tr.final)
+        if self.n > S:
+            raise ValueError(f"n: expected at most {S}, the size of the state of this layer, got {self.n}")
+        if self.warmup >= T:
+            raise ValueError(f"warmup: expected fewer than the {T} steps of the input, got {self.warmup}")
+        start = torch.randn(S, self.n, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        q = torch.linalg.qr(start)[0].to(tr.x).expand(B, S, self.n)
+        total, counted, pending = q.new_zeros(B, self.n), q.new_zeros(B, 1), q.new_zeros(B, 1)
+        for number, t in enumerate(reading_order(tr)):
+            q = full_jacobians(tr, t) @ q
+            pending = pending + (1.0 if tr.active is None else tr.active[t].to(q))
+            # Averaging starts with a freshly orthonormal Q, so the step before it is one of the decompositions.
+            if (number + 1) % self.every and number + 1 not in (self.warmup, T):
+                continue
+            q, r = torch.linalg.qr(q)
+            if number >= self.warmup:
+                total = total + r.diagonal(dim1=-2, dim2=-1).abs().log()
+                counted = counted + pending
+            pending = torch.zeros_like(pending)
+        return total / counted.clamp_min(1)

@@ -1,0 +1,151 @@
+"""Rescue: the smallest change of the forget biases after which an error survives a given lag.
+
+Source: the forget-gate update of the article "Solving the vanishing gradient problem with LSTM" ("an update of the
+forget gate at step k+1 so that the gradient does not vanish"), made exact.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from unvanish.cures.carry_bias import CARRY
+from unvanish.cures.layers import Layer, finite, layers_of
+from unvanish.cures.smallest_shift import smallest_shift
+from unvanish.cures.survival import log_survival, windows
+from unvanish.flow.record import LayerFlow
+
+TOLERANCE = 1e-3
+"""|ln S − ln target| at which a solution is taken"""
+ROUNDS = 40
+"""measurements per layer at most"""
+
+
+def rescue_(
+    lstm: nn.RNNBase,
+    x: Tensor | PackedSequence | LayerFlow | Mapping[str, LayerFlow],
+    lag: int,
+    target: float = 0.5,
+    hx: Any = None,
+) -> nn.RNNBase:
+    """minimise ‖Δb_f‖₂  subject to  S(lag) ≥ target,  S(ℓ) = ‖∂c_k/∂c_{k−ℓ}‖_F / √H  (see `survival`).
+
+    S² = mean_{b,u} exp 2 Σ_t ln σ(a^f_t + Δb_f) over the last `lag` steps is separable in the units, and at the optimum
+
+        Δb_f = μ ∂S²/∂b_f       with one multiplier μ ≥ 0 for all units.
+
+    Since the error needs *some* units to survive in, and those cost least whose gates are already most open, the
+    smallest change opens a share of about target² of the units and leaves the others nearly alone: a division into
+    long and short memory, where a uniform shift would make all units slow. States react to the biases; so the layer is
+    run again and the problem solved again until the measured S is within 0.1 % of the target.
+
+    Layers are rescued from the first to the last, each under the input that the rescued layers below give it. The
+    change is added to `bias_ih`. For the GRU read h for c, z for f.
+
+    Args:
+        lstm: nn.LSTM or nn.GRU, of torch or unvanish, with biases.
+        x: an input in the layer's own layout, typical for the data, with at least `lag` steps; what S is measured on.
+            Or a record of `uv.watch` (or one LayerFlow of it): then each unit's gate is taken as constant at its
+            recorded mean `log_carry`, `lag` may exceed the recorded steps, and nothing is measured again: a
+            prediction, not a promise.
+        lag: ℓ, in steps.
+        target: S afterwards, in (0, 1).
+        hx: the initial state; None: zeros.
+
+    Returns:
+        lstm, changed in place. A layer that survives as well as stated is left alone: the smallest change is none.
+
+    Raises:
+        TypeError: lstm is no nn.LSTM or nn.GRU; x is neither input nor record; a number is none.
+        ValueError: target is not in (0, 1), as f < 1 keeps every S below 1; lag exceeds the steps of x; bias=False or
+            a parametrized bias; a record does not fit.
+        ArithmeticError: the states' reaction to the biases kept S from the target; the biases are as before.
+
+    Limits: this is the carry alone. The whole derivative also runs through the gates and h, and can keep less or much
+    more: `survival(..., paths="exact")` tells. The change is the smallest at the gates' trajectories it leads to; how
+    the trajectories depend on it is measured, not differentiated. A surviving error can still be too sharp to use
+    (Zucchet & Orvieto 2024).
+
+    >>> lstm, x = nn.LSTM(2, 8), torch.randn(60, 4, 2)
+    >>> from unvanish.cures import survival
+    >>> round(survival(rescue_(lstm, x, lag=50, target=0.5), x, lag=50), 2)
+    0.5
+    """
+    if not isinstance(lstm, nn.LSTM | nn.GRU):
+        raise TypeError(f"lstm: expected nn.LSTM or nn.GRU, whose state has a carry, got {type(lstm).__name__}")
+    if not 0 < finite("target", target) < 1:
+        raise ValueError(f"target: expected a survival in (0, 1), got {target}; f < 1 keeps less than everything")
+    if isinstance(lag, bool) or not isinstance(lag, int) or lag < 1:
+        raise ValueError(f"lag: expected a whole number of steps ≥ 1, got {lag!r}")
+    layers = layers_of(lstm)
+    if not lstm.bias:
+        raise ValueError("lstm: rescue_ changes the forget bias, but the layer has bias=False; make it with bias=True")
+    biases = [layer.blocks(layer.parameter("bias_ih", "rescue_"))[CARRY[layer.cell.name]] for layer in layers]
+    before = [b.detach().clone() for b in biases]
+    with torch.no_grad():
+        if isinstance(x, Mapping | LayerFlow):
+            records = {x.name: x} if isinstance(x, LayerFlow) else x
+            changes = [_from_record(layer, records, lag, target) for layer in layers]
+            for b, change in zip(biases, changes, strict=True):
+                b.add_(change.to(b))
+        else:
+            try:
+                for place, b in enumerate(biases):
+                    _rescue_layer(lstm, place, b, x, lag, target, hx)
+            except Exception:
+                for b, old in zip(biases, before, strict=True):
+                    b.copy_(old)
+                raise
+    return lstm
+
+
+def _rescue_layer(lstm: nn.RNNBase, place: int, bias: Tensor, x: Any, lag: int, target: float, hx: Any) -> None:
+    """Solve at the trajectories measured, apply, measure again, until S holds the target and the change has settled."""
+    start = bias.detach().double()
+    log_target = math.log(target)
+    shift, measured = torch.zeros_like(start), -math.inf
+    for round_ in range(ROUNDS):
+        window = windows(lstm, x, lag, hx)[place][1]
+        measured = log_survival(window, "carry")
+        if round_ == 0 and measured >= log_target:
+            return
+        new = smallest_shift(_logits(window.log_carry) - shift, 1.0, target, shift if round_ else None)
+        moved = float((new - shift).norm() / new.norm())
+        if round_ and abs(measured - log_target) < TOLERANCE and moved < 10 * TOLERANCE:
+            return
+        # States that answer strongly can make full steps oscillate.
+        shift = new if round_ < 8 else 0.5 * (shift + new)
+        bias.copy_(start + shift)
+    raise ArithmeticError(
+        f"rescue_: after {ROUNDS} rounds layer {place} keeps {math.exp(measured):.4g}, not {target}, because the "
+        "states answer to every change of the biases; try another target, or chrono_"
+    )
+
+
+def _logits(log_f: Tensor) -> Tensor:
+    """a^f from ln f: ln f − ln(1 − f)."""
+    return log_f - torch.log(-torch.expm1(log_f))
+
+
+def _from_record(layer: Layer, records: Mapping[str, LayerFlow], lag: int, target: float) -> Tensor:
+    """The change for gates that stay at their recorded mean."""
+    name = layer.suffix.removeprefix("_").replace("_reverse", ".reverse")
+    found = [r for key, r in records.items() if (key == name or key.endswith(f".{name}")) and r.cell == layer.cell.name]
+    H = layer.module.hidden_size
+    if len(found) != 1:
+        raise ValueError(
+            f"x: expected a record with one {layer.cell.name} layer {name!r}, found {len(found)} among "
+            f"{', '.join(records)}; pass the record of this module alone: {{name: flow[name], …}}"
+        )
+    log_f = found[0].log_carry
+    if log_f is None or log_f.shape != (H,) or not bool((log_f.isfinite() & (log_f < 0)).all()):
+        raise ValueError(
+            f"x: expected log_carry [{H}], finite and negative, in the record {found[0].name!r}; got {log_f}"
+        )
+    log_f = log_f.double()
+    if float((2 * lag * log_f).logsumexp(0)) - math.log(H) >= 2 * math.log(target):
+        return torch.zeros_like(log_f)
+    return smallest_shift(_logits(log_f).expand(1, 1, H), float(lag), target)
