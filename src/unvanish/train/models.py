@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from unvanish import cures
+from unvanish import nn as layers
 from unvanish.train.tasks import Task
 
 
@@ -44,14 +45,14 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "rnn": Recipe("tanh-RNN", nn.RNN),
-    "irnn": Recipe("IRNN", nn.RNN, lambda layer, length: cures.identity_(layer), "relu"),
-    "rnn-orthogonal": Recipe("orthogonal tanh-RNN", nn.RNN, lambda layer, length: cures.orthogonal_(layer)),
-    "gru": Recipe("GRU", nn.GRU),
-    "gru-chrono": Recipe("chrono GRU", nn.GRU, lambda layer, length: cures.chrono_(layer, max_lag=length)),
-    "lstm": Recipe("LSTM", nn.LSTM),
-    "lstm-forget1": Recipe("forget-bias-1 LSTM", nn.LSTM, lambda layer, length: cures.forget_bias_(layer, 1.0)),
-    "lstm-chrono": Recipe("chrono LSTM", nn.LSTM, lambda layer, length: cures.chrono_(layer, max_lag=length)),
+    "rnn": Recipe("tanh-RNN", layers.RNN),
+    "irnn": Recipe("IRNN", layers.RNN, lambda layer, length: cures.identity_(layer), "relu"),
+    "rnn-orthogonal": Recipe("orthogonal tanh-RNN", layers.RNN, lambda layer, length: cures.orthogonal_(layer)),
+    "gru": Recipe("GRU", layers.GRU),
+    "gru-chrono": Recipe("chrono GRU", layers.GRU, lambda layer, length: cures.chrono_(layer, max_lag=length)),
+    "lstm": Recipe("LSTM", layers.LSTM),
+    "lstm-forget1": Recipe("forget-bias-1 LSTM", layers.LSTM, lambda layer, length: cures.forget_bias_(layer, 1.0)),
+    "lstm-chrono": Recipe("chrono LSTM", layers.LSTM, lambda layer, length: cures.chrono_(layer, max_lag=length)),
 }
 
 
