@@ -186,6 +186,22 @@ def test_a_penalised_network_gets_gentler():
     assert values[-1] < 0.3 * values[0]
 
 
+def test_a_constrained_matrix_gets_its_gradient_through_the_constraint():
+    torch.manual_seed(6)
+    rnn = cures.constrain(nn.RNN(2, 3).double(), scale=0.5)
+    plain = nn.RNN(2, 3).double()
+    plain.load_state_dict({k: getattr(rnn, k).detach() for k in plain.state_dict()})
+    x = torch.randn(5, 2, 2).double()
+    for module in (rnn, plain):
+        with cures.Omega(module) as omega:
+            module(x)[0].sum().backward()
+        module.zero_grad()
+        omega.penalty().backward()
+    original = rnn.parametrizations.weight_hh_l0.original
+    expected = torch.autograd.grad(rnn.weight_hh_l0, original, plain.weight_hh_l0.grad)[0]
+    torch.testing.assert_close(original.grad, expected)
+
+
 def test_omega_errors():
     rnn = nn.RNN(2, 3)
     with pytest.raises(ValueError, match=r"^norms"):

@@ -26,10 +26,9 @@ from unvanish.nn import accelerate
 
 
 class GradientClipper:
-    """Clip the global norm at a threshold taken from the norms observed: θ = scale · quantile_q(‖g‖ of the last
-    updates).
+    """Clip the global norm at a threshold taken from the norms observed:
 
-        g ← g · min(1, θ / ‖g‖)
+        g ← g · min(1, θ / ‖g‖),  θ = scale · quantile_q(‖g‖ of the last updates)
 
     The norm that is being clipped does not enter its own threshold, and norms are remembered as they were before
     clipping: one explosion neither passes nor moves θ by more than one rank.

@@ -1,5 +1,4 @@
-"""Constraining W_hh while it trains: orthogonal blocks keep an error's length, a bounded norm keeps it from
-exploding."""
+"""Constraining W_hh while it trains: orthogonal blocks keep an error's length, a fixed norm bounds its growth."""
 
 import weakref
 from typing import Any, Literal
@@ -80,7 +79,8 @@ def constrain(module: M, kind: Literal["orthogonal", "spectral"] = "orthogonal",
 
     Args:
         module: nn.RNN, nn.LSTM, nn.GRU, one of their cells, or any module that contains some; all directions and
-            layers. kind: "orthogonal" or "spectral".
+            layers.
+        kind: "orthogonal" or "spectral".
         scale: the length, or the norm, that is kept; for the RNN `scale` < 1/max|φ'| means that errors decay.
 
     Returns:

@@ -68,7 +68,8 @@ class Omega:
 
     Counted are the steps t whose s_{t-1} was itself computed by the layer (t = 2 … T in reading order) and whose error
     is not exactly zero. Ω is summed over steps, layers and directions and averaged over samples; it does not change
-    when the loss is multiplied by a constant, so take `penalty` after any unscaling of gradients.
+    when the loss is multiplied by a constant. Call `penalty` before the optimizer moves the weights; with a GradScaler
+    scale it as the loss is scaled.
 
     Args:
         model: nn.RNN, nn.LSTM, nn.GRU of any kind (layers, directions, packed, dropout on the CPU), cells in a loop,
@@ -179,9 +180,11 @@ class Omega:
     def _of_module(self, call: _Call) -> Tensor:
         """Every layer and direction of one call, from the last to the first."""
         module = call.module
+        # With gradients enabled: a parametrized weight is computed here.
+        layers = layer_directions(module)
         with torch.no_grad():
             inputs = time_major(module, call.x)
-            layers, masks = layer_directions(module), _dropout_masks(module, inputs, call.rng)
+            masks = _dropout_masks(module, inputs, call.rng)
             traces = _forward(layers, inputs, initial_states(module, call.hx, inputs), masks)
         D = 2 if module.bidirectional else 1
         dy = _output_error(module, call)

@@ -98,7 +98,8 @@ def replace(model: nn.Module, by: Literal["lstm", "gru"]) -> nn.Module:
 
     Args:
         model: any module with nn.RNN or nn.RNNCell in it, changed in place; or such a layer itself, which is left
-            alone. by: "lstm" or "gru".
+            alone.
+        by: "lstm" or "gru".
 
     Returns:
         model; the new layer if model was the RNN itself. Weights are new, drawn as torch draws them: give them a start

@@ -66,8 +66,10 @@ def rescue_(
 
     Limits: this is the carry alone. The whole derivative also runs through the gates and h, and can keep less or much
     more: `survival(..., paths="exact")` tells. The change is the smallest at the gates' trajectories it leads to; how
-    the trajectories depend on it is measured, not differentiated. A surviving error can still be too sharp to use
-    (Zucchet & Orvieto 2024).
+    the trajectories depend on it is measured, not differentiated. S is about errors of all directions at c_k alike: an
+    open unit that goes on writing drives c up until tanh c_k is flat, and then an error at h_k hardly enters it;
+    `chrono_` closes the input gate along with it. A surviving error can still be too sharp to use (Zucchet & Orvieto
+    2024).
 
     >>> lstm, x = nn.LSTM(2, 8), torch.randn(60, 4, 2)
     >>> from unvanish.cures import survival

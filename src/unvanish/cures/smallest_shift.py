@@ -43,8 +43,7 @@ def smallest_shift(a: Tensor, repeat: float, target: float, near: Tensor | None 
             return found
     start = _search(_table(a, repeat, target), wanted)
     found = _newton(a, repeat, wanted, start)
-    # Only where two branches meet does Newton fail; the table's own answer, driven to the target, is then the best
-    # known.
+    # Newton fails only where two branches meet; the table's own answer, driven to the target, is then the best known.
     return _to_target(a, repeat, wanted, start) if found is None else found
 
 
@@ -60,7 +59,7 @@ def kept(a: Tensor, repeat: float, beta: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _table(a: Tensor, repeat: float, target: float) -> _Table:
-    # Where every ln σ(a + β) is above ln τ / (1000 · steps) a unit keeps all that can be asked of it.
+    # There every ln f is above (τ − 1) / (1000 · steps): the unit keeps all that can be asked of it.
     steps = repeat * a.shape[0]
     highest = (math.log(1000 * steps / (1 - target)) - a.amin((0, 1))).clamp_min(1.0)
     beta = torch.linspace(0, 1, GRID, dtype=a.dtype, device=a.device)[:, None] * highest
@@ -93,9 +92,9 @@ def _search(table: _Table, wanted: float) -> Tensor:
 
 
 def _with_open(table: _Table, open_: Tensor, wanted: float) -> Tensor:
-    """β of the stationary points β = μ s'(β), on the upper branch of the open units, the lower of the others."""
+    """β on the upper branch of β = μ s'(β) for the open units, 0 for the others, with the least μ that suffices."""
     beta, s, slope = table
-    # ln(β/s') falls to the fold and rises after it; each branch is made monotone, so that its inverse is a search.
+    # ln(β/s') falls to the fold and rises after it; the upper branch is made monotone, so that its inverse is a search.
     price = beta.clamp_min(1e-12).log() - slope.clamp_min(1e-300).log()
     fold = price[1:].argmin(0) + 1
     index = torch.arange(GRID, device=beta.device)[:, None]
@@ -103,10 +102,10 @@ def _with_open(table: _Table, open_: Tensor, wanted: float) -> Tensor:
     low, high = price.new_tensor(-700.0), price.new_tensor(700.0)
     for _ in range(60):
         middle = 0.5 * (low + high)
-        at = torch.where(open_, (upper <= middle).sum(0).clamp(fold, torch.tensor(GRID - 1)), 0)
+        at = torch.where(open_, (upper <= middle).sum(0).clamp(max=GRID - 1).maximum(fold), 0)
         total = s.gather(0, at[None]).sum()
         low, high = (middle, high) if total < wanted else (low, middle)
-    at = torch.where(open_, (upper <= high).sum(0).clamp(fold, torch.tensor(GRID - 1)), 0)
+    at = torch.where(open_, (upper <= high).sum(0).clamp(max=GRID - 1).maximum(fold), 0)
     return beta.gather(0, at[None])[0]
 
 
