@@ -19,8 +19,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
 from unvanish.cells import LSTM
-from unvanish.flow.sequences import row_norms
-from unvanish.flow.stack import Stack, flow_at, full_jacobians, reading_order, run_stack
+from unvanish.flow.article import Article, article_product
+from unvanish.flow.backwards import flow_at
+from unvanish.flow.exponents import log_norms
+from unvanish.flow.stack import Stack, run_stack
 
 NAMES = {
     "lstm": ("forget_gate", "carry", "input_gate", "candidate", "output_gate"),
@@ -34,28 +36,20 @@ class Term:
     """One path of the error from step t + 1 (as the layer reads) back to the state at t."""
 
     name: str
-    norm: Tensor
-    """[T, B] ‖term‖₂; 0 at the last step, to which nothing comes back"""
+    log_norm: Tensor
+    """[T, B] float64 ln‖term‖₂; −inf where it is zero, as at the last step, to which nothing comes back"""
     share: Tensor
-    """[T, B] ⟨term, δ⟩ / ‖δ‖², δ the sum of all terms: signed, they sum to 1; NaN where δ = 0"""
+    """[T, B] float64 ⟨term, δ⟩ / ‖δ‖², δ the sum of all terms: signed, they sum to 1; NaN where δ = 0"""
     matrix: Tensor | None = None
     """[T, B, H, H] the term as a matrix M acting forward, ∂c_{t+1}/∂c_t = Σ M + …, on request; 0 at the last step"""
 
+    @property
+    def norm(self) -> Tensor:
+        """[T, B] ‖term‖₂; 0 also where it is below float64's range."""
+        return self.log_norm.exp()
+
     def __repr__(self) -> str:
         return f"Term {self.name}: median norm {self.norm.median():.2e}, median share {self.share.nanmedian():.3f}"
-
-
-@dataclass(frozen=True, repr=False)
-class Article:
-    """The textbook product Π (A + B + C + D) held against the exact ∂c_T/∂c_t of the full state."""
-
-    apart: Tensor
-    """[T, B] ‖textbook − exact‖_F / ‖exact‖_F; it omits c_t → o_t → h_t → c_{t+1}, so it is 0 only over one step or
-    if W_ho = 0"""
-    log_exact: Tensor
-    """[T, B] ln‖∂c_T/∂c_t‖_F"""
-    log_textbook: Tensor
-    """[T, B] ln‖Π (A + B + C + D)‖_F"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,19 +57,26 @@ class StateTerms:
     """The terms of one layer and direction by name, also as attributes: `terms.carry`, `terms.forget_gate`, …"""
 
     cell: str
+    at: str
+    """the layer and direction: "l0", "l1.reverse" """
     terms: dict[str, Term]
-    total: Tensor
-    """[T, B] ‖Σ terms‖₂: the error that came back from later steps"""
+    log_total: Tensor
+    """[T, B] float64 ln‖Σ terms‖₂: the error that came back from later steps"""
     article: Article | None = None
 
+    @property
+    def total(self) -> Tensor:
+        """[T, B] ‖Σ terms‖₂; 0 also where it is below float64's range."""
+        return self.log_total.exp()
+
     def __getattr__(self, name: str) -> Term:
-        terms = object.__getattribute__(self, "terms") if "terms" in self.__dict__ else {}
+        terms = self.__dict__.get("terms", {})
         if name in terms:
             return terms[name]
         raise AttributeError(f"{name!r}: the terms of {self.__dict__.get('cell')} are {', '.join(terms)}")
 
     def __repr__(self) -> str:
-        return "\n".join([f"StateTerms of {self.cell}", *(f"  {term!r}" for term in self.terms.values())])
+        return "\n".join([f"StateTerms of {self.cell} {self.at}", *(f"  {term!r}" for term in self.terms.values())])
 
 
 @torch.no_grad()
@@ -88,6 +89,7 @@ def decompose(
     at: str | None = None,
     matrices: bool = False,
     article: bool = False,
+    probes: int | None = None,
     seed: int = 0,
 ) -> StateTerms:
     """Split the error that reaches each state into the paths it came by (the equations stand in this module's
@@ -98,33 +100,41 @@ def decompose(
         x: its input, in its own layout.
         hx: the initial state; None: zeros.
         error: `[T, B, D·R]` ∂E_t/∂h_t at the last layer's output, samples in the user's order; None: one random unit
-        vector, from
-            `seed`, at each sample's last step read.
+            vector, from `seed`, at each sample's last step read.
         at: "l0", "l1.reverse", …; by default the last layer's forward direction.
         matrices: also each term's H × H matrix per step and sample; memory T·B·H² per term.
         article: for the LSTM, also the textbook product against the exact derivative; H³ work per step and sample.
-        seed: of the random error.
+        probes: estimate the article's norms from so many random vectors, H² work each; None: exact.
+        seed: of the random error and probes.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
+
+    The layer's `clip` plays no part. Norms and shares are right also where the error itself is below the dtype's range.
     """
     stack = run_stack(layer, x, hx)
     place = stack.index(at)
-    tr, flow = flow_at(stack, layer, place, _last_step_error(stack, seed) if error is None else error)
+    tr = stack.traces[place]
     if article and tr.cell.name != "lstm":
         raise ValueError(f"article: its product is of the LSTM's cell state, the layer is a {tr.cell.name}")
+    if probes is not None and not (article and probes >= 1):
+        raise ValueError(f"probes: expected a count of 1 or more, together with article=True; got {probes}")
+    flow, exponent = flow_at(stack, place, _last_step_error(stack, seed) if error is None else error)
     names = NAMES["rnn" if tr.cell.name.startswith("rnn") else tr.cell.name]
     parts = [_one_step_earlier(v, tr) for v in _terms(tr, flow)]
+    exponent = _one_step_earlier(exponent, tr)
     total = torch.stack(parts).sum(0)
     square = (total * total).sum(-1, dtype=torch.float64)
     forms = _matrices(tr) if matrices else [None] * len(parts)
     terms = {}
     for name, part, form in zip(names, parts, forms, strict=True):
+        log_norm = stack.in_user_order(log_norms(part, exponent), 1).cpu()
         share = (part * total).sum(-1, dtype=torch.float64) / torch.where(square > 0, square, torch.nan)
         shown = None if form is None else stack.in_user_order(_one_step_earlier(form, tr), 1)
-        terms[name] = Term(name, stack.in_user_order(row_norms(part), 1), stack.in_user_order(share.cpu(), 1), shown)
-    product = _article(stack, tr) if article else None
-    return StateTerms(tr.cell.name, terms, stack.in_user_order(row_norms(total), 1), product)
+        terms[name] = Term(name, log_norm, stack.in_user_order(share, 1).cpu(), shown)
+    log_total = stack.in_user_order(log_norms(total, exponent), 1).cpu()
+    product = article_product(stack, tr, probes, seed) if article else None
+    return StateTerms(tr.cell.name, stack.layers[place].name, terms, log_total, product)
 
 
 def _last_step_error(stack: Stack, seed: int) -> Tensor:
@@ -192,37 +202,3 @@ def _matrices(tr: engine.Trace) -> list[Tensor]:
         pairs = ((k_r, w_r), (k_z, w_z), (k_n * saved.r, w_n))
         return [torch.diag_embed(saved.z), *(k.unsqueeze(-1) * w for k, w in pairs)]
     return [tr.cell.jacobian(saved, tr.weights)]
-
-
-def _article(stack: Stack, tr: engine.Trace) -> Article:
-    """Both products from the last step read backwards, each kept near 1 with its logarithm carried along."""
-    T, B, H = *tr.x.shape[:2], tr.saved.c.shape[-1]
-    a, b, c, d, _ = (_one_step_earlier(m, tr) for m in _matrices(tr))
-    step = a + b + c + d
-    eye = torch.eye(H, dtype=tr.x.dtype, device=tr.x.device).expand(B, H, H)
-    textbook, rows = eye, torch.cat([torch.zeros_like(tr.y[0]).unsqueeze(-2).expand(B, H, -1), eye], dim=-1)
-    scale = torch.zeros(B, 2, dtype=torch.float64, device=tr.x.device)
-    out = torch.full((3, T, B), torch.nan, dtype=torch.float64)
-    order = list(reversed(list(reading_order(tr))))
-    R = tr.y.shape[-1]
-    for number, t in enumerate(order):
-        if number:
-            held = tr.active is not None and ~tr.active[order[number - 1]].unsqueeze(-1)
-            factor = step[t] if held is False else torch.where(held, eye, step[t])
-            textbook, rows = textbook @ factor, rows @ full_jacobians(tr, order[number - 1])
-        u = tr.cell.exposure(tr.saved)[t]  # type: ignore[attr-defined]
-        into_h = rows[..., :R] if tr.weights.w_hr is None else rows[..., :R] @ tr.weights.w_hr
-        exact = rows[..., R:] + into_h * u.unsqueeze(-2)
-        sizes = [torch.linalg.matrix_norm(m, dtype=torch.float64) for m in (exact, textbook)]
-        log_exact, log_textbook = (size.log() + scale[:, i] for i, size in enumerate(sizes))
-        shift = (scale[:, 1] - scale[:, 0]).exp().unsqueeze(-1).unsqueeze(-1)
-        difference = torch.linalg.matrix_norm(textbook.double() * shift - exact.double())
-        out[:, t] = torch.stack([difference / sizes[0], log_exact, log_textbook]).cpu()
-        for i, m in enumerate((rows, textbook)):
-            size = torch.linalg.matrix_norm(m, dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny)
-            scale[:, i] += size.log()
-            scaled = m / size.to(m.dtype).unsqueeze(-1).unsqueeze(-1)
-            rows, textbook = (scaled, textbook) if i == 0 else (rows, scaled)
-    if tr.active is not None:
-        out = torch.where(tr.active.squeeze(-1).cpu(), out, torch.nan)
-    return Article(*stack.in_user_order(out, 2))

@@ -1,7 +1,13 @@
-"""Exact scaling by powers of two."""
+"""Numbers far outside the range of floating point: vectors near 1 times exact powers of two."""
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+EMPTY = -(2.0**40)
+"""The exponent of a row that is zero: below that of any row that is not."""
 
 
 def times_power_of_two(v: Tensor, exponent: Tensor) -> Tensor:
@@ -13,3 +19,45 @@ def times_power_of_two(v: Tensor, exponent: Tensor) -> Tensor:
     e = exponent.to(v.dtype).clamp(-2200, 2200)
     half = (e / 2).floor()
     return v * torch.exp2(half) * torch.exp2(e - half)
+
+
+@dataclass
+class Rows:
+    """Vectors v · 2^exponent: v `[..., n]` near 1, exponent `[...]` float64 and whole."""
+
+    v: Tensor
+    exponent: Tensor
+
+    @classmethod
+    def of(cls, v: Tensor) -> "Rows":
+        """The vectors v, normalised."""
+        return cls(v, torch.zeros(v.shape[:-1], dtype=torch.float64, device=v.device)).normalised()
+
+    def normalised(self) -> "Rows":
+        """The same vectors with their largest component in [1/2, 1); a zero row gets the exponent of nothing."""
+        shift, exponent = renormalisation((self.v,), self.exponent)
+        return Rows(times_power_of_two(self.v, -shift), exponent)
+
+    def __add__(self, other: "Rows") -> "Rows":
+        top = torch.maximum(self.exponent, other.exponent)
+        return Rows(self.scaled_to(top) + other.scaled_to(top), top)
+
+    def scaled_to(self, exponent: Tensor) -> Tensor:
+        """v, as it reads with another exponent."""
+        return times_power_of_two(self.v, (self.exponent - exponent).unsqueeze(-1))
+
+    def log_norms(self) -> Tensor:
+        """ln‖row‖₂ `[...]` float64; −inf for a zero row."""
+        return log_norms(self.v, self.exponent)
+
+
+def renormalisation(parts: tuple[Tensor, ...], exponent: Tensor) -> tuple[Tensor, Tensor]:
+    """(shift `[..., 1]`, new exponent `[...]`): parts · 2^−shift has its largest component in [1/2, 1)."""
+    largest = torch.stack([v.abs().amax(-1) for v in parts]).amax(0)
+    shift = torch.frexp(largest).exponent
+    return shift.unsqueeze(-1), torch.where(largest > 0, exponent + shift, EMPTY)
+
+
+def log_norms(v: Tensor, exponent: Tensor) -> Tensor:
+    """ln‖v · 2^exponent‖₂ over the last axis, accumulated in float64, where squares of float32 do not underflow."""
+    return torch.linalg.vector_norm(v, dim=-1, dtype=torch.float64).log() + exponent * math.log(2)

@@ -30,18 +30,20 @@ class GateStatistics:
 
     @property
     def half_life(self) -> Tensor:
-        """[H] steps until the carry alone has halved a unit's error: ln 2 / −mean ln f."""
-        return math.log(2) / -self._carried()
+        """[H] steps until the carry alone has halved a unit's error: ln 2 / −mean ln f; inf where f rounds to 1."""
+        return math.log(2) * self.time_constant
 
     @property
     def time_constant(self) -> Tensor:
-        """[H] τ, steps until it has fallen to 1/e: 1 / −mean ln f. A gate that is constantly 1 − 1/τ' has τ ≈ τ' −
-        1/2."""
-        return 1 / -self._carried()
+        """[H] τ, steps until it has fallen to 1/e: 1 / −mean ln f; inf where f rounds to 1. A gate that is constantly
+        1 − 1/τ' has τ ≈ τ' − 1/2."""
+        return 1 / self._carried().abs()
 
     def histogram(self, bins: int = 20) -> tuple[Tensor, Tensor]:
-        """(counts [bins], edges [bins + 1] in steps) of the time constants, bins equal in the logarithm."""
-        tau = self.time_constant.clamp(max=torch.finfo(torch.float64).max ** 0.25).log10()
+        """(counts [bins], edges [bins + 1] in steps) of the time constants, bins equal in the logarithm.
+
+        Time constants outside 10⁻³ … 10⁹ steps, 0 and infinity among them, count as these."""
+        tau = self.time_constant.clamp(1e-3, 1e9).log10()
         low, high = float(tau.min()), float(tau.max())
         edges = torch.linspace(low, high if high > low else low + 1, bins + 1, dtype=torch.float64)
         return torch.histogram(tau, edges).hist, 10**edges

@@ -74,31 +74,6 @@ def run_stack(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None) -> 
     return Stack(inputs, layers, traces)
 
 
-def flow_at(stack: Stack, layer: nn.RNNBase, place: int, error: Tensor) -> tuple[engine.Trace, engine.Flow]:
-    """δ of the layer at `place`, from an error `[T, B, D·R]` at the last layer's output, samples in the user's order.
-
-    Raises:
-        ValueError: the error does not fit.
-    """
-    D, top = stack.directions, len(stack.layers) - stack.directions
-    T, B = stack.inputs.x.shape[:2]
-    R = stack.traces[-1].y.shape[-1]
-    if error.shape != (T, B, D * R):
-        raise ValueError(f"error: expected [T, B, D·R] = {(T, B, D * R)}, got {tuple(error.shape)}")
-    dy = stack.in_internal_order(error.detach(), 1)
-    clip = getattr(layer, "clip", None)
-    for first in range(top, -1, -D):
-        below = []
-        for p in range(first, first + D):
-            tr = stack.traces[p]
-            flow = engine.adjoint(tr, dy.tensor_split(D, dim=-1)[p - first], (None,) * len(tr.final), clip)
-            if p == place:
-                return tr, flow
-            below.append(flow.da @ tr.weights.w_ih)
-        dy = torch.stack(below).sum(0)
-    raise AssertionError("the place is one of the layers")
-
-
 def saved_at(tr: engine.Trace, t: int) -> Any:
     """What the cell saved at step t."""
     return type(tr.saved)(*(field[t] for field in tr.saved))

@@ -1,6 +1,7 @@
 """The T subgradients of ∂E/∂W = Σ_t g_t, g_t = δa_tᵀ [h_{t-1}, x_t], W = [W_hh, W_ih]: their norms, and their partial
-sums'."""
+sums'; and the same for the sources of ∂E/∂W = Σ_k ∂E_k/∂W."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
-from unvanish.flow.exponents import times_power_of_two
-from unvanish.flow.stack import flow_at, run_stack
+from unvanish.flow.backwards import HELD_ELEMENTS, Step, arriving_at, backwards, checked_error, made_at
+from unvanish.flow.exponents import EMPTY, log_norms, times_power_of_two
+from unvanish.flow.stack import run_stack
 
 CHUNK_ELEMENTS = 2**22
 """Float64 copies are made of so many elements at a time."""
+
+BLOCK = 32
+"""Steps whose subgradients are added in one matrix product."""
+
+SUM_ELEMENTS = 2**24
+"""Of the ∂E_k/∂W held at a time; more sources are taken in several rounds."""
 
 
 def dweight(da: Tensor, da_hh: Tensor, x: Tensor, h_prev: Tensor) -> Tensor:
@@ -50,17 +58,39 @@ def partial(da: Tensor, da_hh: Tensor, x: Tensor, h_prev: Tensor) -> Tensor:
     return norms
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SourceGradients:
     """How much each error source contributes to ∂E/∂W, W = [W_hh, W_ih], of one layer and direction."""
 
-    norms: Tensor
-    """[K] float64 ‖∂E_k/∂W‖_F"""
-    partial_sums: Tensor
-    """[K] float64 ‖S_n‖_F, S_n = Σ_{k ≤ n} ∂E_k/∂W: it vanishes only if every source's share does"""
-    longest_path: Tensor
-    """[K] float64 ‖the term of the first step alone‖_F, the one the textbook derivation keeps"""
+    log_norms: Tensor
+    """[K] float64 ln‖∂E_k/∂W‖_F"""
+    log_partial_sums: Tensor
+    """[K] float64 ln‖S_n‖_F, S_n = Σ_{k ≤ n} ∂E_k/∂W: it vanishes only if every source's share does"""
+    log_longest_path: Tensor
+    """[K] float64 ln‖δa_{k,1}ᵀ [h_0, x_1]‖_F: the first step's term alone, the one the textbook derivation keeps"""
     sources: tuple[int, ...]
+    """k: the steps at which there is an error"""
+    at: str
+    """the layer and direction: "l0", "l1.reverse" """
+
+    @property
+    def norms(self) -> Tensor:
+        """[K] ‖∂E_k/∂W‖_F"""
+        return self.log_norms.exp()
+
+    @property
+    def partial_sums(self) -> Tensor:
+        """[K] ‖S_n‖_F"""
+        return self.log_partial_sums.exp()
+
+    @property
+    def longest_path(self) -> Tensor:
+        """[K] the norm of the first step's term; 0 also where it is below float64's range."""
+        return self.log_longest_path.exp()
+
+    def __repr__(self) -> str:
+        low, high = self.norms.min(), self.norms.max()
+        return f"SourceGradients at {self.at}: {len(self.sources)} sources, ‖∂E_k/∂W‖ {low:.2e} to {high:.2e}"
 
 
 @torch.no_grad()
@@ -81,33 +111,111 @@ def source_gradients(
     Raises:
         TypeError, ValueError: an argument does not fit, or there is no error.
 
-    Cost: one pass of the adjoint per source.
+    Cost: one pass over the steps for some dozens of sources at a time, and the arithmetic of K full ∂E_k/∂W.
     """
     stack = run_stack(layer, x, hx)
     place = stack.index(at)
-    sources = error.flatten(1).any(1).nonzero().flatten().tolist()
+    dy, tr = checked_error(stack, error), stack.traces[place]
+    sources = [k for k, there in enumerate(dy.flatten(1).any(1).tolist()) if there]
     if not sources:
         raise ValueError("error: expected a non-zero error at one step at least, got zeros")
-    norms, sums, longest = [], [], []
-    total: list[Tensor] | None = None
-    for k in sources:
-        alone = torch.zeros_like(error)
-        alone[k] = error[k]
-        tr, flow = flow_at(stack, layer, place, alone)
-        grads = engine.weight_gradients(tr, flow)
-        pair = [grads.w_hh.double(), grads.w_ih.double()]
-        total = pair if total is None else [a + b for a, b in zip(total, pair, strict=True)]
-        norms.append(_joint_norm(pair))
-        sums.append(_joint_norm(total))
-        first = -1 if tr.reverse else 0
-        outer = [
-            flow.da_hh[first].double().mT @ tr.saved.h_prev[first].double(),
-            flow.da[first].double().mT @ tr.x[first].double(),
-        ]
-        longest.append(_joint_norm(outer))
-    found = [torch.stack(v).cpu() for v in (norms, sums, longest)]
-    return SourceGradients(found[0], found[1], found[2], tuple(sources))
+    T, B = tr.x.shape[:2]
+    at_once = SUM_ELEMENTS // (tr.weights.w_hh.numel() + tr.weights.w_ih.numel())
+    if place < len(stack.layers) - stack.directions:
+        at_once = min(at_once, HELD_ELEMENTS // (T * B * dy.shape[-1]))
+    found: list[Tensor] = []
+    total: _Sum | None = None
+    for first in range(0, len(sources), max(1, at_once)):
+        here = sources[first : first + max(1, at_once)]
+        entering = arriving_at(stack, place, len(here), made_at(here, dy[here]))
+        gradients, longest = _sums(tr, len(here), backwards(tr, len(here), entering))
+        partial_sums = []
+        for k in range(len(here)):
+            total = gradients.row(k) if total is None else total + gradients.row(k)
+            partial_sums.append(total.log_norms())
+        found.append(torch.stack([gradients.log_norms(), torch.cat(partial_sums), longest.log_norms()]))
+    norms, sums, longest_path = torch.cat(found, dim=1).cpu().unbind()
+    return SourceGradients(norms, sums, longest_path, tuple(sources), stack.layers[place].name)
 
 
-def _joint_norm(parts: list[Tensor]) -> Tensor:
-    return torch.hypot(*(torch.linalg.matrix_norm(v) for v in parts))
+@dataclass
+class _Sum:
+    """One ∂E_k/∂W per source: [hh | ih] · 2^exponent."""
+
+    hh: Tensor
+    """[K, G·H, R]"""
+    ih: Tensor
+    """[K, G·H, I]"""
+    exponent: Tensor
+    """[K] float64"""
+
+    @classmethod
+    def zero(cls, tr: engine.Trace, K: int) -> "_Sum":
+        w_ih, w_hh, *_ = tr.weights
+        hh, ih = w_hh.new_zeros(K, *w_hh.shape), w_ih.new_zeros(K, *w_ih.shape)
+        return cls(hh, ih, torch.full((K,), EMPTY, dtype=torch.float64, device=tr.x.device))
+
+    def add(self, tr: engine.Trace, steps: list[Step], samples: Tensor | None = None) -> None:
+        """+= Σ_t δa_tᵀ [h_{t−1}, x_t] over these steps, of all samples or those in `samples` `[B]`."""
+        place = steps[-1].place
+        k, B = place.stop - place.start, tr.x.shape[1]
+        exponents = self.exponent.new_full((len(steps), k, B), EMPTY)
+        da, da_hh = tr.x.new_zeros(2, len(steps), k, B, tr.weights.w_hh.shape[0]).unbind()
+        for i, step in enumerate(steps):
+            inside = slice(step.place.start - place.start, step.place.stop - place.start)
+            exponents[i, inside] = step.exponent
+            da[i, inside], da_hh[i, inside] = step.adjoint.da, step.adjoint.da_hh
+        if samples is not None:
+            exponents = torch.where(samples, exponents, EMPTY)
+        top = torch.maximum(self.exponent[place], exponents.amax((0, 2)))
+        shrink, lower = self.exponent[place] - top, (exponents - top[:, None]).unsqueeze(-1)
+        order = [step.t for step in steps]
+        for whole, d, v in ((self.hh, da_hh, tr.saved.h_prev[order]), (self.ih, da, tr.x[order])):
+            scaled = times_power_of_two(d, lower)
+            if samples is not None:
+                scaled = torch.where(samples[:, None], scaled, 0.0)
+            here = whole[place]
+            if bool((shrink < 0).any()):
+                here.copy_(times_power_of_two(here, shrink[:, None, None]))
+            left = scaled.permute(1, 3, 0, 2).reshape(-1, len(steps) * B)
+            here.flatten(0, 1).addmm_(left, v.flatten(0, 1))
+        self.exponent[place] = top
+
+    def row(self, k: int) -> "_Sum":
+        part = slice(k, k + 1)
+        return _Sum(self.hh[part].double(), self.ih[part].double(), self.exponent[part])
+
+    def __add__(self, other: "_Sum") -> "_Sum":
+        top = torch.maximum(self.exponent, other.exponent)
+        own, others = ((s.exponent - top)[:, None, None] for s in (self, other))
+        hh = times_power_of_two(self.hh, own) + times_power_of_two(other.hh, others)
+        return _Sum(hh, times_power_of_two(self.ih, own) + times_power_of_two(other.ih, others), top)
+
+    def log_norms(self) -> Tensor:
+        parts = torch.stack([log_norms(v.flatten(1), self.exponent) for v in (self.hh, self.ih)])
+        return torch.logsumexp(2 * parts, dim=0) / 2
+
+
+def _sums(tr: engine.Trace, K: int, steps: Iterator[Step]) -> tuple[_Sum, _Sum]:
+    """(∂E_k/∂W, its term of the first step read)."""
+    first = _first_read(tr)
+    gradients, longest = _Sum.zero(tr, K), _Sum.zero(tr, K)
+    block: list[Step] = []
+    for step in steps:
+        block.append(step)
+        if len(block) == BLOCK:
+            gradients.add(tr, block)
+            block = []
+        if bool((first == step.t).any()):
+            longest.add(tr, [step], (first == step.t).to(tr.x.device))
+    if block:
+        gradients.add(tr, block)
+    return gradients, longest
+
+
+def _first_read(tr: engine.Trace) -> Tensor:
+    """[B] the step that each sample's direction reads first; on the CPU."""
+    T, B = tr.x.shape[:2]
+    if not tr.reverse:
+        return torch.zeros(B, dtype=torch.int64)
+    return torch.full((B,), T - 1) if tr.active is None else tr.active.squeeze(-1).sum(0).cpu() - 1
