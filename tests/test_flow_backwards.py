@@ -170,9 +170,19 @@ def test_the_first_step_read_of_ragged_samples() -> None:
     assert float(found[0]) != pytest.approx(parts[1], rel=1e-3), "the shorter sample counts too"
 
 
+def test_errors_where_a_sample_has_no_input_are_none() -> None:
+    torch.manual_seed(0)
+    gru, x = nn.GRU(2, 3), torch.randn(5, 2, 2)
+    packed = pack_padded_sequence(x, torch.tensor([3, 5]), enforce_sorted=False)
+    error = torch.zeros(5, 2, 3)
+    error[2], error[4, 0] = 1e-30, 1e30
+    found = uv.flow.decompose(gru, packed, error=error).log_total[:2, 0]
+    expected = uv.flow.decompose(gru, x[:3, :1], error=error[:3, :1]).log_total[:2, 0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_clip_plays_no_part() -> None:
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.float32)
     free, x = uv.nn.LSTM(2, 3), torch.randn(12, 2, 2)
     clipped = uv.nn.LSTM(2, 3)
     clipped.load_state_dict(free.state_dict())

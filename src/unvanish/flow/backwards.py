@@ -66,8 +66,9 @@ def backwards(tr: engine.Trace, K: int, entering: Entering) -> Iterator[Step]:
         step = tr.cell.adjoint(tuple(v[begun] for v in later), saved_at(tr, t), tr.weights)
         back = step.previous
         if tr.active is not None:
+            # Steps without input lie at one end, where a row has not entered yet or has done all its work: nothing
+            # has to be held over them.
             on = tr.active[t]
-            back = tuple(torch.where(on, new_v, old[begun]) for new_v, old in zip(back, later, strict=True))
             state = tuple(torch.where(on, v, 0.0) for v in step.state)
             step = Adjoint(state, torch.where(on, step.da, 0.0), torch.where(on, step.da_hh, 0.0), back)
         yield Step(t, begun, step, exponent[begun].clone())

@@ -131,7 +131,7 @@ def _transfers(tr: engine.Trace) -> Iterator[tuple[int, Transfer]]:
 
 
 def _transfer(tr: engine.Trace, part: slice) -> Transfer:
-    """Of several steps, `[τ, B, ...]`; the identity where a sample is inactive, whose state is held."""
+    """Of several steps, `[τ, B, ...]`."""
     saved, w = type(tr.saved)(*(field[part] for field in tr.saved)), tr.weights
     cell: tuple[Through, ...] = ()
     if isinstance(tr.cell, LSTM):
@@ -142,9 +142,4 @@ def _transfer(tr: engine.Trace, part: slice) -> Transfer:
         cell = (Through(tr.cell.exposure(saved).unsqueeze(-2), from_c, saved.f.unsqueeze(-2)),)
     else:
         into_h = tr.cell.jacobian(saved, w)
-    if tr.active is None:
-        return Transfer(into_h, cell)
-    on, identity = tr.active[part].unsqueeze(-1), torch.eye(tr.y.shape[-1], dtype=tr.y.dtype, device=tr.y.device)
-    kept = (0.0, 0.0, 1.0)
-    held = (Through(*(torch.where(on, v, k) for v, k in zip(path, kept, strict=True))) for path in cell)
-    return Transfer(torch.where(on, into_h, identity), tuple(held))
+    return Transfer(into_h, cell)

@@ -171,10 +171,7 @@ class _Sum:
         shrink, lower = self.exponent[place] - top, (exponents - top[:, None]).unsqueeze(-1)
         order = [step.t for step in steps]
         for whole, d, v in ((self.hh, da_hh, tr.saved.h_prev[order]), (self.ih, da, tr.x[order])):
-            scaled = times_power_of_two(d, lower)
-            if samples is not None:
-                scaled = torch.where(samples[:, None], scaled, 0.0)
-            here = whole[place]
+            here, scaled = whole[place], times_power_of_two(d, lower)
             if bool((shrink < 0).any()):
                 here.copy_(times_power_of_two(here, shrink[:, None, None]))
             left = scaled.permute(1, 3, 0, 2).reshape(-1, len(steps) * B)
