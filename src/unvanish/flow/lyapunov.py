@@ -1,5 +1,4 @@
-"""The dynamics of the full state s = h or (h, c) under the real input: Jacobians, Lyapunov spectrum, singular values
-of long products."""
+"""The dynamics of the full state s = h or (h, c) under the real input: Jacobians and Lyapunov spectrum."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from unvanish import engine
+from unvanish.flow import tangents
+from unvanish.flow.singular import orthonormal, singular_values
 from unvanish.flow.stack import full_jacobians, reading_order, run_stack
+
+__all__ = ["LyapunovHistory", "jacobian", "lyapunov", "singular_values"]
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,12 @@ def lyapunov(
         raise ValueError(f"n: expected 1 to {S}, the size of the state, got {n}")
     if not 0 <= warmup < T:
         raise ValueError(f"warmup: expected 0 to {T - 1} steps, got {warmup}")
-    q = _orthonormal(B, S, n, seed, tr.x)
+    q = orthonormal(B, S, n, seed, tr.x)
     total = torch.zeros(B, n, dtype=torch.float64, device=tr.x.device)
     counted = torch.zeros(B, 1, dtype=torch.float64, device=tr.x.device)
     estimates = []
     for number, t in enumerate(reading_order(tr)):
-        q, r = torch.linalg.qr(full_jacobians(tr, t) @ q)
+        q, r = torch.linalg.qr(tangents.forward(tr, t, q))
         if number >= warmup:
             active = torch.ones(B, 1, device=tr.x.device) if tr.active is None else tr.active[t].double()
             grown = r.diagonal(dim1=-2, dim2=-1).abs().double().log()
@@ -103,68 +105,3 @@ def lyapunov(
         return exponents.cpu()
     shown = torch.stack(estimates)[:, order].cpu()
     return LyapunovHistory(exponents.cpu(), shown, stack.in_user_order(per_sample, 0)[:, order].cpu())
-
-
-@torch.no_grad()
-def singular_values(
-    layer: nn.RNNBase,
-    x: Tensor | PackedSequence,
-    j: int,
-    k: int,
-    hx: Any = None,
-    *,
-    n: int = 1,
-    at: str | None = None,
-    iterations: int = 12,
-    seed: int = 0,
-) -> Tensor:
-    """ln σ_i(∂s_k/∂s_j), i = 1 … n, `[B, n]` float64, largest first: how much the error at k can be stretched or
-    shrunk by the time it is at j.
-
-    The product of Jacobians is never formed: Vᵢ is turned through it and back, re-orthogonalised at every step,
-
-        U R = Π J V,   V R' = (Π J)ᵀ U,   ln σ_i = Σ ln R_ii at convergence
-
-    so that values that lie hundreds of decades apart keep their digits, and cost S·n per step.
-
-    Args:
-        layer, x, hx, at: as in `adjoint_map`.
-        j, k: steps; the layer reads j before k.
-        n: how many singular values.
-        iterations: turns there and back; the error falls as (σ_{n+1}/σ_n)^(2·iterations).
-        seed: of the first V.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit.
-    """
-    stack = run_stack(layer, x, hx)
-    tr = stack.traces[stack.index(at)]
-    T, B = tr.x.shape[:2]
-    order = list(reading_order(tr))
-    if not (0 <= j < T and 0 <= k < T and order.index(j) < order.index(k)):
-        raise ValueError(f"j, k: expected steps from 0 to {T - 1}, j read before k, got {j} and {k}")
-    S = sum(s.shape[-1] for s in tr.final)
-    if not 1 <= n <= S:
-        raise ValueError(f"n: expected 1 to {S}, the size of the state, got {n}")
-    between = order[order.index(j) + 1 : order.index(k) + 1]
-    v = _orthonormal(B, S, n, seed, tr.x)
-    logs = v.new_zeros(B, n, dtype=torch.float64)
-    for _ in range(iterations):
-        u, _ = _through(tr, between, v, transposed=False)
-        v, logs = _through(tr, between[::-1], u, transposed=True)
-    return stack.in_user_order(logs.sort(dim=-1, descending=True).values, 0).cpu()
-
-
-def _through(tr: engine.Trace, steps: list[int], q: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """(Q, Σ ln|R_ii|) of q carried through the Jacobians of these steps."""
-    logs = q.new_zeros(*q.shape[:1], q.shape[-1], dtype=torch.float64)
-    for t in steps:
-        j = full_jacobians(tr, t)
-        q, r = torch.linalg.qr((j.mT if transposed else j) @ q)
-        logs += r.diagonal(dim1=-2, dim2=-1).abs().double().log()
-    return q, logs
-
-
-def _orthonormal(B: int, S: int, n: int, seed: int, like: Tensor) -> Tensor:
-    random = torch.randn(S, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.linalg.qr(random)[0].to(like).expand(B, S, n)
