@@ -181,6 +181,23 @@ def test_errors_where_a_sample_has_no_input_are_none() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_measuring_changes_no_model() -> None:
+    torch.manual_seed(0)
+    lstm, x = nn.LSTM(2, 3), torch.randn(5, 2, 2)
+    nn.utils.parametrizations.spectral_norm(lstm, "weight_hh_l0")
+    lstm(x)
+    before, generator = {k: v.clone() for k, v in lstm.state_dict().items()}, torch.get_rng_state()
+    uv.flow.adjoint_map(lstm, x)
+    uv.flow.decompose(lstm, x)
+    uv.flow.lyapunov(lstm, x)
+    uv.flow.gate_statistics(lstm, x)
+    uv.flow.source_gradients(lstm, x, torch.ones(5, 2, 3))
+    assert lstm.training
+    assert all(module.training for module in lstm.modules())
+    assert all(torch.equal(v, before[k]) for k, v in lstm.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
 def test_clip_plays_no_part() -> None:
     torch.manual_seed(0)
     free, x = uv.nn.LSTM(2, 3), torch.randn(12, 2, 2)

@@ -1,6 +1,7 @@
 """A stacked module run forward with everything kept: what the maps, terms and exponents are computed from."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,8 @@ def run_stack(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None) -> 
     Raises:
         TypeError, ValueError: layer is no recurrent module of torch or unvanish; x or hx does not fit.
     """
-    layers = layer_directions(layer)
+    with _evaluating(layer):
+        layers = layer_directions(layer)
     inputs = time_major(layer, x)
     if inputs.x.shape[-1] != layer.input_size:
         raise ValueError(f"x: expected {layer.input_size} features, got {inputs.x.shape[-1]}")
@@ -72,6 +74,22 @@ def run_stack(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None) -> 
         traces += here
         below = torch.cat([tr.y for tr in here], dim=-1)
     return Stack(inputs, layers, traces)
+
+
+@contextmanager
+def _evaluating(layer: nn.RNNBase) -> Iterator[None]:
+    """A parametrisation may move its own state when it is read in training: spectral_norm takes a power step."""
+    if not isinstance(layer, nn.Module):
+        yield
+        return
+    training = [module for module in layer.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def saved_at(tr: engine.Trace, t: int) -> Any:
