@@ -1,0 +1,85 @@
+"""PyTorch's own inputs for its recurrent modules, and the ways out of Python: export, ONNX, quantisation."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing._internal.common_modules import module_db
+
+import unvanish as uv
+
+OURS = {getattr(nn, name): getattr(uv.nn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")}
+INFOS = [info for info in module_db if info.module_cls in OURS]
+
+
+@pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
+@pytest.mark.parametrize("training", [True, False])
+def test_pytorchs_inputs_give_pytorchs_outputs_and_gradients(info: Any, training: bool) -> None:
+    inputs = info.module_inputs_func(info, device="cpu", dtype=torch.float64, requires_grad=True, training=training)
+    assert inputs
+    for given in inputs:
+        built, called = given.constructor_input, given.forward_input
+        results = []
+        theirs = info.module_cls(*built.args, **built.kwargs).double().train(training)
+        ours = OURS[info.module_cls](*built.args, **built.kwargs).double().train(training)
+        ours.load_state_dict(theirs.state_dict())
+        for module in (theirs, ours):
+            torch.manual_seed(1)
+            output = module(*called.args, **called.kwargs)
+            flat = [v for v in torch.utils._pytree.tree_leaves(output) if isinstance(v, Tensor) and v.requires_grad]
+            grads = torch.autograd.grad([v.sum() for v in flat], list(module.parameters()), allow_unused=True)
+            results.append([*flat, *grads])
+        for a, b in zip(*results, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
+def test_pytorchs_wrong_inputs_raise_pytorchs_errors(info: Any) -> None:
+    wrong = info.module_error_inputs_func(info, device="cpu", dtype=torch.float64, requires_grad=True, training=True)
+    for case in wrong:
+        built, called = case.module_error_input.constructor_input, case.module_error_input.forward_input
+
+        def attempt(built: Any = built, called: Any = called) -> None:
+            OURS[info.module_cls](*built.args, **built.kwargs).double()(*called.args, **called.kwargs)
+
+        with pytest.raises(case.error_type):
+            attempt()
+
+
+class Wrapped(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer = getattr(uv.nn, kind)(3, 4, num_layers=2, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_export(kind: str) -> None:
+    model, x = Wrapped(kind).eval(), torch.randn(5, 2, 3)
+    exported = torch.export.export(model, (x,))
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_onnx_holds_torchs_own_graph(kind: str, tmp_path: Any) -> None:
+    import onnxruntime
+
+    model, x = Wrapped(kind).eval(), torch.randn(5, 2, 3)
+    torch.onnx.export(model, (x,), tmp_path / "m.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_dynamic_quantisation_of_the_restored_model(kind: str) -> None:
+    model, x = Wrapped(kind).eval(), torch.randn(5, 2, 3)
+    quantised = torch.ao.quantization.quantize_dynamic(uv.restore(copy.deepcopy(model)), {getattr(nn, kind)})
+    assert "quantized" in type(quantised.layer).__module__
+    torch.testing.assert_close(quantised(x), model(x), rtol=0.1, atol=0.05)
