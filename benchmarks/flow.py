@@ -1,0 +1,210 @@
+"""What measuring the flow costs: ratios taken interleaved in one process, medians over rounds.
+
+    python benchmarks/flow.py                # all
+    python benchmarks/flow.py watch map      # some of: watch, map, memory, growth
+
+watch   a training step (forward and backward) watched, against the same step unwatched: our layer, torch's layer, and
+        the usual alternative, torch's cell in a loop with retain_grad on every state
+map     the full adjoint map, against one autograd pass per source through that loop: `grad` takes only what the map
+        holds, ∂E_k/∂h_t (h or c) of every t ≤ k; `backward` is what a training script would call. Timed at sources
+        spread evenly over the sequence, so that their mean is that of all, and multiplied by their number.
+memory  peak resident memory of a watched step over an unwatched one, each in a process of its own
+growth  resident memory of a watched loop after 100 and after 2,000 steps
+"""
+
+import argparse
+import gc
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import unvanish as uv
+
+SIZES = [(1000, 32, 64, 128), (200, 32, 64, 128), (500, 4, 64, 64), (100, 64, 128, 256)]
+"""T, B, I, H"""
+
+CELLS = {"RNN": nn.RNNCell, "GRU": nn.GRUCell, "LSTM": nn.LSTMCell}
+
+Step = Callable[[], object]
+
+
+def interleaved(runs: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Median seconds of each, every round running all of them in turn."""
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            gc.collect()
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def training_step(layer: nn.Module, x: Tensor, watched: bool) -> Step:
+    def plain() -> None:
+        layer.zero_grad()
+        layer(x)[0].square().mean().backward()
+
+    def step() -> None:
+        with uv.watch(layer) as flow:
+            plain()
+        _ = flow.layers
+
+    return step if watched else plain
+
+
+def loop(kind: str, cell: nn.RNNCellBase, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """(h_t of every step, the state that the flow is measured at: c_t or h_t)."""
+    state, outputs, measured = None, [], []
+    for x_t in x:
+        state = cell(x_t, state)
+        outputs.append(state[0] if kind == "LSTM" else state)
+        measured.append(state[1] if kind == "LSTM" else state)
+    return outputs, measured
+
+
+def cell_loop_step(kind: str, cell: nn.RNNCellBase, x: Tensor) -> Step:
+    def step() -> None:
+        cell.zero_grad()
+        outputs, measured = loop(kind, cell, x)
+        for v in (*outputs, *measured):
+            v.retain_grad()
+        torch.stack(outputs).square().mean().backward()
+        _ = [(h.grad.norm(dim=-1), c.grad.norm(dim=-1)) for h, c in zip(outputs, measured, strict=True)]
+
+    return step
+
+
+def watch(rounds: int) -> None:
+    print("watch: seconds of the unwatched step, and ratios to it")
+    for T, B, n_in, H in SIZES:
+        x = torch.randn(T, B, n_in)
+        for kind in CELLS:
+            torch.manual_seed(0)
+            stock, ours, cell = (family(n_in, H) for family in (getattr(nn, kind), getattr(uv.nn, kind), CELLS[kind]))
+            s = interleaved(
+                {
+                    "stock": training_step(stock, x, False),
+                    "stock watched": training_step(stock, x, True),
+                    "ours": training_step(ours, x, False),
+                    "ours watched": training_step(ours, x, True),
+                    "cell loop": cell_loop_step(kind, cell, x),
+                },
+                rounds,
+            )
+            print(
+                f"  {kind:4} T={T:<4} B={B:<2} I={n_in:<3} H={H:<3}  "
+                f"ours {s['ours']:.3f} s, watched {s['ours watched'] / s['ours']:5.2f}×   "
+                f"torch {s['stock']:.3f} s, watched {s['stock watched'] / s['stock']:5.2f}×   "
+                f"cell loop with retain_grad against ours watched {s['cell loop'] / s['ours watched']:5.1f}×, "
+                f"torch watched {s['cell loop'] / s['stock watched']:5.1f}×",
+                flush=True,
+            )
+
+
+def adjoint_map(rounds: int, T: int = 500, B: int = 4, H: int = 64, sampled: int = 20) -> None:
+    print(f"map: all {T} sources at B={B}, H={H}, against {T} autograd passes ({sampled} timed, evenly spread)")
+    x = torch.randn(T, B, H)
+    sources = [round((i + 0.5) * T / sampled) for i in range(sampled)]
+    for kind, family in CELLS.items():
+        torch.manual_seed(0)
+        layer, cell = getattr(nn, kind)(H, H), family(H, H)
+        outputs, measured = loop(kind, cell, x)
+        for v in measured:
+            v.retain_grad()
+        cotangent = torch.randn(B, H)
+
+        def grad(outputs: list[Tensor] = outputs, measured: list[Tensor] = measured, v: Tensor = cotangent) -> None:
+            for k in sources:
+                torch.autograd.grad((outputs[k] * v).sum(), measured[: k + 1], retain_graph=True)
+
+        def backward(outputs: list[Tensor] = outputs, measured: list[Tensor] = measured, v: Tensor = cotangent) -> None:
+            for k in sources:
+                (outputs[k] * v).sum().backward(retain_graph=True)
+                for state in measured:
+                    state.grad = None
+
+        def ours(layer: nn.RNNBase = layer) -> None:
+            uv.flow.adjoint_map(layer, x)
+
+        s = interleaved({"map": ours, "grad": grad, "backward": backward}, rounds)
+        many = T / sampled
+        print(
+            f"  {kind:4} map {s['map']:.3f} s   autograd.grad {many * s['grad']:.2f} s, "
+            f"{many * s['grad'] / s['map']:.0f}×   backward() {many * s['backward']:.2f} s, "
+            f"{many * s['backward'] / s['map']:.0f}×",
+            flush=True,
+        )
+
+
+def _peak(ours: bool, kind: str, watched: bool, size: tuple[int, int, int, int], result: Any) -> None:
+    T, B, n_in, H = size
+    torch.manual_seed(0)
+    layer = getattr(uv.nn if ours else nn, kind)(n_in, H)
+    training_step(layer, torch.randn(2, B, n_in), watched)()
+    x = torch.randn(T, B, n_in)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    training_step(layer, x, watched)()
+    result.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def memory(rounds: int) -> None:
+    del rounds
+    print("memory: peak of one step, MiB above what the process held before it")
+    context = multiprocessing.get_context("spawn")
+    for kind in CELLS:
+        for ours in (True, False):
+            peaks = []
+            for watched in (False, True):
+                result = context.Queue()
+                child = context.Process(target=_peak, args=(ours, kind, watched, SIZES[0], result))
+                child.start()
+                peaks.append(result.get())
+                child.join()
+            name = "ours " if ours else "torch"
+            print(f"  {kind:4} {name} {peaks[0]:6.0f} MiB, watched {peaks[1] / peaks[0]:5.2f}×", flush=True)
+
+
+def growth(rounds: int) -> None:
+    del rounds
+    print("growth: resident MiB of a watched loop")
+    page = resource.getpagesize()
+    layer, x = uv.nn.LSTM(8, 16), torch.randn(20, 4, 8)
+    held = []
+    with uv.watch(layer) as flow:
+        for step in range(1, 2001):
+            layer.zero_grad()
+            layer(x)[0].square().mean().backward()
+            if step in (100, 2000):
+                with open("/proc/self/statm") as file:
+                    held.append(int(file.read().split()[1]) * page / 2**20)
+    del flow
+    print(f"  {held[0]:.1f} after 100 steps, {held[1]:.1f} after 2,000")
+
+
+def main() -> None:
+    parts = {"watch": watch, "map": adjoint_map, "memory": memory, "growth": growth}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(parts)}; default: all")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    unknown = set(arguments.parts) - set(parts)
+    if unknown:
+        parser.error(f"parts: expected some of {', '.join(parts)}, got {', '.join(sorted(unknown))}")
+    torch.set_num_threads(arguments.threads)
+    print(f"torch {torch.__version__}, {arguments.threads} threads, {arguments.rounds} rounds")
+    for name in arguments.parts or parts:
+        parts[name](arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
