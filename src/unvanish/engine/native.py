@@ -5,6 +5,7 @@ What the forward pass keeps for the backward lies in the kernels' own layout: `g
 """
 
 import os
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -154,7 +155,8 @@ def _backward(
 ) -> list[Tensor]:
     """[dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr], then [δh, δc, δa, δa_hh] if want_delta; empty where absent."""
     sizes = _sizes(x, w_ih, w_hh, cell)
-    out = _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, want_dx, want_delta)
+    ragged = lengths is not None
+    out = _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, want_dx, want_delta, ragged)
     present = [v if v.numel() else None for v in out]
     dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *delta = present
     kept = [_address(v) for v in (lengths, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates)]
@@ -177,6 +179,7 @@ def _gradient_shapes(
     cell: int,
     want_dx: bool,
     want_delta: bool,
+    ragged: bool = True,
 ) -> list[Tensor]:
     like = (x if want_dx else None, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     out = [x.new_empty(0) if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in like]
@@ -184,8 +187,9 @@ def _gradient_shapes(
         T, B, _, H, R = _sizes(x, w_ih, w_hh, cell)
         G = len(_cell(cell).gates)
         shapes = ((T, B, R), (T, B, H) if c0 is not None else (0,), (T, B, G * H), (T, B, G * H) if G == 3 else (0,))
-        # Zeros: where a sample is inactive nothing is written.
-        out += [x.new_zeros(shape) for shape in shapes]
+        # Where a sample is inactive nothing is written.
+        make = x.new_zeros if ragged else partial(_pooled, x)
+        out += [make(*shape) for shape in shapes]
     return out
 
 

@@ -7,15 +7,13 @@ from torch import Tensor
 from unvanish import engine
 
 
-def birthplace(name: str, tr: engine.Trace, dy: Tensor | None, flow: engine.Flow) -> str | None:
-    """A sentence naming the first non-finite value of this layer's pass, or None when all are finite.
+def birthplace(name: str, tr: engine.Trace, dy: Tensor | None, flow: engine.Flow) -> str:
+    """A sentence naming the first non-finite value of a layer's pass, which has one.
 
     Forward, in the layer's reading order, a step is searched in the order of computation: input, previous state,
     gates, state. Backward,
     from the last step read to the first: the error that arrives at h_t, then δ of the states, then δ of each gate.
     """
-    if _finite(flow.da) and _finite(tr.y) and _finite(tr.x) and all(map(_finite, (*flow.dstate, *flow.dinitial))):
-        return None
     for label, weight in zip(tr.weights._fields, tr.weights, strict=True):
         if weight is not None and not _finite(weight):
             return f"{name}: weight {label} holds a {_kind(weight)} before the pass"

@@ -27,6 +27,9 @@ from unvanish.flow.subgradients import dweight, partial
 Errors = dict[Hashable, Tensor]
 """where an error arrived (segment and output) → ∂E/∂(that output)"""
 
+CHUNK_ELEMENTS = 2**18
+"""of δa that are summarised at a time, so that the float64 copies stay in the cache"""
+
 SATURATED = 0.05
 """A unit counts as saturated where φ'(a) is below this share of its maximum."""
 
@@ -203,7 +206,7 @@ class ModuleSequence(Sequence):
             record = _reorder(record, call.inputs.order.argsort())
         prefix = f"l{layer.layer}{'_reverse' if layer.reverse else ''}"
         keys = {weight_key(self.module, f"weight_{w}_{prefix}"): g for w, g in (("ih", grads.w_ih), ("hh", grads.w_hh))}
-        return Measured(record, keys, birthplace(name, tr, dy, flow))
+        return Measured(record, keys, None if _healthy(record) else birthplace(name, tr, dy, flow))
 
 
 class CellSequence(Sequence):
@@ -263,7 +266,7 @@ class CellSequence(Sequence):
         tr = engine.Trace(self.cell, self.weights, x, state[0], tuple(s[-1] for s in state), saved, active, False)
         flow = engine.Flow(step.state, step.da, step.da_hh, tuple(s[0] for s in step.previous))
         record = replace(record, detached=tuple(self.detached))
-        return [Measured(record, gradients, birthplace(self.name, tr, d[0], flow))]
+        return [Measured(record, gradients, None if _healthy(record) else birthplace(self.name, tr, d[0], flow))]
 
 
 class MarkSequence(Sequence):
@@ -305,30 +308,76 @@ def summarise(
     lengths: Tensor,
 ) -> LayerFlow:
     """The record of a layer whose states and δ are known at every step; all `[T, B, ...]`."""
-    on = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if active is None else active.squeeze(-1)
-    absent = torch.where(on, 0.0, torch.nan).to(torch.float64).unsqueeze(-1)
-    values = cell.activations(saved)
-    closed = (cell.sensitivity(saved) < SATURATED).to(torch.float64).mean(-1)
-    carry = {"lstm": "f", "gru": "z"}.get(cell.name)
+    T, B, width = da.shape
+    span = max(1, CHUNK_ELEMENTS // (B * max(width, B)))
+    whole = (saved, dstate, da, da_hh, x, active)
+    pieces = [_summarise_steps(cell, *_steps(whole, slice(t, t + span))) for t in range(0, T, span)]
+    dh, dc, dgates, subgradients, gates, saturation, log_carry = (
+        None if column[0] is None else torch.cat(column).cpu() for column in zip(*pieces, strict=True)
+    )
+    assert dh is not None
+    count = B * T if active is None else int(active.sum())
     return LayerFlow(
         name=name,
         cell=cell.name,
         gate_names=cell.gates,
         lengths=lengths.cpu(),
-        dh=row_norms(dstate[0]),
-        dc=row_norms(dstate[1]) if len(dstate) > 1 else None,
-        dgates=row_norms(da.unflatten(-1, (len(cell.gates), -1))),
-        dweight=dweight(da, da_hh, x, saved.h_prev).cpu(),
+        dh=dh,
+        dc=dc,
+        dgates=dgates,
+        dweight=subgradients,
         partial=partial(da, da_hh, x, saved.h_prev).cpu() if want_partial else None,
-        gates=(values.mean(-1, dtype=torch.float64) + absent).cpu(),
-        saturation=(closed + absent).cpu(),
-        log_carry=None if carry is None else getattr(saved, carry)[on].log().mean(0, dtype=torch.float64).cpu(),
+        gates=gates,
+        saturation=saturation,
+        log_carry=None if log_carry is None else log_carry.sum(0) / count,
+    )
+
+
+def _steps(parts: Any, span: slice) -> Any:
+    """The steps in `span` of nested tuples of `[T, ...]` tensors; the same tensor twice stays one."""
+    if isinstance(parts, Tensor):
+        return parts[span]
+    if parts is None:
+        return None
+    done: dict[int, Any] = {}
+    for part in parts:
+        if id(part) not in done:
+            done[id(part)] = _steps(part, span)
+    cut = [done[id(part)] for part in parts]
+    return type(parts)(*cut) if hasattr(parts, "_fields") else tuple(cut)
+
+
+def _summarise_steps(
+    cell: Cell, saved: Any, dstate: State, da: Tensor, da_hh: Tensor, x: Tensor, active: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """(dh, dc, dgates, dweight, gates, saturation, Σ ln carry) of a span of steps small enough to stay in the cache."""
+    dh, dc = (*(row_norms(d) for d in dstate), None)[:2]
+    double = da.double()
+    hidden = double if da_hh is da else da_hh.double()
+    dgates = torch.linalg.vector_norm(double.unflatten(-1, (len(cell.gates), -1)), dim=-1)
+    closed = (cell.sensitivity(saved) < SATURATED).to(saved.h_prev.dtype).mean(-1).double()
+    values = cell.activations(saved).mean(-1).double()
+    carry = getattr(saved, {"lstm": "f", "gru": "z"}.get(cell.name, ""), None)
+    logs = None if carry is None else carry.log()
+    if active is not None:
+        closed, values = (torch.where(active, v, torch.nan) for v in (closed, values))
+        logs = None if logs is None else torch.where(active, logs, 0.0)
+    kept = None if logs is None else logs.sum((0, 1), dtype=torch.float64).unsqueeze(0)
+    return dh, dc, dgates, dweight(double, hidden, x.double(), saved.h_prev.double()), values, closed, kept
+
+
+def _healthy(record: LayerFlow) -> bool:
+    """Whether everything was finite: a NaN or infinity anywhere in the pass shows in one of these."""
+    present = torch.arange(len(record.dh))[:, None] < record.lengths[None, :]
+    values = [record.dh, record.dc, record.dgates, record.dweight]
+    return all(bool(v.isfinite().all()) for v in values if v is not None) and (
+        record.gates is None or bool(record.gates[present].isfinite().all())
     )
 
 
 def row_norms(v: Tensor) -> Tensor:
     """2-norms over the last axis, accumulated in float64, where squares of float32 neither underflow nor overflow."""
-    return torch.linalg.vector_norm(v, dim=-1, dtype=torch.float64).cpu()
+    return torch.linalg.vector_norm(v.double(), dim=-1)
 
 
 def weight_key(module: nn.Module, name: str) -> Hashable:

@@ -30,19 +30,16 @@ def dweight(da: Tensor, da_hh: Tensor, x: Tensor, h_prev: Tensor) -> Tensor:
     By the Gram identity ‖Σ_b u_bᵀ v_b‖_F² = Σ_{b,b'} (u_b · u_b')(v_b · v_b'), without forming g_t. δ is scaled to
     about 1 by a power of two first, so that its squares neither underflow nor overflow.
     """
-    T, B, width = da.shape
-    step = max(1, CHUNK_ELEMENTS // (B * max(width, B)))
-    pieces = []
-    for t in range(0, T, step):
-        part = slice(t, t + step)
-        pairs = ((da[part].double(), x[part].double()), (da_hh[part].double(), h_prev[part].double()))
-        exponent = torch.frexp(torch.stack([u.abs().amax((1, 2)) for u, _ in pairs]).amax(0)).exponent
-        total = da.new_zeros(len(exponent), dtype=torch.float64)
-        for u, v in pairs:
-            u = times_power_of_two(u, -exponent[:, None, None])
-            total += ((u @ u.mT) * (v @ v.mT)).sum((1, 2))
-        pieces.append(times_power_of_two(total.clamp_min(0).sqrt(), exponent))
-    return torch.cat(pieces)
+    da, x, h_prev = da.double(), x.double(), h_prev.double()
+    pairs = [(da, x @ x.mT + h_prev @ h_prev.mT)]
+    if da_hh is not da:
+        pairs = [(da, x @ x.mT), (da_hh.double(), h_prev @ h_prev.mT)]
+    exponent = torch.frexp(torch.stack([u.abs().amax((1, 2)) for u, _ in pairs]).amax(0)).exponent
+    total = da.new_zeros(len(exponent))
+    for u, gram in pairs:
+        scaled = times_power_of_two(u, -exponent[:, None, None])
+        total += ((scaled @ scaled.mT) * gram).sum((1, 2))
+    return times_power_of_two(total.clamp_min(0).sqrt(), exponent)
 
 
 def partial(da: Tensor, da_hh: Tensor, x: Tensor, h_prev: Tensor) -> Tensor:
