@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import unvanish as uv
 from tests.strategies import ModuleCase, module_cases
 from tests.test_adjoint_map import outputs
-from unvanish.flow.backwards import arriving_at, log_norms_directly, made_at
+from unvanish.flow.backwards import arriving_at, backwards, flow_at, log_norms_directly, made_at
 from unvanish.flow.collapsed import log_norms_collapsed
-from unvanish.flow.exponents import Rows
+from unvanish.flow.exponents import Rows, times_power_of_two
 from unvanish.flow.stack import run_stack
 
 
@@ -38,6 +38,44 @@ def test_collapsed_and_direct_maps_agree(case: ModuleCase, data: Any) -> None:
             for measure in (log_norms_directly, log_norms_collapsed)
         )
         torch.testing.assert_close(collapsed, direct, rtol=1e-11, atol=1e-10)
+
+
+@given(case=module_cases(), data=st.data())
+def test_sources_add_up_to_the_total_flow(case: ModuleCase, data: Any) -> None:
+    stack = run_stack(case.module, case.x, case.hx)
+    place = data.draw(st.integers(0, len(stack.layers) - 1))
+    tr, y = stack.traces[place], outputs(case)
+    T, error = len(y), torch.randn_like(y)
+    total = flow_at(stack, place, error)
+    internal = stack.in_internal_order(error, 1)
+    entering = arriving_at(stack, place, T, made_at(list(range(T)), internal))
+    for step in backwards(tr, T, entering):
+        for apart, whole in zip(step.adjoint.state, total.flow.dstate, strict=True):
+            added = times_power_of_two(apart, step.exponent.unsqueeze(-1)).sum(0)
+            expected = times_power_of_two(whole[step.t], total.exponent[step.t].unsqueeze(-1))
+            torch.testing.assert_close(added, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_our_layers_are_measured_as_torchs(kind: str) -> None:
+    torch.manual_seed(0)
+    stock, x = getattr(nn, kind)(2, 3, num_layers=2), torch.randn(6, 2, 2)
+    ours = getattr(uv.nn, kind)(2, 3, num_layers=2)
+    ours.load_state_dict(stock.state_dict())
+    assert torch.equal(uv.flow.adjoint_map(ours, x).log_norms, uv.flow.adjoint_map(stock, x).log_norms)
+    assert torch.equal(uv.flow.lyapunov(ours, x), uv.flow.lyapunov(stock, x))
+
+
+@pytest.mark.parametrize("sources", [[5], list(range(6))])
+def test_sigmoid_networks_too(sources: list[int]) -> None:
+    torch.manual_seed(0)
+    rnn, x = uv.nn.RNN(2, 3, nonlinearity="sigmoid", dtype=torch.float64), torch.randn(6, 2, 2, dtype=torch.float64)
+    error = torch.randn(len(sources), 2, 3, dtype=torch.float64)
+    found = uv.flow.adjoint_map(rnn, x, sources=sources, cotangent=error)
+    for i, k in enumerate(sources):
+        with uv.watch(rnn) as flow:
+            (rnn(x)[0][k] * error[i]).sum().backward()
+        torch.testing.assert_close(found.norms[i], flow["l0"].dh, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-3, 1e3, 1e9])
@@ -196,6 +234,12 @@ def test_measuring_changes_no_model() -> None:
     assert all(module.training for module in lstm.modules())
     assert all(torch.equal(v, before[k]) for k, v in lstm.state_dict().items())
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_an_error_of_another_dtype_is_refused() -> None:
+    for measure in (uv.flow.source_gradients, lambda layer, x, e: uv.flow.decompose(layer, x, error=e)):
+        with pytest.raises(ValueError, match=r"error: expected the layer's dtype torch\.float32, got torch.float64"):
+            measure(nn.GRU(2, 3), torch.randn(4, 2, 2), torch.ones(4, 2, 3, dtype=torch.float64))
 
 
 def test_clip_plays_no_part() -> None:

@@ -36,6 +36,43 @@ def test_products_without_the_matrix_equal_those_with_it(case: ModuleCase, data:
         tangents.FORMED_FROM = formed
 
 
+def _alone(case: ModuleCase, at: str) -> nn.RNNBase:
+    """A stock module of one layer and direction that holds the weights of `at`."""
+    module, suffix = case.module, at.replace(".reverse", "_reverse")
+    names = [n.removesuffix(f"_{suffix}") for n, _ in module.named_parameters() if n.endswith(f"_{suffix}")]
+    weights = {f"{n}_l0": getattr(module, f"{n}_{suffix}") for n in names}
+    options: dict[str, Any] = {"bias": module.bias, "dtype": torch.float64}
+    if module.proj_size:
+        options["proj_size"] = module.proj_size
+    if isinstance(module, nn.RNN):
+        options["nonlinearity"] = module.nonlinearity
+    twin = type(module)(weights["weight_ih_l0"].shape[1], module.hidden_size, **options)
+    twin.load_state_dict(weights)
+    return twin
+
+
+@given(case=module_cases(), data=st.data())
+def test_jacobians_equal_autograd_on_any_layer_and_sample(case: ModuleCase, data: Any) -> None:
+    at = data.draw(st.sampled_from(case.names))
+    t, b = data.draw(st.integers(0, max(case.lengths) - 1)), data.draw(st.integers(0, len(case.lengths) - 1))
+    found = uv.flow.jacobian(case.module, case.x, t, case.hx, at=at)[b]
+    if t >= case.lengths[b]:
+        assert torch.equal(found, torch.eye(len(found), dtype=torch.float64))
+        return
+    stack, twin = run_stack(case.module, case.x, case.hx), _alone(case, at)
+    tr = stack.traces[stack.index(at)]
+    inside = b if stack.inputs.order is None else stack.inputs.order.tolist().index(b)
+    previous = [tr.saved.h_prev[t, inside]] + ([tr.saved.c_prev[t, inside]] if case.module.mode == "LSTM" else [])
+
+    def advance(flat: Tensor) -> Tensor:
+        hx = tuple(part.reshape(1, 1, -1) for part in flat.split([len(p) for p in previous]))
+        new = twin(tr.x[t : t + 1, inside : inside + 1], hx if len(hx) > 1 else hx[0])[1]
+        return torch.cat([part.flatten() for part in (new if isinstance(new, tuple) else (new,))])
+
+    expected = torch.autograd.functional.jacobian(advance, torch.cat(previous))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def _reference_exponents(layer: nn.RNNBase, x: Tensor) -> Tensor:
     """Benettin's method as it is published, on Jacobians that autograd takes from torch's own layer; one sample."""
     with torch.no_grad():

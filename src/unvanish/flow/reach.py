@@ -27,8 +27,7 @@ def decay(log_norm: Tensor, fraction: float = 0.01) -> Decay:
 
     Raises:
         ValueError: log_norm is not a vector of at least one lag, its lag 0 is not finite, a value is NaN or +inf, or
-        fraction is not
-            in (0, 1).
+            fraction is not in (0, 1).
     """
     if log_norm.dim() != 1 or len(log_norm) == 0:
         raise ValueError(f"log_norm: expected [T] with T ≥ 1, got {tuple(log_norm.shape)}")
