@@ -196,3 +196,18 @@ def test_held_samples_keep_their_exponents() -> None:
     both = uv.flow.lyapunov(gru, packed, history=True).per_sample
     alone = uv.flow.lyapunov(gru, x[:12, :1], history=True).per_sample
     torch.testing.assert_close(both[0].sort().values, alone[0].sort().values, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("at", ["l0", "l0.reverse"])
+def test_each_sample_warms_up_on_its_own_steps(at: str) -> None:
+    torch.manual_seed(0)
+    gru, x = nn.GRU(2, 3, bidirectional=True, dtype=torch.float64), torch.randn(20, 3, 2, dtype=torch.float64)
+    lengths = (20, 12, 4)
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+    found = uv.flow.lyapunov(gru, packed, at=at, n=1, warmup=5, history=True)
+    alone = [uv.flow.lyapunov(gru, x[:length, b : b + 1], at=at, n=1, warmup=5) for b, length in enumerate((20, 12))]
+    torch.testing.assert_close(found.per_sample[:2], torch.stack(alone), rtol=1e-12, atol=1e-12)
+    assert found.per_sample[2].isnan().all()
+    torch.testing.assert_close(found.exponents, torch.stack(alone).mean(0), rtol=1e-12, atol=1e-12)
+    assert found.history[:5].isnan().all()
+    assert found.history[5:].isfinite().any(1).all()

@@ -1,7 +1,7 @@
 """The dynamics of the full state s = h or (h, c) under the real input: Jacobians and Lyapunov spectrum."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ class LyapunovHistory:
     exponents: Tensor
     """[n] nats per step, mean over samples, largest first"""
     history: Tensor
-    """[T, n] the same estimate after each step read"""
+    """[T, n] the same estimate after each step read; NaN during the warm-up"""
     per_sample: Tensor
-    """[B, n]"""
+    """[B, n]; NaN where a sample is no longer than the warm-up"""
 
 
 @torch.no_grad()
@@ -44,6 +44,34 @@ def jacobian(layer: nn.RNNBase, x: Tensor | PackedSequence, t: int, hx: Any = No
     return stack.in_user_order(full_jacobians(tr, t % T), 0)
 
 
+@overload
+def lyapunov(
+    layer: nn.RNNBase,
+    x: Tensor | PackedSequence,
+    hx: Any = None,
+    *,
+    n: int | None = None,
+    at: str | None = None,
+    warmup: int = 0,
+    history: Literal[False] = False,
+    seed: int = 0,
+) -> Tensor: ...
+
+
+@overload
+def lyapunov(
+    layer: nn.RNNBase,
+    x: Tensor | PackedSequence,
+    hx: Any = None,
+    *,
+    n: int | None = None,
+    at: str | None = None,
+    warmup: int = 0,
+    history: Literal[True],
+    seed: int = 0,
+) -> LyapunovHistory: ...
+
+
 @torch.no_grad()
 def lyapunov(
     layer: nn.RNNBase,
@@ -55,7 +83,7 @@ def lyapunov(
     warmup: int = 0,
     history: bool = False,
     seed: int = 0,
-) -> Any:
+) -> Tensor | LyapunovHistory:
     """λ_i = lim 1/T Σ_t ln R_ii(t),  J_t Q_{t−1} = Q_t R(t): the n largest exponents under the given input, nats per
     step.
 
@@ -65,7 +93,7 @@ def lyapunov(
     Args:
         layer, x, hx, at: as in `adjoint_map`.
         n: how many; None: all S.
-        warmup: steps read before averaging begins, in which Q turns towards the leading directions.
+        warmup: steps of each sample read before averaging begins, in which Q turns towards the leading directions.
         history: return a LyapunovHistory instead of the tensor.
         seed: of the first Q.
 
@@ -88,20 +116,24 @@ def lyapunov(
         raise ValueError(f"warmup: expected 0 to {T - 1} steps, got {warmup}")
     q = orthonormal(B, S, n, seed, tr.x)
     total = torch.zeros(B, n, dtype=torch.float64, device=tr.x.device)
-    counted = torch.zeros(B, 1, dtype=torch.float64, device=tr.x.device)
+    read = torch.zeros(B, 1, dtype=torch.float64, device=tr.x.device)
     estimates = []
-    for number, t in enumerate(reading_order(tr)):
+    for t in reading_order(tr):
         q, r = torch.linalg.qr(tangents.forward(tr, t, q))
-        if number >= warmup:
-            active = torch.ones(B, 1, device=tr.x.device) if tr.active is None else tr.active[t].double()
-            grown = r.diagonal(dim1=-2, dim2=-1).abs().double().log()
-            total += torch.where(active > 0, grown, 0.0)
-            counted += active
+        read += 1 if tr.active is None else tr.active[t]
+        grown = r.diagonal(dim1=-2, dim2=-1).abs().double().log()
+        # A held state grows by ln 1 = 0.
+        total += torch.where(read > warmup, grown, 0.0)
         if history:
-            estimates.append((total / counted.clamp_min(1)).mean(0))
-    per_sample = total / counted.clamp_min(1)
-    exponents, order = per_sample.mean(0).sort(descending=True)
+            estimates.append(_mean(total, read - warmup))
+    per_sample = torch.where(read > warmup, total / (read - warmup), torch.nan)
+    exponents, order = _mean(total, read - warmup).sort(descending=True)
     if not history:
         return exponents.cpu()
     shown = torch.stack(estimates)[:, order].cpu()
     return LyapunovHistory(exponents.cpu(), shown, stack.in_user_order(per_sample, 0)[:, order].cpu())
+
+
+def _mean(total: Tensor, steps: Tensor) -> Tensor:
+    """Mean over the samples that have steps `[B, 1]` of total / steps, `[n]`; NaN where none has."""
+    return torch.where(steps > 0, total / steps, torch.nan).nanmean(0)
