@@ -160,6 +160,44 @@ def test_a_wrong_command_is_told_what_is_wrong_and_writes_nothing(
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+def call(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["unvanish", *arguments])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_report_is_made_again_from_results_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train.compare(["adding"], ["rnn"], steps=2, hidden=4, batch=4, length=12)
+    (tmp_path / "results.json").write_text(json.dumps(result.to_json()))
+    assert call(["report", str(tmp_path)], monkeypatch) == 0
+    assert (tmp_path / "report.html").stat().st_size > 1e6
+    assert (tmp_path / "adding-learning.png").exists()
+    for content, message in (("{", "not JSON"), ('{"schema": 99}', "expected schema 1"), ("[]", "expected schema 1")):
+        (tmp_path / "results.json").write_text(content)
+        assert call(["report", str(tmp_path)], monkeypatch) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert call(["report", str(tmp_path / "none")], monkeypatch) == 2
+    assert "has no results.json" in " ".join(capsys.readouterr().err.split())
+
+
+def test_tasks_and_doctor_say_what_there_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(["tasks"], monkeypatch) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in train.TASKS)
+    assert call(["doctor"], monkeypatch) == 0
+    said = capsys.readouterr().out
+    assert "runs" in said
+    assert torch.__version__ in said
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from unvanish.cli import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.exceptions import TyperException
 
-from unvanish.cli.output import OutputFolder, UserError
+from unvanish.cli.output import MARKER, OutputFolder, UserError
 
 app = typer.Typer(
     name="unvanish",
@@ -79,6 +79,62 @@ def compare(
         typer.echo(json.dumps(result.to_json()))
     report.print_comparison(result, console)
     console.print(f"Report: [bold]{folder.path / 'report.html'}[/bold]", highlight=False)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that `unvanish compare` wrote.")],
+) -> None:
+    """Make report.html and the figures again from a folder's results.json."""
+    from unvanish import report, train
+
+    path = folder / MARKER
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"FOLDER: {folder} has no {MARKER}; name a folder that `unvanish compare` wrote") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    result = train.Comparison.from_json(data)
+    report.save_figures(result, folder)
+    report.write_comparison(result, folder / "report.html")
+    console = Console()
+    report.print_comparison(result, console)
+    console.print(f"Report: [bold]{escape(str((folder / 'report.html').absolute()))}[/bold]", highlight=False)
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks: what they ask, their length, their chance level, their paper."""
+    from rich.table import Table
+
+    from unvanish import train
+
+    table = Table(show_lines=True)
+    for column in ("task", "what it asks", "steps", "chance"):
+        table.add_column(column, justify="right" if column in ("steps", "chance") else "left")
+    for name, task in train.TASKS.items():
+        chance = "" if not isinstance(getattr(task, "chance", None), float) else f"{task.chance:.3g}"
+        table.add_row(name, f"{task.describe}\n[dim]{escape(task.source)}[/dim]", str(task.default_length), chance)
+    Console().print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what runs here: versions, processor, which engine rung and why."""
+    import torch
+
+    from unvanish import engine, train
+
+    console = Console(highlight=False, soft_wrap=True)
+    for name, value in train.environment().items():
+        console.print(f"{name:10} {escape(value)}")
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        console.print(f"\n[bold]a float32 sequence on {device}[/bold]")
+        choice = engine.explain(torch.zeros(1, 1, 1, device=device))
+        console.print(escape(str(choice)))
+        if choice.rung == "native":
+            console.print(f"instruction set: {engine.isa()}")
 
 
 def main() -> None:

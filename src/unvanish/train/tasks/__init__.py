@@ -1,7 +1,5 @@
 """Long-lag tasks, with their papers and chance levels."""
 
-from collections.abc import Callable
-
 from unvanish.train.tasks.adding import Adding, Multiplication
 from unvanish.train.tasks.base import Task
 from unvanish.train.tasks.copy_memory import CopyMemory, VariableCopyMemory
@@ -9,7 +7,7 @@ from unvanish.train.tasks.digits import Digits, PermutedMNIST, SequentialMNIST
 from unvanish.train.tasks.recall import DelayedRecall, NoiseFreeLag
 from unvanish.train.tasks.temporal_order import TemporalOrder, TemporalOrder3
 
-TASKS: dict[str, Callable[[int | None, int], Task]] = {
+TASKS: dict[str, type[Task]] = {
     task.name: task
     for task in (
         Adding,

@@ -45,6 +45,10 @@ class Task(ABC):
     solved_below: float
     """error below which the task counts as solved"""
 
+    def __init__(self, length: int | None = None, seed: int = 0) -> None:
+        self.length = whole(length, "length", self.default_length, 1)
+        self.seed = seed
+
     @property
     def metric(self) -> str:
         """Name of the error that is reported."""
@@ -91,8 +95,7 @@ class Generated(Task):
     least_length: ClassVar[int] = 2
 
     def __init__(self, length: int | None = None, seed: int = 0) -> None:
-        self.length = whole(length, "length", self.default_length, self.least_length)
-        self.seed = seed
+        super().__init__(whole(length, "length", self.default_length, self.least_length), seed)
 
     def size(self, split: Split) -> int:
         return 2**40 if split == "train" else 1000

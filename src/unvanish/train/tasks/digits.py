@@ -33,8 +33,7 @@ class PixelDigits(Task):
         if length not in (None, self.default_length):
             pixels = self.default_length
             raise ValueError(f"length: an image of {self.name} has {pixels} pixels, got {length}; leave it out")
-        self.length = self.default_length
-        self.seed = seed
+        super().__init__(length, seed)
         images, labels = self.load()
         if self.permuted:
             # One permutation for every seed, so that figures are of the same task.
