@@ -30,6 +30,7 @@ class CopyMemory(Generated):
     least_length = 1
     inputs = SYMBOLS + 2
     outputs = SYMBOLS + 1
+    chance = WORD * math.log(SYMBOLS) / (200 + 2 * WORD)
     variable: ClassVar[bool] = False
     """whether the delay of each sample is drawn from 1 … T"""
 
