@@ -26,7 +26,7 @@ BLOCK_ELEMENTS = 2**19
 """Of matrices formed at a time: few enough to stay in the cache."""
 
 TAME = 2.0**20
-"""Rows whose norm is between 1/TAME and TAME are far from the ends of float32."""
+"""Rows whose norm is between 1/TAME and TAME are so far from the ends of float32 that no sane step leads there."""
 
 SCALED_EVERY = 8
 """Steps after which rows are brought back near 1, tame or not."""
@@ -75,14 +75,14 @@ def log_norms_collapsed(tr: engine.Trace, K: int, entering: Entering, state: int
             part.addcmul_(rows, path.exposure)
         norm, tame = _norms((rows, *parts)[state])
         norms[t, :, begun], exponents[t, :, begun] = norm, exponent[:, begun]
+        if not tame or number % SCALED_EVERY == 0:
+            shift, exponent[:, begun] = renormalisation((rows, *parts), exponent[:, begun])
+            for v in (rows, *parts):
+                v.copy_(times_power_of_two(v, -shift))
         torch.bmm(rows, step.into_h, out=after)
         for part, path in zip(parts, step.cell, strict=True):
             after.baddbmm_(part, path.into_h)
             part.mul_(path.carry)
-        if not tame or number % SCALED_EVERY == 0:
-            shift, exponent[:, begun] = renormalisation((after, *parts), exponent[:, begun])
-            for v in (after, *parts):
-                v.copy_(times_power_of_two(v, -shift))
         h, spare = spare, h
     found = norms.log_().add_(exponents, alpha=math.log(2)).permute(2, 0, 1)
     return found if tr.active is None else torch.where(tr.active.squeeze(-1), found, -torch.inf)
