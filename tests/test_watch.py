@@ -304,8 +304,8 @@ def test_a_wrong_record_has_a_large_residual(monkeypatch: pytest.MonkeyPatch) ->
     lstm = nn.LSTM(2, 3, dtype=torch.float64)
     right = sequences.layer_directions
 
-    def swapped(module: nn.RNNBase) -> Any:
-        layers = right(module)
+    def swapped(module: nn.RNNBase, weights: Any) -> Any:
+        layers = right(module, weights)
         i, f, g, o = layers[0].weights.w_hh.chunk(4)
         return [layers[0]._replace(weights=layers[0].weights._replace(w_hh=torch.cat([f, i, g, o])))]
 
@@ -384,9 +384,34 @@ def test_parametrised_weights(form: str) -> None:
         form
     ]
     wrap(gru, "weight_hh_l0")
+    gru, twin = copy.deepcopy(gru), copy.deepcopy(gru)
+    x = torch.randn(4, 2, 2, dtype=torch.float64)
+    expected = twin(x)[0]
+    expected.sum().backward()
     with uv.watch(gru) as flow:
-        gru(torch.randn(4, 2, 2, dtype=torch.float64))[0].sum().backward()
+        found = gru(x)[0]
+        found.sum().backward()
     assert flow["l0"].residual <= 1e-12
+    assert torch.equal(found, expected)
+    assert all(torch.equal(a, b) for a, b in zip(gru.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def test_parametrised_cells_are_left_alone_too() -> None:
+    torch.manual_seed(0)
+    cell = nn.GRUCell(2, 3, dtype=torch.float64)
+    nn.utils.parametrizations.spectral_norm(cell, "weight_hh")
+    twin, x = copy.deepcopy(cell), torch.randn(4, 2, 2, dtype=torch.float64)
+    outputs = []
+    for module in (twin, cell):
+        with contextlib.nullcontext() if module is twin else uv.watch(cell) as flow:
+            h = None
+            for row in x:
+                h = module(row, h)
+            h.sum().backward()
+        outputs.append(h)
+    assert torch.equal(*outputs)
+    assert all(torch.equal(a, b) for a, b in zip(cell.state_dict().values(), twin.state_dict().values(), strict=True))
+    assert flow["cell"].dh.shape == (4, 2)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

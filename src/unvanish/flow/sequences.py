@@ -19,10 +19,10 @@ from torch.utils.hooks import RemovableHandle
 
 from unvanish import engine
 from unvanish.cells import CELLS, LSTM, Cell, State, Weights
-from unvanish.flow.modules import LayerDirection, TimeMajor, initial_states, layer_directions, time_major
 from unvanish.flow.nonfinite import birthplace
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.subgradients import dweight, partial
+from unvanish.nn.modules import LayerDirection, TimeMajor, evaluating, initial_states, layer_directions, time_major
 
 Errors = dict[Hashable, Tensor]
 """where an error arrived (segment and output) → ∂E/∂(that output)"""
@@ -113,7 +113,8 @@ class ModuleSequence(Sequence):
         packed = isinstance(x, PackedSequence)
         with torch.no_grad():
             inputs = time_major(module, x, lengths)
-            layers = [layer._replace(weights=layer.weights.detach()) for layer in layer_directions(module)]
+            used = [w for w in module._flat_weights if w is not None]
+            layers = [d._replace(weights=d.weights.detach()) for d in layer_directions(module, used)]
             states = [tuple(s.detach() for s in state) for state in initial_states(module, hx, inputs)]
             masks = _dropout_masks(module, inputs, rng)
         self.calls.append(
@@ -205,7 +206,8 @@ class ModuleSequence(Sequence):
         if call.inputs.order is not None:
             record = _reorder(record, call.inputs.order.argsort())
         prefix = f"l{layer.layer}{'_reverse' if layer.reverse else ''}"
-        keys = {weight_key(self.module, f"weight_{w}_{prefix}"): g for w, g in (("ih", grads.w_ih), ("hh", grads.w_hh))}
+        names = {f"weight_ih_{prefix}": grads.w_ih, f"weight_hh_{prefix}": grads.w_hh}
+        keys = {key: names[name] for name, (key, _) in heard_weights(self.module).items() if name in names}
         return Measured(record, keys, None if _healthy(record) else birthplace(name, tr, dy, flow))
 
 
@@ -232,7 +234,8 @@ class CellSequence(Sequence):
         given = tuple(torch.zeros_like(s) for s in states) if hx is None else hx if isinstance(hx, tuple) else (hx,)
         self.x.append(_batched(x.detach()))
         self.previous.append(tuple(_batched(s.detach()) for s in given))
-        self.weights = Weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh).detach()
+        with torch.no_grad(), evaluating(module):
+            self.weights = Weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh).detach()
         # A fused step (CUDA) returns h_t and c_t from one node: its ∂E/∂c_t lacks the path through h_t.
         self.exposed.append(len(states) == 1 or states[0].grad_fn is not states[1].grad_fn)
         for i, state in enumerate(states):
@@ -259,10 +262,9 @@ class CellSequence(Sequence):
         record = summarise(
             self.name, self.cell, saved, step.state, step.da, step.da_hh, x, active, self.want_partial, lengths
         )
-        gradients = {
-            weight_key(self.module, "weight_ih"): step.da.flatten(0, 1).mT @ x.flatten(0, 1),
-            weight_key(self.module, "weight_hh"): step.da_hh.flatten(0, 1).mT @ saved.h_prev.flatten(0, 1),
-        }
+        mine = {"weight_ih": step.da.flatten(0, 1).mT @ x.flatten(0, 1)}
+        mine["weight_hh"] = step.da_hh.flatten(0, 1).mT @ saved.h_prev.flatten(0, 1)
+        gradients = {key: mine[name] for name, (key, _) in heard_weights(self.module).items()}
         tr = engine.Trace(self.cell, self.weights, x, state[0], tuple(s[-1] for s in state), saved, active, False)
         flow = engine.Flow(step.state, step.da, step.da_hh, tuple(s[0] for s in step.previous))
         record = replace(record, detached=tuple(self.detached))
@@ -380,10 +382,21 @@ def row_norms(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v.double(), dim=-1)
 
 
-def weight_key(module: nn.Module, name: str) -> Hashable:
-    """A leaf weight is its own key, shared wherever it is; a parametrised one is new at each call, so its name is."""
-    weight = getattr(module, name)
-    return id(weight) if weight.is_leaf else (id(module), name)
+def heard_weights(module: nn.RNNBase | nn.RNNCellBase) -> dict[str, tuple[Hashable, Tensor]]:
+    """Name → (key, tensor) of the weights that the last forward pass used and whose ∂E/∂W can be heard.
+
+    A leaf is its own key, shared wherever it is; a parametrised weight is new at each call, so its name is. A cell
+    reads a parametrised weight anew, out of reach: it is left out, and with it its part of the residual.
+    """
+    if isinstance(module, nn.RNNBase):
+        found = zip(module._flat_weights_names, module._flat_weights, strict=True)
+    else:
+        found = ((name, module._parameters.get(name)) for name in ("weight_ih", "weight_hh"))
+    return {
+        name: (id(w) if w.is_leaf else (id(module), name), w)
+        for name, w in found
+        if w is not None and name.startswith(("weight_ih", "weight_hh"))
+    }
 
 
 def cell_name(module: nn.RNNCellBase) -> str:

@@ -1,7 +1,6 @@
 """A stacked module run forward with everything kept: what the maps, terms and exponents are computed from."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
-from unvanish.nn.modules import LayerDirection, TimeMajor, initial_states, layer_directions, time_major
+from unvanish.nn.modules import LayerDirection, TimeMajor, evaluating, initial_states, layer_directions, time_major
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def run_stack(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None) -> 
     Raises:
         TypeError, ValueError: layer is no recurrent module of torch or unvanish; x or hx does not fit.
     """
-    with _evaluating(layer):
+    with evaluating(layer):
         layers = layer_directions(layer)
     inputs = time_major(layer, x)
     if inputs.x.shape[-1] != layer.input_size:
@@ -74,22 +73,6 @@ def run_stack(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None) -> 
         traces += here
         below = torch.cat([tr.y for tr in here], dim=-1)
     return Stack(inputs, layers, traces)
-
-
-@contextmanager
-def _evaluating(layer: nn.RNNBase) -> Iterator[None]:
-    """A parametrisation may move its own state when it is read in training: spectral_norm takes a power step."""
-    if not isinstance(layer, nn.Module):
-        yield
-        return
-    training = [module for module in layer.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def saved_at(tr: engine.Trace, t: int) -> Any:

@@ -12,6 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar
 from weakref import WeakSet, WeakValueDictionary
@@ -23,7 +24,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
-from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, ModuleSequence, Sequence, weight_key
+from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, ModuleSequence, Sequence, heard_weights
 
 
 @dataclass
@@ -187,8 +188,7 @@ class Watch(Flow):
             if sequence is None or module.bidirectional or self._partial:
                 sequence = self._new(name, hx, ModuleSequence(name, module, self._catch, self._partial))
             assert isinstance(sequence, ModuleSequence)
-            for weight in module._flat_weights_names:
-                self._hear_weight(module, weight)
+            self._hear_weights(module)
             sequence.add(x, hx, kwargs.get("lengths"), output, self._rng.pop(name, None))
 
         return hook
@@ -205,8 +205,7 @@ class Watch(Flow):
             if sequence is None:
                 sequence = self._new(title, hx, CellSequence(title, module, self._catch, self._partial))
             assert isinstance(sequence, CellSequence)
-            for weight in ("weight_ih", "weight_hh"):
-                self._hear_weight(module, weight)
+            self._hear_weights(module)
             sequence.add(x, hx, output)
 
         return hook
@@ -247,18 +246,16 @@ class Watch(Flow):
         assert isinstance(sequence, MarkSequence)
         sequence.add(h)
 
-    def _hear_weight(self, module: nn.Module, name: str) -> None:
-        weight, key = getattr(module, name), weight_key(module, name)
-        if not weight.requires_grad or (weight.is_leaf and key in self._weights):
-            return
+    def _hear_weights(self, module: nn.RNNBase | nn.RNNCellBase) -> None:
+        for key, weight in heard_weights(module).values():
+            if weight.requires_grad and not (weight.is_leaf and key in self._weights):
+                handle = weight.register_hook(partial(self._hear, key))
+                if weight.is_leaf:
+                    self._weights[key] = (weight, handle)
 
-        def hook(grad: Tensor) -> None:
-            gradients = self._run().gradients
-            gradients[key] = gradients[key] + grad if key in gradients else grad
-
-        handle = weight.register_hook(hook)
-        if weight.is_leaf:
-            self._weights[key] = (weight, handle)
+    def _hear(self, key: Hashable, grad: Tensor) -> None:
+        gradients = self._run().gradients
+        gradients[key] = gradients[key] + grad if key in gradients else grad
 
     def _run(self) -> _Backward:
         task = _graph_task()

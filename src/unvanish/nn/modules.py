@@ -1,6 +1,7 @@
 """A torch recurrent module as the layers and directions it consists of, and its input as a time-major sequence."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,19 @@ class TimeMajor(NamedTuple):
             return dropout(self.x.new_ones(T, B, width), p)
         packed = dropout(self.x.new_ones(int(self.batch_sizes.sum()), width), p)
         return pad_packed_sequence(PackedSequence(packed, self.batch_sizes))[0]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """For reading weights: a parametrisation may move its own state when read in training, as spectral_norm does."""
+    training = [m for m in module.modules() if m.training] if isinstance(module, nn.Module) else []
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m in training:
+            m.training = True
 
 
 def layer_directions(module: nn.RNNBase, weights: Sequence[Tensor] | None = None) -> list[LayerDirection]:
