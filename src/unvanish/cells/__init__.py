@@ -8,4 +8,21 @@ from unvanish.cells.rnn import RNN, ReluRNN, SigmoidRNN, TanhRNN
 CELLS: dict[str, Cell] = {cell.name: cell for cell in (TanhRNN(), ReluRNN(), SigmoidRNN(), LSTM(), GRU())}
 """Every cell by name: rnn_tanh, rnn_relu, rnn_sigmoid, lstm, gru."""
 
-__all__ = ["CELLS", "GRU", "LSTM", "RNN", "Adjoint", "Cell", "ReluRNN", "SigmoidRNN", "State", "TanhRNN", "Weights"]
+CARRY = {"lstm": "f", "gru": "z"}
+"""Cell → the gate that multiplies its old state; a plain RNN carries nothing. In torch's GRU, h_t = (1 − z) n + z
+h_{t-1}."""
+
+__all__ = [
+    "CARRY",
+    "CELLS",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Adjoint",
+    "Cell",
+    "ReluRNN",
+    "SigmoidRNN",
+    "State",
+    "TanhRNN",
+    "Weights",
+]

@@ -7,10 +7,8 @@ forgets by 1/e in about τ = 1 / (1 − σ(b)) = 1 + eᵇ steps.
 import torch
 from torch import Tensor, nn
 
+from unvanish.cells import CARRY
 from unvanish.cures.layers import Layer, M, draws_on, finite, recurrent_layers
-
-CARRY = {"lstm": "f", "gru": "z"}
-"""cell → the gate that multiplies the old state. In torch's GRU h_t = (1 − z) ⊙ n + z ⊙ h_{t-1}: z carries."""
 
 
 def forget_bias_(module: M, value: float = 1.0) -> M:

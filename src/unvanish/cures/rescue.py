@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from unvanish.cures.carry_bias import CARRY
+from unvanish.cells import CARRY
 from unvanish.cures.layers import Layer, finite, layers_of
 from unvanish.cures.smallest_shift import smallest_shift
 from unvanish.cures.survival import log_survival, windows

@@ -1,12 +1,11 @@
 """Measuring the gradient's flow through time. Exact; changes no model.
 
-uv.watch(model)                             dh, dc, dgates, dweight, gates, saturation, residual of a whole model
-uv.flow.adjoint_map(layer, x, sources=...)  ‖∂E_k/∂s_t‖, one error source at a time
-    uv.flow.decompose(layer, x)                 which path carries the error: forget gate, carry, input gate,
-    candidate, output gate
-    uv.flow.source_gradients(layer, x, error)   ‖∂E_k/∂W‖ of each source and of their partial sums
-    uv.flow.lyapunov(layer, x, n=8)             exponents of the full state; also jacobian, singular_values
-    uv.flow.gate_statistics(layer, x)           how open the gates are and how long each unit remembers
+- `watch(model)`: dh, dc, dgates, dweight, gates, saturation and residual of a whole model
+- `adjoint_map(layer, x, sources=...)`: ‖∂E_k/∂s_t‖, one error source at a time
+- `decompose(layer, x)`: which path carries the error: forget gate, carry, input gate, candidate, output gate
+- `source_gradients(layer, x, error)`: ‖∂E_k/∂W‖ of each source and of their partial sums
+- `lyapunov(layer, x, n=8)`: exponents of the full state; also `jacobian`, `singular_values`
+- `gate_statistics(layer, x)`: how open the gates are and how long each unit remembers
 """
 
 from unvanish.flow.adjoint_map import AdjointMap, adjoint_map

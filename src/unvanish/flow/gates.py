@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from unvanish.cells import CARRY
 from unvanish.flow.sequences import SATURATED
 from unvanish.flow.stack import run_stack
-
-CARRY = {"lstm": "f", "gru": "z"}
-"""cell → the gate that multiplies the old state"""
 
 
 @dataclass(frozen=True, repr=False)

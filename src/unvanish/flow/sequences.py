@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from unvanish import engine
-from unvanish.cells import CELLS, LSTM, Cell, State, Weights
+from unvanish.cells import CARRY, CELLS, LSTM, Cell, State, Weights
 from unvanish.flow.nonfinite import birthplace
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.subgradients import dweight, partial
@@ -359,7 +359,7 @@ def _summarise_steps(
     dgates = torch.linalg.vector_norm(double.unflatten(-1, (len(cell.gates), -1)), dim=-1)
     closed = (cell.sensitivity(saved) < SATURATED).to(saved.h_prev.dtype).mean(-1).double()
     values = cell.activations(saved).mean(-1).double()
-    carry = getattr(saved, {"lstm": "f", "gru": "z"}.get(cell.name, ""), None)
+    carry = getattr(saved, CARRY.get(cell.name, ""), None)
     logs = None if carry is None else carry.log()
     if active is not None:
         closed, values = (torch.where(active, v, torch.nan) for v in (closed, values))
