@@ -319,6 +319,10 @@ def trace(
         values, states = values.index_select(1, given.back), [s.index_select(1, given.back) for s in states]
         final = tuple(s.index_select(0, given.back) for s in final)
     active = active_steps(lengths, T, x.device)
+    if active is not None:
+        # The kernels write nothing there, and what lay in the memory may be a NaN.
+        values = torch.where(active.unsqueeze(-1), values, 0.0)
+        states = [torch.where(active, s, 0.0) for s in states]
     before = [_before(s, s0, lengths, reverse) for s, s0 in zip(states, state, strict=True)]
     fields = list(values.unbind(2))
     if cell.name == "lstm":
