@@ -12,7 +12,7 @@ from unvanish import engine
 from unvanish.cells import LSTM, Cell, State, Weights
 from unvanish.cures.layers import layers_of, recurrent_modules
 from unvanish.flow.stack import reading_order
-from unvanish.nn.modules import LayerDirection, TimeMajor, initial_states, layer_directions, time_major
+from unvanish.nn.modules import LayerDirection, TimeMajor, dropout_masks, initial_states, layer_directions, time_major
 
 
 @dataclass
@@ -184,7 +184,7 @@ class Omega:
         layers = layer_directions(module)
         with torch.no_grad():
             inputs = time_major(module, call.x)
-            masks = _dropout_masks(module, inputs, call.rng)
+            masks = dropout_masks(module, inputs, call.rng)
             traces = _forward(layers, inputs, initial_states(module, call.hx, inputs), masks)
         D = 2 if module.bidirectional else 1
         dy = _output_error(module, call)
@@ -262,26 +262,12 @@ def _forward(
         if first and masks:
             x = x * masks[first // D - 1]
         here = [
-            engine.trace(layer.cell, x, state, _constant(layer.weights), inputs.lengths, layer.reverse)
+            engine.trace(layer.cell, x, state, layer.weights.detach(), inputs.lengths, layer.reverse)
             for layer, state in zip(layers[first : first + D], states[first : first + D], strict=True)
         ]
         traces += here
         x = torch.cat([tr.y for tr in here], dim=-1)
     return traces
-
-
-def _constant(w: Weights) -> Weights:
-    return Weights(*(None if v is None else v.detach() for v in w))  # type: ignore[arg-type]
-
-
-def _dropout_masks(module: nn.RNNBase, inputs: TimeMajor, rng: Tensor | None) -> list[Tensor]:
-    """What torch drew between the layers, drawn again from the same generator state."""
-    if rng is None:
-        return []
-    width = (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(rng)
-        return [inputs.dropout_mask(width, module.dropout) for _ in range(module.num_layers - 1)]
 
 
 def _output_error(module: nn.RNNBase, call: _Call) -> Tensor | None:

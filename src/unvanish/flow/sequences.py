@@ -22,7 +22,15 @@ from unvanish.cells import CARRY, CELLS, LSTM, Cell, State, Weights
 from unvanish.flow.nonfinite import birthplace
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.subgradients import dweight, partial
-from unvanish.nn.modules import LayerDirection, TimeMajor, evaluating, initial_states, layer_directions, time_major
+from unvanish.nn.modules import (
+    LayerDirection,
+    TimeMajor,
+    dropout_masks,
+    evaluating,
+    initial_states,
+    layer_directions,
+    time_major,
+)
 
 Errors = dict[Hashable, Tensor]
 """where an error arrived (segment and output) → ∂E/∂(that output)"""
@@ -116,7 +124,7 @@ class ModuleSequence(Sequence):
             used = [w for w in module._flat_weights if w is not None]
             layers = [d._replace(weights=d.weights.detach()) for d in layer_directions(module, used)]
             states = [tuple(s.detach() for s in state) for state in initial_states(module, hx, inputs)]
-            masks = _dropout_masks(module, inputs, rng)
+            masks = dropout_masks(module, inputs, rng)
         self.calls.append(
             _Call(layers, inputs._replace(x=inputs.x.detach()), states, masks, _layout(x) if packed else None)
         )
@@ -425,16 +433,6 @@ def _stack(rows: list[Tensor], B: int) -> Tensor:
 
 def _layout(x: PackedSequence) -> PackedSequence:
     return x._replace(data=x.data.new_empty(0))
-
-
-def _dropout_masks(module: nn.RNNBase, inputs: TimeMajor, rng: Tensor | None) -> list[Tensor]:
-    """Draw again what was drawn between the layers: the same generator state, shapes and order."""
-    if rng is None:
-        return []
-    width = (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(rng)
-        return [inputs.dropout_mask(width, module.dropout) for _ in range(module.num_layers - 1)]
 
 
 def _reorder(record: LayerFlow, order: Tensor) -> LayerFlow:

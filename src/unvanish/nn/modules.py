@@ -142,3 +142,13 @@ def initial_states(module: nn.RNNBase, hx: Any, inputs: TimeMajor) -> list[State
 def in_user_order(v: Tensor, inputs: TimeMajor, dim: int = 1) -> Tensor:
     """Samples back from internal to the user's order, along `dim`."""
     return v if inputs.order is None else v.index_select(dim, torch.argsort(inputs.order))
+
+
+def dropout_masks(module: nn.RNNBase, inputs: TimeMajor, rng: Tensor | None) -> list[Tensor]:
+    """What was drawn between the layers, drawn again: same generator state, shapes and order; none if `rng` is None."""
+    if rng is None:
+        return []
+    width = (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(rng)
+        return [inputs.dropout_mask(width, module.dropout) for _ in range(module.num_layers - 1)]
