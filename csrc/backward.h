@@ -5,9 +5,10 @@ class Backward {
  public:
   static constexpr int L = kLanes<Real>, A = CellType::kAcross;
 
-  Backward(const Layer<Real>& layer, const Gradients<Real>& gradients)
+  Backward(const Layer<Real>& layer, const Gradients<Real>& gradients, const Norms* norms)
       : l(layer),
         g(gradients),
+        norms_(norms),
         s(layer),
         w_hh_(s.width * s.Rp),
         w_ih_(g.dx == nullptr ? 1 : s.width * s.Ip),
@@ -20,33 +21,33 @@ class Backward {
 
   int64_t blocks() const { return s.blocks; }
 
+  // A whole block on its own.
   void block(int64_t number) const {
-    FlushSubnormals flush;
-    const int64_t first = number * s.block_rows, rows = smaller(s.block_rows, l.B - first);
-    Real* sums = partial_.get() + number * per_block();
-    __builtin_memset(sums, 0, static_cast<size_t>(per_block()) * sizeof(Real));
-    if (rows <= 0) return;
-    const Walk<Real> walk{l, first, rows};
-    const int64_t most = s.chunk_steps * rows;
-    Work w{Scratch<Real>(rows * s.dh_stride), Scratch<Real>(rows * s.dh_stride), Scratch<Real>(rows * s.dh_stride),
-           Scratch<Real>(rows * s.Hp),        Scratch<Real>(most * s.width),     Scratch<Real>(CellType::kSplit ? most * s.width : 1),
-           Scratch<Real>(most * s.Rp),        Scratch<Real>(most * s.Ip),
-           Scratch<Real>(l.w_hr == nullptr ? 1 : most * s.dh_stride), Scratch<Real>(l.w_hr == nullptr ? 1 : most * s.Rp)};
-    zero(w.carried.get(), rows * s.dh_stride);
-    zero(w.dm.get(), rows * s.dh_stride);
-    zero(w.dc.get(), rows * s.Hp);
-    zero(w.h_prev.get(), most * s.Rp);
-    zero(w.x.get(), most * s.Ip);
-    if (l.w_hr != nullptr) zero(w.m.get(), most * s.dh_stride);
-    for (int64_t r = 0; r < rows; ++r) {
-      if (g.dhn != nullptr) copy(w.carried.get() + r * s.dh_stride, g.dhn + (first + r) * l.R, l.R);
-      if (CellType::kHasC && g.dcn != nullptr) copy(w.dc.get() + r * s.Hp, g.dcn + (first + r) * l.H, l.H);
+    Scratch<Real> memory(Work(*this, nullptr).size);
+    Work w(*this, memory.get());
+    begin(number, w);
+    for (int64_t i1 = l.T; i1 > 0; i1 -= s.chunk_steps) chunk(number, i1 - smaller(i1, s.chunk_steps), i1, 0, w);
+    end(number, w);
+  }
+
+  // All blocks side by side, so that g_t, to which all samples contribute, can be measured as they go.
+  void in_step(int threads) {
+    const int64_t size = Work(*this, nullptr).size;
+    Scratch<Real> memory(s.blocks * size);
+    memory_ = memory.get();
+    size_ = size;
+    for_each(s.blocks, threads, [&](int64_t b) { begin(b, work(b)); });
+    const int64_t span = s.chunk_steps * kSpan;
+    for (int64_t i1 = l.T; i1 > 0; i1 -= span) {
+      const int64_t i0 = i1 > span ? i1 - span : 0;
+      for_each(s.blocks, threads, [&](int64_t b) {
+        Work w = work(b);
+        for (int64_t j1 = i1, part = 0; j1 > i0; j1 -= s.chunk_steps, ++part)
+          chunk(b, j1 - smaller(j1 - i0, s.chunk_steps), j1, part, w);
+      });
+      for_each(i1 - i0, threads, [&](int64_t i) { measure(i0 + i, i1); });
     }
-    for (int64_t i1 = l.T; i1 > 0; i1 -= s.chunk_steps) chunk(walk, i1 - smaller(i1, s.chunk_steps), i1, w, sums);
-    for (int64_t r = 0; r < rows; ++r) {
-      copy(g.dh0 + (first + r) * l.R, w.carried.get() + r * s.dh_stride, l.R);
-      if (CellType::kHasC) copy(g.dc0 + (first + r) * l.H, w.dc.get() + r * s.Hp, l.H);
-    }
+    for_each(s.blocks, threads, [&](int64_t b) { end(b, work(b)); });
   }
 
   // Adds the blocks' sums in order and puts them where torch wants them; row is one of s.width.
@@ -67,16 +68,67 @@ class Backward {
   int64_t gathered() const { return s.width; }
 
  private:
+  static constexpr int64_t kSpan = 4;  // chunks between two measurements: waking threads has its price
+
+  // What a block works with, carved from one piece of memory.
   struct Work {
-    Scratch<Real> carried;  // [rows, dh_stride] what δh_{t−1} gets from step t
-    Scratch<Real> dh;       // [rows, dh_stride] δh_t
-    Scratch<Real> dm;       // [rows, dh_stride] δh_t before the projection
-    Scratch<Real> dc;       // [rows, Hp] what c gets from later steps
-    Scratch<Real> da, da_hh;        // [chunk rows, width]
-    Scratch<Real> h_prev;           // [chunk rows, Rp]
-    Scratch<Real> x;                // [chunk rows, Ip]
-    Scratch<Real> m, projected_dh;  // [chunk rows, dh_stride], [chunk rows, Rp]
+    Work(const Backward& run, Real* memory) {
+      const Sizes<CellType, Real>& s = run.s;
+      const bool projected = run.l.w_hr != nullptr;
+      const int64_t rows = s.block_rows, most = s.chunk_steps * rows * (run.norms_ == nullptr ? 1 : kSpan);
+      auto take = [&](int64_t count) {
+        Real* here = memory + size;
+        size += round_up(count, L);
+        return here;
+      };
+      carried = take(rows * s.dh_stride);
+      dh = take(rows * s.dh_stride);
+      dm = take(rows * s.dh_stride);
+      dc = take(rows * s.Hp);
+      h_prev = take(most * s.Rp);
+      x = take(most * s.Ip);
+      da = take(most * s.width);
+      da_hh = CellType::kSplit ? take(most * s.width) : da;
+      m = projected ? take(most * s.dh_stride) : nullptr;
+      projected_dh = projected ? take(most * s.Rp) : nullptr;
+    }
+
+    Real *carried;           // [rows, dh_stride] what δh_{t−1} gets from step t
+    Real *dh;                // [rows, dh_stride] δh_t
+    Real *dm;                // [rows, dh_stride] δh_t before the projection
+    Real *dc;                // [rows, Hp] what c gets from later steps
+    Real *h_prev, *x;        // [chunk rows, Rp], [chunk rows, Ip]
+    Real *da, *da_hh;        // [chunk rows, width]
+    Real *m, *projected_dh;  // [chunk rows, dh_stride], [chunk rows, Rp]
+    int64_t size = 0;
   };
+
+  Work work(int64_t number) const { return Work(*this, memory_ + number * size_); }
+  Walk<Real> walk(int64_t number) const {
+    const int64_t first = number * s.block_rows;
+    return {l, first, smaller(s.block_rows, l.B - first)};
+  }
+  Real* sums_of(int64_t number) const { return partial_.get() + number * per_block(); }
+
+  void begin(int64_t number, const Work& w) const {
+    __builtin_memset(sums_of(number), 0, static_cast<size_t>(per_block()) * sizeof(Real));
+    const Walk<Real> walk = this->walk(number);
+    // The padding, and what is added to.
+    __builtin_memset(w.carried, 0, static_cast<size_t>(w.da - w.carried) * sizeof(Real));
+    if (l.w_hr != nullptr) __builtin_memset(w.m, 0, static_cast<size_t>(w.projected_dh - w.m) * sizeof(Real));
+    for (int64_t r = 0; r < walk.rows; ++r) {
+      if (g.dhn != nullptr) copy(w.carried + r * s.dh_stride, g.dhn + (walk.first + r) * l.R, l.R);
+      if (CellType::kHasC && g.dcn != nullptr) copy(w.dc + r * s.Hp, g.dcn + (walk.first + r) * l.H, l.H);
+    }
+  }
+
+  void end(int64_t number, const Work& w) const {
+    const Walk<Real> walk = this->walk(number);
+    for (int64_t r = 0; r < walk.rows; ++r) {
+      copy(g.dh0 + (walk.first + r) * l.R, w.carried + r * s.dh_stride, l.R);
+      if (CellType::kHasC) copy(g.dc0 + (walk.first + r) * l.H, w.dc + r * s.Hp, l.H);
+    }
+  }
 
   int64_t dw_ih() const { return 0; }
   int64_t dw_hh() const { return s.width * s.Ip; }
@@ -96,13 +148,28 @@ class Backward {
     }
   }
 
-  void chunk(const Walk<Real>& walk, int64_t i0, int64_t i1, Work& w, Real* sums) const {
+  // Steps [i0, i1) backwards; `part` counts the chunks whose rows are kept.
+  void chunk(int64_t number, int64_t i0, int64_t i1, int64_t part, const Work& work) const {
+    FlushSubnormals flush;
+    const Walk<Real> walk = this->walk(number);
+    if (walk.rows <= 0) return;
+    const int64_t skipped = part * s.chunk_steps * s.block_rows;
+    Work w = work;
+    w.da += skipped * s.width;
+    w.da_hh += skipped * s.width;
+    w.h_prev += skipped * s.Rp;
+    w.x += skipped * s.Ip;
+    if (l.w_hr != nullptr) {
+      w.m += skipped * s.dh_stride;
+      w.projected_dh += skipped * s.Rp;
+    }
     int64_t filled = 0;
     for (int64_t i = i1 - 1; i >= i0; --i) {
       const int64_t t = walk.step(i), n = walk.active(t);
-      Real* da = w.da.get() + filled * s.width;
-      Real* da_hh = CellType::kSplit ? w.da_hh.get() + filled * s.width : da;
-      step(walk, t, n, filled, w, da, da_hh);
+      Real* da = w.da + filled * s.width;
+      Real* da_hh = CellType::kSplit ? w.da_hh + filled * s.width : da;
+      if (norms_ == nullptr) step<false>(walk, t, n, filled, w, da, da_hh);
+      else step<true>(walk, t, n, filled, w, da, da_hh);
       if (g.dx != nullptr) {
         Real* dx = g.dx + (t * l.B + walk.first) * l.I;
         multiply_rows(da, s.width, n, w_ih_.get(), s.width, dx, l.I, l.I);
@@ -110,12 +177,96 @@ class Backward {
       }
       filled += n;
     }
-    const Real* da_hh = CellType::kSplit ? w.da_hh.get() : w.da.get();
-    add_outer(w.da.get(), s.width, w.x.get(), s.Ip, filled, sums + dw_ih());
-    add_outer(da_hh, s.width, w.h_prev.get(), s.Rp, filled, sums + dw_hh());
-    add_rows(w.da.get(), filled, sums + db_ih());
-    if (CellType::kSplit) add_rows(da_hh, filled, sums + db_hh());
-    if (l.w_hr != nullptr) add_outer_any(w.projected_dh.get(), l.R, s.Rp, w.m.get(), s.dh_stride, filled, sums + dw_hr());
+    Real* sums = sums_of(number);
+    add_outer(w.da, s.width, w.x, s.Ip, filled, sums + dw_ih());
+    add_outer(w.da_hh, s.width, w.h_prev, s.Rp, filled, sums + dw_hh());
+    add_rows(w.da, filled, sums + db_ih());
+    if (CellType::kSplit) add_rows(w.da_hh, filled, sums + db_hh());
+    if (l.w_hr != nullptr) add_outer_any(w.projected_dh, l.R, s.Rp, w.m, s.dh_stride, filled, sums + dw_hr());
+  }
+
+  // ‖g_t‖_F of step i of a span that ends before i1, by the Gram identity ‖Σ_b u_bᵀ v_b‖² = Σ_{b,b'} (u_b · u_b')(v_b · v_b').
+  void measure(int64_t i, int64_t i1) const {
+    const Walk<Real> all_samples{l, 0, l.B};
+    const int64_t t = all_samples.step(i), n = all_samples.active(t), padded = round_up(n, kColumns);
+    double largest = 0;
+    for (int64_t b = 0; b < n; ++b) {
+      double square = 0;
+      for (int v = 0; v < CellType::kGates; ++v) square += __builtin_pow(norms_->a[(t * l.B + b) * CellType::kGates + v], 2);
+      if (!(square <= largest)) largest = square;
+    }
+    largest = __builtin_sqrt(largest);
+    if (!(largest > 0) || largest > __DBL_MAX__) {
+      norms_->w[t] = largest;
+      return;
+    }
+    Scratch<const Real*> rows(4 * padded);
+    Scratch<Real> nothing(s.width > s.Rp + s.Ip ? s.width : s.Rp + s.Ip);
+    zero(nothing.get(), s.width > s.Rp + s.Ip ? s.width : s.Rp + s.Ip);
+    const Real **da = rows.get(), **da_hh = da + padded, **h = da_hh + padded, **x = h + padded;
+    for (int64_t b = 0; b < padded; ++b) da[b] = da_hh[b] = h[b] = x[b] = nothing.get();
+    // A power of two brings δ to about 1 where its squares would leave Real's range.
+    int exponent = 0;
+    __builtin_frexp(largest, &exponent);
+    constexpr int safe = sizeof(Real) == 4 ? 24 : 250;
+    const int shift = exponent > safe || exponent < -safe ? -exponent : 0;
+    for (int64_t number = 0; number * s.block_rows < n; ++number) {
+      const Walk<Real> walk = this->walk(number);
+      const Work w = work(number);
+      const int64_t chunk = (i1 - 1 - i) / s.chunk_steps, newest = i1 - 1 - chunk * s.chunk_steps;
+      int64_t row = chunk * s.chunk_steps * s.block_rows;
+      for (int64_t j = newest; j > i; --j) row += walk.active(walk.step(j));
+      for (int64_t r = 0; r < walk.active(t); ++r, ++row) {
+        const int64_t b = walk.first + r;
+        if (shift != 0) {
+          scale(w.da + row * s.width, shift);
+          if (CellType::kSplit) scale(w.da_hh + row * s.width, shift);
+        }
+        da[b] = w.da + row * s.width;
+        da_hh[b] = w.da_hh + row * s.width;
+        h[b] = w.h_prev + row * s.Rp;
+        x[b] = w.x + row * s.Ip;
+      }
+    }
+    double total = 0;
+    for (int64_t a = 0; a < padded; a += kColumns)
+      for (int64_t b = a; b < padded; b += kColumns) {
+        double pairs = 0;
+        for (int64_t r = a; r < a + kColumns; r += kRows) {
+          Vec<Real> u = dots(da + r, da + b, s.width), u_hh = CellType::kSplit ? dots(da_hh + r, da_hh + b, s.width) : u;
+          pairs += total_of(u * dots(x + r, x + b, s.Ip) + u_hh * dots(h + r, h + b, s.Rp));
+        }
+        total += a == b ? pairs : 2 * pairs;
+      }
+    norms_->w[t] = __builtin_ldexp(__builtin_sqrt(total > 0 ? total : 0), -shift);
+  }
+
+  // Lane i · kColumns + j: a_i · b_j.
+  static constexpr int kColumns = L >= 8 ? 4 : 2, kRows = L / kColumns;
+  UV_INLINE Vec<Real> dots(const Real* const* a, const Real* const* b, int64_t n) const {
+    Vec<Real> acc[L] = {};
+    for (int64_t k = 0; k < n; k += L) {
+      Vec<Real> right[kColumns];
+#pragma GCC unroll 4
+      for (int j = 0; j < kColumns; ++j) right[j] = load(b[j] + k);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        Vec<Real> left = load(a[i] + k);
+#pragma GCC unroll 4
+        for (int j = 0; j < kColumns; ++j) acc[i * kColumns + j] += left * right[j];
+      }
+    }
+    return sums<Real, L>(acc);
+  }
+
+  static double total_of(Vec<Real> v) {
+    double total = 0;
+    for (int j = 0; j < L; ++j) total += static_cast<double>(v[j]);
+    return total;
+  }
+
+  void scale(Real* row, int shift) const {
+    for (int64_t k = 0; k < s.width; ++k) row[k] = static_cast<Real>(__builtin_ldexp(static_cast<double>(row[k]), shift));
   }
 
   void add_rows(const Real* a, int64_t rows, Real* out) const {
@@ -136,39 +287,41 @@ class Backward {
       }
   }
 
-  void step(const Walk<Real>& walk, int64_t t, int64_t n, int64_t filled, Work& w, Real* da, Real* da_hh) const {
+  template <bool kNorms>
+  void step(const Walk<Real>& walk, int64_t t, int64_t n, int64_t filled, const Work& w, Real* da, Real* da_hh) const {
     const int64_t D = s.dh_stride;
     for (int64_t r = 0; r < n; ++r) {
       const int64_t b = walk.first + r;
-      Real* dh = w.dh.get() + r * D;
-      copy(dh, w.carried.get() + r * D, D);
+      Real* dh = w.dh + r * D;
+      copy(dh, w.carried + r * D, D);
       if (g.dy != nullptr) {
         const Real* dy = g.dy + (t * l.B + b) * l.R;
         for (int64_t k = 0; k < l.R; ++k) dh[k] += dy[k];
       }
-      copy(w.h_prev.get() + (filled + r) * s.Rp, walk.before(l.y, l.h0, l.R, l.R, t, r), l.R);
-      copy(w.x.get() + (filled + r) * s.Ip, l.x + (t * l.B + b) * l.I, l.I);
+      copy(w.h_prev + (filled + r) * s.Rp, walk.before(l.y, l.h0, l.R, l.R, t, r), l.R);
+      copy(w.x + (filled + r) * s.Ip, l.x + (t * l.B + b) * l.I, l.I);
     }
-    const Real* dm = w.dh.get();
+    const Real* dm = w.dh;
     if (l.w_hr != nullptr) {
-      multiply_rows(w.dh.get(), D, n, w_hr_.get(), l.R, w.dm.get(), D, D);
-      for (int64_t r = 0; r < n; ++r) copy(w.projected_dh.get() + (filled + r) * s.Rp, w.dh.get() + r * D, s.Rp);
-      dm = w.dm.get();
+      multiply_rows(w.dh, D, n, w_hr_.get(), l.R, w.dm, D, D);
+      for (int64_t r = 0; r < n; ++r) copy(w.projected_dh + (filled + r) * s.Rp, w.dh + r * D, s.Rp);
+      dm = w.dm;
     }
     for (int64_t r = 0; r < n; ++r) {
-      Real* m = l.w_hr == nullptr ? nullptr : w.m.get() + (filled + r) * D;
-      pointwise(walk, t, r, dm + r * D, w.dh.get() + r * D, w.dc.get() + r * s.Hp, w.carried.get() + r * D,
-                w.h_prev.get() + (filled + r) * s.Rp, da + r * s.width, da_hh + r * s.width, m);
+      Real* m = l.w_hr == nullptr ? nullptr : w.m + (filled + r) * D;
+      pointwise<kNorms>(walk, t, r, dm + r * D, w.dh + r * D, w.dc + r * s.Hp, w.carried + r * D,
+                w.h_prev + (filled + r) * s.Rp, da + r * s.width, da_hh + r * s.width, m);
     }
-    hand_back(n, da_hh, w.carried.get());
+    hand_back(n, da_hh, w.carried);
     if (g.clip > 0)
       for (int64_t r = 0; r < n; ++r) {
-        clip(w.carried.get() + r * D, l.R);
-        if (CellType::kHasC) clip(w.dc.get() + r * s.Hp, l.H);
+        clip(w.carried + r * D, l.R);
+        if (CellType::kHasC) clip(w.dc + r * s.Hp, l.H);
       }
   }
 
   // δa of one sample and step; leaves in `carried` what reaches h_{t−1} other than through W_hh.
+  template <bool kNorms>
   void pointwise(const Walk<Real>& walk, int64_t t, int64_t r, const Real* dm, const Real* dh, Real* dc, Real* carried,
                  const Real* h_prev, Real* da, Real* da_hh, Real* m) const {
     const int64_t b = walk.first + r, at = t * l.B + b;
@@ -176,7 +329,7 @@ class Backward {
     const Real* c_row = CellType::kHasC ? l.cells + at * s.Hp : nullptr;
     const Real* c_before = CellType::kHasC ? walk.before(l.cells, l.c0, s.Hp, l.H, t, r) : nullptr;
     const bool c_whole = CellType::kHasC && c_before >= l.cells && c_before < l.cells + l.T * l.B * s.Hp;
-    double squares[CellType::kGates] = {}, square_c = 0;
+    Vec<double> squares[4] = {}, square_c{}, square_h{};
     for (int64_t p = 0; p < s.panels; ++p)
       for (int u = 0; u < CellType::kUnits; ++u) {
         const int64_t unit = (p * CellType::kUnits + u) * L, kept = CellType::kSaved / CellType::kUnits;
@@ -196,9 +349,9 @@ class Backward {
           const int64_t k = (p * A + (CellType::kUnits == 1 ? v : u)) * L;
           store(da + k, gates[v]);
           if (CellType::kSplit) store(da_hh + k, gates_hh[v]);
-          if (g.norm_a != nullptr) squares[v] += sum_of_squares(gates[v]);
+          if (kNorms) add_squares(squares[v], gates[v]);
         }
-        if (g.norm_c != nullptr) square_c += sum_of_squares(total);
+        if (kNorms && CellType::kHasC) add_squares(square_c, total);
         if (unit < l.H) {
           if (CellType::kHasC && g.delta_c != nullptr) store(g.delta_c + at * l.H + unit, total, l.H - unit);
           for (int v = 0; v < CellType::kGates; ++v) {
@@ -208,15 +361,18 @@ class Backward {
           }
         }
       }
-    if (g.norm_a != nullptr)
-      for (int v = 0; v < CellType::kGates; ++v) g.norm_a[at * CellType::kGates + v] = __builtin_sqrt(squares[v]);
-    if (g.norm_c != nullptr) g.norm_c[at] = __builtin_sqrt(square_c);
     if (g.delta_h != nullptr) copy(g.delta_h + at * l.R, dh, l.R);
-    if (g.norm_h != nullptr) {
-      double square = 0;
-      for (int64_t k = 0; k < l.R; k += L) square += sum_of_squares(load(dh + k));
-      g.norm_h[at] = __builtin_sqrt(square);
+    if (kNorms) {
+      for (int64_t k = 0; k < l.R; k += L) add_squares(square_h, load(dh + k));
+      norms_->h[at] = norm(square_h);
+      if (CellType::kHasC) norms_->c[at] = norm(square_c);
+      for (int v = 0; v < CellType::kGates; ++v) norms_->a[at * CellType::kGates + v] = norm(squares[v]);
     }
+  }
+
+  static double norm(Vec<double> squares) {
+    const Vec<double> part[1] = {squares};
+    return __builtin_sqrt(sums<double, 1>(part)[0]);
   }
 
   // carried (+)= δa_hh W_hh
@@ -248,6 +404,9 @@ class Backward {
 
   const Layer<Real>& l;
   const Gradients<Real>& g;
+  const Norms* norms_;
   const Sizes<CellType, Real> s;
   Scratch<Real> w_hh_, w_ih_, w_hr_, partial_;
+  Real* memory_ = nullptr;  // of all blocks' work, where they go in step
+  int64_t size_ = 0;
 };

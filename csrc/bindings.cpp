@@ -50,32 +50,35 @@ std::array<Item, N> numbers(nb::sequence items) {
 }
 
 template <class Real>
-void forward(int cell, bool reverse, nb::sequence sizes, nb::sequence pointers, nb::sequence outs, int threads,
-             std::optional<std::string> isa) {
+void forward(int cell, bool reverse, nb::sequence sizes, nb::sequence pointers, nb::sequence outs, double closed,
+             nb::sequence statistics, int threads, std::optional<std::string> isa) {
   auto n = numbers<Real, 5>(sizes);
   auto p = numbers<Real, 12, uintptr_t>(pointers);
   auto o = numbers<Real, 2, uintptr_t>(outs);
+  auto q = numbers<Real, 3, uintptr_t>(statistics);
   const Kernels<Real>& k = chosen<Real>(isa);
   nb::gil_scoped_release release;
   Layer<Real> l = layer<Real>(cell, reverse, n, p);
-  k.forward(l, {at<Real>(o[0]), at<Real>(o[1])}, threads);
+  const Statistics wanted{closed, at<double>(q[0]), at<double>(q[1]), at<double>(q[2])};
+  k.forward(l, {at<Real>(o[0]), at<Real>(o[1])}, wanted.mean == nullptr ? nullptr : &wanted, threads);
 }
 
 template <class Real>
 void backward(int cell, bool reverse, nb::sequence sizes, nb::sequence pointers, nb::sequence gradients, double clip,
-              int threads, std::optional<std::string> isa) {
+              nb::sequence norms, int threads, std::optional<std::string> isa) {
   auto n = numbers<Real, 5>(sizes);
   auto p = numbers<Real, 12, uintptr_t>(pointers);
-  auto q = numbers<Real, 18, uintptr_t>(gradients);
+  auto q = numbers<Real, 15, uintptr_t>(gradients);
+  auto m = numbers<Real, 4, uintptr_t>(norms);
   const Kernels<Real>& k = chosen<Real>(isa);
   nb::gil_scoped_release release;
   Layer<Real> l = layer<Real>(cell, reverse, n, p);
   Gradients<Real> g{at<Real>(q[0]), at<Real>(q[1]), at<Real>(q[2]),  clip,
                     at<Real>(q[3]), at<Real>(q[4]), at<Real>(q[5]),  at<Real>(q[6]),
                     at<Real>(q[7]), at<Real>(q[8]), at<Real>(q[9]),  at<Real>(q[10]),
-                    at<double>(q[11]), at<double>(q[12]), at<double>(q[13]),
-                    at<Real>(q[14]), at<Real>(q[15]), at<Real>(q[16]), at<Real>(q[17])};
-  k.backward(l, g, threads);
+                    at<Real>(q[11]), at<Real>(q[12]), at<Real>(q[13]), at<Real>(q[14])};
+  const Norms wanted{at<double>(m[0]), at<double>(m[1]), at<double>(m[2]), at<double>(m[3])};
+  k.backward(l, g, wanted.h == nullptr ? nullptr : &wanted, threads);
 }
 
 template <class Real>

@@ -10,6 +10,16 @@ UV_INLINE Vec<Real> square(Vec<Real> v) {
   return v * v;
 }
 
+// φ'(a) / max φ' of a gate with value v.
+template <class Real>
+UV_INLINE Vec<Real> openness_of_sigmoid(Vec<Real> v) {
+  return Real(4) * v * (Real(1) - v);
+}
+template <class Real>
+UV_INLINE Vec<Real> openness_of_tanh(Vec<Real> v) {
+  return Real(1) - v * v;
+}
+
 // kGates: stacked in torch's weights. kAcross: vectors of a panel. kSaved: vectors kept per block for the backward pass.
 struct LstmCell {
   static constexpr int kGates = 4, kAcross = 4, kSaved = 4, kUnits = 1;
@@ -37,6 +47,12 @@ struct LstmCell {
     da[G] = total_c * i * (Real(1) - g * g);
     da[O] = dm * t * o * (Real(1) - o);
     dc = total_c * f;
+  }
+
+  static constexpr int kCarry = F;
+  template <class Real>
+  static UV_INLINE Vec<Real> openness(int gate, Vec<Real> v) {
+    return gate == G ? openness_of_tanh<Real>(v) : openness_of_sigmoid<Real>(v);
   }
 };
 
@@ -67,9 +83,16 @@ struct GruCell {
     da_hh[N] = r * da[N];
     carried = z * dh;
   }
+
+  static constexpr int kCarry = Z;
+  template <class Real>
+  static UV_INLINE Vec<Real> openness(int gate, Vec<Real> v) {
+    return gate == N ? openness_of_tanh<Real>(v) : openness_of_sigmoid<Real>(v);
+  }
 };
 
 struct Tanh {
+  static constexpr double kSteepest = 0;  // φ where φ' is largest
   template <class Real>
   static UV_INLINE Vec<Real> value(Vec<Real> a) {
     return tanh<Real>(a);
@@ -81,6 +104,7 @@ struct Tanh {
 };
 
 struct Relu {
+  static constexpr double kSteepest = 1;  // φ where φ' is largest
   template <class Real>
   static UV_INLINE Vec<Real> value(Vec<Real> a) {
     return a < Real(0) ? all<Real>(0) : a;  // keeps NaN
@@ -92,6 +116,7 @@ struct Relu {
 };
 
 struct Sigmoid {
+  static constexpr double kSteepest = 0.5;  // φ where φ' is largest
   template <class Real>
   static UV_INLINE Vec<Real> value(Vec<Real> a) {
     return sigmoid<Real>(a);
@@ -118,5 +143,11 @@ struct PlainCell {
   static UV_INLINE void backward(Vec<Real> dh, Vec<Real>&, Vec<Real>&, const Vec<Real>* saved, Vec<Real>, Vec<Real>,
                                  Vec<Real>, Vec<Real>* da, Vec<Real>*, Vec<Real>&) {
     da[0] = dh * Phi::template slope<Real>(saved[0]);
+  }
+
+  static constexpr int kCarry = -1;
+  template <class Real>
+  static UV_INLINE Vec<Real> openness(int, Vec<Real> v) {
+    return Phi::template slope<Real>(v) / Phi::template slope<Real>(all<Real>(Phi::kSteepest));
   }
 };

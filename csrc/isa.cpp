@@ -16,20 +16,24 @@ namespace {
 #include "vector.h"
 #include "product.h"
 #include "cells.h"
+#include "statistics.h"
 #include "sequence.h"
 #include "backward.h"
 
 template <class CellType, class Real>
-void forward(const Layer<Real>& layer, const Final<Real>& final, int threads) {
-  Forward<CellType, Real> run(layer, final);
-  parallel_for(run.blocks(), threads, [](void* run, int64_t i) { static_cast<Forward<CellType, Real>*>(run)->block(i); }, &run);
+void forward(const Layer<Real>& layer, const Final<Real>& final, const Statistics* wanted, int threads) {
+  Forward<CellType, Real> run(layer, final, wanted);
+  for_each(run.blocks(), threads, [&](int64_t i) { run.block(i); });
+  run.gather();
 }
 
 template <class CellType, class Real>
-void backward(const Layer<Real>& layer, const Gradients<Real>& gradients, int threads) {
-  using Run = Backward<CellType, Real>;
-  Run run(layer, gradients);
-  parallel_for(run.blocks(), threads, [](void* run, int64_t i) { static_cast<Run*>(run)->block(i); }, &run);
+void backward(const Layer<Real>& layer, const Gradients<Real>& gradients, const Norms* norms, int threads) {
+  Backward<CellType, Real> run(layer, gradients, norms);
+  if (norms == nullptr)
+    for_each(run.blocks(), threads, [&](int64_t i) { run.block(i); });
+  else
+    run.in_step(threads);
   for (int64_t row = 0; row < run.gathered(); ++row) run.gather(row);
   run.gather_projection();
 }
@@ -61,13 +65,13 @@ int64_t saved_width(Cell cell, int64_t H) {
 }
 
 template <class Real>
-void forward_any(const Layer<Real>& layer, const Final<Real>& final, int threads) {
-  with_cell(layer.cell, [&](auto kind) { forward<decltype(kind)>(layer, final, threads); });
+void forward_any(const Layer<Real>& layer, const Final<Real>& final, const Statistics* wanted, int threads) {
+  with_cell(layer.cell, [&](auto kind) { forward<decltype(kind)>(layer, final, wanted, threads); });
 }
 
 template <class Real>
-void backward_any(const Layer<Real>& layer, const Gradients<Real>& gradients, int threads) {
-  with_cell(layer.cell, [&](auto kind) { backward<decltype(kind)>(layer, gradients, threads); });
+void backward_any(const Layer<Real>& layer, const Gradients<Real>& gradients, const Norms* norms, int threads) {
+  with_cell(layer.cell, [&](auto kind) { backward<decltype(kind)>(layer, gradients, norms, threads); });
 }
 
 template <class Real>

@@ -6,6 +6,12 @@
 
 constexpr int64_t kChunkRows = 192;  // rows, steps times samples, of a chunk
 
+// f(i) for i in [0, count), on up to `threads` threads.
+template <class F>
+void for_each(int64_t count, int threads, F f) {
+  parallel_for(count, threads, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); }, &f);
+}
+
 UV_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 UV_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -113,15 +119,17 @@ class Forward {
  public:
   static constexpr int L = kLanes<Real>, A = CellType::kAcross;
 
-  Forward(const Layer<Real>& layer, const Final<Real>& final)
+  Forward(const Layer<Real>& layer, const Final<Real>& final, const Statistics* wanted)
       : l(layer),
         final_(final),
+        wanted_(wanted),
         s(layer),
         w_ih_(s.panels * l.I * A * L),
         w_hh_(s.panels * l.R * A * L),
         w_hr_(l.w_hr == nullptr ? 1 : l.H * s.Rp),
         bias_(s.width),
-        bias_q_(s.width) {
+        bias_q_(s.width),
+        log_carry_(wanted == nullptr ? 1 : s.blocks * l.H) {
     pack_gates(s, l.w_ih, l.H, l.I, w_ih_.get());
     pack_gates(s, l.w_hh, l.H, l.R, w_hh_.get());
     if (l.w_hr != nullptr) pack_plain(l.w_hr, l.R, l.H, true, w_hr_.get());
@@ -142,6 +150,7 @@ class Forward {
     const int64_t first = number * s.block_rows, rows = smaller(s.block_rows, l.B - first);
     if (rows <= 0) return;
     const Walk<Real> walk{l, first, rows};
+    const Tally<CellType, Real> tally(wanted_, rows, l.H, s.Hp);
     Scratch<Real> projected(s.chunk_steps * rows * s.width), now(rows * l.R), next(rows * s.Hp), cell(rows * s.Hp);
     for (int64_t r = 0; r < rows; ++r) {
       copy(now.get() + r * l.R, l.h0 + (first + r) * l.R, l.R);
@@ -152,7 +161,13 @@ class Forward {
       project(walk, i0, i1, projected.get());
       for (int64_t i = i0; i < i1; ++i) {
         const int64_t t = walk.step(i), n = walk.active(t);
-        step(walk, t, n, projected.get() + (i - i0) * rows * s.width, now.get(), next.get(), cell.get());
+        const Real* here = projected.get() + (i - i0) * rows * s.width;
+        if (wanted_ == nullptr) {
+          step<false>(walk, t, n, here, now.get(), next.get(), cell.get(), tally);
+        } else {
+          step<true>(walk, t, n, here, now.get(), next.get(), cell.get(), tally);
+          tally.write(t * l.B + first, n);
+        }
         Real* y = l.y + (t * l.B + first) * l.R;
         if (l.w_hr == nullptr)
           for (int64_t r = 0; r < n; ++r) copy(y + r * l.R, next.get() + r * s.Hp, l.R);
@@ -166,9 +181,20 @@ class Forward {
       copy(final_.h + (first + r) * l.R, now.get() + r * l.R, l.R);
       if (CellType::kHasC) copy(final_.c + (first + r) * l.H, cell.get() + r * s.Hp, l.H);
     }
+    if (wanted_ != nullptr && CellType::kCarry >= 0) tally.finish(log_carry_.get() + number * l.H);
   }
 
   int64_t blocks() const { return s.blocks; }
+
+  // Adds the blocks' share of the statistics in order.
+  void gather() const {
+    if (wanted_ == nullptr || CellType::kCarry < 0) return;
+    for (int64_t k = 0; k < l.H; ++k) {
+      double total = 0;
+      for (int64_t b = 0; b * s.block_rows < l.B; ++b) total += log_carry_.get()[b * l.H + k];
+      wanted_->log_carry[k] = total;
+    }
+  }
 
  private:
   static void copy(Real* to, const Real* from, int64_t n) { __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(Real)); }
@@ -199,8 +225,9 @@ class Forward {
     }
   }
 
-  void step(const Walk<Real>& walk, int64_t t, int64_t n, const Real* projected, const Real* now, Real* next,
-            Real* cell) const {
+  template <bool kTally>
+  void step(const Walk<Real>& walk, int64_t t, int64_t n, const Real* projected, const Real* now, Real* next, Real* cell,
+            const Tally<CellType, Real>& tally) const {
     Real* gates = l.gates == nullptr ? nullptr : l.gates + (t * l.B + walk.first) * s.saved;
     Real* cells = l.cells == nullptr ? nullptr : l.cells + (t * l.B + walk.first) * s.Hp;
     for (int64_t p = 0; p < s.panels; ++p) {
@@ -226,6 +253,7 @@ class Forward {
             Vec<Real> h = CellType::template forward<Real>(CellType::kSplit ? a : acc[r] + u, acc[r], c_prev, saved, c, h_prev);
             store(next + row * s.Hp + unit, h);
             if (CellType::kHasC) store(cell + row * s.Hp + unit, c);
+            if (kTally) tally.add(row, unit, saved);
             if (cells != nullptr) store(cells + row * s.Hp + unit, c);
             if (gates != nullptr) {
               constexpr int kept = CellType::kSaved / CellType::kUnits;
@@ -239,6 +267,8 @@ class Forward {
 
   const Layer<Real>& l;
   const Final<Real>& final_;
+  const Statistics* wanted_;
   const Sizes<CellType, Real> s;
   Scratch<Real> w_ih_, w_hh_, w_hr_, bias_, bias_q_;
+  Scratch<double> log_carry_;  // [blocks, H]
 };

@@ -41,6 +41,22 @@ struct Final {
   Real* c;  // out [B, H]; null but for the LSTM
 };
 
+// What the gates were like. Where a sample is inactive these stay as they came.
+struct Statistics {
+  double closed;      // a unit is saturated where φ'(a) is below this share of its maximum
+  double* mean;       // out [T, B, G] each gate's mean value over its units
+  double* saturated;  // out [T, B, G] share of the units that are saturated
+  double* log_carry;  // out [H] Σ over active steps and samples of ln f_t (LSTM) or ln z_t (GRU); null for a plain RNN
+};
+
+// The error's norms, accumulated in double. Where a sample is inactive these stay as they came: hand in zeros.
+struct Norms {
+  double* h;  // out [T, B] ‖δh_t‖₂
+  double* c;  // out [T, B] ‖δc_t‖₂; null but for the LSTM
+  double* a;  // out [T, B, G] ‖δa_t‖₂ per gate
+  double* w;  // out [T] ‖g_t‖_F, g_t = δa_tᵀ [h_{t−1}, x_t] of the batch
+};
+
 template <class Real>
 struct Gradients {
   const Real* dy;   // in [T, B, R] ∂E_t/∂h_t; null: zero
@@ -56,9 +72,6 @@ struct Gradients {
   Real* dh0;        // out [B, R]
   Real* dc0;        // out [B, H]; null but for the LSTM
   // Where a sample is inactive these stay as they came: hand in zeros.
-  double* norm_h;   // out [T, B] ‖δh_t‖₂, accumulated in double; null: not wanted
-  double* norm_c;   // out [T, B] ‖δc_t‖₂; null: not wanted
-  double* norm_a;   // out [T, B, G] ‖δa_t‖₂ per gate; null: not wanted
   Real* delta_h;    // out [T, B, R] δh_t; null: not wanted
   Real* delta_c;    // out [T, B, H] δc_t; null: not wanted
   Real* delta_a;    // out [T, B, G·H] δa_t; null: not wanted
@@ -72,8 +85,9 @@ struct Kernels {
   int lanes;
   int64_t (*padded)(Cell, int64_t H);       // H rounded up to whole blocks
   int64_t (*saved_width)(Cell, int64_t H);  // Reals that `gates` holds per step and sample
-  void (*forward)(const Layer<Real>&, const Final<Real>&, int threads);
-  void (*backward)(const Layer<Real>&, const Gradients<Real>&, int threads);
+  // Statistics and norms: null if not wanted.
+  void (*forward)(const Layer<Real>&, const Final<Real>&, const Statistics*, int threads);
+  void (*backward)(const Layer<Real>&, const Gradients<Real>&, const Norms*, int threads);
 };
 
 // The kernels for this machine, or those named by `isa` ("baseline", "avx2", "avx512"); null if it can't run them.

@@ -153,15 +153,67 @@ UV_INLINE Vec<Real> tanh(Vec<Real> x) {
   return x != x ? x : v;
 }
 
-// Σ of the lanes' squares, in double, where squares of float neither overflow nor vanish.
-UV_INLINE double sum_of_squares(Vec<float> v) {
-  double total = 0;
-  for (int j = 0; j < kLanes<float>; ++j) total += static_cast<double>(v[j]) * v[j];
-  return total;
+// 0 … N−1 as template arguments.
+template <int... J>
+struct Lanes {};
+template <int N, int... J>
+struct UpTo : UpTo<N - 1, N - 1, J...> {};
+template <int... J>
+struct UpTo<0, J...> {
+  using lanes = Lanes<J...>;
+};
+
+template <class Real, int... J>
+UV_INLINE Vec<Real> add_neighbours(Vec<Real> a, Vec<Real> b, Lanes<J...>) {
+  return __builtin_shufflevector(a, b, 2 * J...) + __builtin_shufflevector(a, b, (2 * J + 1)...);
 }
 
-UV_INLINE double sum_of_squares(Vec<double> v) {
-  double total = 0;
-  for (int j = 0; j < kLanes<double>; ++j) total += v[j] * v[j];
-  return total;
+// Lane k is the sum of v[k]'s lanes, for N = 2ⁿ ≤ lanes vectors; the lanes from N on repeat them.
+// kSpan: the lanes over which a sum still lies.
+template <class Real, int N, int kSpan = kLanes<Real>>
+UV_INLINE Vec<Real> sums(const Vec<Real> (&v)[N]) {
+  using lanes = typename UpTo<kLanes<Real>>::lanes;
+  if constexpr (N > 1) {
+    Vec<Real> half[N / 2];
+#pragma GCC unroll 8
+    for (int k = 0; k < N / 2; ++k) half[k] = add_neighbours<Real>(v[2 * k], v[2 * k + 1], lanes());
+    return sums<Real, N / 2, kSpan / 2>(half);
+  } else if constexpr (kSpan > 1) {
+    const Vec<Real> total[1] = {add_neighbours<Real>(v[0], v[0], lanes())};
+    return sums<Real, 1, kSpan / 2>(total);
+  } else {
+    return v[0];
+  }
+}
+
+// Squares are added up in double, where those of float neither overflow nor vanish.
+UV_INLINE void add_squares(Vec<double>& total, Vec<float> v) {
+  typedef float Half __attribute__((vector_size(UV_BYTES / 2)));
+  Half halves[2];
+  __builtin_memcpy(halves, &v, sizeof halves);
+  for (Half half : halves) {
+    Vec<double> wide = __builtin_convertvector(half, Vec<double>);
+    total += wide * wide;
+  }
+}
+
+UV_INLINE void add_squares(Vec<double>& total, Vec<double> v) { total += v * v; }
+
+// The lanes below n, the others 0.
+template <class Real>
+UV_INLINE Vec<Real> first_lanes(Vec<Real> v, int64_t n) {
+  if (n >= kLanes<Real>) return v;
+  Real lanes[kLanes<Real>];
+  store(lanes, v);
+  for (int64_t j = n > 0 ? n : 0; j < kLanes<Real>; ++j) lanes[j] = 0;
+  return load(lanes);
+}
+
+// x > 0 as mantissa · 2^exponent, mantissa in [1, 2).
+template <class Real>
+UV_INLINE Vec<Real> split_exponent(Vec<Real> x, Ints<Real>& exponent) {
+  using C = ExpConstants<Real>;
+  const Ints<Real> word = bits_of<Real>(x), unit = Ints<Real>{} + (C::bias << C::mantissa);
+  exponent = (word >> C::mantissa) - C::bias;
+  return bits<Real>((word & ~(Ints<Real>{} + (((C::bias * 2 + 1)) << C::mantissa))) | unit);
 }

@@ -213,9 +213,9 @@ def test_a_forked_child_can_run(threads: None) -> None:
 def test_operators_pass_torchs_own_checks(name: str) -> None:
     case = layer(name, 3, 2, 2, 3, torch.float64)
     h0, c0 = (*case.state, None)[:2]
-    number = native._NUMBER[name]
-    arguments = (case.x, h0, c0, *case.weights, None, number, False, 0.0, True)
-    torch.library.opcheck(native._forward, arguments)
+    number = native.NUMBER[name]
+    arguments = (case.x, h0, c0, *case.weights, None, number, False, 0.0, True, 0.05)
+    torch.library.opcheck(native.forward, arguments)
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])

@@ -3,12 +3,19 @@
 from unvanish.engine.dispatch import RUNGS, Choice, adjoint, explain, force, run, trace
 from unvanish.engine.manual import Flow, Trace, weight_gradients
 from unvanish.engine.native import isa
+from unvanish.engine.recording import SATURATED, Norms, Pass, Recorder, Replay, Statistics
 from unvanish.engine.sequence import active_steps
 
 __all__ = [
     "RUNGS",
+    "SATURATED",
     "Choice",
     "Flow",
+    "Norms",
+    "Pass",
+    "Recorder",
+    "Replay",
+    "Statistics",
     "Trace",
     "active_steps",
     "adjoint",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import manual, native, reference
+from unvanish.engine import manual, native, recording, reference
 
 RUNGS = {"native": native.run, "manual": manual.run, "reference": reference.run}
 """Fastest first; the dispatch takes the first that supports the call."""
@@ -91,6 +91,7 @@ def run(
     reverse: bool = False,
     clip: float | None = None,
     rung: str | None = None,
+    record: recording.Recorder | None = None,
 ) -> tuple[Tensor, State]:
     """One layer and direction over one sequence: s_t = cell.step(x_t, s_{t-1}), differentiable in x, state and w.
 
@@ -103,13 +104,14 @@ def run(
         held and y is 0. reverse: read from the last step to the first; y stays in input order.
         clip: the largest 2-norm, per sample, of the error handed from one step to the one before; None: unbounded.
         rung: force "native", "manual" or "reference"; None: the fastest that supports the call.
+        record: hears how the gates were and how large the error is; on the native rung, where gradients are enabled.
 
     Returns:
         y `[T, B, R]` and the final state.
 
     Raises:
         ValueError: x is not `[T, B, I]` with T ≥ 1, or `rung` or `clip` is not valid.
-        RuntimeError: the forced rung can't run this input.
+        RuntimeError: the forced rung can't run this input, or the one that runs can't record.
     """
     if x.dim() != 3 or x.shape[0] == 0:
         raise ValueError(f"x: expected [T, B, I] with T ≥ 1, got {tuple(x.shape)}")
@@ -117,7 +119,12 @@ def run(
         raise ValueError(f"x: expected {w.w_ih.shape[-1]} features (w_ih is {tuple(w.w_ih.shape)}), got {x.shape[-1]}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: expected a positive norm or None, got {clip}")
-    return RUNGS[explain(x, rung).rung](cell, x, state, w, lengths, reverse, clip)
+    runs = explain(x, rung).rung
+    if record is None:
+        return RUNGS[runs](cell, x, state, w, lengths, reverse, clip)
+    if runs != "native":
+        raise RuntimeError(f"record: only the native rung records, and {runs!r} runs here; replay with engine.trace")
+    return recording.run_recorded(record, cell, x, state, w, lengths, reverse, clip)
 
 
 def trace(

@@ -23,7 +23,7 @@ except ImportError as error:
 else:
     MISSING = ""
 
-_NUMBER = {name: i for i, name in enumerate(("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru"))}
+NUMBER = {name: i for i, name in enumerate(("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru"))}
 _SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
 def layout(cell: Cell, H: int, dtype: torch.dtype) -> Layout:
     """Vector lanes, H rounded up to whole blocks, and the width of what is kept of the gates."""
-    return Layout(*_call("layout", dtype)(_NUMBER[cell.name], H, _forced_isa()))
+    return Layout(*_call("layout", dtype)(NUMBER[cell.name], H, _forced_isa()))
 
 
 def _forced_isa() -> str | None:
@@ -86,11 +86,11 @@ def _sizes(x: Tensor, w_ih: Tensor, w_hh: Tensor, cell: int) -> tuple[int, ...]:
 
 
 def _cell(number: int) -> Cell:
-    return CELLS[list(_NUMBER)[number]]
+    return CELLS[list(NUMBER)[number]]
 
 
 @torch.library.custom_op("unvanish::forward", mutates_args=())
-def _forward(
+def forward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
@@ -104,8 +104,10 @@ def _forward(
     reverse: bool,
     clip: float,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, final h, final c, gates, cells); what does not exist is empty."""
+    closed: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, final h, final c, gates, cells), then the gates' (mean, saturated, Σ ln carry) with `closed` > 0; what does
+    not exist is empty."""
     T, B, _, H, R = sizes = _sizes(x, w_ih, w_hh, cell)
     has_c, kept = c0 is not None, layout(_cell(cell), H, x.dtype)
     y, h = x.new_empty(T, B, R), x.new_empty(B, R)
@@ -115,23 +117,35 @@ def _forward(
     inputs = [_address(v) for v in (lengths, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y)]
     states = [_address(gates if save else None), _address(cells if save and has_c else None)]
     outs = [_address(h), _address(c if has_c else None)]
-    _call("forward", x.dtype)(cell, reverse, sizes, inputs + states, outs, torch.get_num_threads(), _forced_isa())
-    return y, h, c, gates, cells
+    statistics = _statistics_shapes(x, T, B, H, cell, closed)
+    wanted = [_address(v if v.numel() else None) for v in statistics]
+    _call("forward", x.dtype)(
+        cell, reverse, sizes, inputs + states, outs, closed, wanted, torch.get_num_threads(), _forced_isa()
+    )
+    return y, h, c, gates, cells, *statistics
 
 
-@_forward.register_fake
-def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, clip, save):
+def _statistics_shapes(x: Tensor, T: int, B: int, H: int, cell: int, closed: float) -> tuple[Tensor, Tensor, Tensor]:
+    G = len(_cell(cell).gates)
+    like = partial(x.new_full, fill_value=torch.nan, dtype=torch.float64)
+    if not closed:
+        return like((0,)), like((0,)), like((0,))
+    return like((T, B, G)), like((T, B, G)), like((H if G > 1 else 0,))
+
+
+@forward.register_fake
+def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, clip, save, closed):
     T, B, _, H, R = _sizes(x, w_ih, w_hh, cell)
     kept = layout(_cell(cell), H, x.dtype)
     nothing = x.new_empty(0)
     c = x.new_empty(B, H) if c0 is not None else nothing
     gates = x.new_empty(T, B, kept.saved) if save else nothing.clone()
     cells = x.new_empty(T, B, kept.padded) if save and c0 is not None else nothing.clone()
-    return x.new_empty(T, B, R), x.new_empty(B, R), c, gates, cells
+    return x.new_empty(T, B, R), x.new_empty(B, R), c, gates, cells, *_statistics_shapes(x, T, B, H, cell, closed)
 
 
 @torch.library.custom_op("unvanish::backward", mutates_args=())
-def _backward(
+def backward(
     dy: Tensor | None,
     dh: Tensor | None,
     dc: Tensor | None,
@@ -152,18 +166,22 @@ def _backward(
     clip: float,
     want_dx: bool,
     want_delta: bool,
+    want_norms: bool,
 ) -> list[Tensor]:
-    """[dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr], then [δh, δc, δa, δa_hh] if want_delta; empty where absent."""
+    """[dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr], then [δh, δc, δa, δa_hh] if want_delta, then the norms of
+    [h, c, a, w] if want_norms; empty where absent."""
     sizes = _sizes(x, w_ih, w_hh, cell)
     ragged = lengths is not None
-    out = _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, want_dx, want_delta, ragged)
+    out = _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, want_dx, want_delta, want_norms, ragged)
     present = [v if v.numel() else None for v in out]
-    dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *delta = present
+    dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *rest = present
+    delta, norms = rest[: 4 * want_delta], rest[4 * want_delta :]
     kept = [_address(v) for v in (lengths, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates)]
     kept.append(_address(cells if c0 is not None else None))
-    wanted = [dy, dh, dc, dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0, None, None, None, *(delta or [None] * 4)]
-    addresses = [_address(v) for v in wanted]
-    _call("backward", x.dtype)(cell, reverse, sizes, kept, addresses, clip, torch.get_num_threads(), _forced_isa())
+    wanted = [dy, dh, dc, dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0, *(delta or [None] * 4)]
+    addresses, measured = [_address(v) for v in wanted], [_address(v) for v in norms or [None] * 4]
+    threads = torch.get_num_threads()
+    _call("backward", x.dtype)(cell, reverse, sizes, kept, addresses, clip, measured, threads, _forced_isa())
     return out
 
 
@@ -179,38 +197,43 @@ def _gradient_shapes(
     cell: int,
     want_dx: bool,
     want_delta: bool,
+    want_norms: bool,
     ragged: bool = True,
 ) -> list[Tensor]:
     like = (x if want_dx else None, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     out = [x.new_empty(0) if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in like]
+    T, B, _, H, R = _sizes(x, w_ih, w_hh, cell)
+    G = len(_cell(cell).gates)
     if want_delta:
-        T, B, _, H, R = _sizes(x, w_ih, w_hh, cell)
-        G = len(_cell(cell).gates)
         shapes = ((T, B, R), (T, B, H) if c0 is not None else (0,), (T, B, G * H), (T, B, G * H) if G == 3 else (0,))
         # Where a sample is inactive nothing is written.
         make = x.new_zeros if ragged else partial(_pooled, x)
         out += [make(*shape) for shape in shapes]
+    if want_norms:
+        shapes = ((T, B), (T, B) if c0 is not None else (0,), (T, B, G), (T,))
+        out += [x.new_zeros(shape, dtype=torch.float64) for shape in shapes]
     return out
 
 
-@_backward.register_fake
-def _(dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, y, gates, cells, cell, reverse, clip, dx, delta):
-    return _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, dx, delta)
+@backward.register_fake
+def _(
+    dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, y, gates, cells, cell, reverse, clip, dx, delta, norms
+):
+    return _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, dx, delta, norms)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, cell, reverse, clip, _ = inputs
-    y, _, _, gates, cells = output
+    *tensors, cell, reverse, clip, _, _ = inputs
+    y, _, _, gates, cells, *statistics = output
     ctx.save_for_backward(*tensors, y, gates, cells)
     ctx.cell, ctx.reverse, ctx.clip = cell, reverse, clip
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(gates, cells)
+    ctx.mark_non_differentiable(gates, cells, *statistics)
 
 
 def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    *inputs, y, gates, cells = ctx.saved_tensors
-    x, h0, c0, *weights, lengths = inputs
-    nothing = (None,) * 4
+    x, h0, c0, *weights, lengths, _, _, _ = ctx.saved_tensors
+    nothing = (None,) * 5
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         cell, state = _cell(ctx.cell), (h0,) if c0 is None else (h0, c0)
         clip = ctx.clip or None
@@ -221,24 +244,10 @@ def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None,
         dc0 = None if c0 is None else rest.pop(0)
         return dx, dh0, dc0, *rest, None, *nothing
     d = [None if v is None else v.contiguous() for v in (dy, dh, dc)]
-    out = _backward(
-        *d,
-        x,
-        h0,
-        c0,
-        *weights,
-        lengths,
-        y,
-        gates,
-        cells,
-        ctx.cell,
-        ctx.reverse,
-        ctx.clip,
-        ctx.needs_input_grad[0],
-        False,
-    )
+    want_dx = ctx.needs_input_grad[0]
+    out = backward(*d, *ctx.saved_tensors, ctx.cell, ctx.reverse, ctx.clip, want_dx, False, False)
     found = [g if like is not None else None for g, like in zip(out, (x, h0, c0, *weights), strict=True)]
-    return (found[0] if ctx.needs_input_grad[0] else None, *found[1:], None, *nothing)
+    return (found[0] if want_dx else None, *found[1:], None, *nothing)
 
 
 torch.library.register_autograd("unvanish::forward", _autograd, setup_context=_setup_context)
@@ -247,13 +256,13 @@ torch.library.register_autograd("unvanish::forward", _autograd, setup_context=_s
 class _Kept(NamedTuple):
     """A forward pass as the kernels left it."""
 
-    given: "_Sorted"
+    given: "Sorted"
     y: Tensor
     gates: Tensor
     cells: Tensor
 
 
-class _Sorted(NamedTuple):
+class Sorted(NamedTuple):
     """A ragged batch with its longest samples first, as the kernels want it."""
 
     x: Tensor
@@ -263,23 +272,21 @@ class _Sorted(NamedTuple):
     """index of each sample's place among the sorted; None when nothing moved"""
 
 
-def _sort(x: Tensor, state: State, lengths: Tensor | None) -> _Sorted:
+def sort(x: Tensor, state: State, lengths: Tensor | None) -> Sorted:
     if lengths is None:
-        return _Sorted(x, state, None, None)
+        return Sorted(x, state, None, None)
     lengths = lengths.to("cpu", torch.int64)
     if bool((lengths[:-1] >= lengths[1:]).all()):
-        return _Sorted(x, state, lengths.contiguous(), None)
+        return Sorted(x, state, lengths.contiguous(), None)
     sorted_lengths, order = lengths.sort(descending=True, stable=True)
     back = torch.argsort(order)
-    return _Sorted(x.index_select(1, order), tuple(s.index_select(0, order) for s in state), sorted_lengths, back)
+    return Sorted(x.index_select(1, order), tuple(s.index_select(0, order) for s in state), sorted_lengths, back)
 
 
-def _apply(
-    cell: Cell, given: _Sorted, w: Weights, reverse: bool, clip: float | None, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _apply(cell: Cell, given: Sorted, w: Weights, reverse: bool, clip: float | None, save: bool) -> tuple[Tensor, ...]:
     h0, c0 = (*given.state, None)[:2]
     tensors = [None if v is None else v.contiguous() for v in (given.x, h0, c0, *w)]
-    return _forward(*tensors, given.lengths, _NUMBER[cell.name], reverse, clip or 0.0, save)  # type: ignore[arg-type]
+    return forward(*tensors, given.lengths, NUMBER[cell.name], reverse, clip or 0.0, save, 0.0)  # type: ignore[arg-type]
 
 
 def run(
@@ -293,8 +300,8 @@ def run(
 ) -> tuple[Tensor, State]:
     """(y, final state) for x `[T, B, I]`; see `unvanish.engine.run`."""
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, *state, *w))
-    given = _sort(x, state, lengths)
-    y, h, c, _, _ = _apply(cell, given, w, reverse, clip, save)
+    given = sort(x, state, lengths)
+    y, h, c, *_ = _apply(cell, given, w, reverse, clip, save)
     final = (h, c)[: len(cell.states)]
     if given.back is None:
         return y, final
@@ -306,8 +313,8 @@ def trace(
     cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None = None, reverse: bool = False
 ) -> manual.Trace:
     """As `unvanish.engine.manual.trace`, outside any graph."""
-    given = _sort(x, state, lengths)
-    y, h, c, gates, cells = _apply(cell, given, w, reverse, None, True)
+    given = sort(x, state, lengths)
+    y, h, c, gates, cells, *_ = _apply(cell, given, w, reverse, None, True)
     T, B, H = *x.shape[:2], w.w_ih.shape[0] // len(cell.gates)
     kept = layout(cell, H, x.dtype)
     values = gates.view(T, B, kept.padded // kept.lanes, -1, kept.lanes).transpose(2, 3).reshape(T, B, -1, kept.padded)
@@ -359,8 +366,8 @@ def adjoint(
     dh, dc = (*(arrange(d, 0) for d in dfinal), None)[:2]
     h0, c0 = (*given.state, None)[:2]
     tensors = [None if v is None else v.contiguous() for v in (given.x, h0, c0, *tr.weights)]
-    number = _NUMBER[tr.cell.name]
-    out = _backward(
+    number = NUMBER[tr.cell.name]
+    out = backward(
         arrange(dy, 1),
         dh,
         dc,
@@ -373,7 +380,8 @@ def adjoint(
         tr.reverse,
         clip or 0.0,
         False,
-        True,  # type: ignore[arg-type]
+        True,
+        False,  # type: ignore[arg-type]
     )
     _, dh0, dc0, *grads = out[:8]
     delta = out[8:]

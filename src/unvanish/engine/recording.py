@@ -1,0 +1,217 @@
+"""A sequence measured in the passes that run it anyway: the gates on the way forward, the error's norms on the way back.
+
+Only the native rung can: its kernels see every state, gate and δ while they are in registers.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from unvanish.cells import Cell, State, Weights
+from unvanish.engine import manual, native, reference
+
+SATURATED = 0.05
+"""A unit counts as saturated where φ'(a) is below this share of its maximum."""
+
+
+class Statistics(NamedTuple):
+    """What the gates were like; float64, NaN where a sample is inactive."""
+
+    mean: Tensor
+    """[T, B, G] each gate's mean value over its units"""
+    saturated: Tensor
+    """[T, B, G] share of the units that are saturated"""
+    log_carry: Tensor | None
+    """[H] Σ over active steps and samples of ln f_t (LSTM) or ln z_t (GRU); None for a plain RNN"""
+
+
+class Norms(NamedTuple):
+    """How large the error was; float64, 0 where a sample is inactive."""
+
+    h: Tensor
+    """[T, B] ‖δh_t‖₂"""
+    c: Tensor | None
+    """[T, B] ‖δc_t‖₂; None but for the LSTM"""
+    a: Tensor
+    """[T, B, G] ‖δa_t‖₂ of each gate"""
+    w: Tensor
+    """[T] ‖g_t‖_F, g_t = δa_tᵀ [h_{t-1}, x_t]"""
+
+
+Replay = Callable[[], tuple[manual.Trace, Tensor | None, manual.Flow]]
+"""The same pass again, with every state and δ kept: (trace, ∂E_t/∂h_t, flow)."""
+
+
+class Recorder(Protocol):
+    """Hears of one layer and direction over one sequence."""
+
+    @property
+    def listening(self) -> bool:
+        """Whether the way back is still to be measured."""
+        ...
+
+    def forward(self, statistics: Statistics) -> None:
+        """The forward pass has run; again where a checkpoint is recomputed."""
+        ...
+
+    def backward(self, norms: Norms, gradients: Weights, replay: Replay) -> None:
+        """An error came back. `norms` are those of all errors that came back through this graph so far, as `.grad`
+        adds them up; `gradients` this one's ∂E/∂W."""
+        ...
+
+
+class Pass:
+    """One layer and direction run forward, outside any graph, ready to be measured on the way back."""
+
+    def __init__(self, cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None, reverse: bool) -> None:
+        self.cell, self.x, self.state, self.weights = cell, x, state, w
+        self.lengths, self.reverse = lengths, reverse
+        self._given = native.sort(x, state, lengths)
+        h0, c0 = (*self._given.state, None)[:2]
+        self._inputs = [None if v is None else v.contiguous() for v in (self._given.x, h0, c0, *w)]
+        y, h, c, *self._kept, mean, saturated, log_carry = native.forward(
+            *self._inputs, self._given.lengths, native.NUMBER[cell.name], reverse, 0.0, True, SATURATED
+        )
+        self._y, self._back = y, self._given.back
+        self.y = _in_order(y, 1, self._back)
+        self.final = tuple(_in_order(s, 0, self._back) for s in (h, c)[: len(cell.states)])
+        self.statistics = _statistics(mean, saturated, log_carry, self._back)
+
+    def back(
+        self, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None, want_dx: bool
+    ) -> tuple[Tensor | None, Norms, Weights]:
+        """(∂E/∂x, norms, ∂E/∂W) from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero."""
+        order = None if self._back is None else torch.argsort(self._back)
+        dh, dc = (*(_contiguous(d, 0, order) for d in dfinal), None)[:2]
+        inputs = (*self._inputs, self._given.lengths, self._y, *self._kept)
+        out = native.backward(
+            _contiguous(dy, 1, order), dh, dc, *inputs, native.NUMBER[self.cell.name], self.reverse, clip or 0.0,
+            want_dx, False, True
+        )  # fmt: skip
+        dx, _, _, *gradients = out[:8]
+        return (
+            _in_order(dx, 1, self._back) if want_dx else None,
+            _norms(out[8:], self._back),
+            _present(gradients, self.weights),
+        )
+
+    def replay(
+        self, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None
+    ) -> tuple[manual.Trace, Tensor | None, manual.Flow]:
+        """The same pass, every state and δ kept."""
+        tr = native.trace(self.cell, self.x, self.state, self.weights, self.lengths, self.reverse)
+        return tr, dy, native.adjoint(tr, dy, dfinal, clip)
+
+
+class _Recorded(torch.autograd.Function):
+    """`native.run` that tells a recorder."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, record: Recorder, cell: Cell, back: Tensor | None, reverse: bool, clip: float | None, *inputs: Any
+    ) -> Any:
+        y, h, c, *kept, mean, saturated, log_carry = native.forward(
+            *inputs, native.NUMBER[cell.name], reverse, clip or 0.0, True, SATURATED
+        )
+        record.forward(_statistics(mean, saturated, log_carry, back))
+        ctx.save_for_backward(*inputs, y, *kept)
+        ctx.record, ctx.cell, ctx.back, ctx.reverse, ctx.clip = record, cell, back, reverse, clip
+        ctx.errors = None
+        ctx.set_materialize_grads(False)
+        return (y, h, c)[: 1 + len(cell.states)]
+
+    @staticmethod
+    def backward(ctx: Any, *errors: Any) -> Any:
+        *inputs, _, _, _ = ctx.saved_tensors
+        x, h0, c0, *weights, lengths = inputs
+        want_dx, listening = ctx.needs_input_grad[5], ctx.record.listening
+        given = [*errors, None][:3]
+        out = None
+        if listening or not torch.is_grad_enabled():
+            with torch.no_grad():
+                out = _recorded_backward(ctx, given, want_dx, listening)
+        if torch.is_grad_enabled():
+            state = (h0,) if c0 is None else (h0, c0)
+            dx, dh0, *rest = reference.gradients(
+                ctx.cell, x, state, Weights(*weights), lengths, ctx.reverse, ctx.clip, errors[0], errors[1:]
+            )
+            dc0 = None if c0 is None else rest.pop(0)
+        else:
+            assert out is not None
+            dx, dh0, dc0, *rest = (d if d.numel() else None for d in out)
+        return None, None, None, None, None, dx if want_dx else None, dh0, dc0, *rest, None
+
+
+def _recorded_backward(ctx: Any, errors: list[Tensor | None], want_dx: bool, listening: bool) -> list[Tensor]:
+    """All gradients, and what the recorder is to hear."""
+    saved = ctx.saved_tensors
+    settings = (native.NUMBER[ctx.cell.name], ctx.reverse, ctx.clip or 0.0)
+    now = [None if d is None else d.contiguous() for d in errors]
+    first = ctx.errors is None
+    out = native.backward(*now, *saved, *settings, want_dx, False, listening and first)
+    if not listening:
+        return out
+    # A second backward through the same graph: errors add, as .grad does.
+    total = now if first else [_sum(a, b) for a, b in zip(ctx.errors, now, strict=True)]
+    norms = out[8:] if first else native.backward(*total, *saved, *settings, False, False, True)[8:]
+    ctx.errors = total
+    x, h0, c0, *weights, lengths, _, _, _ = saved
+    w = Weights(*weights)
+
+    def replay() -> tuple[manual.Trace, Tensor | None, manual.Flow]:
+        state = tuple(_in_order(s, 0, ctx.back) for s in (h0, c0) if s is not None)
+        dy, *dfinal = (
+            None if d is None else _in_order(d, dim, ctx.back) for d, dim in zip(total, (1, 0, 0), strict=True)
+        )
+        in_order = None if lengths is None else _in_order(lengths, 0, ctx.back)
+        tr = native.trace(ctx.cell, _in_order(x, 1, ctx.back), state, w, in_order, ctx.reverse)
+        return tr, dy, native.adjoint(tr, dy, tuple(dfinal[: len(state)]), ctx.clip)
+
+    ctx.record.backward(_norms(norms, ctx.back), _present(out[3:8], w), replay)
+    return out[:8]
+
+
+def run_recorded(
+    record: Recorder,
+    cell: Cell,
+    x: Tensor,
+    state: State,
+    w: Weights,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    clip: float | None = None,
+) -> tuple[Tensor, State]:
+    """`native.run`, bit for bit, and `record` hears of both ways."""
+    given = native.sort(x, state, lengths)
+    h0, c0 = (*given.state, None)[:2]
+    inputs = [None if v is None else v.contiguous() for v in (given.x, h0, c0, *w)]
+    y, *final = _Recorded.apply(record, cell, given.back, reverse, clip, *inputs, given.lengths)
+    return _in_order(y, 1, given.back), tuple(_in_order(s, 0, given.back) for s in final)
+
+
+def _in_order(v: Tensor, dim: int, back: Tensor | None) -> Tensor:
+    return v if back is None else v.index_select(dim, back)
+
+
+def _contiguous(v: Tensor | None, dim: int, order: Tensor | None) -> Tensor | None:
+    return None if v is None else _in_order(v, dim, order).contiguous()
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _present(gradients: list[Tensor], w: Weights) -> Weights:
+    return Weights(*(None if like is None else g for g, like in zip(gradients, w, strict=True)))  # type: ignore[arg-type]
+
+
+def _statistics(mean: Tensor, saturated: Tensor, log_carry: Tensor, back: Tensor | None) -> Statistics:
+    mean, saturated = (_in_order(v, 1, back) for v in (mean, saturated))
+    return Statistics(mean, saturated, log_carry if log_carry.numel() else None)
+
+
+def _norms(found: list[Tensor], back: Tensor | None) -> Norms:
+    h, c, a, w = found
+    return Norms(_in_order(h, 1, back), _in_order(c, 1, back) if c.numel() else None, _in_order(a, 1, back), w)

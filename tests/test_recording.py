@@ -1,0 +1,159 @@
+"""A recorded pass: the same numbers as an unrecorded one, bit for bit, and measurements equal to those of a replay."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from tests.strategies import LayerCase, layer_cases
+from tests.test_native import isa, layer
+from unvanish import engine
+from unvanish.cells import CARRY, CELLS, Weights
+from unvanish.engine import manual, native
+from unvanish.flow.subgradients import dweight
+
+__all__ = ["isa"]
+
+pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=f"native rung: {native.MISSING}")
+
+
+class Heard:
+    """A recorder that keeps what it hears."""
+
+    listening = True
+
+    def __init__(self) -> None:
+        self.statistics: list[engine.Statistics] = []
+        self.norms: list[engine.Norms] = []
+        self.gradients: list[Weights] = []
+
+    def forward(self, statistics: engine.Statistics) -> None:
+        self.statistics.append(statistics)
+
+    def backward(self, norms: engine.Norms, gradients: Weights, replay: engine.Replay) -> None:
+        self.norms.append(norms)
+        self.gradients.append(gradients)
+
+
+def errors_of(case: LayerCase, y: Tensor, final: tuple[Tensor, ...], scale: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(v.shape, generator=generator, dtype=v.dtype) * scale for v in (y, *final)]
+
+
+def expected(
+    case: LayerCase, errors: list[Tensor], clip: float | None = None
+) -> tuple[engine.Statistics, engine.Norms]:
+    """By the manual rung, in float64."""
+    x, state, w = case.x.double(), tuple(s.double() for s in case.state), case.weights
+    w = Weights(*(None if v is None else v.detach().double() for v in w))
+    with torch.no_grad():
+        tr = manual.trace(case.cell, x, state, w, case.lengths, case.reverse)
+        dy, *dfinal = (e.double() for e in errors)
+        flow = manual.adjoint(tr, dy, tuple(dfinal), clip)
+    G = len(case.cell.gates)
+    mean = case.cell.activations(tr.saved).mean(-1)
+    shut = (case.cell.sensitivity(tr.saved) < engine.SATURATED).double().mean(-1)
+    carry = None
+    if case.cell.name in CARRY:
+        logs = getattr(tr.saved, CARRY[case.cell.name]).log()
+        carry = (logs if tr.active is None else torch.where(tr.active, logs, 0.0)).sum((0, 1))
+    if tr.active is not None:
+        mean, shut = (torch.where(tr.active, v, torch.nan) for v in (mean, shut))
+    norms = [d.norm(dim=-1) for d in flow.dstate]
+    gates = flow.da.unflatten(-1, (G, -1)).norm(dim=-1)
+    whole = dweight(flow.da, flow.da_hh, tr.x, tr.saved.h_prev)
+    return engine.Statistics(mean, shut, carry), engine.Norms(norms[0], (*norms, None)[1], gates, whole)
+
+
+def check(case: LayerCase, tolerance: float, scale: float = 1.0, clip: float | None = None) -> None:
+    heard = Heard()
+    args = (case.cell, case.x, case.state, case.weights, case.lengths, case.reverse, clip)
+    y, final = engine.run(*args, record=heard)
+    plain_y, plain_final = engine.run(*args)
+    for found, same in zip((y, *final), (plain_y, *plain_final), strict=True):
+        assert torch.equal(found, same)
+    errors = errors_of(case, y, final, scale)
+    found_grads = torch.autograd.grad((y, *final), case.inputs, errors)
+    for found, same in zip(found_grads, torch.autograd.grad((plain_y, *plain_final), case.inputs, errors), strict=True):
+        assert torch.equal(found, same)
+    statistics, norms = expected(case, errors, clip)
+    close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+    for found, right in zip(heard.statistics[0], statistics, strict=True):
+        assert (found is None) == (right is None)
+        if found is not None and right is not None:
+            torch.testing.assert_close(found, right, **close)
+    close["atol"] = tolerance * scale
+    for found, right in zip(heard.norms[0], norms, strict=True):
+        assert (found is None) == (right is None)
+        if found is not None and right is not None:
+            torch.testing.assert_close(found, right, **close)
+    again = engine.Pass(*(v.detach() if isinstance(v, Tensor) else v for v in args[:2]),
+                        tuple(s.detach() for s in case.state), case.weights.detach(), case.lengths, case.reverse)  # fmt: skip
+    assert torch.equal(again.y, y)
+    with torch.no_grad():
+        dx, same_norms, gradients = again.back(errors[0], tuple(errors[1:]), clip, True)
+    assert dx is not None and torch.equal(dx, found_grads[0])
+    assert torch.equal(same_norms.w, heard.norms[0].w)
+    given = [g for g, w in zip(gradients, case.weights, strict=True) if w is not None]
+    assert all(torch.equal(a, b) for a, b in zip(given, found_grads[1 + len(final) :], strict=True))
+
+
+@settings(deadline=None, max_examples=200)
+@given(case=layer_cases())
+def test_a_recorded_pass_is_the_same_pass_and_measures_it(case: LayerCase) -> None:
+    check(case, 1e-10)
+
+
+@pytest.mark.parametrize("name", list(CELLS))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-11)])
+@pytest.mark.parametrize(("T", "B", "n_in", "H", "P"), [(70, 9, 5, 17, 0), (9, 70, 3, 33, 7), (130, 2, 4, 8, 0)])
+def test_on_every_instruction_set(
+    isa: str, name: str, dtype: torch.dtype, tolerance: float, T: int, B: int, n_in: int, H: int, P: int
+) -> None:
+    case = layer(name, T, B, n_in, H, dtype, P if name == "lstm" else 0)
+    if T != 70:
+        lengths = torch.randint(0, T + 1, (B,), generator=torch.Generator().manual_seed(T))
+        case = LayerCase(case.cell, case.x, case.state, case.weights, lengths, True)
+    check(case, tolerance)
+    check(case, tolerance, clip=0.5)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_norms_hold_where_their_squares_leave_float32(scale: float) -> None:
+    check(layer("lstm", 12, 5, 3, 9), 2e-5, scale)
+    check(layer("gru", 12, 5, 3, 9), 2e-5, scale)
+
+
+def test_a_second_backward_adds_its_errors() -> None:
+    case = layer("lstm", 7, 3, 2, 5, torch.float64)
+    heard = Heard()
+    args = (case.cell, case.x, case.state, case.weights)
+    y, final = engine.run(*args, record=heard)
+    errors = errors_of(case, y, final)
+    first = torch.autograd.grad((y, *final), case.inputs, errors, retain_graph=True)
+    second = torch.autograd.grad((y, *final), case.inputs, [2 * e for e in errors])
+    torch.testing.assert_close(heard.norms[1].h, 3 * heard.norms[0].h)
+    torch.testing.assert_close(heard.norms[1].w, 3 * heard.norms[0].w)
+    for one, two in zip(first, second, strict=True):
+        torch.testing.assert_close(two, 2 * one)
+
+
+def test_double_backward_goes_through_a_recorded_pass() -> None:
+    case = layer("gru", 4, 2, 2, 3, torch.float64)
+
+    def run(record: Heard | None) -> tuple[Tensor, ...]:
+        y, _ = engine.run(case.cell, case.x, case.state, case.weights, record=record)
+        grads = torch.autograd.grad(y.square().sum(), case.inputs, create_graph=True)
+        return torch.autograd.grad(sum((g.square().sum() for g in grads), torch.zeros(())), case.inputs)
+
+    heard = Heard()
+    for found, right in zip(run(heard), run(None), strict=True):
+        torch.testing.assert_close(found, right)
+    # The second backward also sends an error through y, on which the first gradients depend.
+    assert len(heard.norms) == 2
+
+
+def test_only_the_native_rung_records() -> None:
+    case = layer("lstm", 3, 2, 2, 3)
+    with pytest.raises(RuntimeError, match="only the native rung records"):
+        engine.run(case.cell, case.x, case.state, case.weights, rung="manual", record=Heard())
