@@ -30,24 +30,38 @@ class Backward {
     end(number, w);
   }
 
-  // All blocks side by side, so that g_t, to which all samples contribute, can be measured as they go.
-  void in_step(int threads) {
-    const int64_t size = Work(*this, nullptr).size;
+  // All blocks side by side, so that g_t, to which all samples contribute, can be measured as they go. One round of tasks is a chunk of
+  // every block, then the steps of the chunk before, each to be measured. Tasks are taken in order and wait only for earlier ones, so
+  // that any number of threads gets through.
+  void in_step(int threads) const {
+    const int64_t chunks = (l.T + s.chunk_steps - 1) / s.chunk_steps, size = Work(*this, nullptr).size;
     Scratch<Real> memory(s.blocks * size);
-    memory_ = memory.get();
-    size_ = size;
-    for_each(s.blocks, threads, [&](int64_t b) { begin(b, work(b)); });
-    const int64_t span = s.chunk_steps * kSpan;
-    for (int64_t i1 = l.T; i1 > 0; i1 -= span) {
-      const int64_t i0 = i1 > span ? i1 - span : 0;
-      for_each(s.blocks, threads, [&](int64_t b) {
-        Work w = work(b);
-        for (int64_t j1 = i1, part = 0; j1 > i0; j1 -= s.chunk_steps, ++part)
-          chunk(b, j1 - smaller(j1 - i0, s.chunk_steps), j1, part, w);
-      });
-      for_each(i1 - i0, threads, [&](int64_t i) { measure(i0 + i, i1); });
-    }
-    for_each(s.blocks, threads, [&](int64_t b) { end(b, work(b)); });
+    Scratch<int64_t> done(s.blocks), measured(chunks);  // chunks of each block, steps of each chunk
+    for (int64_t b = 0; b < s.blocks; ++b) done.get()[b] = 0;
+    for (int64_t c = 0; c < chunks; ++c) measured.get()[c] = 0;
+    const auto end_of = [&](int64_t c) { return l.T - c * s.chunk_steps; };
+    const auto start_of = [&](int64_t c) { return end_of(c) > s.chunk_steps ? end_of(c) - s.chunk_steps : 0; };
+    const auto work = [&](int64_t b) { return Work(*this, memory.get() + b * size); };
+    const int64_t round = s.blocks + s.chunk_steps;
+    for_each((chunks + 1) * round, threads, [&](int64_t task) {
+      const int64_t c = task / round, b = task % round;
+      if (b < s.blocks) {
+        if (c == chunks) return;
+        wait_for(done.get() + b, c);
+        // The memory of two chunks is used in turn.
+        if (c >= 2) wait_for(measured.get() + c - 2, s.chunk_steps);
+        if (c == 0) begin(b, work(b));
+        chunk(b, start_of(c), end_of(c), c % kChunksHeld, work(b));
+        if (c == chunks - 1) end(b, work(b));
+        signal(done.get() + b);
+      } else if (c > 0) {
+        const int64_t i = end_of(c - 1) - 1 - (b - s.blocks);
+        if (i < start_of(c - 1)) return;
+        for (int64_t each = 0; each < s.blocks; ++each) wait_for(done.get() + each, c);
+        measure(i, end_of(c - 1), (c - 1) % kChunksHeld, work);
+        signal(measured.get() + c - 1);
+      }
+    });
   }
 
   // Adds the blocks' sums in order and puts them where torch wants them; row is one of s.width.
@@ -68,14 +82,14 @@ class Backward {
   int64_t gathered() const { return s.width; }
 
  private:
-  static constexpr int64_t kSpan = 4;  // chunks between two measurements: waking threads has its price
+  static constexpr int64_t kChunksHeld = 2;  // where blocks go in step: one worked on, one measured
 
   // What a block works with, carved from one piece of memory.
   struct Work {
     Work(const Backward& run, Real* memory) {
       const Sizes<CellType, Real>& s = run.s;
       const bool projected = run.l.w_hr != nullptr;
-      const int64_t rows = s.block_rows, most = s.chunk_steps * rows * (run.norms_ == nullptr ? 1 : kSpan);
+      const int64_t rows = s.block_rows, most = s.chunk_steps * rows * (run.norms_ == nullptr ? 1 : kChunksHeld);
       auto take = [&](int64_t count) {
         Real* here = memory + size;
         size += round_up(count, L);
@@ -103,7 +117,6 @@ class Backward {
     int64_t size = 0;
   };
 
-  Work work(int64_t number) const { return Work(*this, memory_ + number * size_); }
   Walk<Real> walk(int64_t number) const {
     const int64_t first = number * s.block_rows;
     return {l, first, smaller(s.block_rows, l.B - first)};
@@ -148,7 +161,7 @@ class Backward {
     }
   }
 
-  // Steps [i0, i1) backwards; `part` counts the chunks whose rows are kept.
+  // Steps [i0, i1) backwards; `part` says which of the chunks held.
   void chunk(int64_t number, int64_t i0, int64_t i1, int64_t part, const Work& work) const {
     FlushSubnormals flush;
     const Walk<Real> walk = this->walk(number);
@@ -185,10 +198,11 @@ class Backward {
     if (l.w_hr != nullptr) add_outer_any(w.projected_dh, l.R, s.Rp, w.m, s.dh_stride, filled, sums + dw_hr());
   }
 
-  // ‖g_t‖_F of step i of a span that ends before i1, by the Gram identity ‖Σ_b u_bᵀ v_b‖² = Σ_{b,b'} (u_b · u_b')(v_b · v_b').
-  void measure(int64_t i, int64_t i1) const {
+  // ‖g_t‖_F of step i of a chunk that ends before i1, kept as `part` of the blocks' work, by the Gram identity ‖Σ_b u_bᵀ v_b‖² = Σ_{b,b'} (u_b · u_b')(v_b · v_b').
+  template <class WorkOf>
+  void measure(int64_t i, int64_t i1, int64_t part, const WorkOf& work) const {
     const Walk<Real> all_samples{l, 0, l.B};
-    const int64_t t = all_samples.step(i), n = all_samples.active(t), padded = round_up(n, kColumns);
+    const int64_t t = all_samples.step(i), n = all_samples.active(t), padded = round_up(n, kGroup);
     double largest = 0;
     for (int64_t b = 0; b < n; ++b) {
       double square = 0;
@@ -200,73 +214,84 @@ class Backward {
       norms_->w[t] = largest;
       return;
     }
-    Scratch<const Real*> rows(4 * padded);
-    Scratch<Real> nothing(s.width > s.Rp + s.Ip ? s.width : s.Rp + s.Ip);
-    zero(nothing.get(), s.width > s.Rp + s.Ip ? s.width : s.Rp + s.Ip);
-    const Real **da = rows.get(), **da_hh = da + padded, **h = da_hh + padded, **x = h + padded;
-    for (int64_t b = 0; b < padded; ++b) da[b] = da_hh[b] = h[b] = x[b] = nothing.get();
-    // A power of two brings δ to about 1 where its squares would leave Real's range.
+    // A power of two brings δ to about 1: its squares could leave Real's range.
     int exponent = 0;
     __builtin_frexp(largest, &exponent);
-    constexpr int safe = sizeof(Real) == 4 ? 24 : 250;
-    const int shift = exponent > safe || exponent < -safe ? -exponent : 0;
+    const Real scale = static_cast<Real>(__builtin_ldexp(1.0, exponent > kFar ? -kFar : exponent < -kFar ? kFar : -exponent));
+    // The GRU's δa with respect to W_ih x and to W_hh h differ in the candidate alone.
+    const int64_t apart = CellType::kSplit ? s.Hp : 0, common = s.width - apart;
+    Scratch<Real> packed(padded * (common + 2 * apart + s.Rp + s.Ip));
+    Real *u = packed.get(), *u_x = u + padded * common, *u_h = u_x + padded * apart, *h = u_h + padded * apart, *x = h + padded * s.Rp;
+    if (padded > n) zero(u, padded * (common + 2 * apart + s.Rp + s.Ip));
     for (int64_t number = 0; number * s.block_rows < n; ++number) {
       const Walk<Real> walk = this->walk(number);
       const Work w = work(number);
-      const int64_t chunk = (i1 - 1 - i) / s.chunk_steps, newest = i1 - 1 - chunk * s.chunk_steps;
-      int64_t row = chunk * s.chunk_steps * s.block_rows;
-      for (int64_t j = newest; j > i; --j) row += walk.active(walk.step(j));
+      int64_t row = part * s.chunk_steps * s.block_rows;
+      for (int64_t j = i1 - 1; j > i; --j) row += walk.active(walk.step(j));
       for (int64_t r = 0; r < walk.active(t); ++r, ++row) {
         const int64_t b = walk.first + r;
-        if (shift != 0) {
-          scale(w.da + row * s.width, shift);
-          if (CellType::kSplit) scale(w.da_hh + row * s.width, shift);
+        const Real *da = w.da + row * s.width, *da_hh = w.da_hh + row * s.width;
+        if constexpr (CellType::kSplit) {
+          for (int64_t p = 0; p < s.panels; ++p) {
+            interleave(da + p * A * L, b, N * L, scale, u, common, p * N * L);
+            interleave(da + (p * A + N) * L, b, L, scale, u_x, apart, p * L);
+            interleave(da_hh + (p * A + N) * L, b, L, scale, u_h, apart, p * L);
+          }
+        } else {
+          interleave(da, b, common, scale, u, common, 0);
         }
-        da[b] = w.da + row * s.width;
-        da_hh[b] = w.da_hh + row * s.width;
-        h[b] = w.h_prev + row * s.Rp;
-        x[b] = w.x + row * s.Ip;
+        interleave(w.h_prev + row * s.Rp, b, s.Rp, Real(1), h, s.Rp, 0);
+        interleave(w.x + row * s.Ip, b, s.Ip, Real(1), x, s.Ip, 0);
       }
     }
-    double total = 0;
-    for (int64_t a = 0; a < padded; a += kColumns)
-      for (int64_t b = a; b < padded; b += kColumns) {
-        double pairs = 0;
-        for (int64_t r = a; r < a + kColumns; r += kRows) {
-          Vec<Real> u = dots(da + r, da + b, s.width), u_hh = CellType::kSplit ? dots(da_hh + r, da_hh + b, s.width) : u;
-          pairs += total_of(u * dots(x + r, x + b, s.Ip) + u_hh * dots(h + r, h + b, s.Rp));
+    Vec<Real> total{};
+    for (int64_t a = 0; a < padded; a += kGroup)
+      for (int64_t b = a; b < padded; b += kGroup)
+        for (int r = 0; r < kGroup; r += kRows) {
+          Vec<Real> us[L] = {}, xs[L] = {}, pairs;
+          add_products(u, a, b, r, common, us);
+          add_products(x, a, b, r, s.Ip, xs);
+          if constexpr (CellType::kSplit) {
+            Vec<Real> hs[L] = {}, us_x[L] = {}, us_h[L] = {};
+            add_products(h, a, b, r, s.Rp, hs);
+            add_products(u_x, a, b, r, apart, us_x);
+            add_products(u_h, a, b, r, apart, us_h);
+            const Vec<Real> shared = sums<Real, L>(us), of_x = sums<Real, L>(xs), of_h = sums<Real, L>(hs);
+            pairs = (shared + sums<Real, L>(us_x)) * of_x + (shared + sums<Real, L>(us_h)) * of_h;
+          } else {
+            add_products(h, a, b, r, s.Rp, xs);
+            pairs = sums<Real, L>(us) * sums<Real, L>(xs);
+          }
+          total += a == b ? pairs : pairs + pairs;
         }
-        total += a == b ? pairs : 2 * pairs;
-      }
-    norms_->w[t] = __builtin_ldexp(__builtin_sqrt(total > 0 ? total : 0), -shift);
+    double square = 0;
+    for (int j = 0; j < L; ++j) square += static_cast<double>(total[j]);
+    norms_->w[t] = __builtin_sqrt(square > 0 ? square : 0) / static_cast<double>(scale);
   }
 
-  // Lane i · kColumns + j: a_i · b_j.
-  static constexpr int kColumns = L >= 8 ? 4 : 2, kRows = L / kColumns;
-  UV_INLINE Vec<Real> dots(const Real* const* a, const Real* const* b, int64_t n) const {
-    Vec<Real> acc[L] = {};
-    for (int64_t k = 0; k < n; k += L) {
-      Vec<Real> right[kColumns];
+  static constexpr int kFar = sizeof(Real) == 4 ? 120 : 1000;  // 2^±kFar is normal
+  static constexpr int kGroup = L >= 8 ? 4 : 2, kRows = L / kGroup;  // kRows · kGroup products fill a vector
+
+  // n elements, from column `at` on, of row `number` of a matrix whose rows lie interleaved, vector by vector, in groups of kGroup.
+  static void interleave(const Real* from, int64_t number, int64_t n, Real scale, Real* matrix, int64_t columns, int64_t at) {
+    Real* to = matrix + number / kGroup * kGroup * columns + number % kGroup * L + at * kGroup;
+    for (int64_t k = 0; k < n; k += L) store(to + k * kGroup, load(from + k) * scale);
+  }
+
+  // sums[i · kGroup + j] += the product of row a + first + i and row b + j, lane by lane.
+  static UV_INLINE void add_products(const Real* rows, int64_t a, int64_t b, int first, int64_t n, Vec<Real> (&sums)[L]) {
+    const Real *left = rows + a * n + first * L, *right = rows + b * n;
+    for (int64_t k = 0; k < n * kGroup; k += L * kGroup) {
+      Vec<Real> across[kGroup];
 #pragma GCC unroll 4
-      for (int j = 0; j < kColumns; ++j) right[j] = load(b[j] + k);
+      for (int j = 0; j < kGroup; ++j) across[j] = load(right + k + j * L);
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) {
-        Vec<Real> left = load(a[i] + k);
+        const Vec<Real> down = load(left + k + i * L);
 #pragma GCC unroll 4
-        for (int j = 0; j < kColumns; ++j) acc[i * kColumns + j] += left * right[j];
+        for (int j = 0; j < kGroup; ++j) sums[i * kGroup + j] += down * across[j];
       }
     }
-    return sums<Real, L>(acc);
-  }
-
-  static double total_of(Vec<Real> v) {
-    double total = 0;
-    for (int j = 0; j < L; ++j) total += static_cast<double>(v[j]);
-    return total;
-  }
-
-  void scale(Real* row, int shift) const {
-    for (int64_t k = 0; k < s.width; ++k) row[k] = static_cast<Real>(__builtin_ldexp(static_cast<double>(row[k]), shift));
   }
 
   void add_rows(const Real* a, int64_t rows, Real* out) const {
@@ -329,7 +354,7 @@ class Backward {
     const Real* c_row = CellType::kHasC ? l.cells + at * s.Hp : nullptr;
     const Real* c_before = CellType::kHasC ? walk.before(l.cells, l.c0, s.Hp, l.H, t, r) : nullptr;
     const bool c_whole = CellType::kHasC && c_before >= l.cells && c_before < l.cells + l.T * l.B * s.Hp;
-    Vec<double> squares[4] = {}, square_c{}, square_h{};
+    Vec<double> squares[8] = {};  // of the gates' δa, of δc, of δh
     for (int64_t p = 0; p < s.panels; ++p)
       for (int u = 0; u < CellType::kUnits; ++u) {
         const int64_t unit = (p * CellType::kUnits + u) * L, kept = CellType::kSaved / CellType::kUnits;
@@ -351,7 +376,7 @@ class Backward {
           if (CellType::kSplit) store(da_hh + k, gates_hh[v]);
           if (kNorms) add_squares(squares[v], gates[v]);
         }
-        if (kNorms && CellType::kHasC) add_squares(square_c, total);
+        if (kNorms && CellType::kHasC) add_squares(squares[4], total);
         if (unit < l.H) {
           if (CellType::kHasC && g.delta_c != nullptr) store(g.delta_c + at * l.H + unit, total, l.H - unit);
           for (int v = 0; v < CellType::kGates; ++v) {
@@ -363,16 +388,18 @@ class Backward {
       }
     if (g.delta_h != nullptr) copy(g.delta_h + at * l.R, dh, l.R);
     if (kNorms) {
-      for (int64_t k = 0; k < l.R; k += L) add_squares(square_h, load(dh + k));
-      norms_->h[at] = norm(square_h);
-      if (CellType::kHasC) norms_->c[at] = norm(square_c);
-      for (int v = 0; v < CellType::kGates; ++v) norms_->a[at * CellType::kGates + v] = norm(squares[v]);
+      for (int64_t k = 0; k < l.R; k += L) add_squares(squares[5], load(dh + k));
+      constexpr int together = kLanes<double> < 4 ? kLanes<double> : 4;
+      double totals[8 + kLanes<double>];
+      for (int k = 0; k < 8; k += together) {
+        Vec<double> part[together];
+        for (int j = 0; j < together; ++j) part[j] = squares[k + j];
+        store(totals + k, sums<double, together>(part));
+      }
+      for (int v = 0; v < CellType::kGates; ++v) norms_->a[at * CellType::kGates + v] = __builtin_sqrt(totals[v]);
+      if (CellType::kHasC) norms_->c[at] = __builtin_sqrt(totals[4]);
+      norms_->h[at] = __builtin_sqrt(totals[5]);
     }
-  }
-
-  static double norm(Vec<double> squares) {
-    const Vec<double> part[1] = {squares};
-    return __builtin_sqrt(sums<double, 1>(part)[0]);
   }
 
   // carried (+)= δa_hh W_hh
@@ -407,6 +434,4 @@ class Backward {
   const Norms* norms_;
   const Sizes<CellType, Real> s;
   Scratch<Real> w_hh_, w_ih_, w_hr_, partial_;
-  Real* memory_ = nullptr;  // of all blocks' work, where they go in step
-  int64_t size_ = 0;
 };

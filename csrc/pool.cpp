@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -97,17 +98,40 @@ Object& instance(std::atomic<Object*>& slot) {
   return *found;
 }
 
-// A child has no threads but the one that forked, and locks as they happened to be: it starts anew.
+// The OpenMP runtime that torch has loaded. Its threads stay awake for some milliseconds after each of torch's operations: threads of
+// ours would have to share the cores with them. Null where there is none.
+using OpenMp = void (*)(void (*work)(void*), void* context, unsigned threads, unsigned flags);
+OpenMp openmp() {
+  static const auto found = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+}
+
+// A child has no threads but the one that forked, and locks as they happened to be: it starts anew, and with threads of its own, since
+// OpenMP would wait for its parent's.
+std::atomic<bool> forked{false};
 const int registered = pthread_atfork(nullptr, nullptr, [] {
   workers = nullptr;
   cache = nullptr;
+  forked = true;
 });
 
 }  // namespace
 
+void wait_for(const int64_t* counter, int64_t value) {
+  for (int tries = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value; ++tries)
+    if (tries > 2000) std::this_thread::yield();
+}
+
+void signal(int64_t* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }
+
 void parallel_for(int64_t count, int threads, void (*work)(void*, int64_t), void* context) {
   Job job{work, context, count};
   int helpers = static_cast<int>(count < threads ? count : threads) - 1;
+  if (helpers > 0 && openmp() != nullptr && !forked) {
+    // All of torch's threads, so that the team is the one that its operations use.
+    openmp()([](void* job) { static_cast<Job*>(job)->run(); }, &job, static_cast<unsigned>(threads), 0);
+    return;
+  }
   Workers& pool = instance(workers);
   if (helpers <= 0 || !pool.try_own()) {
     job.run();

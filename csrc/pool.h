@@ -6,9 +6,13 @@
 
 namespace unvanish {
 
-// Runs work(context, i) for i in [0, count) on up to `threads` threads, the caller's among them. If other callers hold the workers, or in
-// a freshly forked child, the caller does it all: the result is the same.
+// Runs work(context, i) for i in [0, count), taken in order, on up to `threads` threads, the caller's among them: OpenMP's where torch has
+// loaded it, else workers of our own. If other callers hold those, the caller does it all: the result is the same.
 void parallel_for(int64_t count, int threads, void (*work)(void* context, int64_t i), void* context);
+
+// Waits until *counter, which other threads `signal`, has reached `value`.
+void wait_for(const int64_t* counter, int64_t value);
+void signal(int64_t* counter);
 
 // Uninitialised memory, aligned to 64 bytes, from a cache of freed blocks: fresh pages cost as much as the arithmetic.
 void* acquire(size_t bytes);

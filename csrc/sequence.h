@@ -146,42 +146,9 @@ class Forward {
   }
 
   void block(int64_t number) const {
-    FlushSubnormals flush;
-    const int64_t first = number * s.block_rows, rows = smaller(s.block_rows, l.B - first);
-    if (rows <= 0) return;
-    const Walk<Real> walk{l, first, rows};
-    const Tally<CellType, Real> tally(wanted_, rows, l.H, s.Hp);
-    Scratch<Real> projected(s.chunk_steps * rows * s.width), now(rows * l.R), next(rows * s.Hp), cell(rows * s.Hp);
-    for (int64_t r = 0; r < rows; ++r) {
-      copy(now.get() + r * l.R, l.h0 + (first + r) * l.R, l.R);
-      if (CellType::kHasC) copy_padded(cell.get() + r * s.Hp, l.c0 + (first + r) * l.H, l.H, s.Hp);
-    }
-    for (int64_t i0 = 0; i0 < l.T; i0 += s.chunk_steps) {
-      const int64_t i1 = smaller(i0 + s.chunk_steps, l.T);
-      project(walk, i0, i1, projected.get());
-      for (int64_t i = i0; i < i1; ++i) {
-        const int64_t t = walk.step(i), n = walk.active(t);
-        const Real* here = projected.get() + (i - i0) * rows * s.width;
-        if (wanted_ == nullptr) {
-          step<false>(walk, t, n, here, now.get(), next.get(), cell.get(), tally);
-        } else {
-          step<true>(walk, t, n, here, now.get(), next.get(), cell.get(), tally);
-          tally.write(t * l.B + first, n);
-        }
-        Real* y = l.y + (t * l.B + first) * l.R;
-        if (l.w_hr == nullptr)
-          for (int64_t r = 0; r < n; ++r) copy(y + r * l.R, next.get() + r * s.Hp, l.R);
-        else
-          multiply_rows(next.get(), s.Hp, n, w_hr_.get(), l.H, y, l.R, l.R);
-        for (int64_t k = 0; k < n * l.R; ++k) now.get()[k] = y[k];
-        for (int64_t k = n * l.R; k < rows * l.R; ++k) y[k] = 0;
-      }
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      copy(final_.h + (first + r) * l.R, now.get() + r * l.R, l.R);
-      if (CellType::kHasC) copy(final_.c + (first + r) * l.H, cell.get() + r * s.Hp, l.H);
-    }
-    if (wanted_ != nullptr && CellType::kCarry >= 0) tally.finish(log_carry_.get() + number * l.H);
+    if (wanted_ == nullptr) return run(number, nullptr);
+    const Tally<CellType, Real> tally(*wanted_, l.H, s.Hp, s.saved);
+    run(number, &tally);
   }
 
   int64_t blocks() const { return s.blocks; }
@@ -197,6 +164,39 @@ class Forward {
   }
 
  private:
+  void run(int64_t number, const Tally<CellType, Real>* tally) const {
+    FlushSubnormals flush;
+    const int64_t first = number * s.block_rows, rows = smaller(s.block_rows, l.B - first);
+    if (rows <= 0) return;
+    const Walk<Real> walk{l, first, rows};
+    Scratch<Real> projected(s.chunk_steps * rows * s.width), now(rows * l.R), next(rows * s.Hp), cell(rows * s.Hp);
+    for (int64_t r = 0; r < rows; ++r) {
+      copy(now.get() + r * l.R, l.h0 + (first + r) * l.R, l.R);
+      if (CellType::kHasC) copy_padded(cell.get() + r * s.Hp, l.c0 + (first + r) * l.H, l.H, s.Hp);
+    }
+    for (int64_t i0 = 0; i0 < l.T; i0 += s.chunk_steps) {
+      const int64_t i1 = smaller(i0 + s.chunk_steps, l.T);
+      project(walk, i0, i1, projected.get());
+      for (int64_t i = i0; i < i1; ++i) {
+        const int64_t t = walk.step(i), n = walk.active(t);
+        step(walk, t, n, projected.get() + (i - i0) * rows * s.width, now.get(), next.get(), cell.get());
+        if (tally != nullptr) tally->add(l.gates + (t * l.B + first) * s.saved, t * l.B + first, n);
+        Real* y = l.y + (t * l.B + first) * l.R;
+        if (l.w_hr == nullptr)
+          for (int64_t r = 0; r < n; ++r) copy(y + r * l.R, next.get() + r * s.Hp, l.R);
+        else
+          multiply_rows(next.get(), s.Hp, n, w_hr_.get(), l.H, y, l.R, l.R);
+        for (int64_t k = 0; k < n * l.R; ++k) now.get()[k] = y[k];
+        for (int64_t k = n * l.R; k < rows * l.R; ++k) y[k] = 0;
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      copy(final_.h + (first + r) * l.R, now.get() + r * l.R, l.R);
+      if (CellType::kHasC) copy(final_.c + (first + r) * l.H, cell.get() + r * s.Hp, l.H);
+    }
+    if (tally != nullptr && CellType::kCarry >= 0) tally->finish(log_carry_.get() + number * l.H);
+  }
+
   static void copy(Real* to, const Real* from, int64_t n) { __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(Real)); }
   static void copy_padded(Real* to, const Real* from, int64_t n, int64_t padded) {
     copy(to, from, n);
@@ -225,9 +225,8 @@ class Forward {
     }
   }
 
-  template <bool kTally>
-  void step(const Walk<Real>& walk, int64_t t, int64_t n, const Real* projected, const Real* now, Real* next, Real* cell,
-            const Tally<CellType, Real>& tally) const {
+  void step(const Walk<Real>& walk, int64_t t, int64_t n, const Real* projected, const Real* now, Real* next,
+            Real* cell) const {
     Real* gates = l.gates == nullptr ? nullptr : l.gates + (t * l.B + walk.first) * s.saved;
     Real* cells = l.cells == nullptr ? nullptr : l.cells + (t * l.B + walk.first) * s.Hp;
     for (int64_t p = 0; p < s.panels; ++p) {
@@ -253,7 +252,6 @@ class Forward {
             Vec<Real> h = CellType::template forward<Real>(CellType::kSplit ? a : acc[r] + u, acc[r], c_prev, saved, c, h_prev);
             store(next + row * s.Hp + unit, h);
             if (CellType::kHasC) store(cell + row * s.Hp + unit, c);
-            if (kTally) tally.add(row, unit, saved);
             if (cells != nullptr) store(cells + row * s.Hp + unit, c);
             if (gates != nullptr) {
               constexpr int kept = CellType::kSaved / CellType::kUnits;

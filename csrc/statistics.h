@@ -1,78 +1,87 @@
-// What a block's gates were like, gathered on the way forward while they are in registers.
+// What a block's gates were like, read while they are still in the cache.
 
 template <class CellType, class Real>
 class Tally {
  public:
   static constexpr int L = kLanes<Real>, G = CellType::kGates;
 
-  Tally(const Statistics* wanted, int64_t rows, int64_t H, int64_t Hp)
-      : wanted_(wanted),
-        H_(H),
-        Hp_(Hp),
-        closed_(wanted == nullptr ? Real(0) : static_cast<Real>(wanted->closed)),
-        values_(wanted == nullptr ? 1 : rows * kRow),
-        mantissa_(wanted == nullptr ? 1 : Hp),
-        exponent_(wanted == nullptr ? 1 : Hp) {
-    if (wanted == nullptr) return;
-    for (int64_t k = 0; k < rows * kRow; ++k) values_.get()[k] = 0;
+  Tally(const Statistics& wanted, int64_t H, int64_t Hp, int64_t saved)
+      : wanted_(wanted), H_(H), panels_(Hp / (L * CellType::kUnits)), saved_(saved), mantissa_(Hp), exponent_(Hp) {
     for (int64_t k = 0; k < Hp; ++k) {
       mantissa_.get()[k] = 1;
       exponent_.get()[k] = 0;
     }
   }
 
-  // One vector of units of one sample; v: the gates' values.
-  UV_INLINE void add(int64_t row, int64_t unit, const Vec<Real>* v) const {
-    Real* to = values_.get() + row * kRow;
-    for (int k = 0; k < G; ++k) {
-      const Vec<Real> shut = CellType::template openness<Real>(k, v[k]) < closed_ ? all<Real>(1) : all<Real>(0);
-      store(to + k * L, load(to + k * L) + first_lanes<Real>(v[k], H_ - unit));
-      store(to + (4 + k) * L, load(to + (4 + k) * L) + first_lanes<Real>(shut, H_ - unit));
-    }
-    if constexpr (CellType::kCarry >= 0) {
-      // Σ ln f as the logarithm of a running product, whose exponent is kept apart.
-      Ints<Real> apart, again, total;
-      Vec<Real> m = split_exponent<Real>(v[CellType::kCarry], apart);
-      m = split_exponent<Real>(m * load(mantissa_.get() + unit), again);
-      store(mantissa_.get() + unit, m);
-      __builtin_memcpy(&total, exponent_.get() + unit, sizeof total);
-      total += apart + again;
-      __builtin_memcpy(exponent_.get() + unit, &total, sizeof total);
-    }
-  }
-
-  // A step of n samples, the first of them at place `at` of [T, B], is complete.
-  void write(int64_t at, int64_t n) const {
+  // A step of n samples is complete; `gates` are theirs, the first of them at place `at` of [T, B].
+  void add(const Real* gates, int64_t at, int64_t n) const {
+    const Vec<Real> closed = all(static_cast<Real>(wanted_.closed));
     for (int64_t r = 0; r < n; ++r) {
-      Real* v = values_.get() + r * kRow;
-      Real totals[2 * 4];
-      for (int k = 0; k < 2 * 4; k += kTogether) {
-        Vec<Real> part[kTogether];
-        for (int j = 0; j < kTogether; ++j) part[j] = load(v + (k + j) * L);
-        store(totals + k, sums<Real, kTogether>(part), kTogether);
-      }
-      for (int k = 0; k < G; ++k) {
-        wanted_->mean[(at + r) * G + k] = static_cast<double>(totals[k]) / static_cast<double>(H_);
-        wanted_->saturated[(at + r) * G + k] = static_cast<double>(totals[4 + k]) / static_cast<double>(H_);
-      }
-      for (int k = 0; k < kRow; ++k) v[k] = 0;
+      Vec<Real> mean[4] = {}, shut[4] = {};
+      units([&](int64_t unit, int64_t place) {
+#pragma GCC unroll 4
+        for (int k = 0; k < G; ++k) {
+          Vec<Real> value = load(gates + r * saved_ + place + k * L);
+          Vec<Real> yes = CellType::template openness<Real>(k, value) < closed ? all<Real>(1) : all<Real>(0);
+          if (unit + L > H_) {
+            value = first_lanes<Real>(value, H_ - unit);
+            yes = first_lanes<Real>(yes, H_ - unit);
+          }
+          mean[k] += value;
+          shut[k] += yes;
+        }
+      });
+      write(mean, wanted_.mean + (at + r) * G);
+      write(shut, wanted_.saturated + (at + r) * G);
     }
+    if constexpr (CellType::kCarry >= 0) units([&](int64_t unit, int64_t place) { carry(gates + place + CellType::kCarry * L, n, unit); });
   }
 
   // Σ ln f of the block, [H].
   void finish(double* log_carry) const {
-    for (int64_t k = 0; k < H_; ++k)
-      log_carry[k] = static_cast<double>(exponent_.get()[k]) * 0.6931471805599453 + __builtin_log(static_cast<double>(mantissa_.get()[k]));
+    for (int64_t k = 0; k < H_; ++k) {
+      const double ln2 = 0.6931471805599453, power = static_cast<double>(exponent_.get()[k]);
+      log_carry[k] = power * ln2 + __builtin_log(static_cast<double>(mantissa_.get()[k]));
+    }
   }
 
  private:
-  using Int = decltype(ExpConstants<Real>::bias + 0);
-  static constexpr int kRow = 2 * 4 * L;                // values, and shares shut, of up to four gates
-  static constexpr int kTogether = L < 4 ? L : 4;       // summed at once
+  // f(first unit, where its gates lie in a row) for every vector of units.
+  template <class F>
+  UV_INLINE void units(F f) const {
+    constexpr int kept = CellType::kSaved / CellType::kUnits;
+    for (int64_t p = 0; p < panels_; ++p)
+      for (int u = 0; u < CellType::kUnits; ++u) f((p * CellType::kUnits + u) * L, (p * CellType::kSaved + u * kept) * L);
+  }
 
-  const Statistics* wanted_;
-  int64_t H_, Hp_;
-  Real closed_;
-  Scratch<Real> values_, mantissa_;
-  Scratch<Int> exponent_;
+  UV_INLINE void write(const Vec<Real> (&v)[4], double* out) const {
+    constexpr int together = L < 4 ? L : 4;
+    Real totals[4 + L];
+    for (int k = 0; k < 4; k += together) {
+      Vec<Real> part[together];
+      for (int j = 0; j < together; ++j) part[j] = v[k + j];
+      store(totals + k, sums<Real, together>(part));
+    }
+    for (int k = 0; k < G; ++k) out[k] = static_cast<double>(totals[k]) / static_cast<double>(H_);
+  }
+
+  // Σ ln f as the logarithm of a running product whose exponent is kept apart; a block's rows are too few to overflow it.
+  UV_INLINE void carry(const Real* f, int64_t n, int64_t unit) const {
+    Vec<Real> m = load(mantissa_.get() + unit);
+    Ints<Real> total, apart;
+    __builtin_memcpy(&total, exponent_.get() + unit, sizeof total);
+    for (int64_t r = 0; r < n; ++r) {
+      m *= split_exponent<Real>(load(f + r * saved_), apart);
+      total += apart;
+    }
+    m = split_exponent<Real>(m, apart);
+    total += apart;
+    store(mantissa_.get() + unit, m);
+    __builtin_memcpy(exponent_.get() + unit, &total, sizeof total);
+  }
+
+  const Statistics& wanted_;
+  int64_t H_, panels_, saved_;
+  Scratch<Real> mantissa_;
+  Scratch<decltype(ExpConstants<Real>::bias + 0)> exponent_;
 };

@@ -55,7 +55,7 @@ UV_INLINE void store(Real* p, Vec<Real> v, int64_t n) {
 
 template <class Real>
 UV_INLINE Vec<Real> all(Real value) {
-  return Vec<Real>{} + value;
+  return value - Vec<Real>{};  // x − 0 is x, for −0 too, which the compiler knows; of 0 + x it does not
 }
 
 template <class Real>

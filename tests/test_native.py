@@ -215,7 +215,7 @@ def test_operators_pass_torchs_own_checks(name: str) -> None:
     h0, c0 = (*case.state, None)[:2]
     number = native.NUMBER[name]
     arguments = (case.x, h0, c0, *case.weights, None, number, False, 0.0, True, 0.05)
-    torch.library.opcheck(native.forward, arguments)
+    torch.library.opcheck(native.forward_operator, arguments)
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])

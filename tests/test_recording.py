@@ -87,12 +87,13 @@ def check(case: LayerCase, tolerance: float, scale: float = 1.0, clip: float | N
         assert (found is None) == (right is None)
         if found is not None and right is not None:
             torch.testing.assert_close(found, right, **close)
-    again = engine.Pass(*(v.detach() if isinstance(v, Tensor) else v for v in args[:2]),
-                        tuple(s.detach() for s in case.state), case.weights.detach(), case.lengths, case.reverse)  # fmt: skip
+    state = tuple(s.detach() for s in case.state)
+    again = engine.Pass(case.cell, case.x.detach(), state, case.weights.detach(), case.lengths, case.reverse)
     assert torch.equal(again.y, y)
     with torch.no_grad():
         dx, same_norms, gradients = again.back(errors[0], tuple(errors[1:]), clip, True)
-    assert dx is not None and torch.equal(dx, found_grads[0])
+    assert dx is not None
+    assert torch.equal(dx, found_grads[0])
     assert torch.equal(same_norms.w, heard.norms[0].w)
     given = [g for g, w in zip(gradients, case.weights, strict=True) if w is not None]
     assert all(torch.equal(a, b) for a, b in zip(given, found_grads[1 + len(final) :], strict=True))

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import unvanish as uv
 from tests.strategies import ModuleCase, module_cases
-from unvanish.flow import sequences
+from unvanish.flow import module_sequence
 from unvanish.flow.record import NoBackwardError, NonFiniteError
 
 
@@ -302,14 +302,14 @@ def test_one_layer_used_twice_in_one_loss() -> None:
 def test_a_wrong_record_has_a_large_residual(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     lstm = nn.LSTM(2, 3, dtype=torch.float64)
-    right = sequences.layer_directions
+    right = module_sequence.layer_directions
 
     def swapped(module: nn.RNNBase, weights: Any) -> Any:
         layers = right(module, weights)
         i, f, g, o = layers[0].weights.w_hh.chunk(4)
         return [layers[0]._replace(weights=layers[0].weights._replace(w_hh=torch.cat([f, i, g, o])))]
 
-    monkeypatch.setattr(sequences, "layer_directions", swapped)
+    monkeypatch.setattr(module_sequence, "layer_directions", swapped)
     with uv.watch(lstm) as flow:
         lstm(torch.randn(4, 2, 2, dtype=torch.float64))[0].sum().backward()
     assert flow["l0"].residual > 1e-3

@@ -89,7 +89,6 @@ def _cell(number: int) -> Cell:
     return CELLS[list(NUMBER)[number]]
 
 
-@torch.library.custom_op("unvanish::forward", mutates_args=())
 def forward(
     x: Tensor,
     h0: Tensor,
@@ -133,7 +132,11 @@ def _statistics_shapes(x: Tensor, T: int, B: int, H: int, cell: int, closed: flo
     return like((T, B, G)), like((T, B, G)), like((H if G > 1 else 0,))
 
 
-@forward.register_fake
+# What torch.compile and export see; calls outside any graph go to the functions themselves.
+forward_operator = torch.library.custom_op("unvanish::forward", forward, mutates_args=())
+
+
+@forward_operator.register_fake
 def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, clip, save, closed):
     T, B, _, H, R = _sizes(x, w_ih, w_hh, cell)
     kept = layout(_cell(cell), H, x.dtype)
@@ -144,7 +147,6 @@ def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, clip, sav
     return x.new_empty(T, B, R), x.new_empty(B, R), c, gates, cells, *_statistics_shapes(x, T, B, H, cell, closed)
 
 
-@torch.library.custom_op("unvanish::backward", mutates_args=())
 def backward(
     dy: Tensor | None,
     dh: Tensor | None,
@@ -215,7 +217,10 @@ def _gradient_shapes(
     return out
 
 
-@backward.register_fake
+backward_operator = torch.library.custom_op("unvanish::backward", backward, mutates_args=())
+
+
+@backward_operator.register_fake
 def _(
     dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, y, gates, cells, cell, reverse, clip, dx, delta, norms
 ):
@@ -232,7 +237,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    x, h0, c0, *weights, lengths, _, _, _ = ctx.saved_tensors
+    # Read once: a checkpoint recomputes them for it.
+    saved = ctx.saved_tensors
+    x, h0, c0, *weights, lengths, _, _, _ = saved
     nothing = (None,) * 5
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         cell, state = _cell(ctx.cell), (h0,) if c0 is None else (h0, c0)
@@ -245,7 +252,7 @@ def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None,
         return dx, dh0, dc0, *rest, None, *nothing
     d = [None if v is None else v.contiguous() for v in (dy, dh, dc)]
     want_dx = ctx.needs_input_grad[0]
-    out = backward(*d, *ctx.saved_tensors, ctx.cell, ctx.reverse, ctx.clip, want_dx, False, False)
+    out: Any = backward_operator(*d, *saved, ctx.cell, ctx.reverse, ctx.clip, want_dx, False, False)
     found = [g if like is not None else None for g, like in zip(out, (x, h0, c0, *weights), strict=True)]
     return (found[0] if want_dx else None, *found[1:], None, *nothing)
 
@@ -273,6 +280,7 @@ class Sorted(NamedTuple):
 
 
 def sort(x: Tensor, state: State, lengths: Tensor | None) -> Sorted:
+    """Longest samples first, where they are not."""
     if lengths is None:
         return Sorted(x, state, None, None)
     lengths = lengths.to("cpu", torch.int64)
@@ -283,10 +291,12 @@ def sort(x: Tensor, state: State, lengths: Tensor | None) -> Sorted:
     return Sorted(x.index_select(1, order), tuple(s.index_select(0, order) for s in state), sorted_lengths, back)
 
 
-def _apply(cell: Cell, given: Sorted, w: Weights, reverse: bool, clip: float | None, save: bool) -> tuple[Tensor, ...]:
+def _apply(
+    run: Any, cell: Cell, given: Sorted, w: Weights, reverse: bool, clip: float | None, save: bool
+) -> tuple[Tensor, ...]:
     h0, c0 = (*given.state, None)[:2]
     tensors = [None if v is None else v.contiguous() for v in (given.x, h0, c0, *w)]
-    return forward(*tensors, given.lengths, NUMBER[cell.name], reverse, clip or 0.0, save, 0.0)  # type: ignore[arg-type]
+    return run(*tensors, given.lengths, NUMBER[cell.name], reverse, clip or 0.0, save, 0.0)
 
 
 def run(
@@ -301,7 +311,7 @@ def run(
     """(y, final state) for x `[T, B, I]`; see `unvanish.engine.run`."""
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, *state, *w))
     given = sort(x, state, lengths)
-    y, h, c, *_ = _apply(cell, given, w, reverse, clip, save)
+    y, h, c, *_ = _apply(forward_operator, cell, given, w, reverse, clip, save)
     final = (h, c)[: len(cell.states)]
     if given.back is None:
         return y, final
@@ -314,7 +324,7 @@ def trace(
 ) -> manual.Trace:
     """As `unvanish.engine.manual.trace`, outside any graph."""
     given = sort(x, state, lengths)
-    y, h, c, gates, cells, *_ = _apply(cell, given, w, reverse, None, True)
+    y, h, c, gates, cells, *_ = _apply(forward, cell, given, w, reverse, None, True)
     T, B, H = *x.shape[:2], w.w_ih.shape[0] // len(cell.gates)
     kept = layout(cell, H, x.dtype)
     values = gates.view(T, B, kept.padded // kept.lanes, -1, kept.lanes).transpose(2, 3).reshape(T, B, -1, kept.padded)
@@ -365,24 +375,10 @@ def adjoint(
 
     dh, dc = (*(arrange(d, 0) for d in dfinal), None)[:2]
     h0, c0 = (*given.state, None)[:2]
-    tensors = [None if v is None else v.contiguous() for v in (given.x, h0, c0, *tr.weights)]
-    number = NUMBER[tr.cell.name]
-    out = backward(
-        arrange(dy, 1),
-        dh,
-        dc,
-        *tensors,
-        given.lengths,
-        y,
-        gates,
-        cells,
-        number,
-        tr.reverse,
-        clip or 0.0,
-        False,
-        True,
-        False,  # type: ignore[arg-type]
-    )
+    tensors: Any = [None if v is None else v.contiguous() for v in (given.x, h0, c0, *tr.weights)]
+    saved: Any = (*tensors, given.lengths, y, gates, cells)
+    how: Any = {"cell": NUMBER[tr.cell.name], "reverse": tr.reverse, "clip": clip or 0.0}
+    out = backward(arrange(dy, 1), dh, dc, *saved, **how, want_dx=False, want_delta=True, want_norms=False)
     _, dh0, dc0, *grads = out[:8]
     delta = out[8:]
     if given.back is not None:

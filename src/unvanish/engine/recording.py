@@ -1,4 +1,4 @@
-"""A sequence measured in the passes that run it anyway: the gates on the way forward, the error's norms on the way back.
+"""A sequence measured in the passes that run it anyway: gates on the way forward, errors on the way back.
 
 Only the native rung can: its kernels see every state, gate and δ while they are in registers.
 """
@@ -70,9 +70,11 @@ class Pass:
         self.lengths, self.reverse = lengths, reverse
         self._given = native.sort(x, state, lengths)
         h0, c0 = (*self._given.state, None)[:2]
-        self._inputs = [None if v is None else v.contiguous() for v in (self._given.x, h0, c0, *w)]
+        self._inputs: Any = [None if v is None else v.contiguous() for v in (self._given.x, h0, c0, *w)]
+        self._inputs.append(self._given.lengths)
+        how = _how(cell, reverse)
         y, h, c, *self._kept, mean, saturated, log_carry = native.forward(
-            *self._inputs, self._given.lengths, native.NUMBER[cell.name], reverse, 0.0, True, SATURATED
+            *self._inputs, **how, save=True, closed=SATURATED
         )
         self._y, self._back = y, self._given.back
         self.y = _in_order(y, 1, self._back)
@@ -85,11 +87,11 @@ class Pass:
         """(∂E/∂x, norms, ∂E/∂W) from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero."""
         order = None if self._back is None else torch.argsort(self._back)
         dh, dc = (*(_contiguous(d, 0, order) for d in dfinal), None)[:2]
-        inputs = (*self._inputs, self._given.lengths, self._y, *self._kept)
+        saved: Any = (*self._inputs, self._y, *self._kept)
+        how = _how(self.cell, self.reverse, clip)
         out = native.backward(
-            _contiguous(dy, 1, order), dh, dc, *inputs, native.NUMBER[self.cell.name], self.reverse, clip or 0.0,
-            want_dx, False, True
-        )  # fmt: skip
+            _contiguous(dy, 1, order), dh, dc, *saved, **how, want_dx=want_dx, want_delta=False, want_norms=True
+        )
         dx, _, _, *gradients = out[:8]
         return (
             _in_order(dx, 1, self._back) if want_dx else None,
@@ -112,9 +114,8 @@ class _Recorded(torch.autograd.Function):
     def forward(
         ctx: Any, record: Recorder, cell: Cell, back: Tensor | None, reverse: bool, clip: float | None, *inputs: Any
     ) -> Any:
-        y, h, c, *kept, mean, saturated, log_carry = native.forward(
-            *inputs, native.NUMBER[cell.name], reverse, clip or 0.0, True, SATURATED
-        )
+        how = _how(cell, reverse, clip)
+        y, h, c, *kept, mean, saturated, log_carry = native.forward(*inputs, **how, save=True, closed=SATURATED)
         record.forward(_statistics(mean, saturated, log_carry, back))
         ctx.save_for_backward(*inputs, y, *kept)
         ctx.record, ctx.cell, ctx.back, ctx.reverse, ctx.clip = record, cell, back, reverse, clip
@@ -124,14 +125,15 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *errors: Any) -> Any:
-        *inputs, _, _, _ = ctx.saved_tensors
-        x, h0, c0, *weights, lengths = inputs
+        # Read once: a checkpoint recomputes them for it.
+        saved = ctx.saved_tensors
+        x, h0, c0, *weights, lengths, _, _, _ = saved
         want_dx, listening = ctx.needs_input_grad[5], ctx.record.listening
         given = [*errors, None][:3]
         out = None
         if listening or not torch.is_grad_enabled():
             with torch.no_grad():
-                out = _recorded_backward(ctx, given, want_dx, listening)
+                out = _recorded_backward(ctx, saved, given, want_dx, listening)
         if torch.is_grad_enabled():
             state = (h0,) if c0 is None else (h0, c0)
             dx, dh0, *rest = reference.gradients(
@@ -144,18 +146,22 @@ class _Recorded(torch.autograd.Function):
         return None, None, None, None, None, dx if want_dx else None, dh0, dc0, *rest, None
 
 
-def _recorded_backward(ctx: Any, errors: list[Tensor | None], want_dx: bool, listening: bool) -> list[Tensor]:
+def _recorded_backward(
+    ctx: Any, saved: Any, errors: list[Tensor | None], want_dx: bool, listening: bool
+) -> list[Tensor]:
     """All gradients, and what the recorder is to hear."""
-    saved = ctx.saved_tensors
-    settings = (native.NUMBER[ctx.cell.name], ctx.reverse, ctx.clip or 0.0)
-    now = [None if d is None else d.contiguous() for d in errors]
+    how = _how(ctx.cell, ctx.reverse, ctx.clip)
+    now: Any = [None if d is None else d.contiguous() for d in errors]
     first = ctx.errors is None
-    out = native.backward(*now, *saved, *settings, want_dx, False, listening and first)
+    out = native.backward(*now, *saved, **how, want_dx=want_dx, want_delta=False, want_norms=listening and first)
     if not listening:
         return out
     # A second backward through the same graph: errors add, as .grad does.
-    total = now if first else [_sum(a, b) for a, b in zip(ctx.errors, now, strict=True)]
-    norms = out[8:] if first else native.backward(*total, *saved, *settings, False, False, True)[8:]
+    total: Any = now if first else [_sum(a, b) for a, b in zip(ctx.errors, now, strict=True)]
+    if first:
+        norms = out[8:]
+    else:
+        norms = native.backward(*total, *saved, **how, want_dx=False, want_delta=False, want_norms=True)[8:]
     ctx.errors = total
     x, h0, c0, *weights, lengths, _, _, _ = saved
     w = Weights(*weights)
@@ -189,6 +195,10 @@ def run_recorded(
     inputs = [None if v is None else v.contiguous() for v in (given.x, h0, c0, *w)]
     y, *final = _Recorded.apply(record, cell, given.back, reverse, clip, *inputs, given.lengths)
     return _in_order(y, 1, given.back), tuple(_in_order(s, 0, given.back) for s in final)
+
+
+def _how(cell: Cell, reverse: bool, clip: float | None = None) -> dict[str, Any]:
+    return {"cell": native.NUMBER[cell.name], "reverse": reverse, "clip": clip or 0.0}
 
 
 def _in_order(v: Tensor, dim: int, back: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.cells import CARRY
-from unvanish.flow.sequences import SATURATED
+from unvanish.engine import SATURATED
 from unvanish.flow.stack import run_stack
 
 

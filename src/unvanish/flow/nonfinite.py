@@ -1,35 +1,60 @@
 """Where a NaN or an infinity was born: the layer, the step, the sample and the gate; forward first, then backward."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from torch import Tensor
 
 from unvanish import engine
 
 
-def birthplace(name: str, tr: engine.Trace, dy: Tensor | None, flow: engine.Flow) -> str:
-    """A sentence naming the first non-finite value of a layer's pass, which has one.
+class Birth(NamedTuple):
+    """Where a NaN or an infinity was born."""
+
+    forward: bool
+    """or on the way back"""
+    sentence: str
+
+
+def birthplace(
+    name: str,
+    tr: engine.Trace,
+    dy: Tensor | None,
+    flow: engine.Flow,
+    first_step: int = 0,
+    order: Tensor | None = None,
+) -> Birth:
+    """The first non-finite value of a layer's pass, which has one.
 
     Forward, in the layer's reading order, a step is searched in the order of computation: input, previous state,
     gates, state. Backward,
     from the last step read to the first: the error that arrives at h_t, then δ of the states, then δ of each gate.
+    `first_step` is the number of the trace's first step, `order` `[B]` the user's number of each of its samples.
     """
     for label, weight in zip(tr.weights._fields, tr.weights, strict=True):
         if weight is not None and not _finite(weight):
-            return f"{name}: weight {label} holds a {_kind(weight)} before the pass"
+            return Birth(True, f"{name}: weight {label} holds a {_kind(weight)} before the pass")
     gates = tr.cell.activations(tr.saved)
     forward = [("the input x", tr.x), ("the state before the step", tr.saved.h_prev)]
     forward += [(f"gate {gate}", gates[..., i, :]) for i, gate in enumerate(tr.cell.gates)]
     forward += [("the state h", tr.y)]
-    found = _first(name, "forward", forward, tr.active, tr.reverse)
+    found = _first(forward, tr.active, tr.reverse)
     if found is not None:
-        return found
+        return Birth(True, _sentence(name, "forward", found, first_step, order))
     da = flow.da.unflatten(-1, (len(tr.cell.gates), -1))
     backward = [] if dy is None else [("the error arriving at h from outside", dy)]
     backward += [(f"δ{state}", d) for state, d in zip(tr.cell.states, flow.dstate, strict=True)]
     backward += [(f"δ of gate {gate}", da[..., i, :]) for i, gate in enumerate(tr.cell.gates)]
-    found = _first(name, "backward", backward, tr.active, not tr.reverse)
-    return found or f"{name}: the error at the final or initial state is not finite"
+    found = _first(backward, tr.active, not tr.reverse)
+    if found is not None:
+        return Birth(False, _sentence(name, "backward", found, first_step, order))
+    return Birth(False, f"{name}: the error at the final or initial state is not finite")
+
+
+def _sentence(name: str, way: str, found: tuple[int, int, str, str], first_step: int, order: Tensor | None) -> str:
+    t, b, label, kind = found
+    sample = b if order is None else int(order[b])
+    return f"{name}: {kind} born {way} at step {first_step + t}, sample {sample}, in {label}"
 
 
 def _finite(v: Tensor) -> bool:
@@ -41,8 +66,9 @@ def _kind(v: Tensor) -> str:
 
 
 def _first(
-    name: str, way: str, parts: Iterable[tuple[str, Tensor]], active: Tensor | None, reverse: bool
-) -> str | None:
+    parts: Iterable[tuple[str, Tensor]], active: Tensor | None, reverse: bool
+) -> tuple[int, int, str, str] | None:
+    """(step, sample, what, kind of number)"""
     best: tuple[int, int, str, str] | None = None
     for label, v in parts:
         bad = ~v.isfinite()
@@ -55,7 +81,4 @@ def _first(
         if best is None or (t > best[0] if reverse else t < best[0]):
             b = int(bad[t].any(-1).nonzero()[0])
             best = (t, b, label, _kind(v[t, b]))
-    if best is None:
-        return None
-    t, b, label, kind = best
-    return f"{name}: {kind} born {way} at step {t}, sample {b}, in {label}"
+    return best

@@ -1,9 +1,9 @@
 """Watch the error travel back through the recurrent layers of any model, without touching the model's own numbers.
 
-Torch runs forward and backward as always. A watch keeps what went into each recurrent layer and, through hooks on
-what came out,
-∂E/∂h_t as it arrives from outside; from these it replays the layer's own backpropagation through time. So outputs and
-gradients stay bitwise torch's, and the replay can be held against autograd's ∂E/∂W (`residual`).
+Forward and backward run as always. A layer of `unvanish.nn` measures as it runs. Of a layer of torch's, a watch keeps
+what went in and, through hooks on what came out, ∂E/∂h_t as it arrives from outside; from these it replays the layer's
+own backpropagation through time. So outputs and gradients stay bitwise what they were, and the record can be held
+against autograd's ∂E/∂W (`residual`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
@@ -23,15 +23,20 @@ from torch.autograd import Variable
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
+from unvanish.flow.module_sequence import ModuleSequence
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
-from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, ModuleSequence, Sequence, heard_weights
+from unvanish.flow.recorded_sequence import RecordedCall, RecordedSequence
+from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, Sequence, heard_weights
+from unvanish.nn.layers import EngineSequence
+
+S = TypeVar("S", bound=Sequence)
 
 
 @dataclass
 class _Backward:
     """One run of the autograd engine."""
 
-    errors: dict[Sequence, dict[Hashable, Tensor]] = field(default_factory=dict)
+    errors: dict[Sequence, dict[Hashable, Any]] = field(default_factory=dict)
     gradients: dict[Hashable, Tensor] = field(default_factory=dict)
     """weight key → autograd's ∂E/∂W of this run"""
 
@@ -73,8 +78,9 @@ class Watch(Flow):
             raise RuntimeError("this watch is already active; make a second one with uv.watch(model)")
         for name, module in self._modules.items():
             if isinstance(module, nn.RNNBase):
-                self._handles.append(module.register_forward_pre_hook(self._before_module(name)))
-                self._handles.append(module.register_forward_hook(self._after_module(name), with_kwargs=True))
+                self._handles.append(module.register_forward_pre_hook(self._before_module(name), with_kwargs=True))
+                hook = self._after_module(name)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True))
             else:
                 self._handles.append(module.register_forward_hook(self._after_cell(name), with_kwargs=True))
         self._handles.append(self._model.register_forward_pre_hook(self._begin))
@@ -165,7 +171,9 @@ class Watch(Flow):
             self._runs.clear()
 
     def _before_module(self, name: str) -> Any:
-        def hook(module: nn.RNNBase, args: Any) -> None:
+        def hook(module: nn.RNNBase, args: Any, kwargs: Any) -> None:
+            if isinstance(module, EngineSequence) and torch.is_grad_enabled() and not self._partial:
+                module._recording = RecordedCall()
             draws = module.training and module.dropout > 0 and module.num_layers > 1
             if draws and next(module.parameters()).device.type != "cpu":
                 raise RuntimeError(
@@ -178,18 +186,26 @@ class Watch(Flow):
 
     def _after_module(self, name: str) -> Any:
         def hook(module: nn.RNNBase, args: Any, kwargs: Any, output: Any) -> None:
-            if not torch.is_grad_enabled():
+            call = module.__dict__.pop("_recording", None)
+            if output is None or not torch.is_grad_enabled():
                 return
             x = args[0] if args else kwargs["input"]
             hx = args[1] if len(args) > 1 else kwargs.get("hx")
             final = output[1] if isinstance(output[1], tuple) else (output[1],)
             stepwise = _steps(module, x) == 1
             sequence = self._continued(name, hx, final, stepwise)
-            if sequence is None or module.bidirectional or self._partial:
-                sequence = self._new(name, hx, ModuleSequence(name, module, self._catch, self._partial))
-            assert isinstance(sequence, ModuleSequence)
+            if module.bidirectional or self._partial:
+                sequence = None
             self._hear_weights(module)
-            sequence.add(x, hx, kwargs.get("lengths"), output, self._rng.pop(name, None))
+            rng = self._rng.pop(name, None)
+            if call is not None and call.complete(module, x):
+                if not isinstance(sequence, RecordedSequence):
+                    sequence = self._new(name, hx, RecordedSequence(name, module, self._catch))
+                sequence.add(call, x, kwargs.get("lengths"))
+                return
+            if not isinstance(sequence, ModuleSequence):
+                sequence = self._new(name, hx, ModuleSequence(name, module, self._catch, self._partial))
+            sequence.add(x, hx, kwargs.get("lengths"), output, rng)
 
         return hook
 
@@ -229,7 +245,7 @@ class Watch(Flow):
         fresh = given[0].data_ptr() == sequence.start
         return sequence if stepwise and attached and not fresh and sequence.epoch == self._epoch else None
 
-    def _new(self, name: str, hx: Any, sequence: Sequence) -> Sequence:
+    def _new(self, name: str, hx: Any, sequence: S) -> S:
         self._count += 1
         sequence.number, sequence.era, sequence.epoch = self._count, (self._cut, _graph_task()), self._epoch
         sequence.start = None if hx is None else (hx[0] if isinstance(hx, tuple) else hx).data_ptr()
@@ -264,9 +280,9 @@ class Watch(Flow):
             Variable._execution_engine.queue_callback(lambda: self._finish(task))
         return self._runs[task]
 
-    def _catch(self, sequence: Sequence, key: Hashable, grad: Tensor) -> None:
+    def _catch(self, sequence: Sequence, key: Hashable, error: Any) -> None:
         errors = self._run().errors.setdefault(sequence, {})
-        errors[key] = errors[key] + grad if key in errors else grad
+        errors[key] = errors[key] + error if key in errors else error
 
     @torch.no_grad()
     def _finish(self, task: int) -> None:
@@ -276,20 +292,10 @@ class Watch(Flow):
         ours: dict[Hashable, Tensor] = {}
         measured: list[tuple[Sequence, list[Measured]]] = []
         for sequence, errors in run.errors.items():
-            found = sequence.measure(errors)
+            found = sequence.arrive(errors)
             for part in found:
                 for key, gradient in part.gradients.items():
                     ours[key] = ours[key] + gradient if key in ours else gradient
-            if sequence.errors:
-                # A second backward through the same graph: errors add, as .grad does.
-                for key, error in errors.items():
-                    sequence.errors[key] = sequence.errors[key] + error if key in sequence.errors else error
-                keys = [part.gradients for part in found]
-                found = [
-                    replace(part, gradients=k) for part, k in zip(sequence.measure(sequence.errors), keys, strict=True)
-                ]
-            else:
-                sequence.errors = errors
             measured.append((sequence, found))
         for sequence, found in measured:
             for index, part in enumerate(found):

@@ -11,7 +11,7 @@ A subclass adds three things to how a sequence is run:
 `layer.states(x)` returns every h_t, c_t and gate of every layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -35,13 +35,15 @@ class LayerStates(NamedTuple):
     """gate → its values [T, B, H]"""
 
 
-class _EngineSequence(nn.RNNBase):
+class EngineSequence(nn.RNNBase):
     """How a sequence is run: layer by layer and direction by direction on `unvanish.engine`."""
 
     # Class attributes, so that accelerate() can turn a torch layer into this one, and back, without adding anything
     # to it.
     clip: float | None = None
     checkpoint_every: int | None = None
+    _recording: Callable[[str, int], engine.Recorder] | None = None
+    """set by a watch for the length of one call: (layer and direction, first step) → who hears of it"""
     _autocast_promotes: ClassVar[bool] = False
     """whether torch's layer returns float32 under autocast, as its GRU does"""
 
@@ -169,8 +171,10 @@ class _EngineSequence(nn.RNNBase):
     def _run_direction(
         self, d: LayerDirection, x: Tensor, state: State, lengths: Tensor | None
     ) -> tuple[Tensor, State]:
+        recorders = self._recording if engine.explain(x).rung == "native" else None
         if self.checkpoint_every is None:
-            return engine.run(d.cell, x, state, d.weights, lengths, d.reverse, self.clip)
+            record = None if recorders is None else recorders(d.name, 0)
+            return engine.run(d.cell, x, state, d.weights, lengths, d.reverse, self.clip, record=record)
         starts = range(0, x.shape[0], self.checkpoint_every)
         pieces: dict[int, Tensor] = {}
         for start in reversed(starts) if d.reverse else starts:
@@ -185,6 +189,7 @@ class _EngineSequence(nn.RNNBase):
                 here,
                 d.reverse,
                 self.clip,
+                record=None if recorders is None else recorders(d.name, start),
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
@@ -205,7 +210,7 @@ class _EngineSequence(nn.RNNBase):
         return output, (final if self.mode == "LSTM" else final[0])
 
 
-class RNN(_EngineSequence, nn.RNN):
+class RNN(EngineSequence, nn.RNN):
     """h_t = φ(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), φ ∈ {tanh, relu, sigmoid}: torch.nn.RNN, and sigmoid.
 
     Arguments, shapes, weights and errors as torch.nn.RNN; see this module's docstring for what is added.
@@ -228,7 +233,7 @@ class RNN(_EngineSequence, nn.RNN):
         return self.nonlinearity != "sigmoid" and super()._needs_torch(x)
 
 
-class LSTM(_EngineSequence, nn.LSTM):
+class LSTM(EngineSequence, nn.LSTM):
     """c_t = f_t ⊙ c_{t-1} + i_t ⊙ g_t,  h_t = o_t ⊙ tanh(c_t): torch.nn.LSTM.
 
     Arguments, shapes, weights and errors as torch.nn.LSTM; see this module's docstring for what is added.
@@ -240,7 +245,7 @@ class LSTM(_EngineSequence, nn.LSTM):
     """
 
 
-class GRU(_EngineSequence, nn.GRU):
+class GRU(EngineSequence, nn.GRU):
     """h_t = (1 − z_t) ⊙ n_t + z_t ⊙ h_{t-1}: torch.nn.GRU.
 
     Arguments, shapes, weights and errors as torch.nn.GRU; see this module's docstring for what is added.

@@ -1,0 +1,173 @@
+"""A watched nn.RNN, nn.LSTM or nn.GRU."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from unvanish import engine
+from unvanish.cells import State, Weights
+from unvanish.flow.nonfinite import birthplace
+from unvanish.flow.record import LayerFlow
+from unvanish.flow.sequences import Errors, Measured, Sequence, join, weight_keys
+from unvanish.flow.summary import healthy, layer_flow, reorder, summarise
+from unvanish.nn.modules import (
+    LayerDirection,
+    TimeMajor,
+    dropout_masks,
+    initial_states,
+    layer_directions,
+    time_major,
+)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of nn.RNN, nn.LSTM or nn.GRU."""
+
+    layers: list[LayerDirection]
+    """with detached weights"""
+    inputs: TimeMajor
+    states: list[State]
+    masks: list[Tensor]
+    """dropout between layers: what the output of each layer but the last was multiplied with, `[T, B, D·R]`"""
+    packed: PackedSequence | None
+
+
+class ModuleSequence(Sequence):
+    """Calls of a torch.nn.RNNBase."""
+
+    def __init__(self, name: str, module: nn.RNNBase, catch: Any, want_partial: bool) -> None:
+        super().__init__(name, catch)
+        self.want_partial = want_partial
+        self.module = module
+        self.calls: list[_Call] = []
+
+    @property
+    def steps(self) -> int:
+        return sum(call.inputs.x.shape[0] for call in self.calls)
+
+    def add(self, x: Tensor | PackedSequence, hx: Any, lengths: Any, output: Any, rng: Tensor | None) -> None:
+        """A call that has just returned `output`; `rng` is the generator's state before it, where it drew dropout."""
+        module, index = self.module, len(self.calls)
+        y, final = output
+        packed = isinstance(x, PackedSequence)
+        with torch.no_grad():
+            inputs = time_major(module, x, lengths)
+            used = [w for w in module._flat_weights if w is not None]
+            layers = [d._replace(weights=d.weights.detach()) for d in layer_directions(module, used)]
+            states = [tuple(s.detach() for s in state) for state in initial_states(module, hx, inputs)]
+            masks = dropout_masks(module, inputs, rng)
+        self.calls.append(
+            _Call(layers, inputs._replace(x=inputs.x.detach()), states, masks, _layout(x) if packed else None)
+        )
+        self.listen(y.data if packed else y, (index, "y"))
+        for i, state in enumerate(final if isinstance(final, tuple) else (final,)):
+            self.listen(state, (index, i))
+
+    def measure(self, errors: Errors) -> list[Measured]:
+        parts: list[list[Measured]] = [self._measure_call(i, call, errors) for i, call in enumerate(self.calls)]
+        return [join(pieces, tuple(self.detached)) for pieces in zip(*parts, strict=True)]
+
+    def _measure_call(self, index: int, call: _Call, errors: Errors) -> list[Measured]:
+        dy = self._output_error(call, errors.get((index, "y")))
+        passes = self._forward(call)
+        dfinal = [self._final_error(call, errors.get((index, i))) for i in range(len(call.states[0]))]
+        n_dir = 2 if self.module.bidirectional else 1
+        measured: list[Measured] = []
+        for first in range(len(passes) - n_dir, -1, -n_dir):
+            below = []
+            for d in reversed(range(n_dir)):
+                ran, layer = passes[first + d], call.layers[first + d]
+                dy_d = None if dy is None else dy.tensor_split(n_dir, dim=-1)[d]
+                ends = tuple(None if f is None else f[first + d] for f in dfinal)
+                dx, found = self._back(call, layer, ran, dy_d, ends, first > 0)
+                below.append(dx)
+                measured.insert(0, found)
+            if first:
+                dy = sum(below[1:], below[0])
+                if call.masks:
+                    dy = dy * call.masks[first // n_dir - 1]
+        return measured
+
+    def _forward(self, call: _Call) -> list[engine.Pass | engine.Trace]:
+        """A pass of each layer and direction: `engine.Pass` where the engine can measure by itself, else a trace."""
+        n_dir = 2 if self.module.bidirectional else 1
+        x = call.inputs.x
+        passes: list[engine.Pass | engine.Trace] = []
+        native = engine.explain(x).rung == "native" and not self.want_partial
+        run = engine.Pass if native else engine.trace
+        for first in range(0, len(call.layers), n_dir):
+            here = [
+                run(layer.cell, x, state, layer.weights, call.inputs.lengths, layer.reverse)
+                for layer, state in zip(
+                    call.layers[first : first + n_dir], call.states[first : first + n_dir], strict=True
+                )
+            ]
+            passes += here
+            x = torch.cat([ran.y for ran in here], dim=-1)
+            if call.masks and first + n_dir < len(call.layers):
+                x = x * call.masks[first // n_dir]
+        return passes
+
+    def _back(
+        self,
+        call: _Call,
+        layer: LayerDirection,
+        ran: engine.Pass | engine.Trace,
+        dy: Tensor | None,
+        ends: tuple[Tensor | None, ...],
+        want_dx: bool,
+    ) -> tuple[Tensor | None, Measured]:
+        """(∂E/∂x if wanted, what was measured on the way back)."""
+        name, lengths, clip = self._name(layer), self._lengths(call), getattr(self.module, "clip", None)
+        if isinstance(ran, engine.Pass):
+            dx, norms, grads = ran.back(dy, ends, clip, want_dx)
+            record = layer_flow(name, layer.cell, lengths, [ran.statistics], [norms])
+            return dx, self._measured(call, layer, record, grads, lambda: ran.replay(dy, ends, clip))
+        flow = engine.adjoint(ran, dy, ends, clip)
+        record = summarise(
+            name, ran.cell, ran.saved, flow.dstate, flow.da, flow.da_hh, ran.x, ran.active, self.want_partial, lengths
+        )
+        found = self._measured(call, layer, record, engine.weight_gradients(ran, flow), lambda: (ran, dy, flow))
+        return flow.da @ ran.weights.w_ih if want_dx else None, found
+
+    def _name(self, layer: LayerDirection) -> str:
+        return f"{self.name}.{layer.name}" if self.name else layer.name
+
+    def _lengths(self, call: _Call) -> Tensor:
+        T, B = call.inputs.x.shape[:2]
+        return torch.full((B,), T) if call.inputs.lengths is None else call.inputs.lengths.cpu()
+
+    def _measured(
+        self, call: _Call, layer: LayerDirection, record: LayerFlow, grads: Weights, replay: engine.Replay
+    ) -> Measured:
+        born = None if healthy(record) else birthplace(record.name, *replay(), 0, call.inputs.order).sentence
+        if call.inputs.order is not None:
+            record = reorder(record, call.inputs.order.argsort())
+        both = (grads.w_ih, grads.w_hh)
+        return Measured(record, {key: both[i] for key, i in weight_keys(self.module, layer).items()}, born)
+
+    def _output_error(self, call: _Call, dy: Tensor | None) -> Tensor | None:
+        """∂E/∂y as [T, B, D·R] in internal order."""
+        if dy is None:
+            return None
+        if call.packed is not None:
+            return nn.utils.rnn.pad_packed_sequence(
+                call.packed._replace(data=dy, sorted_indices=None, unsorted_indices=None)
+            )[0]
+        return time_major(self.module, dy).x
+
+    def _final_error(self, call: _Call, d: Tensor | None) -> Tensor | None:
+        """∂E/∂(final state) as [L·D, B, ·] in internal order."""
+        if d is None:
+            return None
+        if d.dim() == 2:
+            return d.unsqueeze(1)
+        return d if call.inputs.order is None else d.index_select(1, call.inputs.order)
+
+
+def _layout(x: PackedSequence) -> PackedSequence:
+    return x._replace(data=x.data.new_empty(0))

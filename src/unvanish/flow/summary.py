@@ -1,0 +1,140 @@
+"""The record of a layer whose states and δ are known at every step."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unvanish import engine
+from unvanish.cells import CARRY, Cell, State
+from unvanish.flow.record import LayerFlow
+from unvanish.flow.subgradients import dweight, partial
+
+CHUNK_ELEMENTS = 2**18
+"""of δa that are summarised at a time, so that the float64 copies stay in the cache"""
+
+
+def summarise(
+    name: str,
+    cell: Cell,
+    saved: Any,
+    dstate: State,
+    da: Tensor,
+    da_hh: Tensor,
+    x: Tensor,
+    active: Tensor | None,
+    want_partial: bool,
+    lengths: Tensor,
+) -> LayerFlow:
+    """The record of a layer whose states and δ are known at every step; all `[T, B, ...]`."""
+    T, B, width = da.shape
+    span = max(1, CHUNK_ELEMENTS // (B * max(width, B)))
+    whole = (saved, dstate, da, da_hh, x, active)
+    pieces = [_summarise_steps(cell, *_steps(whole, slice(t, t + span))) for t in range(0, T, span)]
+    dh, dc, dgates, subgradients, gates, saturation, log_carry = (
+        None if column[0] is None else torch.cat(column).cpu() for column in zip(*pieces, strict=True)
+    )
+    assert dh is not None
+    count = B * T if active is None else int(active.sum())
+    return LayerFlow(
+        name=name,
+        cell=cell.name,
+        gate_names=cell.gates,
+        lengths=lengths.cpu(),
+        dh=dh,
+        dc=dc,
+        dgates=dgates,
+        dweight=subgradients,
+        partial=partial(da, da_hh, x, saved.h_prev).cpu() if want_partial else None,
+        gates=gates,
+        saturation=saturation,
+        log_carry=None if log_carry is None else log_carry.sum(0) / count,
+    )
+
+
+def _steps(parts: Any, span: slice) -> Any:
+    """The steps in `span` of nested tuples of `[T, ...]` tensors; the same tensor twice stays one."""
+    if isinstance(parts, Tensor):
+        return parts[span]
+    if parts is None:
+        return None
+    done: dict[int, Any] = {}
+    for part in parts:
+        if id(part) not in done:
+            done[id(part)] = _steps(part, span)
+    cut = [done[id(part)] for part in parts]
+    return type(parts)(*cut) if hasattr(parts, "_fields") else tuple(cut)
+
+
+def _summarise_steps(
+    cell: Cell, saved: Any, dstate: State, da: Tensor, da_hh: Tensor, x: Tensor, active: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """(dh, dc, dgates, dweight, gates, saturation, Σ ln carry) of a span of steps small enough to stay in the cache."""
+    dh, dc = (*(row_norms(d) for d in dstate), None)[:2]
+    double = da.double()
+    hidden = double if da_hh is da else da_hh.double()
+    dgates = torch.linalg.vector_norm(double.unflatten(-1, (len(cell.gates), -1)), dim=-1)
+    closed = (cell.sensitivity(saved) < engine.SATURATED).to(saved.h_prev.dtype).mean(-1).double()
+    values = cell.activations(saved).mean(-1).double()
+    carry = getattr(saved, CARRY.get(cell.name, ""), None)
+    logs = None if carry is None else carry.log()
+    if active is not None:
+        closed, values = (torch.where(active, v, torch.nan) for v in (closed, values))
+        logs = None if logs is None else torch.where(active, logs, 0.0)
+    kept = None if logs is None else logs.sum((0, 1), dtype=torch.float64).unsqueeze(0)
+    return dh, dc, dgates, dweight(double, hidden, x.double(), saved.h_prev.double()), values, closed, kept
+
+
+def layer_flow(
+    name: str,
+    cell: Cell,
+    lengths: Tensor,
+    statistics: list[engine.Statistics],
+    norms: list[engine.Norms | None],
+) -> LayerFlow:
+    """The record of a layer that the engine measured, in consecutive pieces; None where no error came back."""
+    gates, saturation = (torch.cat([s[i] for s in statistics]) for i in (0, 1))  # type: ignore[misc]
+    found = [_no_error(s, cell) if n is None else n for s, n in zip(statistics, norms, strict=True)]
+    carried = [s.log_carry for s in statistics if s.log_carry is not None]
+    return LayerFlow(
+        name=name,
+        cell=cell.name,
+        gate_names=cell.gates,
+        lengths=lengths,
+        dh=torch.cat([n.h for n in found]),
+        dc=torch.cat([n.c for n in found if n.c is not None]) if "c" in cell.states else None,
+        dgates=torch.cat([n.a for n in found]),
+        dweight=torch.cat([n.w for n in found]),
+        gates=gates,
+        saturation=saturation,
+        log_carry=torch.stack(carried).sum(0) / lengths.sum() if carried else None,
+    )
+
+
+def _no_error(statistics: engine.Statistics, cell: Cell) -> engine.Norms:
+    zeros = torch.zeros_like(statistics.mean)
+    h = zeros[..., 0]
+    return engine.Norms(h, h if "c" in cell.states else None, zeros, h.sum(1))
+
+
+def healthy(record: LayerFlow) -> bool:
+    """Whether everything was finite: a NaN or infinity anywhere in the pass shows in one of these."""
+    present = torch.arange(len(record.dh))[:, None] < record.lengths[None, :]
+    values = [record.dh, record.dc, record.dgates, record.dweight]
+    return all(bool(v.isfinite().all()) for v in values if v is not None) and (
+        record.gates is None or bool(record.gates[present].isfinite().all())
+    )
+
+
+def row_norms(v: Tensor) -> Tensor:
+    """2-norms over the last axis, accumulated in float64, where squares of float32 neither underflow nor overflow."""
+    return torch.linalg.vector_norm(v.double(), dim=-1)
+
+
+def reorder(record: LayerFlow, order: Tensor) -> LayerFlow:
+    """Samples back into the user's order."""
+    order = order.cpu()
+    per_sample = ("dh", "dc", "dgates", "gates", "saturation")
+    moved = {name: getattr(record, name)[:, order] for name in per_sample if getattr(record, name) is not None}
+    return replace(record, lengths=record.lengths[order], **moved)
