@@ -10,14 +10,13 @@
 
 from unvanish.flow.adjoint_map import AdjointMap, adjoint_map
 from unvanish.flow.decompose import Article, StateTerms, Term, decompose
+from unvanish.flow.files import Record, load
 from unvanish.flow.gates import GateStatistics, gate_statistics
 from unvanish.flow.lyapunov import LyapunovHistory, jacobian, lyapunov, singular_values
 from unvanish.flow.reach import Decay, decay
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
 from unvanish.flow.subgradients import SourceGradients, source_gradients
 from unvanish.flow.watch import Watch, mark, watch
-
-load = Flow.load
 
 __all__ = [
     "AdjointMap",
@@ -29,6 +28,7 @@ __all__ = [
     "LyapunovHistory",
     "NoBackwardError",
     "NonFiniteError",
+    "Record",
     "SourceGradients",
     "StateTerms",
     "Term",

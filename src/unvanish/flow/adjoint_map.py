@@ -9,7 +9,7 @@ where the norm itself has left the range of floating point numbers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,18 @@ from torch.nn.utils.rnn import PackedSequence
 from unvanish import engine
 from unvanish.flow.backwards import HELD_ELEMENTS, arriving_at, log_norms_directly, made_at
 from unvanish.flow.collapsed import log_norms_collapsed
+from unvanish.flow.files import Record
 from unvanish.flow.stack import Stack, run_stack
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MANY = 32
 """From so many sources on, one step's matrices are collapsed into one for all of them."""
 
 
 @dataclass(frozen=True, repr=False)
-class AdjointMap:
+class AdjointMap(Record):
     """‖∂E_k/∂s_t‖₂ of each source, step and sample."""
 
     log_norms: Tensor
@@ -47,6 +51,17 @@ class AdjointMap:
         ln‖∂E_k/∂s_{k+ℓ}‖, `[T − k, B]`, for a reversed layer, which reads k + ℓ before k."""
         k = self.sources[source]
         return self.log_norms[source, k:] if self.at.endswith(".reverse") else self.log_norms[source, : k + 1].flip(0)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per source, step that its error reaches, and sample: source, t, lag, sample, log_norm, norm."""
+        import pandas as pd
+
+        k, t, b = torch.meshgrid(
+            torch.tensor(self.sources), *map(torch.arange, self.log_norms.shape[1:]), indexing="ij"
+        )
+        lag = t - k if self.at.endswith(".reverse") else k - t
+        columns = {"source": k, "t": t, "lag": lag, "sample": b, "log_norm": self.log_norms, "norm": self.norms}
+        return pd.DataFrame({name: v[lag >= 0].numpy() for name, v in columns.items()})
 
     def __repr__(self) -> str:
         K, T, B = self.log_norms.shape

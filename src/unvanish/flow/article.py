@@ -16,11 +16,12 @@ from torch import Tensor
 from unvanish import engine
 from unvanish.cells import LSTM
 from unvanish.flow.exponents import log_norms, renormalisation, times_power_of_two
+from unvanish.flow.files import Record
 from unvanish.flow.stack import Stack, reading_order, saved_at
 
 
 @dataclass(frozen=True, repr=False)
-class Article:
+class Article(Record):
     """The textbook product Π (A + B + C + D) held against the exact ∂c_T/∂c_t of the full state.
 
     T stands for a sample's last step read; NaN where a sample has no input.

@@ -11,7 +11,7 @@ RNN:  δh_{t−1} = ∂E_{t−1}/∂h_{t−1} + W_hhᵀ δa_t
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,11 @@ from unvanish.cells import LSTM
 from unvanish.flow.article import Article, article_product
 from unvanish.flow.backwards import flow_at
 from unvanish.flow.exponents import log_norms
+from unvanish.flow.files import Record
 from unvanish.flow.stack import Stack, run_stack
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NAMES = {
     "lstm": ("forget_gate", "carry", "input_gate", "candidate", "output_gate"),
@@ -32,7 +36,7 @@ NAMES = {
 
 
 @dataclass(frozen=True, repr=False)
-class Term:
+class Term(Record):
     """One path of the error from step t + 1 (as the layer reads) back to the state at t."""
 
     name: str
@@ -53,7 +57,7 @@ class Term:
 
 
 @dataclass(frozen=True, repr=False)
-class StateTerms:
+class StateTerms(Record):
     """The terms of one layer and direction by name, also as attributes: `terms.carry`, `terms.forget_gate`, …"""
 
     cell: str
@@ -74,6 +78,18 @@ class StateTerms:
         if name in terms:
             return terms[name]
         raise AttributeError(f"{name!r}: the terms of {self.__dict__.get('cell')} are {', '.join(terms)}")
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per step, sample and term: t, sample, term, log_norm, norm, share."""
+        import pandas as pd
+
+        t, b = torch.meshgrid(*map(torch.arange, self.log_total.shape), indexing="ij")
+        frames = [
+            {"t": t, "sample": b, "term": name, "log_norm": term.log_norm, "norm": term.norm, "share": term.share}
+            for name, term in self.terms.items()
+        ]
+        flat = [{k: v.flatten().numpy() if isinstance(v, Tensor) else v for k, v in f.items()} for f in frames]
+        return pd.concat([pd.DataFrame(columns) for columns in flat], ignore_index=True)
 
     def __repr__(self) -> str:
         return "\n".join([f"StateTerms of {self.cell} {self.at}", *(f"  {term!r}" for term in self.terms.values())])

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.cells import CARRY
 from unvanish.engine import SATURATED
+from unvanish.flow.files import Record
 from unvanish.flow.stack import run_stack
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, repr=False)
-class GateStatistics:
+class GateStatistics(Record):
     """Of one layer and direction, over all steps and samples with input."""
 
     cell: str
@@ -45,6 +49,17 @@ class GateStatistics:
         low, high = float(tau.min()), float(tau.max())
         edges = torch.linspace(low, high if high > low else low + 1, bins + 1, dtype=torch.float64)
         return torch.histogram(tau, edges).hist, 10**edges
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per unit: unit, mean_* and saturation_* of each gate, and where a gate carries, log_carry."""
+        import pandas as pd
+
+        columns: dict[str, Any] = {"unit": torch.arange(self.mean.shape[1])}
+        for prefix, value in (("mean", self.mean), ("saturation", self.saturation)):
+            columns |= {f"{prefix}_{gate}": v for gate, v in zip(self.gate_names, value, strict=True)}
+        if self.log_carry is not None:
+            columns["log_carry"] = self.log_carry
+        return pd.DataFrame({name: v.numpy() for name, v in columns.items()})
 
     def _carried(self) -> Tensor:
         if self.log_carry is None:

@@ -1,21 +1,26 @@
 """The dynamics of the full state s = h or (h, c) under the real input: Jacobians and Lyapunov spectrum."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.flow import tangents
+from unvanish.flow.files import Record
 from unvanish.flow.singular import orthonormal, singular_values
 from unvanish.flow.stack import full_jacobians, reading_order, run_stack
 
 __all__ = ["LyapunovHistory", "jacobian", "lyapunov", "singular_values"]
 
 
-@dataclass(frozen=True)
-class LyapunovHistory:
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, repr=False)
+class LyapunovHistory(Record):
     """How the exponents converge."""
 
     exponents: Tensor
@@ -24,6 +29,19 @@ class LyapunovHistory:
     """[T, n] the same estimate after each step read; NaN during the warm-up"""
     per_sample: Tensor
     """[B, n]; NaN where a sample is no longer than the warm-up"""
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per step and exponent: t, exponent, estimate."""
+        import pandas as pd
+
+        t, i = torch.meshgrid(*map(torch.arange, self.history.shape), indexing="ij")
+        columns = {"t": t, "exponent": i, "estimate": self.history}
+        return pd.DataFrame({name: v.flatten().numpy() for name, v in columns.items()})
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{float(e):.3g}" for e in self.exponents[:8])
+        more = ", …" if len(self.exponents) > 8 else ""
+        return f"LyapunovHistory over {len(self.history)} steps: {found}{more} nats per step"
 
 
 @torch.no_grad()

@@ -4,10 +4,8 @@ Axes: `T` steps, `B` samples in the user's order, `G` gates in torch's order. No
 dtype.
 """
 
-import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -17,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from unvanish.flow.files import Record
+
 if TYPE_CHECKING:
     import pandas as pd
-
-SCHEMA = 1
-"""Version of the layout of a flow file."""
 
 
 class NoBackwardError(RuntimeError):
@@ -33,7 +30,7 @@ class NonFiniteError(ArithmeticError):
 
 
 @dataclass(frozen=True, repr=False)
-class LayerFlow:
+class LayerFlow(Record):
     """The error's way back through one layer and direction, one forward pass.
 
     Steps are in input order, also for a reversed layer. Where a sample has no input (t ≥ its length) norms are 0 and
@@ -66,6 +63,8 @@ class LayerFlow:
     """[H] mean over steps and samples of ln f (LSTM) or ln z (GRU), nats per step: what a unit keeps of its state"""
     residual: float = math.nan
     """‖Σ_t g_t − autograd's ∂E/∂W‖ / ‖autograd's‖; NaN when autograd computed none (weights frozen)"""
+    step: int = 0
+    """the training step: how many times the watched model had been called"""
     detached: tuple[int, ...] = ()
     """steps whose incoming state came from the step before, but cut off from its graph"""
 
@@ -103,7 +102,7 @@ class LayerFlow:
         )
 
 
-class Flow(Mapping[str, LayerFlow]):
+class Flow(Record, Mapping[str, LayerFlow]):
     """Layer name → LayerFlow."""
 
     def __init__(self, layers: Mapping[str, LayerFlow]) -> None:
@@ -135,51 +134,8 @@ class Flow(Mapping[str, LayerFlow]):
 
         return pd.concat([layer.to_dataframe() for layer in self.layers.values()], ignore_index=True)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file with a JSON header: no pickle, written by rename, never half.
-
-        Raises:
-            OSError: the file can't be written.
-        """
-        from safetensors.torch import save
-
-        layers = self.layers
-        header, data = [], {}
-        for index, layer in enumerate(layers.values()):
-            tensors = layer.tensors()
-            data |= {f"{index}.{name}": value.contiguous() for name, value in tensors.items()}
-            plain = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name not in tensors}
-            header.append({k: v for k, v in plain.items() if v is not None and v == v})
-        blob = save(data, {"unvanish.flow": str(SCHEMA), "layers": json.dumps(header)})
-        write_atomically(Path(path), blob)
-
-    @staticmethod
-    def load(path: str | os.PathLike[str]) -> "Flow":
-        """Read what `save` wrote; nothing in the file is executed.
-
-        Raises:
-            OSError: the file can't be read.
-            ValueError: not a flow file, or of another schema version.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                if header.get("unvanish.flow") != str(SCHEMA):
-                    found = header.get("unvanish.flow")
-                    raise ValueError(f"{path}: expected a flow file of schema {SCHEMA}, found schema {found!r}")
-                data = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            records = json.loads(header["layers"])
-            layers = []
-            for index, plain in enumerate(records):
-                tensors = {k.split(".", 1)[1]: v for k, v in data.items() if k.split(".", 1)[0] == str(index)}
-                plain["gate_names"] = tuple(plain["gate_names"])
-                plain["detached"] = tuple(plain["detached"])
-                layers.append(LayerFlow(**plain, **tensors))
-        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a flow file written by unvanish: {error}") from error
-        return Flow({layer.name: layer for layer in layers})
+    def contents(self) -> dict[str, Any]:
+        return {"layers": self.layers}
 
     # Drawing stands above measuring: these two look the report package up by name, so that flow does not import it.
     def plot(self, ax: Any = None) -> Any:
@@ -189,24 +145,3 @@ class Flow(Mapping[str, LayerFlow]):
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """The same, interactive, in one self-contained HTML file."""
         import_module("unvanish.report.figures").flow_html(self, Path(path))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary neighbour, then rename: readers see the old file or the new one, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

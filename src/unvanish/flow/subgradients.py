@@ -3,7 +3,7 @@ sums'; and the same for the sources of ∂E/∂W = Σ_k ∂E_k/∂W."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,11 @@ from torch.nn.utils.rnn import PackedSequence
 from unvanish import engine
 from unvanish.flow.backwards import HELD_ELEMENTS, Step, arriving_at, backwards, checked_error, made_at
 from unvanish.flow.exponents import EMPTY, log_norms, times_power_of_two
+from unvanish.flow.files import Record
 from unvanish.flow.stack import run_stack
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CHUNK_ELEMENTS = 2**22
 """Float64 copies are made of so many elements at a time."""
@@ -56,7 +60,7 @@ def partial(da: Tensor, da_hh: Tensor, x: Tensor, h_prev: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, repr=False)
-class SourceGradients:
+class SourceGradients(Record):
     """How much each error source contributes to ∂E/∂W, W = [W_hh, W_ih], of one layer and direction."""
 
     log_norms: Tensor
@@ -84,6 +88,17 @@ class SourceGradients:
     def longest_path(self) -> Tensor:
         """[K] the norm of the first step's term; 0 also where it is below float64's range."""
         return self.log_longest_path.exp()
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per source: source, log_norm, log_partial_sum, log_longest_path."""
+        import pandas as pd
+
+        columns = {
+            "log_norm": self.log_norms,
+            "log_partial_sum": self.log_partial_sums,
+            "log_longest_path": self.log_longest_path,
+        }
+        return pd.DataFrame({"source": list(self.sources), **{name: v.numpy() for name, v in columns.items()}})
 
     def __repr__(self) -> str:
         low, high = self.norms.min(), self.norms.max()

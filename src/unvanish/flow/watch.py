@@ -132,6 +132,10 @@ class Watch(Flow):
         known = dict.fromkeys([*self._names, *self._passed()])
         raise KeyError(f"no layer {name!r} here; there are {', '.join(known) or 'none'}")
 
+    @property
+    def kind(self) -> str:
+        return "Flow"
+
     def passes(self, name: str) -> list[LayerFlow]:
         """The records of the last `keep` passes of one layer, oldest first.
 

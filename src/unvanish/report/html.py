@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from unvanish.flow.record import Flow, write_atomically
+from unvanish.flow.files import write_atomically
+from unvanish.flow.record import Flow
 from unvanish.report import verdict
 from unvanish.report.style import decades, line
 from unvanish.train.records import Comparison, Reach, TaskResult
