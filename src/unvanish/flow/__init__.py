@@ -6,6 +6,7 @@
 - `source_gradients(layer, x, error)`: ‖∂E_k/∂W‖ of each source and of their partial sums
 - `lyapunov(layer, x, n=8)`: exponents of the full state; also `jacobian`, `singular_values`
 - `gate_statistics(layer, x)`: how open the gates are and how long each unit remembers
+- `replay(folder)`: the records of a training watched with `watch(model, every=100, stream=folder)`
 """
 
 from unvanish.flow.adjoint_map import AdjointMap, adjoint_map
@@ -15,6 +16,7 @@ from unvanish.flow.gates import GateStatistics, gate_statistics
 from unvanish.flow.lyapunov import LyapunovHistory, jacobian, lyapunov, singular_values
 from unvanish.flow.reach import Decay, decay
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
+from unvanish.flow.stream import replay
 from unvanish.flow.subgradients import SourceGradients, source_gradients
 from unvanish.flow.watch import Watch, mark, watch
 
@@ -41,6 +43,7 @@ __all__ = [
     "load",
     "lyapunov",
     "mark",
+    "replay",
     "singular_values",
     "source_gradients",
     "watch",

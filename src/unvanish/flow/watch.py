@@ -9,10 +9,12 @@ against autograd's ∂E/∂W (`residual`).
 from __future__ import annotations
 
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakSet, WeakValueDictionary
@@ -27,6 +29,7 @@ from unvanish.flow.module_sequence import ModuleSequence
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
 from unvanish.flow.recorded_sequence import RecordedCall, RecordedSequence
 from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, Sequence, heard_weights
+from unvanish.flow.stream import Stream
 from unvanish.nn.layers import EngineSequence
 
 S = TypeVar("S", bound=Sequence)
@@ -46,11 +49,22 @@ class Watch(Flow):
 
     _active: ClassVar[list[Watch]] = []
 
-    def __init__(self, model: nn.Module, *, partial: bool = False, keep: int = 8) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        partial: bool = False,
+        keep: int = 8,
+        every: int = 1,
+        stream: str | os.PathLike[str] | None = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        if keep < 1:
-            raise ValueError(f"keep: expected at least 1 pass, got {keep}")
+        for name, value, what in (("keep", keep, "pass"), ("every", every, "step")):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1 {what}, got {value}")
+        self._every = every
+        self._stream = None if stream is None else Stream(Path(stream))
         self._model = model
         self._partial = partial
         self._keep = keep
@@ -72,6 +86,11 @@ class Watch(Flow):
         self._rng: dict[str, Tensor | None] = {}
         self.dropped = 0
         """passes measured and forgotten, since more than `keep` of a layer came"""
+
+    @property
+    def on(self) -> bool:
+        """Whether the present training step is one of those recorded."""
+        return self._every == 1 or (self._epoch - 1) % self._every == 0
 
     def __enter__(self) -> Watch:
         if self in Watch._active:
@@ -169,14 +188,25 @@ class Watch(Flow):
         return f"{what}: a backward pass ran, but no error came back to it: the loss does not depend on it"
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        if _graph_task() < 0:
+        if _graph_task() < 0 and torch.is_grad_enabled():
             self._epoch += 1
             # What an aborted backward pass left behind.
             self._runs.clear()
 
+    def _awake(self) -> bool:
+        """Whether a call is to be recorded."""
+        if self._every > 1 and not self._epoch:
+            raise RuntimeError(
+                f"every: counts calls of the watched {type(self._model).__name__}, but only its parts are called; "
+                "watch the module that is called, or leave every=1"
+            )
+        return self.on and torch.is_grad_enabled()
+
     def _before_module(self, name: str) -> Any:
         def hook(module: nn.RNNBase, args: Any, kwargs: Any) -> None:
-            if isinstance(module, EngineSequence) and torch.is_grad_enabled() and not self._partial:
+            if not self._awake():
+                return
+            if isinstance(module, EngineSequence) and not self._partial:
                 module._recording = RecordedCall()
             draws = module.training and module.dropout > 0 and module.num_layers > 1
             if draws and next(module.parameters()).device.type != "cpu":
@@ -191,7 +221,7 @@ class Watch(Flow):
     def _after_module(self, name: str) -> Any:
         def hook(module: nn.RNNBase, args: Any, kwargs: Any, output: Any) -> None:
             call = module.__dict__.pop("_recording", None)
-            if output is None or not torch.is_grad_enabled():
+            if output is None or not self._awake():
                 return
             x = args[0] if args else kwargs["input"]
             hx = args[1] if len(args) > 1 else kwargs.get("hx")
@@ -215,7 +245,7 @@ class Watch(Flow):
 
     def _after_cell(self, name: str) -> Any:
         def hook(module: nn.RNNCellBase, args: Any, kwargs: Any, output: Any) -> None:
-            if not torch.is_grad_enabled():
+            if not self._awake():
                 return
             x = args[0] if args else kwargs["input"]
             hx = args[1] if len(args) > 1 else kwargs.get("hx")
@@ -260,6 +290,8 @@ class Watch(Flow):
 
     def mark(self, h: Tensor, name: str) -> None:
         """See `unvanish.mark`."""
+        if not self._awake():
+            return
         sequence = self._current.get(name)
         if sequence is None or sequence.era != (self._cut, _graph_task()) or sequence.epoch != self._epoch:
             sequence = self._new(name, None, MarkSequence(name, self._catch))
@@ -301,10 +333,16 @@ class Watch(Flow):
                 for key, gradient in part.gradients.items():
                     ours[key] = ours[key] + gradient if key in ours else gradient
             measured.append((sequence, found))
+        if not measured:
+            return
         for sequence, found in measured:
             for index, part in enumerate(found):
                 residual = _residual({key: ours[key] for key in part.gradients}, run.gradients)
-                self._store(sequence, index, replace(part, gradients={}, flow=replace(part.flow, residual=residual)))
+                record = replace(part.flow, residual=residual, step=self._epoch)
+                self._store(sequence, index, replace(part, gradients={}, flow=record))
+        if self._stream is not None:
+            latest = {m.flow.name: m.flow for m in self._passes.values() if m.flow.step == self._epoch}
+            self._stream.write(Flow(latest), self._epoch)
 
     def _store(self, sequence: Sequence, index: int, measured: Measured) -> None:
         token = (sequence.number, index)
@@ -344,7 +382,14 @@ def _residual(ours: dict[Hashable, Tensor], autograd: dict[Hashable, Tensor]) ->
     return apart / size if size > 0 else (0.0 if apart == 0 else math.inf)
 
 
-def watch(model: nn.Module, *, partial: bool = False, keep: int = 8) -> Watch:
+def watch(
+    model: nn.Module,
+    *,
+    partial: bool = False,
+    keep: int = 8,
+    every: int = 1,
+    stream: str | os.PathLike[str] | None = None,
+) -> Watch:
     """Record, per recurrent layer and direction, how the error flows back: ‖∂E/∂h_t‖, ‖∂E/∂c_t‖, gates and
     subgradients.
 
@@ -383,13 +428,19 @@ def watch(model: nn.Module, *, partial: bool = False, keep: int = 8) -> Watch:
         model: any module; not one returned by torch.compile.
         partial: also record `partial`, ‖Σ_{s≥t} g_s‖_F; costs about as much as ∂E/∂W again.
         keep: passes remembered per layer; older ones are dropped and counted in `flow.dropped`.
+        every: record one training step in so many, the first included; a step is a call of `model` with gradients
+            enabled, and a record's `step` counts them from 1. The other steps cost nothing.
+        stream: a new or empty folder that each recorded step is written to, one file per backward pass, for
+            `unvanish.flow.replay`; memory stays bounded by `keep`.
 
     Raises:
         TypeError: model is no nn.Module, or is a compiled one.
+        FileExistsError: the folder of `stream` holds files.
+        OSError: a record can't be written to it.
         ValueError: on leaving the block, if the model has no recurrent layer and nothing was marked.
-        RuntimeError: dropout between layers inside cuDNN.
+        RuntimeError: dropout between layers inside cuDNN; `every` where `model` itself is never called.
     """
-    return Watch(model, partial=partial, keep=keep)
+    return Watch(model, partial=partial, keep=keep, every=every, stream=stream)
 
 
 def mark(h: Tensor, name: str) -> Tensor:
