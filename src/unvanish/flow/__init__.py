@@ -6,8 +6,11 @@
 - `source_gradients(layer, x, error)`: ‖∂E_k/∂W‖ of each source and of their partial sums
 - `lyapunov(layer, x, n=8)`: exponents of the full state; also `jacobian`, `singular_values`
 - `gate_statistics(layer, x)`: how open the gates are and how long each unit remembers
+- `GradientFlow(every=100)`: a Lightning callback that logs rate, half-life and reach of every layer
 - `replay(folder)`: the records of a training watched with `watch(model, every=100, stream=folder)`
 """
+
+from typing import TYPE_CHECKING, Any
 
 from unvanish.flow.adjoint_map import AdjointMap, adjoint_map
 from unvanish.flow.decompose import Article, StateTerms, Term, decompose
@@ -20,12 +23,16 @@ from unvanish.flow.stream import replay
 from unvanish.flow.subgradients import SourceGradients, source_gradients
 from unvanish.flow.watch import Watch, mark, watch
 
+if TYPE_CHECKING:
+    from unvanish.flow.callback import GradientFlow
+
 __all__ = [
     "AdjointMap",
     "Article",
     "Decay",
     "Flow",
     "GateStatistics",
+    "GradientFlow",
     "LayerFlow",
     "LyapunovHistory",
     "NoBackwardError",
@@ -48,3 +55,12 @@ __all__ = [
     "source_gradients",
     "watch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The callback is imported on first use: Lightning takes longer than all else together."""
+    if name == "GradientFlow":
+        from unvanish.flow.callback import GradientFlow
+
+        return GradientFlow
+    raise AttributeError(f"module 'unvanish.flow' has no attribute {name!r}")

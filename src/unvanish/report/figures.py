@@ -1,6 +1,7 @@
 """The pictures for papers: matplotlib, on Axes that are given or made."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from unvanish.flow.record import Flow, LayerFlow
 from unvanish.report.style import decades, line
@@ -83,6 +85,22 @@ def plot_flow(flow: Flow | LayerFlow, ax: Axes | None = None) -> Axes:
             )
     ax.set_yscale("log")
     _finish(ax, "step t", "error gradient norm")
+    return ax
+
+
+def plot_decay(curves: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
+    """‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0 over the lag ℓ, in powers of ten.
+
+    Args:
+        curves: layer → `[T]` the natural logarithm, as `GradientFlow` and `AdjointMap.over_lag` give it.
+    """
+    ax = ax or new_axes()
+    for index, (name, curve) in enumerate(curves.items()):
+        style = line(index)
+        values = np.array(decades((curve - curve[0]).tolist()), dtype=float)
+        ax.plot(values, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=name)
+    _finish(ax, "lag ℓ (steps before the error)", r"$\|\partial E_T/\partial s_{T-\ell}\|$ relative to lag 0")
+    ax.yaxis.set_major_formatter(lambda value, _: f"$10^{{{value:g}}}$")
     return ax
 
 

@@ -1,0 +1,150 @@
+"""The Lightning callback logs what a map of the same samples says, and the same in one process as in two."""
+
+import csv
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import DataLoader, TensorDataset
+
+import unvanish as uv
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, layer: nn.RNNBase, packed: bool = False) -> None:
+        super().__init__()
+        self.encoder, self.packed = layer, packed
+        self.head = nn.LazyLinear(1)
+
+    def training_step(self, batch: tuple[Tensor, ...]) -> Tensor:
+        x = batch[0]
+        given: Any = x
+        if self.packed:
+            given = pack_padded_sequence(x, batch[1], batch_first=True, enforce_sorted=False)
+        _, final = self.encoder(given)
+        return self.head(final[0][-1] if isinstance(final, tuple) else final[-1]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+LENGTHS = torch.tensor([6, 2, 5, 6, 1, 3, 4, 6])
+
+
+def fit(
+    layer: nn.RNNBase, callback: lightning.Callback, steps: int = 5, packed: bool = False, **options: Any
+) -> Tensor:
+    x = torch.randn(8, 6, 2, generator=torch.Generator().manual_seed(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = lightning.Trainer(
+            accelerator="cpu", max_steps=steps, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, log_every_n_steps=1, callbacks=[callback], **{"logger": False, **options},
+        )  # fmt: skip
+        trainer.fit(Module(layer, packed), DataLoader(TensorDataset(x, LENGTHS), batch_size=8))
+    return x
+
+
+@pytest.mark.parametrize("family", [nn.LSTM, uv.nn.LSTM, nn.GRU])
+def test_logs_what_a_map_says(family: Any, tmp_path: Path) -> None:
+    layer = family(2, 5, num_layers=2, bidirectional=True, batch_first=True)
+    callback = uv.flow.GradientFlow(every=2, samples=4)
+    x = fit(layer, callback, logger=[CSVLogger(tmp_path), TensorBoardLogger(tmp_path)])[:4]
+    assert list(callback.latest) == ["encoder.l0", "encoder.l0.reverse", "encoder.l1", "encoder.l1.reverse"]
+    for place, source in (("l0", -1), ("l1", -1), ("l1.reverse", 0)):
+        curve = uv.flow.adjoint_map(layer, x, sources=[source], at=place).over_lag(0)
+        right = uv.flow.decay((curve - curve[0]).median(1).values)
+        assert callback.latest[f"encoder.{place}"].rate == pytest.approx(right.rate, rel=1e-5)
+        assert callback.latest[f"encoder.{place}"].reach == right.reach
+    (file,) = tmp_path.rglob("metrics.csv")
+    rows = [row for row in csv.DictReader(file.open()) if row["gradient_flow/encoder.l1/rate"]]
+    assert [row["step"] for row in rows] == ["0", "2", "4"]
+    assert float(rows[0]["gradient_flow/encoder.l1/rate"]) == pytest.approx(callback.latest["encoder.l1"].rate)
+    assert any(b"gradient_flow" in f.read_bytes() and f.stat().st_size > 10_000 for f in tmp_path.rglob("events*"))
+
+
+def test_samples_of_different_length_end_at_their_own_last_step() -> None:
+    layer = nn.LSTM(2, 5, batch_first=True)
+    callback = uv.flow.GradientFlow(every=1)
+    x = fit(layer, callback, steps=1, packed=True)
+    curves = torch.full((6, 8), torch.nan, dtype=torch.float64)
+    for b, length in enumerate(LENGTHS.tolist()):
+        curve = uv.flow.adjoint_map(layer, x[b : b + 1, :length], sources=[-1]).over_lag(0)[:, 0]
+        curves[:length, b] = curve - curve[0]
+    right = uv.flow.decay(curves.nanmedian(1).values)
+    assert callback.latest["encoder.l0"].rate == pytest.approx(right.rate, rel=1e-5)
+
+
+def test_no_number_of_the_training_changes() -> None:
+    def gradients(callbacks: list[lightning.Callback]) -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = nn.LSTM(2, 5, num_layers=2, dropout=0.5, batch_first=True)
+        for callback in callbacks or [lightning.Callback()]:
+            fit(layer, callback, steps=3)
+        return [p.grad for p in layer.parameters() if p.grad is not None]
+
+    for watched, plain in zip(gradients([uv.flow.GradientFlow(every=1)]), gradients([]), strict=True):
+        assert torch.equal(watched, plain)
+
+
+def test_a_dead_layer_reaches_nowhere() -> None:
+    layer = nn.RNN(2, 3, nonlinearity="relu", batch_first=True)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.fill_(-1.0 if weight.dim() == 1 else 0.0)
+    callback = uv.flow.GradientFlow()
+    fit(layer, callback, steps=1)
+    assert callback.latest["encoder.l0"] == (-math.inf, 0.0, 0)
+
+
+def test_wrong_options_and_models_are_refused() -> None:
+    with pytest.raises(ValueError, match="every, samples: expected at least 1"):
+        uv.flow.GradientFlow(every=0)
+    with pytest.raises(ValueError, match="fraction"):
+        uv.flow.GradientFlow(fraction=1.0)
+
+    class NoLayer(Module):
+        def __init__(self) -> None:
+            lightning.LightningModule.__init__(self)
+            self.head = nn.Linear(2, 1)
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, callbacks=[uv.flow.GradientFlow()]
+    )
+    with pytest.raises(ValueError, match=r"NoLayer has no nn\.RNN"):
+        trainer.fit(NoLayer(), DataLoader(TensorDataset(torch.zeros(2, 2))))
+
+
+def _one_of_two(rank: int, port: int, found: Any) -> None:
+    distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
+    from unvanish.flow import callback
+
+    own = [torch.arange(6.0)[: 4 + 2 * rank, None] + torch.tensor([[0.0, 10.0]]), torch.full((2, 1), float(rank))]
+    together = callback._gather({"a": own[0].double(), "b": own[1]})
+    found.put((rank, {name: v.tolist() for name, v in together.items()}))
+    found.close()
+    found.join_thread()
+    distributed.destroy_process_group()
+
+
+def test_two_processes_see_the_samples_of_both() -> None:
+    context = multiprocessing.get_context("spawn")
+    found = context.Queue()
+    children = [context.Process(target=_one_of_two, args=(rank, 29_571, found)) for rank in range(2)]
+    for child in children:
+        child.start()
+    answers = dict(found.get(timeout=120) for _ in children)
+    for child in children:
+        child.join()
+    assert torch.equal(torch.tensor(answers[0]["a"]).nan_to_num(-1), torch.tensor(answers[1]["a"]).nan_to_num(-1))
+    a = torch.tensor(answers[0]["a"])
+    assert a.shape == (6, 4)
+    assert a[5].nan_to_num(-1).tolist() == [-1, -1, 5, 15]
+    assert answers[0]["b"] == [[0.0, 1.0], [0.0, 1.0]]
