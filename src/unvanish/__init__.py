@@ -14,6 +14,7 @@ from typing import Any as _Any
 if TYPE_CHECKING:
     from unvanish import cures, engine, flow, nn, report, train
     from unvanish import report as plot
+    from unvanish.diagnose import diagnose
     from unvanish.flow.watch import mark, watch
     from unvanish.nn import accelerate, restore
 
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "cures",
+    "diagnose",
     "engine",
     "flow",
     "mark",
@@ -34,7 +36,7 @@ __all__ = [
     "watch",
 ]
 
-_FROM = {"mark": "flow.watch", "watch": "flow.watch", "accelerate": "nn", "restore": "nn"}
+_FROM = {"diagnose": "diagnose", "mark": "flow.watch", "watch": "flow.watch", "accelerate": "nn", "restore": "nn"}
 
 
 def __getattr__(name: str) -> _Any:

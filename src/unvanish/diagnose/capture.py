@@ -1,0 +1,208 @@
+"""What each recurrent layer of a model is given, and which errors come back to it, in one forward and backward pass.
+
+The pass runs on a copy: the user's model, its gradients, buffers, mode and random numbers stay as they are.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from unvanish.nn.modules import evaluating, layer_directions, time_major
+
+
+@dataclass
+class Given:
+    """One recurrent module: its input over all steps, and the error at its output; time-major, the user's order."""
+
+    path: str
+    layer: nn.RNNBase
+    """in float64, without dropout"""
+    x: Tensor
+    """[T, B, I]"""
+    hx: Any
+    lengths: Tensor
+    """[B]"""
+    error: Tensor
+    """[T, B, D·R] ∂E/∂h_t of the last layer, as it came from outside"""
+    cuts: tuple[int, ...] = ()
+    """steps whose incoming state was detached from the step before"""
+    elsewhere: bool = False
+    """whether error also came in through the states handed out at the end, of c or of lower layers"""
+
+
+@dataclass
+class _Call:
+    x: Tensor
+    lengths: Tensor
+    hx: tuple[Tensor, ...] | None
+    attached: bool
+    final: tuple[Tensor, ...]
+    packed: PackedSequence | None
+    batch_first: bool
+    y: Tensor
+    error: Tensor | None = None
+    final_error: dict[int, Tensor] = field(default_factory=dict)
+
+    def full_error(self) -> Tensor:
+        """[T, B, D·R]"""
+        if self.error is None:
+            T, B = self.x.shape[:2]
+            return self.x.new_zeros(T, B, self.y.shape[-1])
+        if self.packed is not None:
+            return pad_packed_sequence(self.packed._replace(data=self.error))[0]
+        error = self.error.unsqueeze(1) if self.error.dim() == 2 else self.error
+        return error.transpose(0, 1) if self.batch_first and self.error.dim() == 3 else error
+
+
+def capture(model: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Tensor], seed: int) -> list[Given]:
+    """Run `loss(model(*inputs))` forward and backward, and listen at every nn.RNN, nn.LSTM and nn.GRU.
+
+    Raises:
+        ValueError: there is no recurrent layer, a weight is not finite, the loss is no finite scalar or depends on no
+            recurrent layer.
+    """
+    twin = copy.deepcopy(model)
+    modules = {name: m for name, m in twin.named_modules() if isinstance(m, nn.RNNBase)}
+    if not modules:
+        cells = [name for name, m in twin.named_modules() if isinstance(m, nn.RNNCellBase)]
+        why = f"only cells stepped by hand ({', '.join(cells)}), of which uv.watch tells" if cells else "none"
+        raise ValueError(f"model: expected an nn.RNN, nn.LSTM or nn.GRU in it, found {why}")
+    for name, parameter in twin.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"model: weight {name!r} holds a NaN or infinity; nothing can be measured of it")
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    calls: dict[str, list[_Call]] = {name: [] for name in modules}
+    for name, module in modules.items():
+        module.register_forward_hook(_listen(calls[name]), with_kwargs=True)
+    devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+        torch.manual_seed(seed)
+        value = loss(twin(*inputs))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(f"loss: expected a scalar tensor, got {getattr(value, 'shape', type(value).__name__)}")
+        if not bool(value.isfinite()):
+            raise ValueError(f"loss: expected a finite number, got {value.item()}")
+        if not value.requires_grad:
+            raise ValueError("loss: it does not depend on the model's weights; was the graph detached?")
+        value.backward()
+        found = [_joined(name, module, calls[name]) for name, module in modules.items() if calls[name]]
+    found = [given for given in found if given.elsewhere or bool((given.error != 0).any())]
+    if not found:
+        raise ValueError("loss: no error comes back to any recurrent layer; it does not depend on them")
+    return found
+
+
+def _listen(calls: list[_Call]) -> Any:
+    def hook(module: nn.RNNBase, args: Any, kwargs: Any, output: Any) -> None:
+        x = args[0] if args else kwargs["input"]
+        hx = args[1] if len(args) > 1 else kwargs.get("hx")
+        y, final = output
+        packed = x if isinstance(x, PackedSequence) else None
+        with torch.no_grad():
+            if packed is not None:
+                padded, lengths = pad_packed_sequence(packed)
+            else:
+                inputs = time_major(module, x, kwargs.get("lengths"))
+                padded, lengths = inputs.x, inputs.lengths
+            T, B = padded.shape[:2]
+            lengths = torch.full((B,), T) if lengths is None else lengths.cpu()
+        given = None if hx is None else hx if isinstance(hx, tuple | list) else (hx,)
+        states = final if isinstance(final, tuple) else (final,)
+        attached = given is not None and any(h.requires_grad for h in given)
+        kept = None if given is None else tuple(_rows(h.detach()) for h in given)
+        call = _Call(
+            padded.detach(), lengths, kept, attached, tuple(_rows(s.detach()) for s in states), packed,
+            module.batch_first, (y.data if packed is not None else y).detach(),
+        )  # fmt: skip
+        if packed is not None:
+            call.packed = PackedSequence(y.data.detach(), y.batch_sizes, y.sorted_indices, y.unsorted_indices)
+        calls.append(call)
+        tensor = y.data if packed is not None else y
+        tensor.register_hook(lambda grad: setattr(call, "error", grad.detach()))
+        for i, state in enumerate(states):
+            state.register_hook(lambda grad, i=i: call.final_error.__setitem__(i, _rows(grad.detach())))
+
+    return hook
+
+
+def _rows(h: Tensor) -> Tensor:
+    """[L·D, B, ·]"""
+    return h.unsqueeze(1) if h.dim() == 2 else h
+
+
+def _joined(path: str, module: nn.RNNBase, calls: list[_Call]) -> Given:
+    """Calls that go on from each other's last state, as one sequence: the longest such chain."""
+    chains: list[list[_Call]] = []
+    for call in calls:
+        goes_on = chains and call.hx is not None and _same(call.hx, chains[-1][-1].final) and not module.bidirectional
+        (chains[-1].append if goes_on else lambda c: chains.append([c]))(call)
+    chain = max(chains, key=lambda c: sum(len(call.x) for call in c))
+    D = 2 if module.bidirectional else 1
+    errors, elsewhere, cuts, t = [], False, [], 0
+    for number, call in enumerate(chain):
+        if number and not call.attached:
+            cuts.append(t)
+        t += len(call.x)
+        error = call.full_error().double()
+        last = number == len(chain) - 1
+        for i, grad in call.final_error.items():
+            if i == 0 and last:
+                top = grad[-D:].double()
+                error = _at_the_end(error, top, call.lengths)
+                elsewhere |= bool((grad[:-D] != 0).any())
+            elif last:
+                elsewhere |= bool((grad != 0).any())
+        errors.append(error)
+    with evaluating(module):
+        layer = _plain(module)
+    hx = chain[0].hx
+    states = None if hx is None else tuple(h.double() for h in hx)
+    return Given(
+        path,
+        layer,
+        torch.cat([call.x for call in chain]).double(),
+        states if states is None or layer.mode == "LSTM" else states[0],
+        torch.stack([call.lengths for call in chain]).sum(0),
+        torch.cat(errors),
+        tuple(cuts),
+        elsewhere,
+    )
+
+
+def _same(given: tuple[Tensor, ...], final: tuple[Tensor, ...]) -> bool:
+    return all(g.shape == f.shape and torch.equal(g, f) for g, f in zip(given, final, strict=True))
+
+
+def _at_the_end(error: Tensor, top: Tensor, lengths: Tensor) -> Tensor:
+    """Adds ∂E/∂h_n of the last layer to the step it belongs to: a sample's own last, or for the reverse its first."""
+    error, R, B = error.clone(), top.shape[-1], error.shape[1]
+    samples = torch.arange(B)
+    error[(lengths - 1).clamp_min(0), samples, :R] += top[0]
+    if len(top) == 2:
+        error[0, :, R:] += top[1]
+    return error
+
+
+def _plain(module: nn.RNNBase) -> nn.RNNBase:
+    """A layer of the same weights in float64, time-major, free of parametrizations and dropout."""
+    family = next(base for base in type(module).__mro__ if base.__module__ in _FAMILIES)
+    options: dict[str, Any] = {} if module.mode in ("LSTM", "GRU") else {"nonlinearity": module.nonlinearity}
+    layer = family(
+        module.input_size, module.hidden_size, module.num_layers, bias=module.bias,
+        bidirectional=module.bidirectional, **({"proj_size": module.proj_size} if module.proj_size else {}), **options,
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        for to, given in zip(layer_directions(layer), layer_directions(module), strict=True):
+            for mine, theirs in zip(to.weights, given.weights, strict=True):
+                if mine is not None and theirs is not None:
+                    mine.copy_(theirs)
+    return layer.to(next(module.parameters()).device).requires_grad_(False)
+
+
+_FAMILIES = ("unvanish.nn.layers", "torch.nn.modules.rnn")

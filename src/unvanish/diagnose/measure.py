@@ -1,0 +1,175 @@
+"""What is measured of one layer and direction: separate error sources over the lag, and what may be behind it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from unvanish import flow
+from unvanish.diagnose.capture import Given
+from unvanish.nn.modules import LayerDirection, layer_directions
+
+SOURCES = 6
+"""error sources that are followed, at most"""
+FRACTION = 0.01
+"""of the error at lag 0 that still counts as having arrived"""
+
+
+@dataclass
+class Measured:
+    """One layer and direction."""
+
+    place: LayerDirection
+    curve: Tensor
+    """[ℓ] median over sources and samples of ln‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0"""
+    slopes: Tensor
+    """[B] nats per step, each sample's own"""
+    lag: int
+    """asked for, or the longest that the data offers"""
+    asked: bool
+    decay: flow.Decay
+    evidence: dict[str, float]
+
+
+def measure(given: Given, lag: int | None, samples: int, seed: int) -> list[Measured]:
+    """Every layer and direction of a module."""
+    keep = (given.lengths > 0).nonzero().flatten()[:samples]
+    x, lengths, error = given.x[:, keep], given.lengths[keep], given.error[:, keep]
+    hx = given.hx
+    if hx is not None:
+        hx = tuple(h[:, keep] for h in hx) if isinstance(hx, tuple) else hx[:, keep]
+    whole = bool((lengths == len(x)).all())
+    fed: Tensor | PackedSequence = x if whole else pack_padded_sequence(x, lengths, enforce_sorted=False)
+    return [
+        _measure_place(given, place, x, fed, hx, lengths, error, lag, seed) for place in layer_directions(given.layer)
+    ]
+
+
+def _measure_place(
+    given: Given,
+    place: LayerDirection,
+    x: Tensor,
+    fed: Tensor | PackedSequence,
+    hx: object,
+    lengths: Tensor,
+    error: Tensor,
+    lag: int | None,
+    seed: int,
+) -> Measured:
+    T, layer = len(x), given.layer
+    D = 2 if layer.bidirectional else 1
+    made = (error != 0).any(-1) & (torch.arange(T)[:, None] < lengths[None, :]).to(error.device)
+    if not bool(made.any()):
+        # The error came in through c, or through lower layers: a random one in its place, at each sample's last step.
+        direction = torch.randn(D * error.shape[-1] // D, generator=torch.Generator().manual_seed(seed)).to(error)
+        last = (lengths - 1).to(error.device)
+        error[last, torch.arange(error.shape[1])] = direction
+        made[last, torch.arange(error.shape[1])] = True
+    steps = made.any(1).nonzero().flatten().tolist()
+    room = (lambda k: int(lengths.max()) - 1 - k) if place.reverse else (lambda k: k)
+    offered = max(room(k) for k in steps)
+    wanted = offered if lag is None else min(lag, offered)
+    sources = _spread([k for k in steps if room(k) >= wanted] or [max(steps, key=room)])
+    found = flow.adjoint_map(layer, fed, hx, sources=sources, at=place.name, cotangent=error[sources])
+    curves = torch.full((len(sources), x.shape[1], offered + 1), torch.nan, dtype=torch.float64)
+    for i, k in enumerate(sources):
+        over_lag = found.over_lag(i).mT[:, : room(k) + 1]
+        relative = over_lag - over_lag[:, :1]
+        relative[~relative[:, 0].isfinite()] = torch.nan
+        _cut(relative, given.cuts, k, place.reverse)
+        if not place.reverse:
+            curves[i, :, : relative.shape[1]] = relative
+        else:
+            inside = torch.arange(k, k + relative.shape[1])[None, :] < lengths[:, None]
+            curves[i, :, : relative.shape[1]] = torch.where(inside, relative, torch.nan)
+    curve = curves.flatten(0, 1).nanmedian(0).values[: wanted + 1]
+    decay = flow.decay(curve, FRACTION) if bool(curve[0].isfinite()) else flow.Decay(-math.inf, 0.0, 0)
+    slopes = torch.tensor([_slope(row[: wanted + 1]) for row in curves.nanmedian(0).values], dtype=torch.float64)
+    evidence = _evidence(given, place, x, fed, hx, made, wanted, slopes)
+    asked = lag is not None and lag <= offered
+    evidence |= {"lag": float(wanted), "survival": math.exp(min(float(curve[-1]), 700.0)), "offered": float(offered)}
+    evidence["uninterrupted"] = float(max(k - max((c for c in given.cuts if c <= k), default=0) for k in sources) + 1)
+    evidence["sensitivity"] = _sensitivity(given, place, fed, hx, error, sources[-1 if not place.reverse else 0])
+    return Measured(place, curve, slopes, wanted if lag is None else lag, asked or lag is None, decay, evidence)
+
+
+def _spread(steps: list[int]) -> list[int]:
+    if len(steps) <= SOURCES:
+        return steps
+    return sorted({steps[round(i * (len(steps) - 1) / (SOURCES - 1))] for i in range(SOURCES)})
+
+
+def _cut(relative: Tensor, cuts: tuple[int, ...], k: int, reverse: bool) -> None:
+    """Nothing passes a state that was detached."""
+    before = [c for c in cuts if c <= k]
+    if before and not reverse:
+        relative[:, k - before[-1] + 1 :] = -torch.inf
+
+
+def _slope(curve: Tensor) -> float:
+    present = curve.isfinite()
+    if int(present.sum()) < 2:
+        return math.nan
+    lag = torch.arange(len(curve), dtype=torch.float64)[present]
+    lag = lag - lag.mean()
+    return float((lag @ (curve[present] - curve[present].mean())) / (lag @ lag))
+
+
+def _evidence(
+    given: Given,
+    place: LayerDirection,
+    x: Tensor,
+    fed: Tensor | PackedSequence,
+    hx: object,
+    made: Tensor,
+    lag: int,
+    slopes: Tensor,
+) -> dict[str, float]:
+    w_hh = place.weights.w_hh
+    H = place.weights.w_ih.shape[0] // len(place.cell.gates)
+    gates = flow.gate_statistics(given.layer, fed, hx, at=place.name)
+    found = {f"saturated_{g}": float(v.mean()) for g, v in zip(gates.gate_names, gates.saturation, strict=True)}
+    found["saturated"] = float(gates.saturation.mean())
+    if gates.log_carry is not None:
+        half_life = gates.half_life.double()
+        found["carry_half_life"] = float(half_life.median())
+        found["longest_carry_half_life"] = float(half_life.quantile(0.9))
+    else:
+        if w_hh.shape[0] == w_hh.shape[1]:
+            found["spectral_radius"] = float(torch.linalg.eigvals(w_hh).abs().max())
+        found["spectral_norm"] = float(torch.linalg.matrix_norm(w_hh, 2))
+    blocks = w_hh.unflatten(0, (-1, H))
+    found["largest_block_norm"] = float(torch.linalg.matrix_norm(blocks, 2).max())
+    exponents = flow.lyapunov(given.layer, fed, hx, n=1, at=place.name, warmup=len(x) // 4, history=True)
+    own = exponents.per_sample[:, 0]
+    own = own[own.isfinite()]
+    if len(own):
+        found["lyapunov"] = float(own.mean())
+        found["lyapunov_low"] = float(own.mean() - 1.96 * own.std() / len(own) ** 0.5) if len(own) > 1 else math.nan
+    pre_activation = nn.functional.linear(x if place.layer == 0 else x.new_zeros(()), place.weights.w_ih) \
+        if place.layer == 0 else None  # fmt: skip
+    if pre_activation is not None:
+        found["input_scale"] = float(pre_activation.std())
+    T = len(x)
+    same = (x == x[-1:]).all(-1)
+    runs = torch.stack([same.flip(0)[:, b].cumprod(0).sum() for b in range(x.shape[1])])
+    found["constant_tail"] = float((runs.double().median() - 1) / T)
+    found["error_steps"] = float(made.any(1).sum()) / T
+    found["detached"] = float(len(given.cuts))
+    return found
+
+
+def _sensitivity(
+    given: Given, place: LayerDirection, fed: Tensor | PackedSequence, hx: object, error: Tensor, k: int
+) -> float:
+    """‖∂E_k/∂W‖ ‖W‖ / (‖∂E_k/∂h_k‖ ‖h_k‖): by how many times its size the state answers a change of the weights."""
+    alone = torch.zeros_like(error)
+    alone[k] = error[k]
+    log_norm = float(flow.source_gradients(given.layer, fed, alone, hx, at=place.name).log_norms[0])
+    weights = math.hypot(*(float(w.norm()) for w in place.weights[:2]))
+    y, _ = given.layer(fed, hx)
+    h = nn.utils.rnn.pad_packed_sequence(y)[0] if isinstance(y, PackedSequence) else y
+    below = float((alone[k].norm(dim=-1) * h[k].norm(dim=-1)).sum())
+    return math.exp(min(log_norm, 700.0)) * weights / below if below > 0 else math.nan

@@ -1,0 +1,135 @@
+"""Which cures fit a verdict; each tried on a copy of the model before it is named."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from unvanish import cures
+from unvanish import nn as layers
+from unvanish.diagnose.capture import Given
+from unvanish.diagnose.records import BAD, LayerDiagnosis, Prescription
+
+Act = Callable[[nn.Module], nn.Module]
+
+
+class _Candidate(NamedTuple):
+    cure: str
+    reason: str
+    act: Act | None
+
+
+def prescribe(
+    model: nn.Module,
+    given: list[Given],
+    found: dict[str, LayerDiagnosis],
+    measure: Callable[[nn.Module], dict[str, LayerDiagnosis]],
+    seed: int,
+) -> tuple[Prescription, ...]:
+    """For every module with a bad layer: those that heal first, in the order in which they disturb least."""
+    out: list[Prescription] = []
+    for module in given:
+        own = [d for name, d in found.items() if name.removeprefix(module.path + ".").count(".") <= 1
+               and name.startswith(module.path)]  # fmt: skip
+        bad = [d for d in own if d.verdict in BAD]
+        if not bad:
+            continue
+        worst = min(bad, key=lambda d: d.reach / max(d.lag, 1))
+        for candidate in _candidates(model.get_submodule(module.path), module, worst, seed):
+            prescription = Prescription(candidate.cure, module.path, candidate.reason, {}, candidate.act)
+            if candidate.act is not None:
+                twin = copy.deepcopy(model)
+                predicted = measure(prescription.apply(twin))
+                prescription = Prescription(candidate.cure, module.path, candidate.reason, predicted, candidate.act)
+            out.append(prescription)
+    # Stable: among equals the order of `_candidates` stays.
+    return tuple(sorted(out, key=lambda p: (p.act is not None and not p.heals, -_left(p))))
+
+
+def _left(p: Prescription) -> float:
+    """How far the worst layer reaches, in tenths of the lag."""
+    if p.act is None:
+        return math.inf
+    return min(round(10 * min(1.0, d.reach / max(d.lag, 1))) for d in p.predicted.values())
+
+
+def _candidates(module: nn.Module, given: Given, worst: LayerDiagnosis, seed: int) -> Iterator[_Candidate]:
+    lag = worst.lag
+    if worst.cause.startswith("detached"):
+        yield _Candidate("longer truncation", f"let the state's graph run over {lag} steps before it is detached", None)
+    if worst.cause.startswith("padding"):
+        yield _Candidate(
+            "pack the sequences", "torch.nn.utils.rnn.pack_padded_sequence, or `lengths=` of unvanish.nn layers: the "
+            "error then starts at each sample's own last step", None
+        )  # fmt: skip
+    scale = worst.evidence.get("input_scale", 0.0)
+    if worst.verdict == "saturated" and scale > 1:
+        for inner in _cell_cures(module, worst, seed):
+            yield inner._replace(
+                cure=f"{inner.cure}, weight_ih / {scale:.3g}",
+                reason=f"the input drives the units into saturation: standardise it, or scale W_ih; {inner.reason}",
+                act=_both(inner.act, lambda m: _scale_input(m, 1 / scale)),
+            )
+        return
+    yield from _cell_cures(module, worst, seed)
+
+
+def _both(first: Act | None, second: Act) -> Act:
+    return second if first is None else lambda m: second(first(m))
+
+
+def _cell_cures(module: nn.Module, worst: LayerDiagnosis, seed: int) -> Iterator[_Candidate]:
+    """What changes the recurrence itself."""
+    lag, cell = worst.lag, worst.cell
+
+    def drawn() -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    if not isinstance(module, nn.RNNBase) or not module.bias:
+        return
+    longest = max(2.0, lag + 1.0)
+    if worst.verdict in ("explodes", "chaotic"):
+        for radius in (1.0, 1.2):
+            ends = "ends the growth" if radius == 1 else "a little above 1, for what φ' takes"
+            yield _Candidate(f"spectral_radius_({radius})", ends, _with(cures.spectral_radius_, radius))
+    elif cell in ("lstm", "gru"):
+        gate = "forget" if cell == "lstm" else "update"
+        spread = f"spreads the {gate} gates' time constants over the lag"
+        yield _Candidate(
+            f"chrono_(max_lag={longest:g})", spread, lambda m: cures.chrono_(m, max_lag=longest, generator=drawn())
+        )
+        value = round(math.log(max(lag, 2)), 2)
+        keeps = f"{gate} gates that keep 1/e over the lag"
+        yield _Candidate(f"forget_bias_({value})", keeps, _with(cures.forget_bias_, value))
+        return
+    elif cell == "rnn_relu":
+        yield _Candidate("identity_()", "an integrator: a unit that is on keeps state and error", cures.identity_)
+    yield _Candidate("orthogonal_()", "W_hh then keeps every length", lambda m: cures.orthogonal_(m, generator=drawn()))
+    if cell in ("rnn_tanh", "rnn_relu"):
+        cure = f"replace by a chrono LSTM (max_lag={longest:g})"
+        yield _Candidate(cure, "a state that is carried, behind the same interface", lambda m: _lstm(m, longest, seed))
+
+
+def _with(cure: Callable[[nn.Module, float], nn.Module], value: float) -> Act:
+    return lambda m: cure(m, value)
+
+
+def _scale_input(module: nn.Module, factor: float) -> nn.Module:
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if name.rpartition(".")[2].startswith("weight_ih_l0"):
+                weight.mul_(factor)
+    return module
+
+
+def _lstm(module: nn.Module, max_lag: float, seed: int) -> nn.Module:
+    """Its successor; of ours, if it is ours."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ours = isinstance(module, layers.RNN)
+        successor = cures.replace(layers.restore(copy.deepcopy(module)) if ours else module, "lstm")
+    cures.chrono_(successor, max_lag=max_lag, generator=torch.Generator().manual_seed(seed))
+    return layers.accelerate(successor) if ours else successor

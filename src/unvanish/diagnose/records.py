@@ -1,0 +1,194 @@
+"""What a diagnosis says: facts per layer, what to do, and how it went."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from unvanish.diagnose.verdict import Verdict
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BAD = ("vanishes", "explodes", "chaotic", "saturated", "dead")
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    """One recurrent layer and direction."""
+
+    name: str
+    """module path, layer, direction: "encoder.lstm.l0" """
+    cell: str
+    verdict: Verdict
+    cause: str
+    """why, in words"""
+    rate: float
+    """nats per step of ‖∂E_k/∂s_{k−ℓ}‖ over the lag; −∞ where it is zero after one step"""
+    rate_interval: tuple[float, float]
+    """95 %, over samples; NaN for one sample"""
+    half_life: float | None
+    """steps; None where the error does not fade"""
+    reach: int
+    """steps: the largest lag at which 1 % of the error at lag 0 is left"""
+    lag: int
+    """what was asked for, or the longest that the data offer"""
+    evidence: dict[str, float]
+    curve: tuple[float, ...] = field(repr=False, default=())
+    """ln‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0, median over sources and samples"""
+
+
+@dataclass(frozen=True)
+class Prescription:
+    """A cure for one recurrent module, tried on a copy."""
+
+    cure: str
+    """"chrono_(max_lag=100)" """
+    path: str
+    """the module: "encoder.lstm" """
+    reason: str
+    predicted: dict[str, LayerDiagnosis]
+    """what a copy of the model measures after it"""
+    act: Callable[[nn.Module], nn.Module] | None = field(repr=False, compare=False, default=None)
+    """the module → the cured one (the same, changed in place, or its successor); None: only advice"""
+    _undo: dict[int, Callable[[], None]] = field(repr=False, compare=False, default_factory=dict)
+
+    @property
+    def heals(self) -> bool:
+        """Whether every layer of the copy was healthy afterwards."""
+        return bool(self.predicted) and all(d.verdict == "healthy" for d in self.predicted.values())
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Cure the model in place, and return it; where the module itself is `model` and is replaced, its successor.
+
+        Raises:
+            ValueError: this is advice that no code can follow, or the model has no such module.
+        """
+        if self.act is None:
+            raise ValueError(f"{self.cure}: nothing to apply to a model; {self.reason}")
+        try:
+            module = model.get_submodule(self.path)
+        except AttributeError as error:
+            raise ValueError(f"model: expected the diagnosed one, with a module {self.path!r}") from error
+        before = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        cured = self.act(module)
+        if cured is module:
+            self._undo[id(model)] = lambda: _restore(module, before)
+            return model
+        if not self.path:
+            return cured
+        parent, _, name = self.path.rpartition(".")
+        setattr(model.get_submodule(parent), name, cured)
+        self._undo[id(model)] = lambda: setattr(model.get_submodule(parent), name, module)
+        return model
+
+    def undo(self, model: nn.Module) -> nn.Module:
+        """Take the cure back: the weights are what they were before `apply`, whatever was trained since.
+
+        Raises:
+            ValueError: it was not applied to this model.
+        """
+        if id(model) not in self._undo:
+            raise ValueError(f"{self.cure}: was not applied to this model, so there is nothing to take back")
+        self._undo.pop(id(model))()
+        return model
+
+
+def _restore(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    module.load_state_dict(before)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The same measurement before and after."""
+
+    before: dict[str, LayerDiagnosis]
+    after: dict[str, LayerDiagnosis]
+
+    @property
+    def cured(self) -> bool:
+        """Whether every layer is healthy now."""
+        return all(d.verdict == "healthy" for d in self.after.values())
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per layer: verdict, rate and reach before and after."""
+        import pandas as pd
+
+        rows = []
+        for name, now in self.after.items():
+            was = self.before.get(name)
+            row: dict[str, Any] = {"layer": name}
+            for when, d in (("before", was), ("after", now)):
+                row |= {f"{k}_{when}": None if d is None else getattr(d, k) for k in ("verdict", "rate", "reach")}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name}: {_brief(self.before.get(name))} → {_brief(now)}" for name, now in self.after.items())
+
+
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Mapping[str, LayerDiagnosis]):
+    """Layer name → verdict, with what to do about it."""
+
+    layers: dict[str, LayerDiagnosis]
+    prescriptions: tuple[Prescription, ...]
+    """the most promising first; none where there is nothing to cure"""
+    measure: Callable[[nn.Module], dict[str, LayerDiagnosis]] = field(repr=False, compare=False)
+    """the same measurement, of another state of the model"""
+
+    @property
+    def healthy(self) -> bool:
+        """Nothing to cure: the error arrives in every layer."""
+        return all(d.verdict == "healthy" for d in self.layers.values())
+
+    def verify(self, model: nn.Module) -> Verification:
+        """Measure again, on the same batch.
+
+        Raises:
+            ValueError: as `diagnose`.
+        """
+        return Verification(self.layers, self.measure(model))
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per layer, the evidence in columns of its own."""
+        import pandas as pd
+
+        names = ("name", "cell", "verdict", "cause", "rate", "half_life", "reach", "lag")
+        rows = [{n: getattr(d, n) for n in names} | d.evidence for d in self.layers.values()]
+        return pd.DataFrame(rows).rename(columns={"name": "layer"})
+
+    def __getitem__(self, name: str) -> LayerDiagnosis:
+        if name not in self.layers:
+            raise KeyError(f"no layer {name!r} in this diagnosis; it has {', '.join(self.layers)}")
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __repr__(self) -> str:
+        lines = []
+        for name, d in self.layers.items():
+            lines.append(f"{name}: {_brief(d)}, over a lag of {d.lag}")
+            lines.append(f"  {d.cause}")
+        lines += [f"{i}. {p.cure}{f' on {p.path}' if p.path else ''}: {p.reason}{_effect(p)}"
+                  for i, p in enumerate(self.prescriptions, 1)]  # fmt: skip
+        return "\n".join(lines if self.prescriptions else [*lines, "nothing to cure"] if self.healthy else lines)
+
+
+def _effect(p: Prescription) -> str:
+    if not p.predicted:
+        return ""
+    worst = min(p.predicted.values(), key=lambda d: d.reach / max(d.lag, 1))
+    return f"; predicted: {_brief(worst)}"
+
+
+def _brief(d: LayerDiagnosis | None) -> str:
+    if d is None:
+        return "not there"
+    low, high = d.rate_interval
+    return f"{d.verdict}, {d.rate:+.3g} nats per step [{low:+.2g}, {high:+.2g}], reach {d.reach}"

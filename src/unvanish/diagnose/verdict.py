@@ -1,0 +1,90 @@
+"""From measurements to a verdict and its cause. Everything is relative: to lag 0, to the lag, to a unit's own range."""
+
+import math
+from typing import Literal
+
+from unvanish.diagnose.measure import FRACTION, Measured
+
+Verdict = Literal["vanishes", "healthy", "explodes", "chaotic", "saturated", "dead", "undecided"]
+
+MOST = 0.5
+"""a share of units or steps that counts as most of them"""
+TOO_SENSITIVE = 100.0
+"""times the lag: a state that answers a change of the weights so many times is beyond what a step can follow"""
+
+
+def judge(m: Measured) -> tuple[Verdict, str]:
+    """(verdict, cause) of one layer and direction."""
+    e, lag = m.evidence, m.lag
+    if e["offered"] < 2:
+        return "undecided", f"the error has {e['offered']:.0f} steps to travel; at least 2 are needed to tell a rate"
+    if len(m.slopes) < 2:
+        return "undecided", "one sample only: no interval can be given; hand in at least two"
+    if not m.asked:
+        return (
+            "undecided",
+            f"the batch offers a lag of {e['offered']:.0f} steps, not {lag}; hand in longer sequences",
+        )
+    bounded = m.place.cell.name != "rnn_relu"
+    if bounded and e.get("lyapunov_low", -math.inf) > 0 and e["lyapunov"] * lag > 1:
+        radius = f"; spectral radius of W_hh {e['spectral_radius']:.2f}" if "spectral_radius" in e else ""
+        return "chaotic", (
+            f"recurrent weights too large: neighbouring states drift apart by {e['lyapunov']:.3f} nats per step "
+            f"(Lyapunov exponent){radius}"
+        )
+    if float(m.curve[-1]) > -math.log(FRACTION) or float(m.curve.max()) > -2 * math.log(FRACTION):
+        return _grows(m)
+    if m.decay.reach >= lag:
+        if e["sensitivity"] > TOO_SENSITIVE * lag:
+            return "healthy", (
+                f"the gradient reaches, but the state is too sensitive: it answers a change of the weights "
+                f"{e['sensitivity']:.0f} times; a smaller learning rate, or shorter memories"
+            )
+        return "healthy", f"the error arrives over {lag} steps: {e['survival']:.2g} of it is left"
+    return _fades(m)
+
+
+def _grows(m: Measured) -> tuple[Verdict, str]:
+    e = m.evidence
+    radius = f"; spectral radius of W_hh {e['spectral_radius']:.2f}" if "spectral_radius" in e else ""
+    norm = e.get("spectral_norm", e["largest_block_norm"])
+    return "explodes", f"recurrent weights too large: W_hh stretches by up to {norm:.2f} per step{radius}"
+
+
+def _fades(m: Measured) -> tuple[Verdict, str]:
+    e, lag, reach = m.evidence, m.lag, m.decay.reach
+    cell = m.place.cell.name
+    if e["detached"] and e["uninterrupted"] < lag:
+        earlier = "" if reach >= e["uninterrupted"] - 1 else f"; and even of that the error reaches {reach} only"
+        return "vanishes", (
+            f"detached: the state is cut from its graph {e['detached']:.0f} times (truncated BPTT), and no error "
+            f"passes a cut; uninterrupted are {e['uninterrupted']:.0f} steps, the lag is {lag}{earlier}"
+        )
+    if cell == "rnn_relu" and not bool((m.curve[1:] > -math.inf).any()):
+        return "dead", "no relu unit is on: φ' is 0, and no error passes a single step"
+    if e["constant_tail"] > MOST and reach < e["constant_tail"] * lag:
+        return "vanishes", (
+            f"padding: the last {e['constant_tail']:.0%} of the steps repeat one input, and the error has died in them "
+            f"after {reach}; pack the sequences, or read the state at each one's own last step"
+        )
+    if e["saturated"] > MOST and "carry_half_life" not in e and e["spectral_norm"] >= 1:
+        return "saturated", f"activations saturated: {e['saturated']:.0%} of φ' are below 5 % of their maximum"
+    if e["saturated"] > MOST and "carry_half_life" in e:
+        return "saturated", (
+            f"gates saturated: {e['saturated']:.0%} of their φ' are below 5 % of the maximum"
+            + (f"; W_ih x has standard deviation {e['input_scale']:.1f}" if "input_scale" in e else "")
+        )
+    last = " The loss is read at few steps only, so no nearer error helps." if e["error_steps"] < 0.1 else ""
+    if "carry_half_life" in e:
+        gate = "forget gate" if cell == "lstm" else "update gate"
+        return "vanishes", (
+            f"{gate}: its units halve an error in {e['carry_half_life']:.3g} steps (the longest tenth: "
+            f"{e['longest_carry_half_life']:.3g}), the lag is {lag}.{last}"
+        )
+    radius, norm = e.get("spectral_radius", math.nan), e["spectral_norm"]
+    if radius >= 1:
+        return "vanishes", (
+            f"activation slopes: W_hh keeps an error (spectral radius {radius:.2f}), φ' takes it: "
+            f"{e['saturated']:.0%} of units are saturated.{last}"
+        )
+    return "vanishes", f"recurrent weights too small: spectral radius {radius:.2f}, norm {norm:.2f} of W_hh.{last}"

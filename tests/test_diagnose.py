@@ -1,0 +1,285 @@
+"""Planted diseases are found, with their cause; the first prescription heals; nothing of the user's is touched."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import unvanish as uv
+from unvanish import cures
+from unvanish.diagnose import Diagnosis
+
+T, B, H = 60, 8, 24
+
+
+class LastStep(nn.Module):
+    """Answers from the last state."""
+
+    def __init__(self, layer: nn.RNNBase, every: int | None = None) -> None:
+        super().__init__()
+        self.encoder, self.head, self.every = layer, nn.Linear(layer.hidden_size, 1), every
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = None
+        step = self.every or x.shape[1]
+        for t in range(0, x.shape[1], step):
+            y, state = self.encoder(x[:, t : t + step], state)
+            state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
+        return self.head(y[:, -1])
+
+
+def data(seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(B, T, 3, generator=generator), torch.randn(B, 1, generator=generator)
+
+
+def layer(kind: str, H: int = H, **options: Any) -> Any:
+    torch.manual_seed(1)
+    return getattr(nn, kind)(3, H, batch_first=True, **options)
+
+
+def diagnose(model: nn.Module, x: Tensor | None = None, factor: float = 1.0, **options: Any) -> Diagnosis:
+    given, y = data()
+    return uv.diagnose(model, given if x is None else x, y, loss=lambda a, b: factor * mse_loss(a, b), **options)
+
+
+def padded() -> Tensor:
+    x = data()[0].clone()
+    x[:, T // 10 :] = 0
+    return x
+
+
+def relu(scale: float = 1.0) -> nn.RNN:
+    return cures.identity_(layer("RNN", nonlinearity="relu"), scale)
+
+
+DISEASES: dict[str, tuple[Callable[[], Any], float, str, str]] = {
+    "radius 0.5": (lambda: cures.spectral_radius_(layer("RNN"), 0.5), 1.0, "vanishes", "weights too small"),
+    "radius 2, tanh": (lambda: cures.spectral_radius_(layer("RNN", H=48), 2.0), 1.0, "chaotic", "weights too large"),
+    "radius 1.5, relu": (lambda: relu(1.5), 1.0, "explodes", "weights too large"),
+    "forget bias −3": (lambda: cures.forget_bias_(layer("LSTM"), -3.0), 1.0, "vanishes", "forget gate"),
+    "update bias −3": (lambda: cures.forget_bias_(layer("GRU"), -3.0), 1.0, "vanishes", "update gate"),
+    "input scale 50, LSTM": (lambda: layer("LSTM"), 50.0, "saturated", "gates saturated"),
+    "input scale 50, RNN": (lambda: layer("RNN"), 50.0, "saturated", "activations saturated"),
+    "detached": (lambda: cures.chrono_(layer("LSTM"), T), 1.0, "vanishes", "detached"),
+    "padding": (lambda: layer("LSTM"), 1.0, "vanishes", "padding"),
+    "dead": (lambda: dead(), 1.0, "dead", "no relu unit is on"),
+    "identity": (lambda: relu(), 0.1, "healthy", "arrives"),
+    "chrono": (lambda: cures.chrono_(layer("LSTM"), T), 1.0, "healthy", "arrives"),
+}
+"""layer, scale of the input, verdict, cause"""
+
+
+def planted(disease: str) -> tuple[nn.Module, Tensor]:
+    make, scale, _, _ = DISEASES[disease]
+    x = padded() if disease == "padding" else data(scale=scale)[0]
+    return LastStep(make(), every=20 if disease == "detached" else None), x
+
+
+def dead() -> nn.RNN:
+    rnn = cures.identity_(layer("RNN", nonlinearity="relu"))
+    nn.init.constant_(rnn.bias_ih_l0, -1e3)
+    return rnn
+
+
+@pytest.mark.parametrize("disease", list(DISEASES))
+def test_planted_diseases_are_found_with_their_cause(disease: str) -> None:
+    _, _, verdict, cause = DISEASES[disease]
+    for factor in (1.0, 1e-12, 1e12):
+        found = diagnose(*planted(disease), factor)["encoder.l0"]
+        assert found.verdict == verdict
+        assert cause in found.cause
+
+
+@pytest.mark.parametrize("disease", list(DISEASES))
+def test_the_first_prescription_keeps_its_promise(disease: str) -> None:
+    model, x = planted(disease)
+    found = diagnose(model, x)
+    if DISEASES[disease][2] == "healthy":
+        assert found.healthy
+        assert not found.prescriptions
+        return
+    able = [p for p in found.prescriptions if p.act is not None]
+    assert able[0].heals or disease == "detached"
+    before = copy.deepcopy(model.state_dict())
+    cured = able[0].apply(model)
+    after = found.verify(cured)
+    assert after.cured == able[0].heals
+    for name, predicted in able[0].predicted.items():
+        assert after.after[name].rate == pytest.approx(predicted.rate, rel=1e-6)
+        assert after.after[name].reach == predicted.reach
+    able[0].undo(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match="was not applied"):
+        able[0].undo(model)
+
+
+def test_the_rate_is_the_rate() -> None:
+    """A linear regime: tanh near 0, W_hh = s Q."""
+    rnn = cures.orthogonal_(layer("RNN", bias=False), gain=0.9)
+    x, y = data(scale=1e-6)
+    found = uv.diagnose(LastStep(rnn), x, y, loss=mse_loss)["encoder.l0"]
+    assert found.rate == pytest.approx(math.log(0.9), rel=1e-6)
+    assert found.half_life == pytest.approx(math.log(2) / -math.log(0.9), rel=1e-6)
+    assert found.reach == int(math.log(0.01) / math.log(0.9))
+    assert found.rate_interval == pytest.approx((found.rate, found.rate), abs=1e-6)
+    assert found.curve[10] == pytest.approx(10 * math.log(0.9), rel=1e-6)
+
+
+def test_separate_sources_are_followed_where_the_error_enters_everywhere() -> None:
+    class EveryStep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = cures.spectral_radius_(layer("RNN"), 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(x)[0]
+
+    found = uv.diagnose(EveryStep(), data()[0], torch.randn(B, T, H), loss=mse_loss)["rnn.l0"]
+    assert found.verdict == "vanishes"
+    assert found.evidence["error_steps"] == 1.0
+
+
+def test_the_lag_decides() -> None:
+    model = LastStep(cures.forget_bias_(layer("LSTM"), 0.0))
+    assert diagnose(model, lag=5)["encoder.l0"].verdict == "healthy"
+    assert diagnose(model)["encoder.l0"].verdict == "vanishes"
+    asked = diagnose(model, lag=500)["encoder.l0"]
+    assert asked.verdict == "undecided"
+    assert f"offers a lag of {T - 1} steps" in asked.cause
+
+
+@settings(max_examples=20)
+@given(
+    kind=st.sampled_from(["RNN", "GRU", "LSTM"]),
+    layers=st.integers(1, 2),
+    bidirectional=st.booleans(),
+    ours=st.booleans(),
+    packed=st.booleans(),
+)
+def test_any_layer_and_nothing_of_the_users_is_touched(
+    kind: str, layers: int, bidirectional: bool, ours: bool, packed: bool
+) -> None:
+    torch.manual_seed(0)
+    family = getattr(uv.nn if ours else nn, kind)
+    options = {"num_layers": layers, "bidirectional": bidirectional, "batch_first": True, "dropout": 0.3 * (layers > 1)}
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = family(3, 6, **options)
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            given = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False) if packed else x
+            _, final = self.rnn(given)
+            return self.norm(final[0][-1] if kind == "LSTM" else final[-1])
+
+    model = Model().train()
+    x, y, lengths = torch.randn(5, 20, 3), torch.randn(5, 6), torch.tensor([20, 3, 7, 20, 12])
+    model.norm.weight.grad = torch.ones(6)
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    found = uv.diagnose(model, x, lengths, y, loss=mse_loss)
+    ends = ("", ".reverse")[: 1 + bidirectional]
+    assert list(found) == [f"rnn.l{k}{end}" for k in range(layers) for end in ends]
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+    assert model.rnn.weight_ih_l0.grad is None
+    assert model.norm.weight.grad.tolist() == [1.0] * 6
+    assert not model.rnn._forward_hooks
+
+
+def test_a_replaced_module_can_be_put_back() -> None:
+    model = LastStep(cures.spectral_radius_(layer("RNN"), 0.5))
+    old = model.encoder
+    found = diagnose(model)
+    replace = next(p for p in found.prescriptions if "LSTM" in p.cure)
+    replace.apply(model)
+    assert isinstance(model.encoder.lstm, nn.LSTM)
+    assert found.verify(model).cured
+    assert replace.undo(model).encoder is old
+
+
+def test_a_bare_layer_and_every_output() -> None:
+    lstm = layer("LSTM")
+    found = uv.diagnose(lstm, data()[0], loss=lambda output: output[0].square().mean())
+    assert found["l0"].verdict == "vanishes"
+    frame = found.to_dataframe()
+    assert frame.layer.tolist() == ["l0"]
+    assert {"verdict", "carry_half_life", "survival"} <= set(frame.columns)
+    assert "1. chrono_" in repr(found)
+    verification = found.verify(found.prescriptions[0].apply(lstm))
+    assert verification.to_dataframe().verdict_after.tolist() == ["healthy"]
+    assert "vanishes" in repr(verification)
+    with pytest.raises(KeyError, match="no layer 'l7'"):
+        found["l7"]
+
+
+def test_error_that_comes_in_through_the_cell_state_alone() -> None:
+    class Through(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = layer("LSTM")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(x)[1][1][-1]
+
+    found = uv.diagnose(Through(), data()[0], torch.randn(B, H), loss=mse_loss)
+    assert found["rnn.l0"].verdict == "vanishes"
+
+
+def test_too_little_evidence_is_undecided() -> None:
+    model, (x, y) = LastStep(layer("LSTM")), data()
+    assert uv.diagnose(model, x[:1], y[:1], loss=mse_loss)["encoder.l0"].verdict == "undecided"
+    for steps in (1, 2):
+        found = uv.diagnose(model, x[:, :steps], y, loss=mse_loss)["encoder.l0"]
+        assert found.verdict == "undecided"
+        assert "at least 2 are needed" in found.cause
+    assert not uv.diagnose(model, x[:1], y[:1], loss=mse_loss).prescriptions
+
+
+def test_what_can_not_be_diagnosed_is_an_error() -> None:
+    x, y = data()
+
+    class Cells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTMCell(3, 4)
+
+    class Beside(LastStep):
+        def forward(self, x: Tensor) -> Tensor:
+            self.encoder(x)
+            return self.head(torch.ones(B, H))
+
+    with pytest.raises(ValueError, match=r"expected an nn\.RNN, nn\.LSTM or nn\.GRU in it, found none"):
+        uv.diagnose(nn.Linear(3, 1), x, y, loss=mse_loss)
+    with pytest.raises(ValueError, match=r"only cells stepped by hand \(cell\)"):
+        uv.diagnose(Cells(), x, y, loss=mse_loss)
+    with pytest.raises(ValueError, match="does not depend on them"):
+        uv.diagnose(Beside(layer("LSTM")), x, y, loss=mse_loss)
+    broken = LastStep(layer("LSTM"))
+    nn.init.constant_(broken.encoder.weight_hh_l0, math.nan)
+    with pytest.raises(ValueError, match=r"weight 'encoder\.weight_hh_l0' holds a NaN"):
+        uv.diagnose(broken, x, y, loss=mse_loss)
+    model = LastStep(layer("LSTM"))
+    with pytest.raises(ValueError, match="expected a scalar"):
+        uv.diagnose(model, x, y, loss=lambda a, b: a - b)
+    with pytest.raises(ValueError, match="expected a finite number"):
+        uv.diagnose(model, x, y, loss=lambda a, b: (a - b).mean() / 0)
+    with pytest.raises(ValueError, match="was the graph detached"):
+        uv.diagnose(model, x, y, loss=lambda a, b: a.detach().mean())
+    with pytest.raises(ValueError, match="lag: expected at least 1"):
+        uv.diagnose(model, x, y, loss=mse_loss, lag=0)
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
+        uv.diagnose("model", x, y, loss=mse_loss)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected the diagnosed one"):
+        diagnose(model).prescriptions[0].apply(nn.Linear(1, 1))
