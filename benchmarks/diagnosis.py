@@ -14,12 +14,17 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import unvanish as uv
@@ -143,8 +148,78 @@ def judge(out: Path) -> None:
         print(f"{run.name:44} {found['start']['layers'][0]['verdict']:10} {found['start']['cure']}", flush=True)
 
 
+def cure(out: Path) -> None:
+    """Every run that failed and was told why: the first prescription, the same budget."""
+    for run in grid():
+        result = out / f"{run.name}.cured.json"
+        outcome = json.loads((out / f"{run.name}.json").read_text())
+        told = json.loads((out / f"{run.name}.judged.json").read_text())["start"]["cure"]
+        if result.exists() or outcome["learnt"] or told is None:
+            continue
+        task = run.make_task()
+        model = run.build(task)
+        x, y = task.samples("validation", range(64))
+        first = next(p for p in uv.diagnose(model, x, y, loss=task.loss).prescriptions if p.act is not None)
+        model = first.apply(model)
+        errors = train(model, task)
+        found = {"cure": first.cure, "learnt": learnt(errors, task.chance), "errors": errors}
+        result.write_text(json.dumps(found))
+        print(f"{run.name:44} {first.cure:45} {'learns' if found['learnt'] else 'fails'}", flush=True)
+
+
+def report(out: Path) -> None:
+    """Everything on the design half and on the held-out half."""
+    rows = [_row(out, run) for run in grid()]
+    judges = {}
+    for when in ("start", "warm"):
+        design = [row for row in rows if not row["held_out"]]
+        judges[when] = LogisticRegression().fit([[row[when]] for row in design], [row["learnt"] for row in design])
+    for half in (False, True):
+        some = [row for row in rows if row["held_out"] == half]
+        print(f"\n{'held-out' if half else 'design'} half: {len(some)} runs, {sum(r['learnt'] for r in some)} learn")
+        for when in ("start", "warm"):
+            y, score = [row["learnt"] for row in some], [row[when] for row in some]
+            keys = dict.fromkeys((row["task"], row["length"]) for row in some)
+            groups = [[row for row in some if (row["task"], row["length"]) == key] for key in keys]
+            groups = [group for group in groups if len({row["learnt"] for row in group}) == 2]
+            within = [roc_auc_score([r["learnt"] for r in g], [r[when] for r in g]) for g in groups]
+            p = judges[when].predict_proba([[v] for v in score])[:, 1]
+            print(f"  {when}: AUC {roc_auc_score(y, score):.2f} overall; within task and length {np.mean(within):.2f} "
+                  f"over {len(within)} groups that both learn and fail; Brier {np.mean((p - y) ** 2):.3f} "
+                  f"(base rate {np.mean((np.mean(y) - y) ** 2):.3f})")  # fmt: skip
+            for low in (0.0, 0.25, 0.5, 0.75):
+                inside = [yy for yy, pp in zip(y, p, strict=True) if low <= pp < low + 0.25]
+                if inside:
+                    print(f"    predicted {low:.2f}–{low + 0.25:.2f}: {np.mean(inside):.2f} learnt of {len(inside)}")
+        cured = [row["cured"] for row in some if row["cured"] is not None]
+        told = [row for row in some if row["learnt"] and row["told"]]
+        learning = [row for row in some if row["learnt"]]
+        print(f"  cure: {sum(cured)} of {len(cured)} failed runs learn after the first prescription")
+        print(f"  false alarms: {len(told)} of {len(learning)} learning runs were told to change")
+    print(f"\nslowest diagnosis {max(row['seconds'] for row in rows):.1f} s")
+
+
+def _row(out: Path, run: Run) -> dict[str, Any]:
+    outcome = json.loads((out / f"{run.name}.json").read_text())
+    judged = json.loads((out / f"{run.name}.judged.json").read_text())
+    cured = out / f"{run.name}.cured.json"
+    # The worst layer's survival at the lag, in nats; what is below e⁻²⁰ is all the same to a training in float32.
+    survival = {
+        when: max(-20.0, min(math.log(max(layer["evidence"]["survival"], 1e-300)) for layer in judged[when]["layers"]))
+        for when in ("start", "warm")
+    }
+    return {
+        **{k: outcome[k] for k in ("task", "length", "learnt")},
+        **survival,
+        "held_out": run.held_out,
+        "told": judged["start"]["cure"] is not None,
+        "cured": json.loads(cured.read_text())["learnt"] if cured.exists() else None,
+        "seconds": max(judged[when]["seconds"] for when in judged),
+    }
+
+
 def main() -> None:
-    parts = {"train": run_grid, "judge": judge}
+    parts = {"train": run_grid, "judge": judge, "cure": cure, "report": report}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=list(parts))
     parser.add_argument("--out", type=Path, required=True)
