@@ -1,9 +1,11 @@
 """Cures for vanishing and exploding gradients, each usable alone on a stock torch module.
 
-initialise   forget_bias_, chrono_, orthogonal_, identity_, spectral_radius_ clip         GradientClipper (global norm,
-threshold from what was observed), clip_recurrence_ (δ inside the recurrence) penalise     Omega (Pascanu et al. 2013),
-GradientFlossing (Engelken 2023) constrain    constrain (orthogonal or spectral W_hh) rescue       rescue_ (smallest
-change of the forget biases), survival (what it is measured by) replace      replace (RNN → GRU or LSTM)
+- initialise: `forget_bias_`, `chrono_`, `orthogonal_`, `identity_`, `spectral_radius_`
+- clip: `GradientClipper` (global norm, threshold from what was observed), `clip_recurrence_` (δ inside the recurrence)
+- penalise: `Omega` (Pascanu et al. 2013), `GradientFlossing` (Engelken 2023)
+- constrain: `constrain` (orthogonal or spectral W_hh)
+- rescue: `rescue_` (smallest change of the forget biases), `survival` (what it is measured by)
+- replace: `replace` (RNN → GRU or LSTM)
 """
 
 from unvanish.cures.carry_bias import chrono_, forget_bias_

@@ -1,0 +1,55 @@
+"""How the documentation is built: `make docs`. Every example on a page runs while it is."""
+
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_ext"))
+
+import unvanish  # noqa: E402 (after the path)
+
+project = "unvanish"
+author = "The unvanish maintainers"
+copyright = "The unvanish maintainers, Apache-2.0"
+version = release = unvanish.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx_copybutton"]
+extensions += ["docstrings"]
+exclude_patterns = ["_build", "_ext", "jupyter_execute", "**.ipynb_checkpoints"]
+default_role = "py:obj"
+
+myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+myst_links_external_new_tab = False
+
+nb_execution_mode = "auto"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+nb_number_source_lines = False
+# What a page's kernel inherits: the commands of this environment, and one look for all figures.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+os.environ["MATPLOTLIBRC"] = str(HERE / "matplotlibrc")
+os.environ["COLUMNS"] = "80"
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_default_options = {"members": True, "undoc-members": False}
+maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = "unvanish"
+html_static_path = ["_static"]
+html_css_files = ["unvanish.css"]
+html_copy_source = False
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#0072B2", "color-brand-content": "#0072B2"},
+    "dark_css_variables": {"color-brand-primary": "#56B4E9", "color-brand-content": "#56B4E9"},
+}
+copybutton_exclude = ".linenos, .gp, .go"
+copybutton_prompt_text = "$ "
