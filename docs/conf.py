@@ -25,7 +25,7 @@ myst_links_external_new_tab = False
 
 nb_execution_mode = "auto"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 300
 nb_merge_streams = True
 nb_number_source_lines = False
 # What a page's kernel inherits: the commands of this environment, and one look for all figures.

@@ -48,6 +48,14 @@ def test_the_other_steps_leave_nothing_behind() -> None:
     assert len(flow.passes("layer.l0")) == 1
 
 
+def test_the_model_may_be_a_layer() -> None:
+    lstm = nn.LSTM(2, 3)
+    with uv.watch(lstm, every=2) as flow:
+        for _ in range(4):
+            lstm(torch.zeros(4, 2, 2))[0].sum().backward()
+    assert [record.step for record in flow.passes("l0")] == [1, 3]
+
+
 def test_every_needs_the_model_itself_to_be_called() -> None:
     model = Model(nn.LSTM(2, 3))
     with uv.watch(model, every=2), pytest.raises(RuntimeError, match="only its parts are called"):

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.exceptions import TyperException
 
+from unvanish.cli.diagnose import diagnose
 from unvanish.cli.output import MARKER, OutputFolder, UserError
 
 app = typer.Typer(
@@ -79,6 +80,9 @@ def compare(
         typer.echo(json.dumps(result.to_json()))
     report.print_comparison(result, console)
     console.print(f"Report: [bold]{folder.path / 'report.html'}[/bold]", highlight=False)
+
+
+app.command()(diagnose)
 
 
 @app.command()

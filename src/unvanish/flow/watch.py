@@ -95,6 +95,8 @@ class Watch(Flow):
     def __enter__(self) -> Watch:
         if self in Watch._active:
             raise RuntimeError("this watch is already active; make a second one with uv.watch(model)")
+        # First, since the model may itself be a layer.
+        self._handles.append(self._model.register_forward_pre_hook(self._begin))
         for name, module in self._modules.items():
             if isinstance(module, nn.RNNBase):
                 self._handles.append(module.register_forward_pre_hook(self._before_module(name), with_kwargs=True))
@@ -102,7 +104,6 @@ class Watch(Flow):
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True))
             else:
                 self._handles.append(module.register_forward_hook(self._after_cell(name), with_kwargs=True))
-        self._handles.append(self._model.register_forward_pre_hook(self._begin))
         Watch._active.append(self)
         return self
 

@@ -1,0 +1,104 @@
+"""`unvanish diagnose`, as a user calls it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SOURCE = """
+import torch
+from torch import nn
+from helper import WIDTH
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.LSTM(3, WIDTH, batch_first=True)
+
+    def forward(self, x):
+        return self.encoder(x)[0][:, -1]
+
+def factory():
+    torch.manual_seed(0)
+    return Model(), (torch.randn(4, 40, 3), torch.randn(4, WIDTH)), nn.functional.mse_loss
+
+def wrong():
+    return Model()
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    (tmp_path / "helper.py").write_text("WIDTH = 8\n")
+    (tmp_path / "mine.py").write_text(SOURCE)
+    return tmp_path / "mine.py"
+
+
+def unvanish(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "80"}
+    command = [sys.executable, "-c", "from unvanish.cli import main; main()", "diagnose", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_says_what_is_wrong_and_what_to_do(mine: Path) -> None:
+    done = unvanish(f"{mine}:factory")
+    assert done.returncode == 0, done.stderr
+    assert "encoder.l0 (lstm): vanishes" in done.stdout
+    assert "1. chrono_(max_lag=40) on encoder" in done.stdout
+    assert "encoder.l0 then: healthy" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_json_and_a_checkpoint(mine: Path) -> None:
+    scope: dict[str, object] = {}
+    sys.path.insert(0, str(mine.parent))
+    try:
+        exec(mine.read_text(), scope)
+    finally:
+        sys.path.pop(0)
+    model = scope["Model"]()  # type: ignore[operator]
+    with torch.no_grad():
+        model.encoder.bias_ih_l0[8:16] = 6.0
+    torch.save(model.state_dict(), mine.parent / "weights.pt")
+    done = unvanish(f"{mine}:factory", "--json", "--lag", "20", "--checkpoint", str(mine.parent / "weights.pt"))
+    found = json.loads(done.stdout)
+    assert found["layers"]["encoder.l0"]["verdict"] == "healthy"
+    assert found["layers"]["encoder.l0"]["lag"] == 20
+    assert found["prescriptions"] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{mine}", "expected a Python file and a function"),
+        ("{mine}:nothing", "has no function 'nothing'"),
+        ("{mine}:wrong", "expected wrong() to return (model, batch, loss), got Model"),
+        ("{folder}/other.py:factory", "there is no file"),
+    ],
+)
+def test_wrong_sources_are_refused(source: str, message: str, mine: Path) -> None:
+    done = unvanish(source.format(mine=mine, folder=mine.parent))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error:")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_pickle_that_holds_more_than_tensors_is_refused(mine: Path) -> None:
+    torch.save({"weights": subprocess.Popen}, mine.parent / "evil.pt")
+    (mine.parent / "junk.safetensors").write_bytes(b"junk")
+    torch.save({"other": torch.zeros(1)}, mine.parent / "other.pt")
+    for name, message in (
+        ("evil.pt", "no plain state_dict"),
+        ("junk.safetensors", "does not fit the model"),
+        ("other.pt", "does not fit the model"),
+        ("missing.pt", "there is no file"),
+    ):
+        done = unvanish(f"{mine}:factory", "--checkpoint", str(mine.parent / name))
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
