@@ -92,7 +92,7 @@ def test_plots_take_and_return_axes() -> None:
     assert len(ax.lines) == 2
     expected = flow["l0"].dh.quantile(0.5, dim=1)
     assert ax.lines[0].get_ydata() == pytest.approx(expected.tolist())
-    assert report.plot_flow(flow["l0"], ax) is ax
+    assert uv.plot.flow(flow["l0"], ax) is ax
     assert len(ax.lines) == 4
 
 

@@ -13,10 +13,10 @@ from typing import Any as _Any
 
 if TYPE_CHECKING:
     from unvanish import cures, engine, flow, nn, report, train
-    from unvanish import report as plot
     from unvanish.diagnose import diagnose
     from unvanish.flow.watch import mark, watch
     from unvanish.nn import accelerate, restore
+    from unvanish.report import plot
 
 __version__ = "0.1.0"
 
@@ -45,7 +45,7 @@ def __getattr__(name: str) -> _Any:
         raise AttributeError(f"module 'unvanish' has no attribute {name!r}")
     if name in _FROM:
         return getattr(_import_module(f"unvanish.{_FROM[name]}"), name)
-    return _import_module("unvanish.report" if name == "plot" else f"unvanish.{name}")
+    return _import_module("unvanish.report.plot" if name == "plot" else f"unvanish.{name}")
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -124,6 +125,14 @@ class Verification:
             rows.append(row)
         return pd.DataFrame(rows)
 
+    # Looked up by name: drawing stands above measuring.
+    def plot(self, ax: Any = None) -> Any:
+        """The error over the lag in every layer; returns the matplotlib Axes."""
+        return import_module("unvanish.report.plot").diagnosis(self, ax=ax)
+
+    def _repr_html_(self) -> str:
+        return import_module("unvanish.report.notebook").card(self)
+
     def __repr__(self) -> str:
         return "\n".join(f"{name}: {_brief(self.before.get(name))} → {_brief(now)}" for name, now in self.after.items())
 
@@ -158,6 +167,14 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         names = ("name", "cell", "verdict", "cause", "rate", "half_life", "reach", "lag")
         rows = [{n: getattr(d, n) for n in names} | d.evidence for d in self.layers.values()]
         return pd.DataFrame(rows).rename(columns={"name": "layer"})
+
+    # Looked up by name: drawing stands above measuring.
+    def plot(self, ax: Any = None) -> Any:
+        """The error over the lag in every layer; returns the matplotlib Axes."""
+        return import_module("unvanish.report.plot").diagnosis(self, ax=ax)
+
+    def _repr_html_(self) -> str:
+        return import_module("unvanish.report.notebook").card(self)
 
     def __getitem__(self, name: str) -> LayerDiagnosis:
         if name not in self.layers:

@@ -32,6 +32,8 @@ MANY = 32
 class AdjointMap(Record):
     """‖∂E_k/∂s_t‖₂ of each source, step and sample."""
 
+    _picture = "adjoint_map"
+
     log_norms: Tensor
     """[K, T, B] float64, natural logarithm; −inf where no error arrives (t > k)"""
     sources: tuple[int, ...]

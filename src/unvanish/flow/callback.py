@@ -154,14 +154,14 @@ class GradientFlow(lightning.Callback):
         if not self.pictures:
             return
         # Drawing stands above measuring: it is looked up by name, so that flow does not import it.
-        figures = import_module("unvanish.report.figures")
+        pictures = import_module("unvanish.report.plot")
         for logger in trainer.loggers:
             draw = getattr(logger, "log_image", None)
             add = getattr(getattr(logger, "experiment", None), "add_figure", None)
             if draw is not None:
-                draw("gradient_flow", [figures.plot_decay(curves).figure], step=step)
+                draw("gradient_flow", [pictures.decay(curves).figure], step=step)
             elif add is not None:
-                add("gradient_flow", figures.plot_decay(curves).figure, step)
+                add("gradient_flow", pictures.decay(curves).figure, step)
 
 
 def _first_samples(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any, lengths: Any, n: int) -> _Heard:

@@ -60,6 +60,8 @@ class Term(Record):
 class StateTerms(Record):
     """The terms of one layer and direction by name, also as attributes: `terms.carry`, `terms.forget_gate`, …"""
 
+    _picture = "terms"
+
     cell: str
     at: str
     """the layer and direction: "l0", "l1.reverse" """

@@ -5,6 +5,7 @@ import math
 import os
 import tempfile
 from dataclasses import fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -23,6 +24,8 @@ class Record:
     """
 
     _kinds: ClassVar[dict[str, type["Record"]]] = {}
+    _picture: ClassVar[str] = ""
+    """the function of `uv.plot` that draws it"""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -49,6 +52,20 @@ class Record:
         tensors: dict[str, Tensor] = {}
         tree = json.dumps(_pack(self, tensors))
         write_atomically(Path(path), save(tensors, {"unvanish.flow": str(SCHEMA), "record": tree}))
+
+    # Drawing stands above measuring: it is looked up by name, so that flow does not import it.
+    def plot(self, ax: Any = None) -> Any:
+        """Its picture (see `uv.plot`), on the matplotlib Axes given or on new ones; returns them.
+
+        Raises:
+            TypeError: there is no picture of this kind of record.
+        """
+        if not self._picture:
+            raise TypeError(f"there is no picture of a {self.kind}")
+        return getattr(import_module("unvanish.report.plot"), self._picture)(self, ax=ax)
+
+    def _repr_html_(self) -> str | None:
+        return import_module("unvanish.report.notebook").card(self) if self._picture else None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

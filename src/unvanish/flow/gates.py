@@ -31,6 +31,10 @@ class GateStatistics(Record):
     """[H] mean ln f (LSTM) or ln z (GRU), nats per step; None for the RNN, which carries nothing"""
 
     @property
+    def _picture(self) -> str:  # type: ignore[override]
+        return "" if self.log_carry is None else "memory"
+
+    @property
     def half_life(self) -> Tensor:
         """[H] steps until the carry alone has halved a unit's error: ln 2 / −mean ln f; inf where f rounds to 1."""
         return math.log(2) * self.time_constant

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class LyapunovHistory(Record):
     """How the exponents converge."""
 
+    _picture = "lyapunov"
+
     exponents: Tensor
     """[n] nats per step, mean over samples, largest first"""
     history: Tensor

@@ -38,6 +38,8 @@ class LayerFlow(Record):
     statistics NaN. A field that does not exist for the cell is None: `dc` but for the LSTM, all but `dh` for `uv.mark`.
     """
 
+    _picture = "flow"
+
     name: str
     """module path, layer, direction: "encoder.lstm.l0", "rnn.l1.reverse" """
     cell: str
@@ -105,6 +107,8 @@ class LayerFlow(Record):
 class Flow(Record, Mapping[str, LayerFlow]):
     """Layer name → LayerFlow."""
 
+    _picture = "flow"
+
     def __init__(self, layers: Mapping[str, LayerFlow]) -> None:
         self._layers = dict(layers)
 
@@ -137,11 +141,7 @@ class Flow(Record, Mapping[str, LayerFlow]):
     def contents(self) -> dict[str, Any]:
         return {"layers": self.layers}
 
-    # Drawing stands above measuring: these two look the report package up by name, so that flow does not import it.
-    def plot(self, ax: Any = None) -> Any:
-        """‖∂E/∂h_t‖ and ‖∂E/∂c_t‖ over t, on a log axis; returns the matplotlib Axes."""
-        return import_module("unvanish.report.figures").plot_flow(self, ax)
-
+    # Looked up by name, as in Record.plot.
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """The same, interactive, in one self-contained HTML file."""
-        import_module("unvanish.report.figures").flow_html(self, Path(path))
+        """`plot`, interactive, in one self-contained HTML file."""
+        import_module("unvanish.report.html").write_flow(self, Path(path))

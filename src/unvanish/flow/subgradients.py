@@ -63,6 +63,8 @@ def partial(da: Tensor, da_hh: Tensor, x: Tensor, h_prev: Tensor) -> Tensor:
 class SourceGradients(Record):
     """How much each error source contributes to ∂E/∂W, W = [W_hh, W_ih], of one layer and direction."""
 
+    _picture = "sources"
+
     log_norms: Tensor
     """[K] float64 ln‖∂E_k/∂W‖_F"""
     log_partial_sums: Tensor

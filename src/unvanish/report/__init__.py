@@ -1,15 +1,11 @@
-"""Showing what was measured: pure functions of records; never touches a model."""
+"""Showing what was measured: pure functions of records; never touches a model.
 
-from unvanish.report.figures import plot_flow, plot_learning, plot_reach, save_figures
+`unvanish.report.plot`, also `uv.plot`, has the pictures for papers.
+"""
+
+from unvanish.report import plot
 from unvanish.report.html import write_comparison, write_flow
+from unvanish.report.plot import save_figures
 from unvanish.report.text import print_comparison
 
-__all__ = [
-    "plot_flow",
-    "plot_learning",
-    "plot_reach",
-    "print_comparison",
-    "save_figures",
-    "write_comparison",
-    "write_flow",
-]
+__all__ = ["plot", "print_comparison", "save_figures", "write_comparison", "write_flow"]

@@ -1,0 +1,288 @@
+"""The pictures for papers: matplotlib, on Axes that are given or made; each function returns its Axes.
+
+Colour-blind-safe, told apart by dash too; norms on a logarithmic axis; medians over samples, bands from 10 % to 90 %.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from unvanish.diagnose import Diagnosis, Verification
+from unvanish.diagnose.measure import FRACTION
+from unvanish.flow import (
+    AdjointMap,
+    Flow,
+    GateStatistics,
+    LayerFlow,
+    LyapunovHistory,
+    SourceGradients,
+    StateTerms,
+)
+from unvanish.report.style import LINES, LN10, decades, line
+from unvanish.train.records import Comparison, TaskResult
+
+Moment = Literal["before", "after"]
+
+
+def _power(value: float, position: float | None = None) -> str:
+    """A tick that stands for a power of ten."""
+    return f"$10^{{{value:g}}}$"
+
+
+def new_axes(width: float = 6.4, height: float = 3.8) -> Axes:
+    """Axes of a figure of their own, outside pyplot's global state."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.add_subplot()
+
+
+def reach(task: TaskResult, ax: Axes | None = None, moment: Moment = "before") -> Axes:
+    """‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0 over the lag ℓ, in powers of ten: median over samples, band from 10 % to 90
+    %."""
+    ax = ax or new_axes()
+    for index, run in enumerate(task.runs):
+        found, style = getattr(run, moment), line(index)
+        middle, low, high = (np.array(decades(v), dtype=float) for v in (found.log_norm, found.low, found.high))
+        ax.fill_between(found.lag, low, high, color=style.colour, alpha=0.15, linewidth=0)
+        ax.plot(found.lag, middle, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=run.title)
+    _finish(ax, "lag ℓ (steps before the error)", r"$\|\partial E_T/\partial s_{T-\ell}\|$ relative to lag 0")
+    ax.yaxis.set_major_formatter(_power)
+    when = "before training" if moment == "before" else "after training"
+    ax.set_title(f"{task.title}: the error's way back, {when}", loc="left", fontsize=10)
+    return ax
+
+
+def learning(task: TaskResult, ax: Axes | None = None) -> Axes:
+    """Validation error over updates, with the chance level and the error below which the task counts as solved."""
+    ax = ax or new_axes()
+    for index, run in enumerate(task.runs):
+        style = line(index)
+        ax.plot(
+            run.curve_update,
+            run.curve_error,
+            color=style.colour,
+            linestyle=style.dashes,
+            linewidth=1.8,
+            label=run.title,
+        )
+    ax.axhline(task.chance, color="0.4", linewidth=0.9, label="chance")
+    ax.axhline(task.solved_below, color="0.4", linewidth=0.9, linestyle=":", label="solved below")
+    ax.set_yscale("log")
+    _finish(ax, "optimizer updates", f"validation {task.metric}")
+    ax.set_title(f"{task.title}: who learns", loc="left", fontsize=10)
+    return ax
+
+
+def flow(record: Flow | LayerFlow, ax: Axes | None = None) -> Axes:
+    """‖∂E/∂h_t‖, and ‖∂E/∂c_t‖ where there is a cell state, over t: median over samples, band from 10 % to 90 %."""
+    ax = ax or new_axes()
+    layers = [record] if isinstance(record, LayerFlow) else list(record.values())
+    for index, layer in enumerate(layers):
+        for norm, dashes, label in ((layer.dh, "-", "h"), (layer.dc, (0, (4, 2)), "c")):
+            if norm is None:
+                continue
+            present = np.arange(len(norm))[:, None] < layer.lengths.numpy()[None, :]
+            values = np.where(present & (norm.numpy() > 0), norm.numpy(), np.nan)
+            low, middle, high = _quantiles(values)
+            colour, t = line(index).colour, np.arange(len(norm))
+            ax.fill_between(t, low, high, color=colour, alpha=0.15, linewidth=0)
+            ax.plot(
+                t,
+                middle,
+                color=colour,
+                linestyle=dashes,
+                linewidth=1.8,
+                label=rf"{layer.name}  $\|\partial E/\partial {label}_t\|$",
+            )
+    ax.set_yscale("log")
+    _finish(ax, "step t", "error gradient norm")
+    return ax
+
+
+def decay(curves: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
+    """‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0 over the lag ℓ, in powers of ten.
+
+    Args:
+        curves: layer → `[T]` the natural logarithm, as `GradientFlow` and `AdjointMap.over_lag` give it.
+    """
+    ax = ax or new_axes()
+    for index, (name, curve) in enumerate(curves.items()):
+        style = line(index)
+        values = np.array(decades((curve - curve[0]).tolist()), dtype=float)
+        ax.plot(values, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=name)
+    _finish(ax, "lag ℓ (steps before the error)", r"$\|\partial E_T/\partial s_{T-\ell}\|$ relative to lag 0")
+    ax.yaxis.set_major_formatter(_power)
+    return ax
+
+
+def adjoint_map(record: AdjointMap, sample: int | None = None, ax: Axes | None = None) -> Axes:
+    """‖∂E_k/∂s_t‖ of every source k over the step t: a heat map, or up to eight sources as curves.
+
+    Args:
+        record: the map.
+        sample: which one to show; None: the median over samples.
+        ax: where to draw.
+
+    Raises:
+        IndexError: there is no such sample.
+    """
+    values = record.log_norms.median(2).values if sample is None else record.log_norms[:, :, sample]
+    powers = np.ma.masked_invalid(values.numpy() / LN10)
+    label = rf"$\|\partial E_k/\partial {record.state}_t\|$"
+    if len(record.sources) <= len(LINES):
+        ax = ax or new_axes()
+        for index, k in enumerate(record.sources):
+            style = line(index)
+            ax.plot(powers[index], color=style.colour, linestyle=style.dashes, linewidth=1.8, label=f"k = {k}")
+        ax.yaxis.set_major_formatter(_power)
+        _finish(ax, "step t", label)
+        return ax
+    ax = ax or new_axes(5.6, 4.4)
+    edges = np.array([*record.sources, record.sources[-1] + 1])
+    image = ax.pcolormesh(np.arange(powers.shape[1] + 1), edges, powers, cmap="cividis", rasterized=True)
+    bar = _figure(ax).colorbar(image, ax=ax, format=_power)
+    bar.set_label(label)
+    ax.set_xlabel("step t")
+    ax.set_ylabel("error source k")
+    return ax
+
+
+def terms(record: StateTerms, ax: Axes | None = None) -> Axes:
+    """Each path's share of the error that comes back to step t, the median over samples; they sum to 1."""
+    ax = ax or new_axes()
+    for index, (name, term) in enumerate(record.terms.items()):
+        style, share = line(index), term.share.nanmedian(1).values.numpy()
+        ax.plot(share, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=name.replace("_", " "))
+    ax.axhline(0, color="0.4", linewidth=0.8)
+    _finish(ax, "step t", "share of the error that comes back")
+    return ax
+
+
+def memory(record: GateStatistics, bins: int = 20, ax: Axes | None = None) -> Axes:
+    """How many units forget by 1/e in how many steps: the time constants that the carry gate implies.
+
+    Raises:
+        ValueError: the cell has no gate that carries its state.
+    """
+    ax = ax or new_axes()
+    counts, edges = (v.numpy() for v in record.histogram(bins))
+    ax.stairs(counts, edges, fill=True, color=line(2).colour, alpha=0.75)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish(ax, "time constant τ (steps)", "units", legend=False)
+    return ax
+
+
+def subgradients(record: LayerFlow, ax: Axes | None = None) -> Axes:
+    """‖g_t‖ of the T subgradients of ∂E/∂W = Σ_t g_t, and, where recorded, ‖Σ_{s ≥ t} g_s‖.
+
+    Raises:
+        ValueError: the record has none: it is of marked states.
+    """
+    if record.dweight is None:
+        raise ValueError(f"record: {record.name!r} is of marked states, which have no weights")
+    ax = ax or new_axes()
+    curves = [(record.dweight, r"$\|g_t\|$")]
+    if record.partial is not None:
+        curves.append((record.partial, r"$\|\sum_{s \geq t} g_s\|$"))
+    for index, (norm, label) in enumerate(curves):
+        style, values = line(index), norm.numpy()
+        values = np.where(values > 0, values, np.nan)
+        ax.plot(values, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=label)
+    ax.set_yscale("log")
+    _finish(ax, "step t", "norm of the weight's gradient")
+    return ax
+
+
+def sources(record: SourceGradients, ax: Axes | None = None) -> Axes:
+    """‖∂E_k/∂W‖ of each error source, their partial sums ‖S_n‖, and the longest path's term alone."""
+    ax = ax or new_axes()
+    curves = (
+        (record.log_norms, r"$\|\partial E_k/\partial W\|$"),
+        (record.log_partial_sums, r"$\|S_k\|$"),
+        (record.log_longest_path, "the first step's term alone"),
+    )
+    for index, (log_norm, label) in enumerate(curves):
+        style, values = line(index), np.array(decades(log_norm.tolist()), dtype=float)
+        ax.plot(record.sources, values, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=label)
+    ax.yaxis.set_major_formatter(_power)
+    _finish(ax, "error source k", "norm of the weight's gradient")
+    return ax
+
+
+def lyapunov(record: LyapunovHistory, ax: Axes | None = None) -> Axes:
+    """How the estimates of the Lyapunov exponents settle over the steps."""
+    ax = ax or new_axes()
+    for i in range(record.history.shape[1]):
+        style = line(i)
+        ax.plot(
+            record.history[:, i].numpy(), color=style.colour, linestyle=style.dashes, linewidth=1.4, label=f"λ{i + 1}"
+        )
+    ax.axhline(0, color="0.4", linewidth=0.8)
+    _finish(ax, "steps read", "exponent (nats per step)")
+    return ax
+
+
+def diagnosis(record: Diagnosis | Verification, ax: Axes | None = None) -> Axes:
+    """The error over the lag in every layer, with its verdict; of a verification before and after."""
+    if isinstance(record, Verification):
+        curves = {f"{name}, before: {d.verdict}": d for name, d in record.before.items()}
+        curves |= {f"{name}, after: {d.verdict}": d for name, d in record.after.items()}
+    else:
+        curves = {f"{name}: {d.verdict}": d for name, d in record.items()}
+    ax = decay({label: torch.tensor(d.curve) for label, d in curves.items()}, ax)
+    ax.axhline(math.log10(FRACTION), color="0.4", linewidth=0.8, linestyle=":")
+    return ax
+
+
+def save_figures(comparison: Comparison, folder: Path) -> list[Path]:
+    """PNG and SVG of every task's reach before and after training, and of its learning curves."""
+    written = []
+    for task in comparison.tasks:
+        pictures = {
+            "reach-before": reach(task, moment="before"),
+            "reach-after": reach(task, moment="after"),
+            "learning": learning(task),
+        }
+        for name, ax in pictures.items():
+            for kind in ("png", "svg"):
+                path = folder / f"{task.name}-{name}.{kind}"
+                _figure(ax).savefig(path, dpi=150)
+                written.append(path)
+    return written
+
+
+def _figure(ax: Axes) -> Figure:
+    figure = ax.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    return figure
+
+
+def _quantiles(values: np.ndarray) -> Any:
+    """10, 50 and 90 % of each row; NaN where a row has no sample."""
+    out = np.full((3, len(values)), np.nan)
+    some = ~np.isnan(values).all(1)
+    if some.any():
+        out[:, some] = np.nanquantile(values[some], [0.1, 0.5, 0.9], axis=1)
+    return out
+
+
+def _finish(ax: Axes, x: str, y: str, legend: bool = True) -> None:
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(alpha=0.25, linewidth=0.6)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    if legend:
+        ax.legend(frameon=False, fontsize=8)

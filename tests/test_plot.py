@@ -1,0 +1,85 @@
+"""Every record draws itself, on Axes given or made, and shows itself in a notebook without trusting its names."""
+
+import dataclasses
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from matplotlib.axes import Axes
+from torch import nn
+
+import unvanish as uv
+
+
+def records() -> dict[str, Any]:
+    torch.manual_seed(0)
+    lstm, x = uv.cures.chrono_(nn.LSTM(3, 8), 30), torch.randn(30, 4, 3)
+    with uv.watch(lstm, partial=True) as flow:
+        y, _ = lstm(x)
+        y[-1].sum().backward()
+    found = uv.diagnose(nn.LSTM(3, 8), x, loss=lambda output: output[0][-1].square().mean())
+    cured = found.prescriptions[0].apply(nn.LSTM(3, 8))
+    return {
+        "flow": uv.flow.Flow(flow.layers),
+        "layer": flow["l0"],
+        "map": uv.flow.adjoint_map(lstm, x),
+        "few sources": uv.flow.adjoint_map(lstm, x, sources=[3, 29]),
+        "terms": uv.flow.decompose(lstm, x),
+        "gates": uv.flow.gate_statistics(lstm, x),
+        "sources": uv.flow.source_gradients(lstm, x, torch.ones_like(y)),
+        "lyapunov": uv.flow.lyapunov(lstm, x, n=2, history=True),
+        "diagnosis": found,
+        "verification": found.verify(cured),
+    }
+
+
+RECORDS = records()
+
+
+@pytest.mark.parametrize("name", list(RECORDS))
+def test_draws_and_shows_itself(name: str) -> None:
+    record = RECORDS[name]
+    _, ax = plt.subplots()
+    assert record.plot(ax) is ax
+    assert ax.get_xlabel()
+    assert ax.get_ylabel()
+    plt.close()
+    made = record.plot()
+    assert isinstance(made, Axes)
+    assert made.has_data()
+    html = record._repr_html_()
+    assert "data:image/png;base64," in html
+    assert not plt.get_fignums()
+
+
+def test_curves_hold_the_records_numbers() -> None:
+    few, gates = RECORDS["few sources"], RECORDS["gates"]
+    drawn = few.plot().lines[1].get_ydata()
+    assert torch.allclose(torch.tensor(drawn), few.log_norms[1].median(1).values / torch.tensor(10.0).log())
+    assert sum(RECORDS["gates"].plot().patches[0].get_data().values) == len(gates.log_carry)
+    lines = uv.plot.subgradients(RECORDS["layer"]).lines
+    assert lines[0].get_ydata().tolist() == RECORDS["layer"].dweight.tolist()
+    assert len(lines) == 2
+    one = uv.plot.adjoint_map(few, sample=2).lines[0].get_ydata()
+    assert float(one[0]) == pytest.approx(float(few.log_norms[0, 0, 2]) / 2.302585093, rel=1e-6)
+
+
+def test_names_are_escaped() -> None:
+    hostile = dataclasses.replace(RECORDS["layer"], name='<script>alert("1")</script>')
+    assert "<script>" not in hostile._repr_html_()
+    assert "&lt;script&gt;" in hostile._repr_html_()
+
+
+def test_what_can_not_be_drawn_is_an_error() -> None:
+    with uv.watch(nn.Identity()) as flow:
+        h = torch.zeros(2, 3, requires_grad=True)
+        uv.mark(h * 1, "mine").sum().backward()
+    with pytest.raises(ValueError, match="marked states"):
+        uv.plot.subgradients(flow["mine"])
+    gates = uv.flow.gate_statistics(nn.RNN(3, 4), torch.randn(5, 2, 3))
+    with pytest.raises(TypeError, match="no picture of a GateStatistics"):
+        gates.plot()
+    assert gates._repr_html_() is None
+    with pytest.raises(IndexError):
+        uv.plot.adjoint_map(RECORDS["map"], sample=9)
