@@ -13,7 +13,7 @@ from torch import nn
 import unvanish as uv
 from unvanish import report
 from unvanish.report import verdict
-from unvanish.train.records import Comparison, Reach, Run, TaskResult
+from unvanish.train.records import Anatomy, Comparison, Reach, Run, TaskResult
 
 HOSTILE = ["<script>alert(1)</script>\"'&", "</script><img src=x onerror=alert(1)>", "שלום ‮abc", "x" * 300]
 
@@ -27,12 +27,21 @@ def reach(slope: float, update: int = 0, length: int = 200) -> Reach:
     )
 
 
+def anatomy(update: int) -> Anatomy:
+    steps = list(range(0, 200, 2))
+    map_ = [[-0.1 * (k - t) if t <= k else None for t in steps] for k in (99, 149, 199)]
+    share = {"carry": [0.9] * 100, "forget_gate": [0.1] * 99 + [None]}
+    curve: list[float | None] = [-0.1 * t for t in steps]
+    return Anatomy(update, steps, share, curve, curve, [2.0, 30.0, None], [99, 149, 199], map_)
+
+
 def run(title: str, slope: float, error: float, after: float | None = None) -> Run:
     solved = error < 0.01
     end = reach(slope if after is None else after, 100)
     return Run(
-        "rnn", title, 10, [50, 100], [0.2, error], error, solved, 100 if solved else None, 1.0, reach(slope), [], end
-    )
+        "rnn", title, 10, [50, 100], [0.2, error], error, solved, 100 if solved else None, 1.0, reach(slope), [], end,
+        [anatomy(0), anatomy(100)],
+    )  # fmt: skip
 
 
 def comparison(*runs: Run) -> Comparison:
@@ -135,6 +144,13 @@ def test_report_lives_in_a_browser(browser, tmp_path: Path, width: int, scheme: 
     assert page.locator("fieldset input").nth(1).is_checked()
     assert page.evaluate("document.getElementById('reach-adding').data.length") == 2 * len(names)
     assert page.evaluate("JSON.stringify(document.getElementById('reach-adding').data.map((t) => t.y))") != before
+    for picture in ("share", "memory", "subgradient", "map"):
+        assert page.evaluate(f"document.getElementById('{picture}-adding').data.length") >= 1
+    page.locator("input[name=model-adding]").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("input[name=model-adding]").nth(1).is_checked()
+    page.evaluate("Plotly.Fx.hover('share-adding', [{curveNumber: 0, pointNumber: 10}])")
+    assert "0.900 of the error" in (page.locator("#share-adding .hoverlayer").text_content() or "")
     page.evaluate("Plotly.Fx.hover('reach-adding', [{curveNumber: 9, pointNumber: 100}])")
     assert "of the error at lag 0" in (page.locator("#reach-adding .hoverlayer").text_content() or "")
     assert said == []

@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from unvanish.flow.files import write_atomically
 from unvanish.flow.record import Flow
 from unvanish.report import verdict
-from unvanish.report.style import decades, line
-from unvanish.train.records import Comparison, Reach, TaskResult
+from unvanish.report.style import LINES, LN10, decades, line
+from unvanish.train.records import Anatomy, Comparison, Reach, TaskResult
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
@@ -22,7 +22,14 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         OSError: the file can't be written.
     """
     data = {task.name: _task_data(task) for task in comparison.tasks}
-    page = _render("comparison.html.j2", comparison=comparison, verdict=verdict, colour=line, data=_script_safe(data))
+    palette = [{"colour": style.colour, "dash": style.dash} for style in LINES]
+    page = _render(
+        "comparison.html.j2",
+        comparison=comparison,
+        verdict=verdict,
+        colour=line,
+        data=_script_safe({"palette": palette, "tasks": data}),
+    )
     write_atomically(path, page.encode())
 
 
@@ -87,6 +94,7 @@ def _task_data(task: TaskResult) -> dict[str, Any]:
                 "update": run.curve_update,
                 "error": run.curve_error,
                 "moments": [_moment(m) for m in (run.before, *run.during, run.after)],
+                "anatomy": [_anatomy(a) for a in run.anatomy],
             }
             for index, run in enumerate(task.runs)
         ],
@@ -101,6 +109,22 @@ def _moment(reach: Reach) -> dict[str, Any]:
         "low": decades(reach.low),
         "high": decades(reach.high),
     }
+
+
+def _anatomy(a: Anatomy) -> dict[str, Any]:
+    return {
+        "steps": a.steps,
+        "share": {name.replace("_", " "): share for name, share in a.share.items()},
+        "subgradient": _powers(a.subgradient),
+        "partial": _powers(a.partial),
+        "tau": a.time_constants,
+        "sources": a.sources,
+        "map": [_powers(row) for row in a.map],
+    }
+
+
+def _powers(log_norm: list[float | None]) -> list[float | None]:
+    return [None if value is None else round(value / LN10, 4) for value in log_norm]
 
 
 def _short(title: str, most: int = 40) -> str:

@@ -12,6 +12,7 @@ import torch
 
 import unvanish
 from unvanish import flow
+from unvanish.train.anatomy import dissect
 from unvanish.train.fit import Budget, Progress, evaluate, fit
 from unvanish.train.models import SequenceModel, recipe
 from unvanish.train.records import Comparison, Reach, Run, TaskResult
@@ -69,6 +70,7 @@ def run_one(task: Task, name: str, hidden: int, budget: Budget, tell: Tell, fold
     chosen = recipe(name)
     model = chosen.build(task, hidden)
     before = measure(model, task, 0)
+    anatomy = [dissect(model, task, 0, PROBES // 2)]
     during: list[Reach] = []
     moments = {budget.steps // 10, budget.steps // 2} - {0, budget.steps}
     progress: Progress = fit(
@@ -84,6 +86,7 @@ def run_one(task: Task, name: str, hidden: int, budget: Budget, tell: Tell, fold
             task.loss(model(x), y).backward()
         record.save(folder / f"{task.name}-{name}.flow")
     model.zero_grad()
+    anatomy.append(dissect(model, task, budget.steps, PROBES // 2))
     test_error = evaluate(model, task)
     stays = [all(e < task.solved_below for e in progress.error[i:]) for i in range(len(progress.error))]
     return Run(
@@ -99,6 +102,7 @@ def run_one(task: Task, name: str, hidden: int, budget: Budget, tell: Tell, fold
         before=before,
         during=during,
         after=measure(model, task, budget.steps),
+        anatomy=anatomy,
     )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the layout of `results.json`."""
 
 
@@ -31,6 +31,30 @@ class Reach:
 
 
 @dataclass(frozen=True)
+class Anatomy:
+    """Why the error survives or dies in the recurrent layer, at one moment of training; medians over the batch.
+
+    None stands where there is no number: a logarithm of zero, a share of no error.
+    """
+
+    update: int
+    steps: list[int]
+    """t of all curves below"""
+    share: dict[str, list[float | None]]
+    """path → its signed share of the last step's error that comes back to step t; they sum to 1"""
+    subgradient: list[float | None]
+    """ln‖g_t‖, ∂E/∂W = Σ_t g_t"""
+    partial: list[float | None]
+    """ln‖Σ_{s ≥ t} g_s‖"""
+    time_constants: list[float | None] | None
+    """steps, per unit: τ = 1 / −mean ln of the gate that carries the state; None for a plain RNN"""
+    sources: list[int]
+    """k of the map's rows"""
+    map: list[list[float | None]]
+    """ln‖∂E_k/∂s_t‖ of each source k and step t"""
+
+
+@dataclass(frozen=True)
 class Run:
     """One model trained on one task."""
 
@@ -49,6 +73,8 @@ class Run:
     before: Reach
     during: list[Reach]
     after: Reach
+    anatomy: list[Anatomy]
+    """before and after training"""
 
 
 @dataclass(frozen=True)
@@ -110,5 +136,6 @@ def _run(data: dict[str, Any]) -> Run:
             "before": Reach(**data["before"]),
             "during": [Reach(**moment) for moment in data["during"]],
             "after": Reach(**data["after"]),
+            "anatomy": [Anatomy(**moment) for moment in data["anatomy"]],
         }
     )

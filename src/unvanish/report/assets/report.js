@@ -47,7 +47,7 @@ function escapeText(text) {
 }
 
 function drawReach(name) {
-  const task = data[name], at = Number(document.querySelector(`input[name="moment-${name}"]:checked`).value);
+  const task = data.tasks[name], at = Number(document.querySelector(`input[name="moment-${name}"]:checked`).value);
   const traces = [], all = [];
   for (const run of task.runs) {
     const m = run.moments[Math.min(at, run.moments.length - 1)];
@@ -66,7 +66,7 @@ function drawReach(name) {
 }
 
 function drawLearning(name) {
-  const task = data[name];
+  const task = data.tasks[name];
   const traces = task.runs.map((run) => ({
     x: run.update, y: run.error, mode: "lines+markers", name: escapeText(run.title),
     line: { color: run.colour, dash: run.dash, width: 2.2 }, marker: { size: 5 },
@@ -82,6 +82,44 @@ function drawLearning(name) {
   Plotly.react("learning-" + name, traces, layout("optimizer updates", "validation " + task.metric, { type: "log" }), config);
 }
 
+function chosen(group, name) {
+  return Number(document.querySelector(`input[name="${group}-${name}"]:checked`).value);
+}
+
+function drawAnatomy(name) {
+  const task = data.tasks[name], run = task.runs[chosen("model", name)], a = run.anatomy[chosen("when", name)];
+  const grey = dark.matches ? "#a3acb9" : "#5b6470";
+  const shares = Object.entries(a.share).map(([path, y], i) => ({
+    x: a.steps, y, mode: "lines", name: path, line: { color: data.palette[i].colour, dash: data.palette[i].dash, width: 2.2 },
+    hovertemplate: `step %{x}<br>%{y:.3f} of the error<extra>${path}</extra>`,
+  }));
+  Plotly.react("share-" + name, shares, layout("step t", "share of the error", { zeroline: true, zerolinecolor: grey }), config);
+
+  const tau = (a.tau || []).filter((v) => v !== null).map(Math.log10);
+  const empty = { text: "a plain RNN carries nothing: no gate, no time constant", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5, font: { color: grey } };
+  const memory = layout("time constant τ (steps)", "units", { rangemode: "tozero" });
+  Object.assign(memory.xaxis, decadeTicks([tau.length ? tau : [0, 1]]), { range: undefined, visible: tau.length > 0 });
+  memory.yaxis.visible = tau.length > 0;
+  Plotly.react("memory-" + name, [{
+    x: tau, type: "histogram", nbinsx: 20, marker: { color: run.colour }, hovertemplate: "%{y} units<extra></extra>",
+  }], { ...memory, bargap: 0.06, annotations: tau.length ? [] : [empty] }, config);
+
+  const curves = [["‖g_t‖, one step", a.subgradient, "solid"], ["‖Σ g_s‖, s ≥ t", a.partial, "dash"]].map(([label, y, dash], i) => ({
+    x: a.steps, y, mode: "lines", name: label, line: { color: data.palette[i].colour, dash, width: 2.2 }, customdata: y.map(factor),
+    hovertemplate: `step %{x}<br>%{customdata}<extra>${label}</extra>`,
+  }));
+  Plotly.react("subgradient-" + name, curves, layout("step t", "norm", decadeTicks([a.subgradient, a.partial])), config);
+
+  const inside = a.map.flat().filter((v) => v !== null), ends = [Math.min(...inside), Math.max(...inside)];
+  let bar = decadeTicks(a.map);
+  if (bar.tickvals.filter((v) => v >= ends[0] && v <= ends[1]).length < 2) bar = { tickvals: ends, ticktext: ends.map(factor) };
+  Plotly.react("map-" + name, [{
+    x: a.steps, y: a.sources, z: a.map, type: "heatmap", colorscale: "Cividis", customdata: a.map.map((row) => row.map((v) => (v === null ? "" : factor(v)))),
+    hovertemplate: "source k %{y}, step t %{x}<br>%{customdata}<extra></extra>", hoverongaps: false,
+    colorbar: { tickvals: bar.tickvals, ticktext: bar.ticktext, thickness: 12, outlinewidth: 0 },
+  }], layout("step t", "error source k", {}), config);
+}
+
 function drawFlow() {
   const traces = data.traces.map((t) => ({
     x: t.x, y: t.y, mode: "lines", name: escapeText(t.name), line: { color: t.colour, dash: t.dash, width: 2.2 },
@@ -92,12 +130,15 @@ function drawFlow() {
 
 function drawAll() {
   if (document.getElementById("flow")) return drawFlow();
-  for (const name of Object.keys(data)) {
+  for (const name of Object.keys(data.tasks)) {
     drawReach(name);
     drawLearning(name);
+    drawAnatomy(name);
   }
 }
 
-for (const input of document.querySelectorAll("fieldset input")) input.addEventListener("change", () => drawReach(input.dataset.task));
+for (const input of document.querySelectorAll("fieldset input")) {
+  input.addEventListener("change", () => (input.dataset.task ? drawReach(input.dataset.task) : drawAnatomy(input.dataset.anatomy)));
+}
 dark.addEventListener("change", drawAll);
 drawAll();

@@ -1,0 +1,59 @@
+"""Why the error survives or dies in a trained model: what the report's pictures of it are drawn from."""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+
+from unvanish import flow
+from unvanish.cells import CARRY
+from unvanish.nn.modules import layer_directions
+from unvanish.train.models import SequenceModel
+from unvanish.train.records import Anatomy
+from unvanish.train.tasks import Task
+
+POINTS = 120
+"""steps kept of each curve at most"""
+SOURCES = 30
+"""error sources of the map at most"""
+
+
+def dissect(model: SequenceModel, task: Task, update: int, probes: int) -> Anatomy:
+    """Terms, subgradients, time constants and the adjoint map of a model's layer, in float64.
+
+    The error is the task's own at the last step; in the map a random one at each source.
+    """
+    double = deepcopy(model).double().train(False)
+    layer = double.recurrent
+    x, y = (v.double() if v.is_floating_point() else v for v in task.samples("validation", range(probes)))
+    with torch.enable_grad(), flow.watch(double, partial=True) as record:
+        states, _ = layer(x)
+        answer = double.head(states[:, -1])
+        (task.loss(answer, y if task.answers == 1 else y[:, -1]) * len(y)).backward()
+    own = record["recurrent.l0"]
+    last = torch.zeros(states.shape[1], states.shape[0], states.shape[2], dtype=torch.float64)
+    last[-1] = 1.0
+    terms = flow.decompose(layer, x, error=last)
+    found = flow.adjoint_map(layer, x, sources=min(SOURCES, x.shape[1]))
+    T = x.shape[1]
+    steps = sorted({round(i * (T - 1) / (POINTS - 1)) for i in range(POINTS)}) if T > POINTS else list(range(T))
+    carries = layer_directions(layer)[0].cell.name in CARRY
+    assert own.dweight is not None
+    assert own.partial is not None
+    return Anatomy(
+        update=update,
+        steps=steps,
+        share={name: _plain(term.share.nanmedian(1).values[steps]) for name, term in terms.terms.items()},
+        subgradient=_plain(own.dweight[steps].log()),
+        partial=_plain(own.partial[steps].log()),
+        time_constants=_plain(flow.gate_statistics(layer, x).time_constant) if carries else None,
+        sources=list(found.sources),
+        map=[_plain(row) for row in found.log_norms.median(2).values[:, steps]],
+    )
+
+
+def _plain(values: Tensor) -> list[float | None]:
+    """Five digits; None where there is no number, or it is infinite."""
+    return [
+        float(f"{v:.5g}") if ok else None for v, ok in zip(values.tolist(), values.isfinite().tolist(), strict=True)
+    ]
