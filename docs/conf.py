@@ -11,7 +11,7 @@ import unvanish  # noqa: E402 (after the path)
 
 project = "unvanish"
 author = "The unvanish maintainers"
-copyright = "The unvanish maintainers, Apache-2.0"
+copyright = "The unvanish maintainers, Apache-2.0"  # noqa: A001 (its name in Sphinx)
 version = release = unvanish.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx_copybutton"]

@@ -178,7 +178,7 @@ def test_report_is_made_again_from_results_alone(
     assert call(["report", str(tmp_path)], monkeypatch) == 0
     assert (tmp_path / "report.html").stat().st_size > 1e6
     assert (tmp_path / "adding-learning.png").exists()
-    for content, message in (("{", "not JSON"), ('{"schema": 99}', "expected schema 1"), ("[]", "expected schema 1")):
+    for content, message in (("{", "not JSON"), ('{"schema": 99}', "expected schema 2"), ("[]", "expected schema 2")):
         (tmp_path / "results.json").write_text(content)
         assert call(["report", str(tmp_path)], monkeypatch) == 2
         assert message in " ".join(capsys.readouterr().err.split())

@@ -39,7 +39,7 @@ RECORDS = records()
 
 @pytest.mark.parametrize("name", list(RECORDS))
 def test_draws_and_shows_itself(name: str) -> None:
-    record = RECORDS[name]
+    record, open_before = RECORDS[name], plt.get_fignums()
     _, ax = plt.subplots()
     assert record.plot(ax) is ax
     assert ax.get_xlabel()
@@ -50,7 +50,7 @@ def test_draws_and_shows_itself(name: str) -> None:
     assert made.has_data()
     html = record._repr_html_()
     assert "data:image/png;base64," in html
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == open_before
 
 
 def test_curves_hold_the_records_numbers() -> None:

@@ -105,6 +105,21 @@ def test_plots_take_and_return_axes() -> None:
     assert len(ax.lines) == 4
 
 
+def test_names_that_would_leave_the_folder_are_refused() -> None:
+    data = comparison(run("plain", -0.1, 0.1)).to_json()
+    data["tasks"][0]["name"] = "../../x"
+    with pytest.raises(ValueError, match=r"got '\.\./\.\./x'"):
+        Comparison.from_json(data)
+
+
+def test_titles_are_no_formulas(tmp_path: Path) -> None:
+    found = comparison(run("$\\frac{1}$", -0.1, 0.1), run("_hidden", -0.2, 0.1))
+    assert len(report.save_figures(found, tmp_path)) == 6
+    legend = uv.plot.learning(found.tasks[0]).get_legend()
+    assert legend is not None
+    assert any("hidden" in text.get_text() for text in legend.get_texts())
+
+
 @pytest.fixture(scope="module")
 def browser():
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

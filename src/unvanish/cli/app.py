@@ -79,7 +79,7 @@ def compare(
     if as_json:
         typer.echo(json.dumps(result.to_json()))
     report.print_comparison(result, console)
-    console.print(f"Report: [bold]{folder.path / 'report.html'}[/bold]", highlight=False)
+    console.print(f"Report: [bold]{escape(str(folder.path / 'report.html'))}[/bold]", highlight=False)
 
 
 app.command()(diagnose)

@@ -53,11 +53,11 @@ def reach(task: TaskResult, ax: Axes | None = None, moment: Moment = "before") -
         found, style = getattr(run, moment), line(index)
         middle, low, high = (np.array(decades(v), dtype=float) for v in (found.log_norm, found.low, found.high))
         ax.fill_between(found.lag, low, high, color=style.colour, alpha=0.15, linewidth=0)
-        ax.plot(found.lag, middle, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=run.title)
+        ax.plot(found.lag, middle, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=_text(run.title))
     _finish(ax, "lag ℓ (steps before the error)", r"$\|\partial E_T/\partial s_{T-\ell}\|$ relative to lag 0")
     ax.yaxis.set_major_formatter(_power)
     when = "before training" if moment == "before" else "after training"
-    ax.set_title(f"{task.title}: the error's way back, {when}", loc="left", fontsize=10)
+    ax.set_title(f"{_text(task.title)}: the error's way back, {when}", loc="left", fontsize=10)
     return ax
 
 
@@ -72,13 +72,13 @@ def learning(task: TaskResult, ax: Axes | None = None) -> Axes:
             color=style.colour,
             linestyle=style.dashes,
             linewidth=1.8,
-            label=run.title,
+            label=_text(run.title),
         )
     ax.axhline(task.chance, color="0.4", linewidth=0.9, label="chance")
     ax.axhline(task.solved_below, color="0.4", linewidth=0.9, linestyle=":", label="solved below")
     ax.set_yscale("log")
     _finish(ax, "optimizer updates", f"validation {task.metric}")
-    ax.set_title(f"{task.title}: who learns", loc="left", fontsize=10)
+    ax.set_title(f"{_text(task.title)}: who learns", loc="left", fontsize=10)
     return ax
 
 
@@ -101,7 +101,7 @@ def flow(record: Flow | LayerFlow, ax: Axes | None = None) -> Axes:
                 color=colour,
                 linestyle=dashes,
                 linewidth=1.8,
-                label=rf"{layer.name}  $\|\partial E/\partial {label}_t\|$",
+                label=rf"{_text(layer.name)}  $\|\partial E/\partial {label}_t\|$",
             )
     ax.set_yscale("log")
     _finish(ax, "step t", "error gradient norm")
@@ -118,7 +118,7 @@ def decay(curves: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
     for index, (name, curve) in enumerate(curves.items()):
         style = line(index)
         values = np.array(decades((curve - curve[0]).tolist()), dtype=float)
-        ax.plot(values, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=name)
+        ax.plot(values, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=_text(name))
     _finish(ax, "lag ℓ (steps before the error)", r"$\|\partial E_T/\partial s_{T-\ell}\|$ relative to lag 0")
     ax.yaxis.set_major_formatter(_power)
     return ax
@@ -261,6 +261,12 @@ def save_figures(comparison: Comparison, folder: Path) -> list[Path]:
                 _figure(ax).savefig(path, dpi=150)
                 written.append(path)
     return written
+
+
+def _text(name: str) -> str:
+    """A name as it is: "$" would start a formula, and a label that starts with "_" is left out of the legend."""
+    name = name.replace("$", r"\$")
+    return "\u200b" + name if name.startswith("_") else name
 
 
 def _figure(ax: Axes) -> Figure:

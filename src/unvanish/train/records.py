@@ -1,5 +1,6 @@
 """What a comparison measured: frozen data, as it stands in `results.json`. Drawn by `unvanish.report`."""
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -124,6 +125,10 @@ class Comparison:
             )
         try:
             tasks = [TaskResult(**{**task, "runs": [_run(run) for run in task["runs"]]}) for task in data["tasks"]]
+            # They become parts of file names and of a page's identifiers.
+            for name in [t.name for t in tasks] + [run.name for t in tasks for run in t.runs]:
+                if not re.fullmatch(r"[A-Za-z0-9-]+", name):
+                    raise ValueError(f"results.json: expected a name of letters, digits and hyphens, got {name!r}")
             return cls(tasks, data["environment"], data["command"], data["schema"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"results.json: a field is missing or unknown: {error}") from error

@@ -1,6 +1,7 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
+const scheme = window.matchMedia("(prefers-color-scheme: dark)");
+const dark = { matches: scheme.matches };
 const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
 
 function superscript(n) {
@@ -70,7 +71,7 @@ function drawLearning(name) {
   const traces = task.runs.map((run) => ({
     x: run.update, y: run.error, mode: "lines+markers", name: escapeText(run.title),
     line: { color: run.colour, dash: run.dash, width: 2.2 }, marker: { size: 5 },
-    hovertemplate: `update %{x}<br>${task.metric} %{y:.4g}<extra>${escapeText(run.title)}</extra>`,
+    hovertemplate: `update %{x}<br>${escapeText(task.metric)} %{y:.4g}<extra>${escapeText(run.title)}</extra>`,
   }));
   const end = Math.max(...task.runs.flatMap((run) => run.update));
   for (const [y, text, dash] of [[task.chance, "chance", "solid"], [task.solvedBelow, "solved below", "dot"]]) {
@@ -79,7 +80,7 @@ function drawLearning(name) {
       line: { color: dark.matches ? "#a3acb9" : "#5b6470", width: 1.2, dash },
     });
   }
-  Plotly.react("learning-" + name, traces, layout("optimizer updates", "validation " + task.metric, { type: "log" }), config);
+  Plotly.react("learning-" + name, traces, layout("optimizer updates", "validation " + escapeText(task.metric), { type: "log" }), config);
 }
 
 function chosen(group, name) {
@@ -140,5 +141,13 @@ function drawAll() {
 for (const input of document.querySelectorAll("fieldset input")) {
   input.addEventListener("change", () => (input.dataset.task ? drawReach(input.dataset.task) : drawAnatomy(input.dataset.anatomy)));
 }
-dark.addEventListener("change", drawAll);
+function redraw(matches) {
+  dark.matches = matches;
+  drawAll();
+}
+
+scheme.addEventListener("change", () => redraw(scheme.matches));
+/* Paper is white whatever the screen is. */
+window.addEventListener("beforeprint", () => redraw(false));
+window.addEventListener("afterprint", () => redraw(scheme.matches));
 drawAll();
