@@ -2,6 +2,9 @@
 
 import csv
 import math
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -148,3 +151,51 @@ def test_two_processes_see_the_samples_of_both() -> None:
     assert a.shape == (6, 4)
     assert a[5].nan_to_num(-1).tolist() == [-1, -1, 5, 15]
     assert answers[0]["b"] == [[0.0, 1.0], [0.0, 1.0]]
+
+
+DISTRIBUTED = """
+import sys
+import lightning
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+import unvanish as uv
+from tests.test_callback import Module
+
+torch.manual_seed(0)
+layer = torch.nn.LSTM(2, 5, batch_first=True)
+x = torch.randn(8, 6, 2, generator=torch.Generator().manual_seed(1))
+callback = uv.flow.GradientFlow(every=1, samples=4)
+processes = int(sys.argv[1])
+trainer = lightning.Trainer(
+    accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", max_steps=1, logger=False,
+    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=[callback],
+)
+module = Module(layer)
+module.head = torch.nn.Linear(5, 1)
+# Lightning hands each of two processes every other sample.
+trainer.fit(module, DataLoader(TensorDataset(x, x[:, 0, 0]), batch_size=8 // processes, shuffle=False))
+if trainer.is_global_zero:
+    print("rate", repr(callback.latest["encoder.l0"].rate))
+    print("weight", module.encoder.weight_hh_l0.grad.norm().item())
+"""
+
+
+def test_a_distributed_training_logs_the_median_over_all_samples(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(DISTRIBUTED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+
+    def rate(processes: int) -> float:
+        command = [sys.executable, str(script), str(processes)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout.split("rate ")[1].split()[0])
+
+    # One process measures its first four samples; two, four each: all eight.
+    torch.manual_seed(0)
+    layer = nn.LSTM(2, 5, batch_first=True)
+    x = torch.randn(8, 6, 2, generator=torch.Generator().manual_seed(1))
+    for processes, samples in ((1, 4), (2, 8)):
+        curve = uv.flow.adjoint_map(layer, x[:samples], sources=[-1]).over_lag(0)
+        right = uv.flow.decay((curve - curve[0]).median(1).values).rate
+        assert rate(processes) == pytest.approx(right, rel=1e-4)

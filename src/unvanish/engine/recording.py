@@ -162,7 +162,8 @@ def _recorded_backward(
         norms = out[8:]
     else:
         norms = native.backward(*total, *saved, **how, want_dx=False, want_delta=False, want_norms=True)[8:]
-    ctx.errors = total
+    # Only for a graph that outlives this backward: held for nothing, they cost the next step fresh pages.
+    ctx.errors = total if torch._C._autograd._get_current_graph_task_keep_graph() else None
     x, h0, c0, *weights, lengths, _, _, _ = saved
     w = Weights(*weights)
 
