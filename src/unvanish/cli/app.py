@@ -12,6 +12,7 @@ from rich.markup import escape
 from typer.exceptions import TyperException
 
 from unvanish.cli.output import MARKER, OutputFolder, UserError
+from unvanish.cli.train import predict, train
 
 app = typer.Typer(
     name="unvanish",
@@ -135,6 +136,10 @@ def doctor() -> None:
         console.print(escape(str(choice)))
         if choice.rung == "native":
             console.print(f"instruction set: {engine.isa()}")
+
+
+app.command()(train)
+app.command()(predict)
 
 
 def main() -> None:
