@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,22 @@ def test_it_learns_beats_the_baseline_and_repeats(tmp_path: Path, kind: str) -> 
         assert first.config["test"]["mse"] < 0.5 * first.config["baseline"]["mse"]
     first.save(tmp_path / "m")
     assert Trained.load(tmp_path / "m").predict(data) == first.predict(data)
+
+
+def test_the_test_split_leaves_no_trace_in_the_model(tmp_path: Path) -> None:
+    write(tmp_path / "d.csv", number=True)
+    data = read_csv(tmp_path / "d.csv", target="y")
+    held = split(None, len(data), 0)["test"]
+    assert data.y is not None
+    x = [v * 1000 if i in held else v for i, v in enumerate(data.x)]
+    y = ["999" if i in held else label for i, label in enumerate(data.y)]
+    settings = Settings(hidden=4, epochs=2)
+    plain, other = (train_on(d, settings, "regression") for d in (data, replace(data, x=x, y=y)))
+    assert plain.config["scale"] == other.config["scale"]
+    assert plain.config["target_scale"] == other.config["target_scale"]
+    for a, b in zip(plain.model.state_dict().values(), other.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert plain.config["test"] != other.config["test"]
 
 
 def test_one_class_and_text_targets_are_refused(tmp_path: Path) -> None:

@@ -258,9 +258,9 @@ def _numbers(data: Sequences) -> list[float]:
 
 def _loader(samples: list, indices: list[int], batch: int, order: torch.Generator | None = None) -> DataLoader:
     chosen = [samples[i] for i in indices]
-    return DataLoader(chosen, batch, shuffle=order is not None, generator=order, collate_fn=_together)
+    return DataLoader(chosen, batch, shuffle=order is not None, generator=order, collate_fn=_together)  # type: ignore[arg-type]
 
 
 def _together(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     x, y = zip(*samples, strict=True)
-    return pad_sequence(x, batch_first=True), torch.tensor([len(s) for s in x]), torch.stack(y)
+    return pad_sequence(list(x), batch_first=True), torch.tensor([len(s) for s in x]), torch.stack(y)
