@@ -210,6 +210,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert {row[1] for row in rows[1:]} <= set("abc")
     for wrong, message in (
         ([*train, "--out", "m"], "--out: m exists"),
+        ([*train, "--out", "d.csv/n"], "--out: d.csv/n can't be written"),
         ([*train, "--out", "n", "--kind", "guess"], "--kind: expected"),
         ([*train, "--out", "n", "--missing", "drop"], "--missing: expected"),
         ([*train, "--out", "n", "--cell", "nope"], "cells: expected names"),

@@ -1,6 +1,7 @@
 """`unvanish train` and `unvanish predict`: a model of the user's own data."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -34,6 +35,11 @@ def train(
     """Train on your own sequences: 70 % train, 15 % validation, 15 % test, whole sequences, by seed and class."""
     if out.exists():
         raise UserError(f"--out: {out} exists; name a new folder")
+    try:  # before the training, not after it
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.").cleanup()
+    except OSError as error:
+        raise UserError(f"--out: {out} can't be written: {error.strerror}") from error
     if kind not in ("classification", "regression"):
         raise UserError(f"--kind: expected classification or regression, got {kind!r}")
     if missing not in ("error", "mean"):
