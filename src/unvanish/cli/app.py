@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 
 from unvanish.cli.diagnose import diagnose
 from unvanish.cli.output import MARKER, OutputFolder, UserError
+from unvanish.cli.train import predict, train
 
 app = typer.Typer(
     name="unvanish",
@@ -139,6 +140,10 @@ def doctor() -> None:
         console.print(escape(str(choice)))
         if choice.rung == "native":
             console.print(f"instruction set: {engine.isa()}")
+
+
+app.command()(train)
+app.command()(predict)
 
 
 def main() -> None:

@@ -1,0 +1,84 @@
+"""Sequences of any length with one target each, and how they are split."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What a data file holds."""
+
+    x: list[np.ndarray]
+    """[T_i, I] each, float64; NaN where a value is missing"""
+    y: list[str] | None
+    """as written in the file; None where there is no target column"""
+    names: list[str]
+    """of the sequences: their id, or their row in the file"""
+    channels: list[str]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def split(y: list[str] | None, n: int, seed: int) -> dict[str, list[int]]:
+    """70 % train, 15 % validation, 15 % test; whole sequences, drawn by `seed`, within each class where `y` is given.
+
+    Raises:
+        ValueError: a split would stay empty.
+    """
+    order = np.random.default_rng(seed).permutation(n)
+    classes = {label: place for place, label in enumerate(sorted(set(y)))} if y is not None else {}
+    members = [[int(i) for i in order if y is None or classes[y[i]] == c] for c in range(max(1, len(classes)))]
+    found: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    for group in members:
+        held = max(1, round(0.15 * len(group))) if len(group) >= 3 else 0
+        found["test"] += group[:held]
+        found["validation"] += group[held : 2 * held]
+        found["train"] += group[2 * held :]
+    for name, indices in found.items():
+        if not indices:
+            raise ValueError(
+                f"data: {n} sequences leave the {name} split empty; expected 3 or more of at least one class"
+            )
+    return {name: sorted(indices) for name, indices in found.items()}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """(x − mean)/deviation by channel, both of the training sequences alone; a missing value becomes 0, the mean."""
+
+    mean: list[float]
+    deviation: list[float]
+
+    @classmethod
+    def of(cls, x: list[np.ndarray]) -> "Scale":
+        """Of these sequences, NaN left out; a constant channel is only shifted.
+
+        Raises:
+            ValueError: values so large that their deviation overflows.
+        """
+        values = np.concatenate(x)
+        known = np.isfinite(values)
+        count = np.maximum(known.sum(0), 1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = np.where(known, values, 0.0).sum(0) / count
+            deviation = np.sqrt((np.where(known, values - mean, 0.0) ** 2).sum(0) / count)
+        if not (np.isfinite(mean).all() and np.isfinite(deviation).all()):
+            raise ValueError(
+                "data: values are too large to be scaled in float64; expected magnitudes below about 1e150"
+            )
+        return cls(mean.tolist(), np.where(deviation > 0, deviation, 1.0).tolist())
+
+    def __call__(self, x: np.ndarray) -> Tensor:
+        """`[T, I]` → `[T, I]` float32
+
+        Raises:
+            ValueError: a value lies so far from the training sequences that float32 can't hold it.
+        """
+        scaled = (x - np.asarray(self.mean)) / np.asarray(self.deviation)
+        if (np.abs(scaled) > 1e30).any():
+            raise ValueError("data: a value lies more than 1e30 deviations from the mean of the training sequences")
+        return torch.from_numpy(np.where(np.isnan(scaled), 0.0, scaled).astype(np.float32))
