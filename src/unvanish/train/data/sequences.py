@@ -11,8 +11,8 @@ from torch import Tensor
 class Sequences:
     """What a data file holds."""
 
-    x: list[np.ndarray]
-    """[T_i, I] each, float64; NaN where a value is missing"""
+    x: list[np.ndarray] | list[str]
+    """[T_i, I] each, float64, NaN where a value is missing; or texts"""
     y: list[str] | None
     """as written in the file; None where there is no target column"""
     names: list[str]
@@ -23,8 +23,10 @@ class Sequences:
         return len(self.x)
 
 
-def split(y: list[str] | None, n: int, seed: int) -> dict[str, list[int]]:
+def split(y: list[str] | None, n: int, seed: int, *, test: bool = True) -> dict[str, list[int]]:
     """70 % train, 15 % validation, 15 % test; whole sequences, drawn by `seed`, within each class where `y` is given.
+
+    Without `test`, what would be tested trains.
 
     Raises:
         ValueError: a split would stay empty.
@@ -32,16 +34,17 @@ def split(y: list[str] | None, n: int, seed: int) -> dict[str, list[int]]:
     order = np.random.default_rng(seed).permutation(n)
     classes = {label: place for place, label in enumerate(sorted(set(y)))} if y is not None else {}
     members = [[int(i) for i in order if y is None or classes[y[i]] == c] for c in range(max(1, len(classes)))]
-    found: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    found: dict[str, list[int]] = {"validation": [], "train": []} | ({"test": []} if test else {})
     for group in members:
-        held = max(1, round(0.15 * len(group))) if len(group) >= 3 else 0
-        found["test"] += group[:held]
-        found["validation"] += group[held : 2 * held]
-        found["train"] += group[2 * held :]
+        held = max(1, round(0.15 * len(group))) if len(group) >= len(found) else 0
+        found["validation"] += group[:held]
+        if test:
+            found["test"] += group[held : 2 * held]
+        found["train"] += group[(2 if test else 1) * held :]
     for name, indices in found.items():
         if not indices:
             raise ValueError(
-                f"data: {n} sequences leave the {name} split empty; expected 3 or more of at least one class"
+                f"data: {n} sequences leave the {name} split empty; expected {len(found)} or more of at least one class"
             )
     return {name: sorted(indices) for name, indices in found.items()}
 

@@ -1,80 +1,136 @@
-"""CSV in: wide, one sequence per row and one step per column; or long, one step per row, sequences told apart by an id.
+"""A table out of a file: CSV or Parquet; every refusal names file, row and column.
 
-A missing value is an empty cell or NA, NaN, null. In a wide file the missing cells at the end of a row make its
-sequence shorter; any other missing value is an error unless `missing="mean"`.
+Rows are counted as lines of the file, the header being row 1; in Parquet, which has no lines, the first row is 1. A
+missing value is an empty cell, NA, NaN or null.
 """
 
 import csv
 import io
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from unvanish.train.data.sequences import Sequences
-
 MISSING = {"", "na", "nan", "null"}
 MAX_COLUMNS = 100_000
-
-Missing = Literal["error", "mean"]
+MAX_BYTES = 4 * 2**30
+"""of a file, and of what a compressed file unpacks to"""
 
 
 class DataError(ValueError):
     """What is wrong with a data file, and where."""
 
 
-def read_csv(path: Path, *, target: str | None = None, id: str | None = None, missing: Missing = "error") -> Sequences:
-    """Read sequences; rows are counted as lines of the file, the header being row 1.
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length."""
 
-    Args:
-        path: UTF-8, comma-separated, with a header.
-        target: the column of the answers; None: there is none, as when predicting.
-        id: the column that tells sequences apart, in a long file; None: a wide file.
-        missing: "error", or "mean": the channel's mean over the training sequences takes the place.
+    path: Path
+    columns: dict[str, list[str] | np.ndarray]
+    """name → cells as written in the file, or float64 where the file itself says that they are numbers"""
+    rows: list[int]
+    """where each row stands in the file"""
+
+    def where(self, row: int, column: str) -> str:
+        """Place of a cell, as messages name it."""
+        return f"{self.path}: row {self.rows[row]}, column {column!r}"
+
+    def require(self, **options: str | None) -> None:
+        """Check the columns that options name.
+
+        Raises:
+            DataError: there is no such column, or two options name the same.
+        """
+        named = {option: column for option, column in options.items() if column is not None}
+        for option, column in named.items():
+            if column not in self.columns:
+                shown = ", ".join(list(self.columns)[:10]) + (", …" if len(self.columns) > 10 else "")
+                raise DataError(f"{self.path}: row 1: no column {column!r} (--{option}); there are {shown}")
+        if len(set(named.values())) < len(named):
+            raise DataError(
+                f"{self.path}: row 1: {', '.join(f'--{o} {c!r}' for o, c in named.items())} must be different columns"
+            )
+
+    def text(self, column: str, what: str) -> list[str]:
+        """The cells of a column, none missing; numbers as Python writes them, whole ones without a point.
+
+        Raises:
+            DataError: one is missing; `what` it should have been.
+        """
+        cells = self.columns[column]
+        if isinstance(cells, np.ndarray):
+            found = ["" if math.isnan(v) else str(int(v)) if v == int(v) else repr(float(v)) for v in cells]
+        else:
+            found = [cell.strip() for cell in cells]
+        for row, cell in enumerate(found):
+            if cell.lower() in MISSING:
+                raise DataError(f"{self.where(row, column)}: the {what} is missing")
+        return found
+
+    def numbers(self, columns: list[str]) -> np.ndarray:
+        """`[rows, columns]` float64, NaN where a value is missing.
+
+        Raises:
+            DataError: a cell is no finite number.
+        """
+        return np.stack([self._numbers(column) for column in columns], axis=1)
+
+    def _numbers(self, column: str) -> np.ndarray:
+        cells = self.columns[column]
+        if isinstance(cells, np.ndarray):
+            for row in np.flatnonzero(np.isinf(cells))[:1]:
+                raise DataError(f"{self.where(row, column)}: expected a finite number, got {cells[row]}")
+            return cells
+        return np.array([self._number(row, column, cell) for row, cell in enumerate(cells)])
+
+    def _number(self, row: int, column: str, cell: str) -> float:
+        try:
+            value = float(cell)
+        except ValueError as error:
+            if cell.strip().lower() in MISSING:
+                return math.nan
+            raise DataError(f"{self.where(row, column)}: expected a number, got {cell[:40]!r}") from error
+        if not (math.isfinite(value) or cell.strip().lower() == "nan") or "_" in cell:
+            raise DataError(f"{self.where(row, column)}: expected a finite number, got {cell[:40]!r}")
+        return value
+
+
+def read_table(path: Path) -> Table:
+    """A CSV file (UTF-8, comma-separated, with a header), or by its suffix .parquet a Parquet file.
 
     Raises:
         DataError: anything that is not such a file, with file, row and column.
         OSError: the file can't be read.
     """
-    if missing not in ("error", "mean"):
-        raise ValueError(f"missing: expected error or mean, got {missing!r}")
-    header, rows = _rows(path)
-    for option, column in (("target", target), ("id", id)):
-        if column is not None and column not in header:
-            shown = ", ".join(header[:10]) + (", …" if len(header) > 10 else "")
-            raise DataError(f"{path}: row 1: no column {column!r} (--{option}); there are {shown}")
-    if target is not None and target == id:
-        raise DataError(f"{path}: row 1: column {target!r} can't be both target and id")
-    channels = [(place, name) for place, name in enumerate(header) if name not in (target, id)]
-    if not channels:
-        raise DataError(f"{path}: row 1: no column is left for values besides target and id")
-    answer = None if target is None else header.index(target)
-    if answer is not None:
-        for line, row in rows:
-            if row[answer].strip().lower() in MISSING:
-                raise DataError(f"{path}: row {line}, column {target!r}: the target is missing")
-    if id is None:
-        x = [_wide(path, line, row, channels, missing) for line, row in rows]
-        y = None if answer is None else [row[answer].strip() for _, row in rows]
-        return Sequences(x, y, [f"row {line}" for line, _ in rows], ["value"])
-    return _long(path, rows, channels, header.index(id), id, answer, target, missing)
+    return _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
 
 
-def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and rows with their line; all rows as long as the header."""
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        DataError: it isn't one, with the row.
+        OSError: the file can't be read.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise DataError(f"{path}: {path.stat().st_size / 2**30:.1f} GiB; expected at most {MAX_BYTES / 2**30:.0f} GiB")
     data = path.read_bytes()
     if b"\0" in data:
         line = data[: data.index(b"\0")].count(b"\n") + 1
         raise DataError(f"{path}: row {line}: a zero byte; expected a text file")
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(f"{path}: row {line}: not UTF-8 (byte {data[error.start]:#04x}); save it as UTF-8") from error
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+
+
+def _read_csv(path: Path) -> Table:
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     header: list[str] = []
-    rows: list[tuple[int, list[str]]] = []
+    cells: list[list[str]] = []
+    rows: list[int] = []
     try:
         for row in reader:
             if not header:
@@ -86,14 +142,50 @@ def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
                     f"{len(header)} columns as in the header, got {len(row)}"
                 )
             else:
-                rows.append((reader.line_num, row))
+                cells.append(row)
+                rows.append(reader.line_num)
     except csv.Error as error:
         raise DataError(f"{path}: row {reader.line_num}: not CSV: {error}") from error
     if not header:
         raise DataError(f"{path}: row 1: the file is empty; expected a header and rows")
     if not rows:
         raise DataError(f"{path}: row 2: there are no rows below the header")
-    return header, rows
+    columns: dict[str, list[str] | np.ndarray] = {
+        name: list(column) for name, column in zip(header, zip(*cells, strict=True), strict=True)
+    }
+    return Table(path, columns, rows)
+
+
+def _read_parquet(path: Path) -> Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            meta = file.metadata
+            unpacked = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+            # Before anything is unpacked: a small file can hold more than the memory does.
+            if max(unpacked, 8 * meta.num_rows * meta.num_columns) > MAX_BYTES:
+                raise DataError(
+                    f"{path}: {meta.num_rows} rows of {meta.num_columns} columns unpack to more than "
+                    f"{MAX_BYTES / 2**30:.0f} GiB"
+                )
+            _check_header(path, [str(name) for name in file.schema_arrow.names])
+            table = file.read()
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: row 1: not Parquet: {error}") from error
+    if not table.num_rows:
+        raise DataError(f"{path}: row 1: there are no rows")
+    columns: dict[str, list[str] | np.ndarray] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        kind = column.type
+        if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+            columns[name] = np.array([math.nan if v is None else float(v) for v in column.to_pylist()])
+        elif pa.types.is_nested(kind) or pa.types.is_binary(kind):
+            raise DataError(f"{path}: row 1, column {name!r}: expected numbers, text or times, got {kind}")
+        else:
+            columns[name] = ["" if v is None else str(v) for v in column.to_pylist()]
+    return Table(path, columns, list(range(1, table.num_rows + 1)))
 
 
 def _check_header(path: Path, header: list[str]) -> None:
@@ -110,62 +202,3 @@ def _check_header(path: Path, header: list[str]) -> None:
         if name in seen:
             raise DataError(f"{path}: row 1, column {place}: {name!r} is there twice")
         seen.add(name)
-
-
-def _number(path: Path, line: int, column: str, cell: str) -> float:
-    """A finite number, or NaN for a missing one."""
-    if cell.strip().lower() in MISSING:
-        return math.nan
-    try:
-        value = float(cell)
-    except ValueError as error:
-        raise DataError(f"{path}: row {line}, column {column!r}: expected a number, got {cell[:40]!r}") from error
-    if not math.isfinite(value) or "_" in cell:
-        raise DataError(f"{path}: row {line}, column {column!r}: expected a finite number, got {cell[:40]!r}")
-    return value
-
-
-def _refuse_missing(path: Path, line: int, column: str) -> DataError:
-    return DataError(f"{path}: row {line}, column {column!r}: the value is missing; mend it, or choose --missing mean")
-
-
-def _wide(path: Path, line: int, row: list[str], channels: list[tuple[int, str]], missing: Missing) -> np.ndarray:
-    values = [_number(path, line, name, row[place]) for place, name in channels]
-    while values and math.isnan(values[-1]):
-        values.pop()
-    if not values:
-        raise DataError(f"{path}: row {line}, column {channels[0][1]!r}: the sequence has no values")
-    for value, (_, name) in zip(values, channels, strict=False):
-        if missing == "error" and math.isnan(value):
-            raise _refuse_missing(path, line, name)
-    return np.array(values)[:, None]
-
-
-def _long(
-    path: Path,
-    rows: list[tuple[int, list[str]]],
-    channels: list[tuple[int, str]],
-    place_of_id: int,
-    id: str,
-    answer: int | None,
-    target: str | None,
-    missing: Missing,
-) -> Sequences:
-    steps: dict[str, list[list[float]]] = {}
-    answers: dict[str, str] = {}
-    for line, row in rows:
-        name = row[place_of_id].strip()
-        if not name:
-            raise DataError(f"{path}: row {line}, column {id!r}: the id is missing")
-        values = [_number(path, line, column, row[place]) for place, column in channels]
-        for value, (_, column) in zip(values, channels, strict=True):
-            if missing == "error" and math.isnan(value):
-                raise _refuse_missing(path, line, column)
-        steps.setdefault(name, []).append(values)
-        if answer is not None and answers.setdefault(name, row[answer].strip()) != row[answer].strip():
-            raise DataError(
-                f"{path}: row {line}, column {target!r}: sequence {name!r} has {answers[name]!r} above and "
-                f"{row[answer].strip()!r} here; expected one target per sequence"
-            )
-    y = None if answer is None else [answers[name] for name in steps]
-    return Sequences([np.array(v) for v in steps.values()], y, list(steps), [name for _, name in channels])

@@ -1,0 +1,92 @@
+"""Checkpoints that are whole or not there: written beside, renamed into place, and sealed with a checksum."""
+
+import hashlib
+import io
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.plugins import CheckpointIO
+
+SEAL = b"unvanish-checkpoint-1\n"
+KEPT = 2
+
+
+class SealedCheckpointIO(CheckpointIO):
+    """torch's checkpoint, followed by its SHA-256; read with weights_only, so nothing in it is executed."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write by rename.
+
+        Raises:
+            OSError: it can't be written; what was there before is untouched.
+        """
+        path = Path(path)
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        payload = buffer.getbuffer()
+        stage: str | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, stage = tempfile.mkstemp(dir=path.parent, prefix=".checkpoint.")
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(payload)
+                file.write(hashlib.sha256(payload).digest())
+                file.write(SEAL)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(stage, path)
+        except OSError as error:
+            if stage is not None:
+                Path(stage).unlink(missing_ok=True)
+            kept = newest(path.parent)
+            rest = "there is no earlier one" if kept is None else f"{kept} is kept; make room and add --resume"
+            raise OSError(f"checkpoint: {path} can't be written: {error.strerror}; {rest}") from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read what `save_checkpoint` wrote.
+
+        Raises:
+            ValueError: the checksum is wrong.
+        """
+        data = Path(path).read_bytes()
+        body = len(data) - len(SEAL) - 32
+        if body < 0 or not data.endswith(SEAL) or hashlib.sha256(data[:body]).digest() != data[body : body + 32]:
+            raise ValueError(f"checkpoint: {path} is damaged: its checksum is wrong")
+        return torch.load(io.BytesIO(data[:body]), map_location=map_location or "cpu", weights_only=True)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete it."""
+        Path(path).unlink(missing_ok=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder; damaged ones are passed over with a warning."""
+    reader = SealedCheckpointIO()
+    for path in sorted(folder.glob("*.ckpt"), reverse=True):
+        try:
+            reader.load_checkpoint(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; going on from the one before", stacklevel=2)
+            continue
+        return path
+    return None
+
+
+class SaveEachRound(lightning.Callback):
+    """A checkpoint at the end of each round, the newest two kept: the older stands in if the newest is damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / f"update-{trainer.global_step:09d}.ckpt")
+        if trainer.is_global_zero:
+            for path in sorted(self.folder.glob("*.ckpt"))[:-KEPT]:
+                path.unlink()
