@@ -181,8 +181,11 @@ def test_autocast_returns_torchs_dtypes(kind: str) -> None:
     ours, theirs = getattr(uv.nn, kind)(2, 3), getattr(nn, kind)(2, 3)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(4, 2, 2)
+    # Without AVX-512 torch's LSTM, oneDNN's, has no bfloat16 and raises.
+    able = kind != "LSTM" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     with torch.autocast("cpu", torch.bfloat16):
-        mine, expected = flat(ours(x)), flat(theirs(x))
+        mine = flat(ours(x))
+        expected = flat(theirs(x)) if able else [v.bfloat16() for v in flat(theirs.double()(x.double()))]
     assert [v.dtype for v in mine] == [v.dtype for v in expected]
     torch.testing.assert_close(mine, expected, rtol=3e-2, atol=3e-2)
     flat(ours(x))[0].sum().backward()
