@@ -2,8 +2,6 @@
 
 import hashlib
 import io
-import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,8 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.plugins import CheckpointIO
+
+from unvanish.flow.files import write_atomically
 
 SEAL = b"unvanish-checkpoint-1\n"
 KEPT = 2
@@ -29,20 +29,10 @@ class SealedCheckpointIO(CheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         payload = buffer.getbuffer()
-        stage: str | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, stage = tempfile.mkstemp(dir=path.parent, prefix=".checkpoint.")
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(payload)
-                file.write(hashlib.sha256(payload).digest())
-                file.write(SEAL)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(stage, path)
+            write_atomically(path, b"".join((payload, hashlib.sha256(payload).digest(), SEAL)))
         except OSError as error:
-            if stage is not None:
-                Path(stage).unlink(missing_ok=True)
             kept = newest(path.parent)
             rest = "there is no earlier one" if kept is None else f"{kept} is kept; make room and add --resume"
             raise OSError(f"checkpoint: {path} can't be written: {error.strerror}; {rest}") from error

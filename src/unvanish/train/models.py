@@ -137,3 +137,51 @@ def recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"cells: expected names out of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that a model is but its weights: what is saved with them."""
+
+    cell: str
+    """a name out of `RECIPES`"""
+    inputs: int
+    """I; of an embedding of symbols, its width"""
+    outputs: int
+    hidden: int
+    layers: int = 1
+    bidirectional: bool = False
+    dropout: float = 0.0
+    """between layers, on embedded symbols, and on what is read"""
+    read: Read = "last"
+    answers: int = 1
+    symbols: int | None = None
+    """how many there are, where x holds symbols"""
+    tbptt: int | None = None
+    checkpoint_every: int | None = None
+    """states kept by the backward pass: one in so many; None: all"""
+    clip_recurrence: float | None = None
+
+    def build(self, length: int) -> SequenceModel:
+        """The model for sequences of up to `length` steps; weights come from torch's global generator."""
+        layer = recipe(self.cell).recurrent(
+            self.inputs,
+            self.hidden,
+            max(length, 2),
+            num_layers=self.layers,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout if self.layers > 1 else 0.0,
+        )
+        if self.clip_recurrence is not None:
+            cures.clip_recurrence_(layer, self.clip_recurrence)
+        if self.checkpoint_every is not None:
+            layer.checkpoint_every = self.checkpoint_every  # type: ignore[assignment]
+        return SequenceModel(
+            layer,
+            self.outputs,
+            self.answers,
+            read=self.read,
+            embedding=None if self.symbols is None else nn.Embedding(self.symbols, self.inputs),
+            dropout=self.dropout,
+            tbptt=self.tbptt,
+        )
