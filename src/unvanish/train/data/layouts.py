@@ -1,27 +1,14 @@
 """What the rows of a table mean: wide, a sequence per row and a step per column; long, a step per row, sequences told
 apart by an id; text, a column of it; or a time series."""
 
-import math
-from typing import Literal
+from itertools import pairwise
 
 import numpy as np
 
+from unvanish.train.data.missing import Missing, check_missing, filled, refuse
 from unvanish.train.data.sequences import Sequences
 from unvanish.train.data.series import Series
 from unvanish.train.data.table import DataError, Table
-
-Missing = Literal["error", "mean", "previous"]
-MISSING_POLICIES: tuple[Missing, ...] = ("error", "mean", "previous")
-
-
-def check_missing(missing: str) -> None:
-    """Is this a policy for missing values?
-
-    Raises:
-        ValueError: it isn't.
-    """
-    if missing not in MISSING_POLICIES:
-        raise ValueError(f"missing: expected one of {', '.join(MISSING_POLICIES)}, got {missing!r}")
 
 
 def sequences(
@@ -51,16 +38,16 @@ def sequences(
     check_missing(missing)
     table.require(target=target, id=id, text=text)
     names = [f"row {row}" for row in table.rows]
+    places = [] if target is None else [table.where(row, target) for row in range(len(names))]
     if text is not None:
         if id is not None:
             raise DataError(f"{table.path}: --text and --id exclude each other: a text is a sequence")
-        return Sequences(
-            table.text(text, "text"), None if target is None else table.text(target, "target"), names, [text]
-        )
+        y = None if target is None else table.labels(target, "target")
+        return Sequences(table.text(text), y, names, [text], places)
     channels = [name for name in table.columns if name not in (target, id)]
     if not channels:
         raise DataError(f"{table.path}: row 1: no column is left for values besides target and id")
-    y = None if target is None else table.text(target, "target")
+    y = None if target is None else table.labels(target, "target")
     values = table.numbers(channels)
     if id is None:
         x = []
@@ -70,9 +57,9 @@ def sequences(
                 raise DataError(f"{table.where(row, channels[0])}: the sequence has no values")
             steps = steps[: known[-1] + 1]
             for t in np.flatnonzero(np.isnan(steps))[:1]:
-                _refuse(table, row, channels[t], missing)
-            x.append(_filled(steps[:, None], missing))
-        return Sequences(x, y, names, ["value"])
+                refuse(table.where(row, channels[t]), missing)
+            x.append(filled(steps[:, None], missing))
+        return Sequences(x, y, names, ["value"], places)
     groups = _groups(table, id)
     _all_known(table, values, channels, missing)
     if y is not None:
@@ -84,10 +71,11 @@ def sequences(
                         "here; expected one target per sequence"
                     )
     return Sequences(
-        [_filled(values[rows], missing) for rows in groups.values()],
+        [filled(values[rows], missing) for rows in groups.values()],
         None if y is None else [y[rows[0]] for rows in groups.values()],
         list(groups),
         channels,
+        [places[rows[0]] for rows in groups.values()] if places else [],
     )
 
 
@@ -101,7 +89,7 @@ def series(
         target: the column that is forecast.
         id: the column that tells series apart.
         time: the column of times, checked to increase within each series; not an input.
-        missing: as in `sequences`.
+        missing: as in `sequences`; what is forecast can't be "mean": a forecast would be judged by a made-up value.
 
     Raises:
         DataError: the rows don't fit, with row and column.
@@ -115,10 +103,17 @@ def series(
     if time is not None:
         moments = _times(table, time)
         for rows in groups.values():
-            for before, row in zip(rows, rows[1:], strict=False):
+            for before, row in pairwise(rows):
                 if not moments[row] > moments[before]:
-                    raise DataError(f"{table.where(row, time)}: times must increase, within each series")
-    return Series({name: _filled(values[rows], missing) for name, rows in groups.items()}, channels)
+                    raise DataError(f"{table.where(row, time)}: expected a later time than in the row before it")
+    known = {name: filled(values[rows], missing) for name, rows in groups.items()}
+    for name, rows in groups.items():
+        for step in np.flatnonzero(np.isnan(known[name][:, 0]))[:1]:
+            raise DataError(
+                f"{table.where(rows[step], target)}: what is forecast is missing; mend it"
+                + (", or choose --missing previous" if missing == "mean" else ": no value stands before it")
+            )
+    return Series(known, channels)
 
 
 def _times(table: Table, column: str) -> np.ndarray:
@@ -127,7 +122,7 @@ def _times(table: Table, column: str) -> np.ndarray:
         return table.numbers([column])[:, 0]
     import pandas as pd
 
-    times = pd.to_datetime(pd.Series(table.text(column, "time")), errors="coerce", utc=True, format="ISO8601")
+    times = pd.to_datetime(pd.Series(table.labels(column, "time")), errors="coerce", utc=True, format="ISO8601")
     if times.notna().all():
         return times.to_numpy(dtype="datetime64[ns]")
     try:
@@ -142,30 +137,11 @@ def _times(table: Table, column: str) -> np.ndarray:
 
 def _groups(table: Table, id: str) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = {}
-    for row, name in enumerate(table.text(id, "id")):
+    for row, name in enumerate(table.labels(id, "id")):
         groups.setdefault(name, []).append(row)
     return groups
 
 
 def _all_known(table: Table, values: np.ndarray, channels: list[str], missing: Missing) -> None:
     for row, column in np.argwhere(np.isnan(values))[:1]:
-        _refuse(table, row, channels[column], missing)
-
-
-def _refuse(table: Table, row: int, column: str, missing: Missing) -> None:
-    if missing == "error":
-        raise DataError(
-            f"{table.where(row, column)}: the value is missing; mend it, or choose --missing mean or previous"
-        )
-
-
-def _filled(x: np.ndarray, missing: Missing) -> np.ndarray:
-    """The previous known value of each channel where one is missing, if that is the policy."""
-    if missing != "previous":
-        return x
-    x = x.copy()
-    for channel in x.T:
-        last = math.nan
-        for t, value in enumerate(channel):
-            channel[t] = last = last if math.isnan(value) else value
-    return x
+        refuse(table.where(row, channels[column]), missing)

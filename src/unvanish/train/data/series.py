@@ -60,8 +60,13 @@ def training_steps(values: np.ndarray) -> np.ndarray:
     return values[: round(SHARES["train"] * len(values))]
 
 
-def last_season(values: np.ndarray, end: int, horizon: int, season: int) -> np.ndarray:
+def last_season(values: np.ndarray, end: int, horizon: int, season: int = 1) -> np.ndarray:
     """The seasonal-naive forecast of steps end … end + horizon − 1: what stood there one whole number of seasons
-    before, the last that is known; season 1 repeats the last value."""
-    ahead = np.arange(horizon)
-    return values[end - season + ahead % season]
+    before, the last that is known; season 1 repeats the last value.
+
+    Raises:
+        ValueError: there is no whole season before `end`.
+    """
+    if not 1 <= season <= end:
+        raise ValueError(f"season: expected 1 to {end}, the steps that are known, got {season}")
+    return values[end - season + np.arange(horizon) % season]

@@ -7,6 +7,7 @@ missing value is an empty cell, NA, NaN or null.
 import csv
 import io
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ MISSING = {"", "na", "nan", "null"}
 MAX_COLUMNS = 100_000
 MAX_BYTES = 4 * 2**30
 """of a file, and of what a compressed file unpacks to"""
+EXACT = 2**53
+"""whole numbers up to here are exact in float64"""
 
 
 class DataError(ValueError):
@@ -46,27 +49,46 @@ class Table:
         for option, column in named.items():
             if column not in self.columns:
                 shown = ", ".join(list(self.columns)[:10]) + (", …" if len(self.columns) > 10 else "")
-                raise DataError(f"{self.path}: row 1: no column {column!r} (--{option}); there are {shown}")
+                only = len(self.columns) == 1 and any(mark in shown for mark in ";\t|")
+                hint = "; separate columns by commas" if only else ""
+                raise DataError(f"{self.path}: row 1: no column {column!r} (--{option}); there are {shown}{hint}")
         if len(set(named.values())) < len(named):
             raise DataError(
                 f"{self.path}: row 1: {', '.join(f'--{o} {c!r}' for o, c in named.items())} must be different columns"
             )
 
-    def text(self, column: str, what: str) -> list[str]:
+    def text(self, column: str) -> list[str]:
+        """The cells of a column as they stand there, none empty.
+
+        Raises:
+            DataError: one is.
+        """
+        found = self._written(column)
+        for row, cell in enumerate(found):
+            if not cell:
+                raise DataError(f"{self.where(row, column)}: the text is missing")
+        return found
+
+    def labels(self, column: str, what: str) -> list[str]:
         """The cells of a column, none missing; numbers as Python writes them, whole ones without a point.
 
         Raises:
             DataError: one is missing; `what` it should have been.
         """
-        cells = self.columns[column]
-        if isinstance(cells, np.ndarray):
-            found = ["" if math.isnan(v) else str(int(v)) if v == int(v) else repr(float(v)) for v in cells]
-        else:
-            found = [cell.strip() for cell in cells]
+        found = self._written(column)
         for row, cell in enumerate(found):
             if cell.lower() in MISSING:
                 raise DataError(f"{self.where(row, column)}: the {what} is missing")
         return found
+
+    def _written(self, column: str) -> list[str]:
+        cells = self.columns[column]
+        if isinstance(cells, list):
+            return [cell.strip() for cell in cells]
+        return [
+            "" if math.isnan(v) else str(int(v)) if math.isfinite(v) and v == int(v) else repr(v)
+            for v in cells.tolist()
+        ]
 
     def numbers(self, columns: list[str]) -> np.ndarray:
         """`[rows, columns]` float64, NaN where a value is missing.
@@ -78,22 +100,35 @@ class Table:
 
     def _numbers(self, column: str) -> np.ndarray:
         cells = self.columns[column]
-        if isinstance(cells, np.ndarray):
-            for row in np.flatnonzero(np.isinf(cells))[:1]:
-                raise DataError(f"{self.where(row, column)}: expected a finite number, got {cells[row]}")
-            return cells
-        return np.array([self._number(row, column, cell) for row, cell in enumerate(cells)])
+        if isinstance(cells, list):
+            return numbers(cells, lambda row: self.where(row, column))
+        for row in np.flatnonzero(np.isinf(cells))[:1]:
+            raise DataError(f"{self.where(row, column)}: expected a finite number, got {cells[row]}")
+        return cells
 
-    def _number(self, row: int, column: str, cell: str) -> float:
+
+def numbers(cells: list[str], where: Callable[[int], str], missing: Collection[str] = MISSING) -> np.ndarray:
+    """`[cells]` float64, NaN where a cell is one of `missing`; as Python reads numbers, but without underscores.
+
+    Raises:
+        DataError: `where` a cell is no finite number.
+    """
+    try:
+        values = np.array(list(map(float, cells)))
+    except ValueError:
+        values = None
+    if values is not None and np.isfinite(values).all() and "_" not in "".join(cells):
+        return values
+    found = np.empty(len(cells))
+    for place, cell in enumerate(cells):
+        plain = cell.strip()
         try:
-            value = float(cell)
-        except ValueError as error:
-            if cell.strip().lower() in MISSING:
-                return math.nan
-            raise DataError(f"{self.where(row, column)}: expected a number, got {cell[:40]!r}") from error
-        if not (math.isfinite(value) or cell.strip().lower() == "nan") or "_" in cell:
-            raise DataError(f"{self.where(row, column)}: expected a finite number, got {cell[:40]!r}")
-        return value
+            found[place] = math.nan if plain.lower() in missing else float(plain)
+        except ValueError:
+            raise DataError(f"{where(place)}: expected a number, got {cell[:40]!r}") from None
+        if "_" in plain or math.isinf(found[place]) or (math.isnan(found[place]) and plain.lower() not in missing):
+            raise DataError(f"{where(place)}: expected a finite number, got {cell[:40]!r}")
+    return found
 
 
 def read_table(path: Path) -> Table:
@@ -103,11 +138,15 @@ def read_table(path: Path) -> Table:
         DataError: anything that is not such a file, with file, row and column.
         OSError: the file can't be read.
     """
-    return _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
+    if path.suffix.lower() == ".parquet":
+        from unvanish.train.data.parquet import read_parquet
+
+        return read_parquet(path)
+    return _read_csv(path)
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file, with or without a byte order mark.
 
     Raises:
         DataError: it isn't one, with the row.
@@ -118,7 +157,7 @@ def read_text(path: Path) -> str:
     data = path.read_bytes()
     if b"\0" in data:
         line = data[: data.index(b"\0")].count(b"\n") + 1
-        raise DataError(f"{path}: row {line}: a zero byte; expected a text file")
+        raise DataError(f"{path}: row {line}: a zero byte; expected text in UTF-8, not UTF-16 or a binary file")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -127,27 +166,36 @@ def read_text(path: Path) -> str:
 
 
 def _read_csv(path: Path) -> Table:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    text = read_text(path)
+    if not text:
+        raise DataError(f"{path}: row 1: the file is empty; expected a header and rows")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     cells: list[list[str]] = []
     rows: list[int] = []
+    blank = None
+    line = 1
     try:
         for row in reader:
             if not header:
                 header = [name.strip() for name in row]
-                _check_header(path, header)
+                check_header(path, header)
+            elif not row:
+                blank = blank or line
+            elif blank is not None:  # at the end of a file empty lines are no rows
+                raise DataError(f"{path}: row {blank}, column 1: an empty line, with rows below it")
             elif len(row) != len(header):
                 raise DataError(
-                    f"{path}: row {reader.line_num}, column {min(len(row), len(header)) + 1}: expected "
-                    f"{len(header)} columns as in the header, got {len(row)}"
+                    f"{path}: row {line}, column {min(len(row), len(header)) + 1}: expected {len(header)} columns as "
+                    f"in the header, got {len(row)}"
                 )
             else:
                 cells.append(row)
-                rows.append(reader.line_num)
+                rows.append(line)
+            line = reader.line_num + 1  # a quoted cell may hold line ends: a row is named by its first line
     except csv.Error as error:
-        raise DataError(f"{path}: row {reader.line_num}: not CSV: {error}") from error
-    if not header:
-        raise DataError(f"{path}: row 1: the file is empty; expected a header and rows")
+        told = "a quote is never closed" if str(error) == "unexpected end of data" else error
+        raise DataError(f"{path}: row {line}: not CSV: {told}") from error
     if not rows:
         raise DataError(f"{path}: row 2: there are no rows below the header")
     columns: dict[str, list[str] | np.ndarray] = {
@@ -156,39 +204,12 @@ def _read_csv(path: Path) -> Table:
     return Table(path, columns, rows)
 
 
-def _read_parquet(path: Path) -> Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def check_header(path: Path, header: list[str]) -> None:
+    """Has every column a name of its own, and are there no more than can be dealt with?
 
-    try:
-        with pq.ParquetFile(path) as file:
-            meta = file.metadata
-            unpacked = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-            # Before anything is unpacked: a small file can hold more than the memory does.
-            if max(unpacked, 8 * meta.num_rows * meta.num_columns) > MAX_BYTES:
-                raise DataError(
-                    f"{path}: {meta.num_rows} rows of {meta.num_columns} columns unpack to more than "
-                    f"{MAX_BYTES / 2**30:.0f} GiB"
-                )
-            _check_header(path, [str(name) for name in file.schema_arrow.names])
-            table = file.read()
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: row 1: not Parquet: {error}") from error
-    if not table.num_rows:
-        raise DataError(f"{path}: row 1: there are no rows")
-    columns: dict[str, list[str] | np.ndarray] = {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        kind = column.type
-        if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-            columns[name] = np.array([math.nan if v is None else float(v) for v in column.to_pylist()])
-        elif pa.types.is_nested(kind) or pa.types.is_binary(kind):
-            raise DataError(f"{path}: row 1, column {name!r}: expected numbers, text or times, got {kind}")
-        else:
-            columns[name] = ["" if v is None else str(v) for v in column.to_pylist()]
-    return Table(path, columns, list(range(1, table.num_rows + 1)))
-
-
-def _check_header(path: Path, header: list[str]) -> None:
+    Raises:
+        DataError: no, with the column.
+    """
     if not header:
         raise DataError(f"{path}: row 1: empty; expected the names of the columns")
     if len(header) > MAX_COLUMNS:
