@@ -51,6 +51,7 @@ def train_on(
         ValueError: the settings don't fit the problem; `out` holds something else, or another training.
         FileExistsError: `out` holds a training, and `resume` is off.
         ArithmeticError: the loss became NaN or infinite.
+        KeyboardInterrupt: Ctrl-C; the last good checkpoint is kept.
         OSError: `out` can't be written; the last good checkpoint is kept.
     """
     shape = problem.begin(settings)
@@ -65,17 +66,24 @@ def train_on(
         torch.manual_seed(settings.seed)
         model = shape.build(problem.length)
     flow = None if flow_every is None else GradientFlow(flow_every)
-    progress = fit(
-        model,
-        problem,
-        budget,
-        tell=lambda done, error: tell(done, budget.steps, error),
-        callbacks=[*callbacks, *([] if flow is None else [flow])],
-        checkpoints=None if folder is None else folder.checkpoints,
-        resume=resume,
-        loggers=loggers,
-        machines=machines,
-    )
+    try:
+        progress = fit(
+            model,
+            problem,
+            budget,
+            tell=lambda done, error: tell(done, budget.steps, error),
+            callbacks=[*callbacks, *([] if flow is None else [flow])],
+            checkpoints=None if folder is None else folder.checkpoints,
+            resume=resume,
+            loggers=loggers,
+            machines=machines,
+        )
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("" if folder is None else f"interrupted; {folder.kept()}") from stop
+    except OSError as error:
+        if folder is None or error.strerror is None:
+            raise
+        raise OSError(f"--out: {out} can't be written: {error.strerror}; {folder.kept()}") from error
     config: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": problem.kind,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unvanish.flow.files import write_atomically
+from unvanish.train.checkpoints import newest
 from unvanish.train.trained import CONFIG, Trained
 
 RUN, CHECKPOINTS, LOGS = "run.json", "checkpoints", "logs"
@@ -59,6 +60,8 @@ class RunFolder:
             for stale in [*path.glob(".*"), *self.checkpoints.glob(".*")]:
                 stale.unlink()
             write_atomically(path / RUN, json.dumps(run, indent=1).encode())
+            if self.finished:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
         except OSError as error:
             raise OSError(f"--out: {path} can't be written: {error.strerror}") from error
 
@@ -76,6 +79,11 @@ class RunFolder:
         if is_first_process():
             trained.save(self.path)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def kept(self) -> str:
+        """What there is to go on from, in words."""
+        found = newest(self.checkpoints)
+        return f"nothing is kept in {self.path}" if found is None else f"{found} is kept; add --resume to go on from it"
 
     def _compare(self, run: dict[str, Any]) -> None:
         try:
