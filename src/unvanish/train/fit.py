@@ -14,9 +14,9 @@ from typing import Any, Literal, Protocol, get_args
 import lightning
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -35,6 +35,8 @@ OPTIMIZERS: dict[Optimizer, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "rmsprop": torch.optim.RMSprop,
 }
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+"""what the launchers set: torchrun, Lightning's own, SLURM"""
 IGNORED = -100
 """a class that is not judged: where shorter answers are padded"""
 
@@ -134,6 +136,11 @@ class Machines:
     def processes(self) -> int:
         """In all."""
         return self.devices * self.nodes
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.processes == 1 or all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
 @dataclass
