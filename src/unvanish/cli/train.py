@@ -211,6 +211,9 @@ def predict(
 
     trained = training.Trained.load(model)
     kind = trained.config["kind"]
+    if kind == "task":
+        name = trained.config["task"]["name"]
+        raise UserError(f"MODEL: expected one that was trained on data, got one of the task {name}")
     columns = {"target": target, "id": id, "time": time, "text": text, "missing": missing}
     writing = {"length": length, "temperature": temperature, "seed": seed}
     unused = (columns | {"data": data}) if kind == "language" else writing | {"prompt": prompt}
