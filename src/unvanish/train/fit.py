@@ -226,7 +226,7 @@ class Supervised(lightning.LightningModule):
     def on_after_backward(self) -> None:
         if self._omega is None:
             return
-        self._omega.__exit__(None, None, None)
+        self.stop_listening()
         # Not through backward(): DDP has averaged the loss's gradients by now, and would not hear of these.
         weights = [w for w in self.model.recurrent.parameters() if w.requires_grad]
         penalty = self.budget.omega * self._omega.penalty()
@@ -234,6 +234,11 @@ class Supervised(lightning.LightningModule):
             if d is not None:
                 mean = self.trainer.strategy.reduce(d, reduce_op="mean")
                 w.grad = mean if w.grad is None else w.grad + mean  # type: ignore[assignment]
+
+    def stop_listening(self) -> None:
+        """Take Ω's hooks off the model."""
+        if self._omega is not None:
+            self._omega.__exit__(None, None, None)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.tell(self.global_step, self.progress.error[-1] if self.progress.error else None)
@@ -255,7 +260,7 @@ class Supervised(lightning.LightningModule):
             self.log_dict({"validation_loss": loss, "validation_error": error}, rank_zero_only=True)
         if self.budget.patience is None:
             return
-        if self.best is None or loss < self.best[0]:
+        if loss < (math.inf if self.best is None else self.best[0]):
             self.best = loss, {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             self._since_best = 0
         else:
@@ -382,6 +387,10 @@ def fit(
             # Lightning makes Ctrl-C an exit, and is deaf to it from then on.
             signal.signal(signal.SIGINT, on_interrupt)
             raise KeyboardInterrupt from stop
+        finally:
+            module.stop_listening()
+    if budget.patience is not None and module.best is None:
+        raise ArithmeticError("the validation loss was never finite; try a smaller lr or clip")
     if module.best is not None:
         model.load_state_dict(module.best[1])
     return module.progress
