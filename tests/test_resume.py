@@ -207,12 +207,13 @@ def test_a_file_size_limit_is_a_full_disk(tmp_path: Path, fork: Any, whole: Trai
     assert same(resumed(tmp_path / "m"), whole)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_says_what_is_kept_and_ends_with_130(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(bars: object, label: str, done: int, total: int, error: float | None) -> None:
         if done == 25:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr("unvanish.cli.progress.TrainingBars.update", interrupt)
     monkeypatch.chdir(tmp_path)

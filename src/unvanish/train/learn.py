@@ -18,6 +18,9 @@ from unvanish.train.run_folder import RunFolder, fingerprint
 from unvanish.train.settings import Settings
 from unvanish.train.trained import SCHEMA, Trained
 
+FLOW_STEPS = 200_000
+"""steps that a measurement of the gradient's reach looks at, of all samples together, unless one alone is longer"""
+
 Tell = Callable[[int, int, float | None], None]
 """(updates done, updates at most, latest validation error)"""
 
@@ -67,7 +70,9 @@ def train_on(
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = shape.build(problem.length)
-    flow = None if flow_every is None else GradientFlow(flow_every)
+    # Fewer samples of very long sequences: measuring keeps every state of them.
+    samples = max(1, min(8, FLOW_STEPS // problem.length))
+    flow = None if flow_every is None else GradientFlow(flow_every, samples=samples)
     with nullcontext() if folder is None else folder.in_its_words():
         progress = fit(
             model,
