@@ -253,13 +253,14 @@ def test_only_the_same_training_is_resumed(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(FileExistsError, match=r"holds a finished training"):
         train.train_on(Classification(sines()), SHORT, out=tmp_path / "m")
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").touch()
+    (tmp_path / "mine" / ".gitignore").touch()
     with pytest.raises(ValueError, match=r"holds files that are not from a training"):
         train.train_on(Classification(sines()), SHORT, out=tmp_path / "mine", resume=True)
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OSError, match=r"--out: .* is a file|--out: .*can't be written"):
             train.train_on(Classification(sines()), SHORT, out=out)
+    assert (tmp_path / "mine" / ".gitignore").exists()
     # An unwritable folder; root may write into any, so the system is asked in words of its own.
     monkeypatch.setattr("tempfile.mkstemp", lambda **_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(OSError, match=r"--out: .*new can't be written: Permission denied"):

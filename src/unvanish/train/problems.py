@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -98,11 +99,14 @@ class Labelled(DataProblem):
         )
 
     def dataset(self, split: Split) -> Dataset:
-        y = self.targets()
-        return Listed([(self._x[i], y[i]) for i in self.parts.get(split, [])])
+        return Listed([(self._x[i], self._y[i]) for i in self.parts.get(split, [])])
+
+    @cached_property
+    def _y(self) -> list[Tensor]:
+        return self.targets()
 
     def tensors(self) -> Iterable[Tensor]:
-        return [*self._x, *self.targets()]
+        return [*self._x, *self._y]
 
     def keep(self) -> dict[str, Any]:
         return {

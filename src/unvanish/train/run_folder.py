@@ -10,9 +10,9 @@ from typing import Any
 
 from unvanish.flow.files import write_atomically
 from unvanish.train.checkpoints import newest
-from unvanish.train.trained import CONFIG, Trained
+from unvanish.train.trained import CONFIG, WEIGHTS, Trained
 
-RUN, CHECKPOINTS, LOGS = "run.json", "checkpoints", "logs"
+RUN, CHECKPOINTS = "run.json", "checkpoints"
 
 
 class RunFolder:
@@ -36,7 +36,7 @@ class RunFolder:
             return
         run = json.loads(json.dumps(run))
         try:
-            here = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
+            here = {entry.name for entry in path.iterdir()} - {half.name for half in self._half_written()}
         except FileNotFoundError:
             here = set()
         except NotADirectoryError as error:
@@ -52,8 +52,8 @@ class RunFolder:
             self._compare(run)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for stale in [*path.glob(".*"), *self.checkpoints.glob(".*")]:
-                stale.unlink()
+            for half in self._half_written():
+                half.unlink()
             write_atomically(path / RUN, json.dumps(run, indent=1).encode())
             if self.finished:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
@@ -86,6 +86,11 @@ class RunFolder:
             if error.strerror is None:
                 raise
             raise OSError(f"--out: {self.path} can't be written: {error.strerror}; {self._kept()}") from error
+
+    def _half_written(self) -> list[Path]:
+        """What a kill left behind of files that were being written."""
+        names = [self.path.glob(f".{name}.*") for name in (RUN, CONFIG, WEIGHTS)]
+        return [half for found in (*names, self.checkpoints.glob(".*.ckpt.*")) for half in found]
 
     def _kept(self) -> str:
         found = newest(self.checkpoints)
