@@ -43,11 +43,8 @@ def problem(settings: Settings) -> train.Classification | train.LanguageModel:
 
 def same(a: Trained, b: Trained) -> bool:
     states = a.model.state_dict(), b.model.state_dict()
-    return (
-        all(torch.equal(v, w) for v, w in zip(*(s.values() for s in states), strict=True))
-        and a.config["validation"] == b.config["validation"]
-        and a.config["test"] == b.config["test"]
-    )
+    weights = all(torch.equal(v, w) for v, w in zip(*(s.values() for s in states), strict=True))
+    return weights and all(a.config[key] == b.config[key] for key in ("validation", "test", "gradient_flow"))
 
 
 class StopError(Exception):

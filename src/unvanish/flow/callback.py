@@ -101,6 +101,12 @@ class GradientFlow(lightning.Callback):
     ) -> None:
         self._stop_listening()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"latest": {name: tuple(found) for name, found in self.latest.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.latest = {name: Decay(*found) for name, found in state_dict["latest"].items()}
+
     def _stop_listening(self) -> None:
         for handle in self._handles:
             handle.remove()
