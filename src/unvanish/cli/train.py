@@ -12,6 +12,8 @@ from unvanish.cli.output import UserError
 if TYPE_CHECKING:
     from unvanish.train import Trained
 
+CLASSES = 20
+"""how many are listed"""
 DATA, MODEL, TRAINING, RUN = "What is learnt", "Model", "Training", "Run"
 DataFile = Annotated[
     Path | None,
@@ -107,7 +109,6 @@ def train(
         "time": time,
         "text": text,
         "missing": missing,
-    } | {
         "horizon": horizon,
         "window": window,
         "season": season,
@@ -173,8 +174,10 @@ def _print(trained: "Trained", out: Path, console: Console) -> None:
         console.print(f"Split: {config['split_rule']} ({', '.join(f'{n} {k}' for k, n in config['split'].items())}).")
     if "class_counts" in config:
         counts = config["class_counts"]
-        for label, count in counts.items():
+        for label, count in list(counts.items())[:CLASSES]:
             console.print(f"class {escape(label)}: {count} of {sum(counts.values())}")
+        if len(counts) > CLASSES:
+            console.print(f"… and {len(counts) - CLASSES} classes more, see config.json")
         if max(counts.values()) > 1.5 * min(counts.values()):
             ratio = max(counts.values()) / min(counts.values())
             console.print(f"The classes are imbalanced, {ratio:.3g} to 1; look at the balanced accuracy.")
