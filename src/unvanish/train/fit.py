@@ -1,6 +1,7 @@
 """Train a model for a budget of updates, on Lightning: measured in rounds, resumable, on one process or many."""
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from unvanish.cures import Omega
 from unvanish.train.checkpoints import SaveEachRound, SealedCheckpointIO, newest
 from unvanish.train.models import SequenceModel
 from unvanish.train.rounds import batches
@@ -29,6 +31,8 @@ OPTIMIZERS: dict[Optimizer, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "rmsprop": torch.optim.RMSprop,
 }
+IGNORED = -100
+"""a class that is not judged: where shorter answers are padded"""
 
 
 class Problem(Protocol):
@@ -76,14 +80,17 @@ class Budget:
     """of the learning rate: constant, or a half cosine down to 0"""
     patience: int | None = None
     """rounds without a better validation loss before training stops; None: it uses all updates"""
+    omega: float = 0.0
+    """weight of Pascanu's Ω, added to the loss"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "lr", "clip", "every", "patience"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay: expected 0 or more, got {self.weight_decay}")
+        for name in ("weight_decay", "omega"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if self.schedule not in get_args(Schedule):
@@ -137,6 +144,7 @@ class Supervised(lightning.LightningModule):
         self.best: tuple[float, dict[str, Tensor]] | None = None
         """(validation loss, weights) of the best round"""
         self._since_best = 0
+        self._omega = Omega(model) if budget.omega else None
         self._state: Any = None
         self._sums = torch.zeros(3, dtype=torch.float64)
 
@@ -171,6 +179,8 @@ class Supervised(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor | None, Tensor], batch_idx: int) -> Tensor:
         x, lengths, y = batch
+        if self._omega is not None:
+            self._omega.__enter__()
         answer, state = self.model.step(x, lengths, self._state)
         if self.problem.carry:
             self._state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
@@ -183,14 +193,26 @@ class Supervised(lightning.LightningModule):
             self.log("train_loss", loss, sync_dist=self.trainer.world_size > 1, batch_size=len(y))
         return loss
 
+    def on_after_backward(self) -> None:
+        if self._omega is None:
+            return
+        self._omega.__exit__(None, None, None)
+        # Not through backward(): DDP has averaged the loss's gradients by now, and would not hear of these.
+        weights = [w for w in self.model.recurrent.parameters() if w.requires_grad]
+        penalty = self.budget.omega * self._omega.penalty()
+        for w, d in zip(weights, torch.autograd.grad(penalty, weights, allow_unused=True), strict=True):
+            if d is not None:
+                mean = self.trainer.strategy.reduce(d, reduce_op="mean")
+                w.grad = mean if w.grad is None else w.grad + mean  # type: ignore[assignment]
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.tell(self.global_step, self.progress.error[-1] if self.progress.error else None)
 
     def validation_step(self, batch: tuple[Tensor, Tensor | None, Tensor], batch_idx: int) -> None:
         x, lengths, y = batch
         answer = self.model(x, lengths)
-        loss, error = float(self.problem.loss(answer, y)), float(self.problem.error(answer, y))
-        self._sums += torch.tensor([loss * len(y), error * len(y), len(y)], dtype=torch.float64)
+        loss, error, n = float(self.problem.loss(answer, y)), float(self.problem.error(answer, y)), judged(y)
+        self._sums += torch.tensor([loss * n, error * n, n], dtype=torch.float64)
 
     def on_validation_epoch_end(self) -> None:
         sums = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum")
@@ -327,17 +349,24 @@ def answers(model: nn.Module, problem: Problem, split: Split) -> Iterator[tuple[
 
 def evaluate(model: nn.Module, problem: Problem) -> float:
     """The problem's error on its test split."""
-    errors = [(float(problem.error(answer, y)), len(y)) for answer, y in answers(model, problem, "test")]
+    errors = [(float(problem.error(answer, y)), judged(y)) for answer, y in answers(model, problem, "test")]
     return sum(error * n for error, n in errors) / sum(n for _, n in errors)
 
 
 def together(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(x padded, lengths or None where all are equal, y)"""
+    """(x padded, lengths or None where all are equal, y, padded with `IGNORED` where every step is answered)"""
     x, y = zip(*samples, strict=True)
     lengths = [len(sample) for sample in x]
     if len(set(lengths)) == 1:
         return torch.stack(x), None, torch.stack(y)
-    return pad_sequence(list(x), batch_first=True), torch.tensor(lengths), torch.stack(y)
+    equal = len({v.shape for v in y}) == 1
+    together = torch.stack(y) if equal else pad_sequence(list(y), batch_first=True, padding_value=IGNORED)
+    return pad_sequence(list(x), batch_first=True), torch.tensor(lengths), together
+
+
+def judged(y: Tensor) -> int:
+    """How many answers a batch's mean is of: its samples, or the classes that aren't `IGNORED`."""
+    return len(y) if y.is_floating_point() else int((y != IGNORED).sum())
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """One training from settings: a task or the user's data in, a `Trained` out."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,41 +10,57 @@ import lightning
 import torch
 from lightning.pytorch.loggers import Logger
 
-from unvanish.flow import GradientFlow
-from unvanish.train.fit import Machines, Tell, fit
+from unvanish.flow.callback import GradientFlow
+from unvanish.train.fit import Machines, fit
 from unvanish.train.problems import DataProblem
+from unvanish.train.run_folder import RunFolder, fingerprint
 from unvanish.train.settings import Settings
-from unvanish.train.tasks.base import Task
 from unvanish.train.trained import SCHEMA, Trained
+
+Tell = Callable[[int, int, float | None], None]
+"""(updates done, updates at most, latest validation error)"""
 
 
 def train_on(
     problem: DataProblem,
     settings: Settings,
     *,
-    flow_every: int | None = 100,
-    checkpoints: Path | None = None,
+    out: Path | None = None,
     resume: bool = False,
+    flow_every: int | None = 100,
     loggers: Sequence[Logger] = (),
     machines: Machines | None = None,
     callbacks: Sequence[lightning.Callback] = (),
-    tell: Tell = lambda update, error: None,
+    tell: Tell = lambda done, total, error: None,
 ) -> Trained:
     """Train a model, and judge it once on the test split, beside the baselines.
 
     Args:
         problem: what is learnt.
         settings: the model and the training.
+        out: folder for checkpoints, one per round, and for the model in the end; None: nothing is written.
+        resume: go on from the newest checkpoint in `out`, to the same weights as without the interruption (on the CPU
+            bit for bit); begin where there is none.
         flow_every: updates between two measurements of the gradient's reach (`flow.GradientFlow`); None: none.
-        checkpoints, resume, loggers, machines, callbacks, tell: as in `fit`.
+        loggers: Lightning's.
+        machines: where it runs; None: in this process.
+        callbacks: Lightning's, further ones.
+        tell: hears of every update.
 
     Raises:
-        ValueError: the settings don't fit the problem.
+        ValueError: the settings don't fit the problem; `out` holds something else, or another training.
+        FileExistsError: `out` holds a training, and `resume` is off.
         ArithmeticError: the loss became NaN or infinite.
-        OSError: a checkpoint can't be written.
+        OSError: `out` can't be written; the last good checkpoint is kept.
     """
     shape = problem.begin(settings)
-    budget = settings.budget(problem.size("train"))
+    budget = settings.budget(problem.size("train"), problem.steps, problem.patience)
+    folder = None
+    if out is not None:
+        run = {"kind": problem.kind, "budget": asdict(budget), "shape": asdict(shape), "data": fingerprint(problem)}
+        folder = RunFolder(out, run, resume)
+        if folder.finished:
+            return Trained.load(out)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = shape.build(problem.length)
@@ -52,9 +69,9 @@ def train_on(
         model,
         problem,
         budget,
-        tell=tell,
+        tell=lambda done, error: tell(done, budget.steps, error),
         callbacks=[*callbacks, *([] if flow is None else [flow])],
-        checkpoints=checkpoints,
+        checkpoints=None if folder is None else folder.checkpoints,
         resume=resume,
         loggers=loggers,
         machines=machines,
@@ -66,8 +83,17 @@ def train_on(
         "shape": asdict(shape),
         "updates": progress.update[-1],
         "validation": {"metric": problem.metric, "update": progress.update, "error": progress.error},
-        "gradient_flow": {} if flow is None else {name: asdict(found) for name, found in flow.latest.items()},
+        "gradient_flow": {} if flow is None else {name: _plain(found) for name, found in flow.latest.items()},
         **problem.keep(),
         "test": problem.judge(model),
     }
-    return Trained(model, config)
+    trained = Trained(model, config)
+    if folder is not None:
+        folder.finish(trained)
+    return trained
+
+
+def _plain(found: Any) -> dict[str, float | None]:
+    return {
+        name: value if value is not None and math.isfinite(value) else None for name, value in found._asdict().items()
+    }

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -27,12 +27,16 @@ class DataProblem(ABC):
     """A `Problem` out of the user's data, and all that is needed to apply the model later."""
 
     kind: ClassVar[str]
-    metric: ClassVar[str]
+    metric: str
     """the error that is reported along the way"""
     shuffle: bool = True
     carry: bool = False
     length: int
     """steps of the longest training sequence"""
+    steps: ClassVar[int | None] = None
+    """updates where settings leave epochs and steps open; None: 50 passes"""
+    patience: ClassVar[int | None] = 10
+    """rounds, where settings leave it open"""
 
     @abstractmethod
     def begin(self, settings: Settings) -> Shape:
@@ -59,6 +63,10 @@ class DataProblem(ABC):
         """Of the model and of the baselines on the test split; empty where there is none."""
 
     @abstractmethod
+    def tensors(self) -> Iterable[Tensor]:
+        """What the problem consists of, to tell it from another."""
+
+    @abstractmethod
     def keep(self) -> dict[str, Any]:
         """Plain data that `apply` needs, and what is worth knowing."""
 
@@ -67,10 +75,11 @@ class Labelled(DataProblem):
     """Sequences, or texts, and one answer each."""
 
     def __init__(self, data: Sequences, *, seed: int = 0, test: bool = True, by_class: bool) -> None:
-        if data.y is None:
-            raise ValueError("data: expected a target; name its column with --target")
-        self.data, self.y = data, data.y
-        self.parts = split(data.y if by_class else None, len(data), seed, test=test)
+        self.data, self.y = data, data.targets()
+        self.parts = split(self.y if by_class else None, len(data), seed, test=test)
+        drawn = "whole sequences, drawn by the seed" + (" within each class" if by_class else "")
+        shares = "70 % train, 15 % validation, 15 % test" if test else "85 % train, 15 % validation"
+        self.rule = f"{drawn}: {shares}"
         training = [data.x[i] for i in self.parts["train"]]
         self.input = input_of(training)
         self._x: list[Tensor] = [self.input(x) for x in data.x]  # type: ignore[arg-type]
@@ -92,10 +101,14 @@ class Labelled(DataProblem):
         y = self.targets()
         return Listed([(self._x[i], y[i]) for i in self.parts.get(split, [])])
 
+    def tensors(self) -> Iterable[Tensor]:
+        return [*self._x, *self.targets()]
+
     def keep(self) -> dict[str, Any]:
         return {
             "channels": self.data.channels,
             "input": to_json(self.input),
+            "split_rule": self.rule,
             "split": {name: len(indices) for name, indices in self.parts.items()},
         }
 
@@ -118,18 +131,15 @@ class Classification(Labelled):
         test: whether a part is kept back to judge the model on.
 
     Raises:
-        DataError: one class only.
-        ValueError: no targets, or too few sequences.
+        DataError: one class only, no targets, or too few sequences.
     """
 
     kind = "classification"
     metric = "error rate"
-    rule = "whole sequences, drawn by the seed within each class: 70 % train, 15 % validation, 15 % test"
 
     def __init__(self, data: Sequences, *, seed: int = 0, test: bool = True) -> None:
-        self.classes = sorted(set(data.y or []))
-        if len(self.classes) == 1:
-            raise DataError(f"data: the target has one class only, {self.classes[0]!r}; expected two or more")
+        self.counts = data.classes()
+        self.classes = list(self.counts)
         super().__init__(data, seed=seed, test=test, by_class=True)
 
     @property
@@ -156,12 +166,7 @@ class Classification(Labelled):
         return {"model": _rates(said, truth), f"majority class, {common}": _rates(majority, truth)}
 
     def keep(self) -> dict[str, Any]:
-        counts = Counter(self.y)
-        return super().keep() | {
-            "split_rule": self.rule,
-            "classes": self.classes,
-            "class_counts": {label: counts[label] for label in self.classes},
-        }
+        return super().keep() | {"classes": self.classes, "class_counts": self.counts}
 
     @staticmethod
     def apply(model: SequenceModel, config: dict[str, Any], data: Sequences) -> list[str]:
@@ -178,17 +183,15 @@ class Regression(Labelled):
         test: whether a part is kept back to judge the model on.
 
     Raises:
-        DataError: a target is no finite number.
-        ValueError: no targets, or too few sequences.
+        DataError: a target is no finite number, no targets, or too few sequences.
     """
 
     kind = "regression"
     metric = "mean squared error / variance"
-    rule = "whole sequences, drawn by the seed: 70 % train, 15 % validation, 15 % test"
 
     def __init__(self, data: Sequences, *, seed: int = 0, test: bool = True) -> None:
         super().__init__(data, seed=seed, test=test, by_class=False)
-        self.numbers = torch.tensor(_numbers(data), dtype=torch.float64)
+        self.numbers = torch.tensor(data.numbers(), dtype=torch.float64)
         chosen = self.numbers[self.parts["train"]]
         self.target_scale = float(chosen.mean()), float(chosen.std(correction=0)) or 1.0
 
@@ -215,7 +218,7 @@ class Regression(Labelled):
         return {"model": _errors(said, truth), "mean": _errors(torch.full_like(truth, mean), truth)}
 
     def keep(self) -> dict[str, Any]:
-        return super().keep() | {"split_rule": self.rule, "target_scale": self.target_scale}
+        return super().keep() | {"target_scale": self.target_scale}
 
     @staticmethod
     def apply(model: SequenceModel, config: dict[str, Any], data: Sequences) -> list[float]:
@@ -259,14 +262,14 @@ def outputs_of(model: SequenceModel, config: dict[str, Any], data: Sequences) ->
     Raises:
         DataError: other channels than in training.
     """
-    input = from_json(config["input"])
-    texts = isinstance(input, Vocabulary)
+    encode = from_json(config["input"])
+    texts = isinstance(encode, Vocabulary)
     if len(data) and isinstance(data.x[0], str) != texts:
         raise DataError(f"data: the model was trained on {'texts' if texts else 'numbers'}; expected the same")
     if not texts and data.channels != config["channels"]:
         raise DataError(f"data: expected the channels {config['channels']}, got {data.channels}")
     model.eval()
-    samples = Listed([(input(x), torch.tensor(0)) for x in data.x])  # type: ignore[arg-type]
+    samples = Listed([(encode(x), torch.tensor(0)) for x in data.x])  # type: ignore[arg-type]
     found = [model(x, lengths) for x, lengths, _ in DataLoader(samples, batch_size=256, collate_fn=together)]
     return torch.cat(found)
 
@@ -282,16 +285,3 @@ def _rates(said: Tensor, truth: Tensor) -> dict[str, float]:
 def _errors(said: Tensor, truth: Tensor) -> dict[str, float]:
     wrong = said - truth
     return {"mse": float((wrong**2).mean()), "mae": float(wrong.abs().mean())}
-
-
-def _numbers(data: Sequences) -> list[float]:
-    numbers = []
-    for name, text in zip(data.names, data.y or [], strict=True):
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not abs(value) < 1e150:
-            raise DataError(f"data: {name}: the target of a regression must be a finite number, got {text[:40]!r}")
-        numbers.append(value)
-    return numbers

@@ -24,7 +24,7 @@ class Settings:
     read: Read | None = None
     """what is read of the states: the "last", their "mean", or "all"; None: what suits the problem"""
     epochs: int | None = None
-    """passes over the training samples; None: 50, if `steps` is None too"""
+    """passes over the training samples; None, if `steps` is None too: 50 of the user's data, 600 updates of a task"""
     steps: int | None = None
     """optimizer updates, instead of epochs"""
     every: int | None = None
@@ -38,9 +38,9 @@ class Settings:
     optimizer: Optimizer = "adam"
     weight_decay: float = 0.0
     schedule: Schedule = "constant"
-    patience: int | None = 10
-    """rounds without a better validation loss before training stops and the best weights are taken; None: no stop, and
-    the last weights"""
+    patience: int | None = None
+    """rounds without a better validation loss before training stops and the best weights are taken; 0: no stop, and
+    the last weights; None: 10 on the user's data, 0 on a task"""
     omega: float = 0.0
     """weight of `cures.Omega`"""
     clip_recurrence: float | None = None
@@ -66,12 +66,18 @@ class Settings:
             raise ValueError(f"epochs, steps: expected one of them, got epochs {self.epochs} and steps {self.steps}")
         if self.seed < 0:
             raise ValueError(f"seed: expected 0 or more, got {self.seed}")
+        if self.patience is not None and self.patience < 0:
+            raise ValueError(f"patience: expected 0 or more, got {self.patience}")
         self.budget(1)
 
-    def budget(self, size: int) -> Budget:
-        """The budget for so many training samples."""
+    def budget(self, size: int, default_steps: int | None = None, default_patience: int | None = None) -> Budget:
+        """The budget for so many training samples; the defaults are for what the settings leave open."""
         one_pass = -(-size // max(1, self.batch))
-        steps = (self.epochs or EPOCHS) * one_pass if self.steps is None else self.steps
+        steps = self.steps
+        if steps is None:
+            by_default = EPOCHS * one_pass if default_steps is None else default_steps
+            steps = by_default if self.epochs is None else self.epochs * one_pass
+        patience = default_patience if self.patience is None else self.patience or None
         return Budget(
             steps,
             self.batch,
@@ -82,7 +88,7 @@ class Settings:
             optimizer=self.optimizer,
             weight_decay=self.weight_decay,
             schedule=self.schedule,
-            patience=self.patience,
+            patience=patience,
             omega=self.omega,
         )
 

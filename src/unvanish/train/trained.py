@@ -10,12 +10,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from unvanish.flow.files import write_atomically
+from unvanish.train.forecasting import Forecasting
+from unvanish.train.language import LanguageModel
 from unvanish.train.models import SequenceModel, Shape
 from unvanish.train.problems import Classification, Regression
 
 SCHEMA = 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-KINDS: dict[str, Any] = {kind.kind: kind for kind in (Classification, Regression)}
+KINDS: dict[str, Any] = {kind.kind: kind for kind in (Classification, Regression, Forecasting, LanguageModel)}
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,13 @@ class Trained:
     config: dict[str, Any]
     """kind, settings, shape, split rule, what the inputs were scaled by, figures on the test split, …"""
 
-    def predict(self, data: Any) -> Any:
-        """What the model answers to data of the kind that it was trained on.
+    def predict(self, data: Any, **options: Any) -> Any:
+        """What the model answers to data of the kind that it was trained on: a class or a number per sequence, the
+        next steps of each series, or how a text goes on.
+
+        Args:
+            data: `Sequences`, `Series`, or a text.
+            options: of a language model: length, temperature, seed.
 
         Raises:
             DataError: other channels than in training, or of another kind.
@@ -35,7 +42,7 @@ class Trained:
         """
         if self.config["kind"] not in KINDS:
             raise ValueError(f"model: expected one that was trained on data, got one of the {self.config['kind']}")
-        return KINDS[self.config["kind"]].apply(self.model, self.config, data)
+        return KINDS[self.config["kind"]].apply(self.model, self.config, data, **options)
 
     def save(self, folder: Path) -> None:
         """Write weights, then config.json, which holds their SHA-256 and so seals the folder.

@@ -32,8 +32,8 @@ class Task(ABC):
     """how an answer is judged: squared error, share of wrong classes, or cross-entropy over all answered steps"""
     default_length: ClassVar[int]
 
-    shuffle: ClassVar[bool] = True
-    carry: ClassVar[bool] = False
+    shuffle: bool = True
+    carry: bool = False
 
     length: int
     seed: int
