@@ -12,6 +12,7 @@ from rich.markup import escape
 from typer.exceptions import TyperException
 
 from unvanish.cli.diagnose import diagnose
+from unvanish.cli.export import export
 from unvanish.cli.output import MARKER, OutputFolder, UserError
 from unvanish.cli.train import predict, train
 
@@ -144,6 +145,7 @@ def doctor() -> None:
 
 app.command()(train)
 app.command()(predict)
+app.command()(export)
 
 
 def main() -> None:

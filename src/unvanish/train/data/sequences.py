@@ -116,7 +116,9 @@ class Scale:
             mean = np.where(known, values, 0.0).sum(0) / count
             deviation = np.sqrt((np.where(known, values - mean, 0.0) ** 2).sum(0) / count)
         if not (np.isfinite(mean).all() and np.isfinite(deviation).all()):
-            raise DataError(f"data: values are too large to be scaled in float64; expected magnitudes below about {LARGEST:g}")
+            raise DataError(
+                f"data: values are too large to be scaled in float64; expected magnitudes below about {LARGEST:g}"
+            )
         # What is left of a constant channel is the rounding of its mean.
         varies = deviation > 4 * np.finfo(np.float64).eps * np.abs(mean)
         return cls(mean.tolist(), np.where(varies, deviation, 1.0).tolist())
