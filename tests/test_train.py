@@ -24,6 +24,7 @@ from unvanish.train import (
     Settings,
 )
 from unvanish.train.data.sequences import split
+from unvanish.train.models import Shape
 
 
 def sines(n: int = 120, *, number: bool = False) -> Sequences:
@@ -98,6 +99,32 @@ def test_other_channels_are_refused() -> None:
     other = Sequences([np.ones((3, 2))], None, ["a"], ["p", "q"])
     with pytest.raises(DataError, match=r"expected the channels \['value'\], got \['p', 'q'\]"):
         trained.predict(other)
+
+
+@pytest.mark.parametrize("read", ["last", "mean"])
+@pytest.mark.parametrize("lengths", [None, [10, 7, 3]])
+def test_truncation_stops_the_error_and_not_the_state(read: str, lengths: list[int] | None) -> None:
+    torch.manual_seed(0)
+    shape = Shape("lstm", 2, 3, 4, read=read)  # type: ignore[arg-type]
+    whole, cut = shape.build(10), replace(shape, tbptt=4).build(10)
+    cut.load_state_dict(whole.state_dict())
+    x, of = torch.randn(3, 10, 2), None if lengths is None else torch.tensor(lengths)
+    x.requires_grad_()
+    answers = [model(x, of) for model in (whole, cut)]
+    torch.testing.assert_close(*answers)
+    full, part = (torch.autograd.grad(answer.square().sum(), x)[0] for answer in answers)
+    for b, last in enumerate(lengths or [10] * 3):
+        begins = (last - 1) // 4 * 4
+        torch.testing.assert_close(part[b, begins:], full[b, begins:])
+        assert full[b, :last].ne(0).all()
+        assert part[b, :begins].ne(0).any() == (read == "mean" and begins > 0)
+
+
+def test_a_validation_loss_that_is_never_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Classification(sines())
+    monkeypatch.setattr(problem, "loss", lambda answer, y: answer.sum() * (1.0 if answer.requires_grad else torch.nan))
+    with pytest.raises(ArithmeticError, match="the validation loss was never finite"):
+        train.train_on(problem, Settings(hidden=4, epochs=1))
 
 
 def write(path: Path) -> None:

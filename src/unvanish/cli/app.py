@@ -4,11 +4,12 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from unvanish.cli.diagnose import diagnose
@@ -16,8 +17,23 @@ from unvanish.cli.export import export
 from unvanish.cli.output import MARKER, OutputFolder, UserError
 from unvanish.cli.train import predict, train
 
+
+class StoppedError(Exception):
+    """Ctrl-C, and what it left."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            # Typer would end it with a code and without a word.
+            raise StoppedError(str(stop) or "interrupted; nothing was written") from stop
+
+
 app = typer.Typer(
     name="unvanish",
+    cls=_Commands,
     help="See, explain and cure vanishing gradients in recurrent networks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -154,8 +170,8 @@ def main() -> None:
         app(standalone_mode=False)
     except (UserError, ValueError, ArithmeticError, OSError) as error:
         _fail(str(error), USER_ERROR)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", INTERRUPTED)
+    except StoppedError as stop:
+        _fail(str(stop), INTERRUPTED)
     except TyperException as error:
         _fail(error.format_message(), USER_ERROR)
 

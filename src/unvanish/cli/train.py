@@ -146,8 +146,8 @@ def train(
         assert data is not None
         given = {name: value for name, value in of_data.items() if value is not None}
         problem = training.read_problem(data, seed=seed, **given)
-    first = training.is_first_process()
-    console = Console(quiet=quiet or as_json or not first, highlight=False, soft_wrap=True)
+    machines = training.Machines(devices, nodes, accelerator)
+    console = Console(quiet=quiet or as_json or not machines.first, highlight=False, soft_wrap=True)
     label = task or problem.kind
     with TrainingBars(console) as bars:
         trained = training.train_on(
@@ -157,10 +157,10 @@ def train(
             resume=resume,
             flow_every=flow_every or None,
             loggers=training.make_loggers(logger, out / "logs"),
-            machines=training.Machines(devices, nodes, accelerator),
+            machines=machines,
             tell=lambda done, total, error: bars.update(f"{label} {cell}", done, total, error),
         )
-    if as_json and first:
+    if as_json and machines.first:
         import json
 
         typer.echo(json.dumps(trained.config))
@@ -211,13 +211,16 @@ def predict(
 
     trained = training.Trained.load(model)
     kind = trained.config["kind"]
+    if kind == "task":
+        name = trained.config["task"]["name"]
+        raise UserError(f"MODEL: expected one that was trained on data, got one of the task {name}")
     columns = {"target": target, "id": id, "time": time, "text": text, "missing": missing}
     writing = {"length": length, "temperature": temperature, "seed": seed}
-    unused = (columns | {"data": data}) if kind == "language model" else writing | {"prompt": prompt}
+    unused = (columns | {"data": data}) if kind == "language" else writing | {"prompt": prompt}
     for name, value in unused.items():
         if value is not None:
             raise UserError(f"--{name}: a model of kind {kind} has no use for it; leave it out")
-    if kind == "language model":
+    if kind == "language":
         if prompt is None:
             raise UserError("--prompt: expected the text that the model continues")
         typer.echo(prompt + trained.predict(prompt, **{k: v for k, v in writing.items() if v is not None}))

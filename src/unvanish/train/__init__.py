@@ -15,7 +15,6 @@ from unvanish.train.logs import make_loggers
 from unvanish.train.models import RECIPES
 from unvanish.train.problems import Classification, Regression
 from unvanish.train.records import Comparison, Reach, Run, TaskResult
-from unvanish.train.run_folder import is_first_process
 from unvanish.train.settings import Settings
 from unvanish.train.task_problem import TaskProblem
 from unvanish.train.tasks import TASKS, make_task
@@ -50,7 +49,6 @@ __all__ = [
     "evaluate",
     "export",
     "fit",
-    "is_first_process",
     "make_loggers",
     "make_task",
     "read_data",

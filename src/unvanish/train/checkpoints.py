@@ -29,13 +29,8 @@ class SealedCheckpointIO(CheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         payload = buffer.getbuffer()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, b"".join((payload, hashlib.sha256(payload).digest(), SEAL)))
-        except OSError as error:
-            kept = newest(path.parent)
-            rest = "there is no earlier one" if kept is None else f"{kept} is kept; make room and add --resume"
-            raise OSError(f"checkpoint: {path} can't be written: {error.strerror}; {rest}") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, b"".join((payload, hashlib.sha256(payload).digest(), SEAL)))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None

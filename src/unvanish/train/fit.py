@@ -2,6 +2,8 @@
 
 import logging
 import math
+import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,8 @@ from typing import Any, Literal, Protocol, get_args
 import lightning
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -31,6 +35,8 @@ OPTIMIZERS: dict[Optimizer, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "rmsprop": torch.optim.RMSprop,
 }
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+"""what the launchers set: torchrun, Lightning's own, SLURM"""
 IGNORED = -100
 """a class that is not judged: where shorter answers are padded"""
 
@@ -120,6 +126,21 @@ class Machines:
         for name in ("devices", "nodes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        launched = os.environ.get("WORLD_SIZE", "")
+        if launched not in ("", str(self.processes)):
+            raise ValueError(
+                f"devices, nodes: {launched} processes were launched, got devices {self.devices} and nodes {self.nodes}"
+            )
+
+    @property
+    def processes(self) -> int:
+        """In all."""
+        return self.devices * self.nodes
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.processes == 1 or all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
 @dataclass
@@ -151,8 +172,6 @@ class Supervised(lightning.LightningModule):
     def train_dataloader(self) -> DataLoader:
         updates = self.budget.updates(self.current_epoch)
         size, world = self.problem.size("train"), self.trainer.world_size
-        if self.budget.batch % world:
-            raise ValueError(f"batch: expected a multiple of the {world} processes, got {self.budget.batch}")
         chosen = list(
             batches(
                 size,
@@ -167,9 +186,20 @@ class Supervised(lightning.LightningModule):
         return DataLoader(self.problem.dataset("train"), batch_sampler=chosen, collate_fn=together)
 
     def val_dataloader(self) -> DataLoader:
-        mine = range(self.trainer.global_rank, self.problem.size("validation"), self.trainer.world_size)
+        size, world = self.problem.size("validation"), self.trainer.world_size
+        # Lightning wants a batch in every process: too few samples are judged by all, with the same mean.
+        mine = range(self.trainer.global_rank, size, world) if size >= world else range(size)
         groups = [list(mine[i : i + 256]) for i in range(0, len(mine), 256)]
         return DataLoader(self.problem.dataset("validation"), batch_sampler=groups, collate_fn=together)
+
+    def on_train_start(self) -> None:
+        begun = self.all_gather(torch.tensor(self.global_step, device=self.device))
+        assert isinstance(begun, Tensor)
+        if begun.unique().numel() > 1:
+            raise ValueError(
+                f"checkpoints: the processes found them at updates {begun.tolist()}; put them where all machines see "
+                "the same files"
+            )
 
     def on_train_epoch_start(self) -> None:
         # A state of its own for each round, so that a checkpoint need not hold the generator's.
@@ -196,7 +226,7 @@ class Supervised(lightning.LightningModule):
     def on_after_backward(self) -> None:
         if self._omega is None:
             return
-        self._omega.__exit__(None, None, None)
+        self.stop_listening()
         # Not through backward(): DDP has averaged the loss's gradients by now, and would not hear of these.
         weights = [w for w in self.model.recurrent.parameters() if w.requires_grad]
         penalty = self.budget.omega * self._omega.penalty()
@@ -204,6 +234,11 @@ class Supervised(lightning.LightningModule):
             if d is not None:
                 mean = self.trainer.strategy.reduce(d, reduce_op="mean")
                 w.grad = mean if w.grad is None else w.grad + mean  # type: ignore[assignment]
+
+    def stop_listening(self) -> None:
+        """Take Ω's hooks off the model."""
+        if self._omega is not None:
+            self._omega.__exit__(None, None, None)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.tell(self.global_step, self.progress.error[-1] if self.progress.error else None)
@@ -225,7 +260,7 @@ class Supervised(lightning.LightningModule):
             self.log_dict({"validation_loss": loss, "validation_error": error}, rank_zero_only=True)
         if self.budget.patience is None:
             return
-        if self.best is None or loss < self.best[0]:
+        if loss < (math.inf if self.best is None else self.best[0]):
             self.best = loss, {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             self._since_best = 0
         else:
@@ -252,6 +287,8 @@ class Supervised(lightning.LightningModule):
         kept = checkpoint["unvanish"]
         self.progress.update[:], self.progress.error[:] = kept["update"], kept["error"]
         self.best, self._since_best = kept["best"], kept["since_best"]
+        # It was to stop just then.
+        self.trainer.should_stop |= self.budget.patience is not None and self._since_best >= self.budget.patience
 
 
 class _At(lightning.Callback):
@@ -298,10 +335,13 @@ def fit(
 
     Raises:
         ArithmeticError: the loss became NaN or infinite.
+        KeyboardInterrupt: Ctrl-C; the last checkpoint is kept.
         ValueError: the batch can't be shared by the processes; a checkpoint does not fit the model.
         OSError: a checkpoint can't be written; the last good one is kept.
     """
     machines = machines or Machines()
+    if budget.batch % machines.processes:
+        raise ValueError(f"batch: expected a multiple of the {machines.processes} processes, got {budget.batch}")
     module = Supervised(model, problem, budget, tell)
     chosen = [*callbacks]
     if at:
@@ -310,30 +350,47 @@ def fit(
     if checkpoints is not None:
         chosen.append(SaveEachRound(checkpoints))
         start = newest(checkpoints) if resume else None
-    several = machines.devices * machines.nodes > 1
+    several = machines.processes > 1
+    plugins: list[Any] = [SealedCheckpointIO()]
+    if several and SLURMEnvironment.detect():
+        # Its own way to requeue would save in the middle of a round.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    on_interrupt = signal.getsignal(signal.SIGINT)
     with _quiet(), torch.random.fork_rng():
-        trainer = lightning.Trainer(
-            accelerator=machines.accelerator,
-            devices=machines.devices,
-            num_nodes=machines.nodes,
-            strategy="ddp" if several else "auto",
-            plugins=[SealedCheckpointIO()],
-            max_steps=budget.steps,
-            max_epochs=-1,
-            num_sanity_val_steps=0,
-            reload_dataloaders_every_n_epochs=1,
-            use_distributed_sampler=False,
-            gradient_clip_val=budget.clip,
-            logger=list(loggers),
-            log_every_n_steps=min(10, budget.round),
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=chosen,
-        )
-        trainer.fit(module, ckpt_path=start)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        try:
+            trainer = lightning.Trainer(
+                accelerator=machines.accelerator,
+                devices=machines.devices,
+                num_nodes=machines.nodes,
+                strategy="ddp" if several else "auto",
+                plugins=plugins,
+                max_steps=budget.steps,
+                max_epochs=-1,
+                num_sanity_val_steps=0,
+                reload_dataloaders_every_n_epochs=1,
+                use_distributed_sampler=False,
+                gradient_clip_val=budget.clip,
+                logger=list(loggers),
+                log_every_n_steps=min(10, budget.round),
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=chosen,
+            )
+        except (MisconfigurationException, ValueError) as error:
+            raise ValueError(f"devices, nodes, accelerator: {error}") from error
+        try:
+            trainer.fit(module, ckpt_path=start)
+        except SystemExit as stop:
+            if not trainer.interrupted:
+                raise
+            # Lightning makes Ctrl-C an exit, and is deaf to it from then on.
+            signal.signal(signal.SIGINT, on_interrupt)
+            raise KeyboardInterrupt from stop
+        finally:
+            module.stop_listening()
+    if budget.patience is not None and module.best is None:
+        raise ArithmeticError("the validation loss was never finite; try a smaller lr or clip")
     if module.best is not None:
         model.load_state_dict(module.best[1])
     return module.progress

@@ -37,7 +37,7 @@ class LanguageModel(DataProblem):
         DataError: a part would be empty.
     """
 
-    kind = "language model"
+    kind = "language"
     metric = "cross-entropy (nats per character)"
     shuffle = False
     carry = True

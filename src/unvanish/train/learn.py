@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,45 +52,48 @@ def train_on(
         ValueError: the settings don't fit the problem; `out` holds something else, or another training.
         FileExistsError: `out` holds a training, and `resume` is off.
         ArithmeticError: the loss became NaN or infinite.
+        KeyboardInterrupt: Ctrl-C; the last good checkpoint is kept.
         OSError: `out` can't be written; the last good checkpoint is kept.
     """
+    machines = machines or Machines()
     shape = problem.begin(settings)
     budget = settings.budget(problem.size("train"), problem.steps, problem.patience)
     folder = None
     if out is not None:
         run = {"kind": problem.kind, "budget": asdict(budget), "shape": asdict(shape), "data": fingerprint(problem)}
-        folder = RunFolder(out, run, resume)
+        folder = RunFolder(out, run, resume, machines.first)
         if folder.finished:
             return Trained.load(out)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = shape.build(problem.length)
     flow = None if flow_every is None else GradientFlow(flow_every)
-    progress = fit(
-        model,
-        problem,
-        budget,
-        tell=lambda done, error: tell(done, budget.steps, error),
-        callbacks=[*callbacks, *([] if flow is None else [flow])],
-        checkpoints=None if folder is None else folder.checkpoints,
-        resume=resume,
-        loggers=loggers,
-        machines=machines,
-    )
-    config: dict[str, Any] = {
-        "schema": SCHEMA,
-        "kind": problem.kind,
-        "settings": asdict(settings),
-        "shape": asdict(shape),
-        "updates": progress.update[-1],
-        "validation": {"metric": problem.metric, "update": progress.update, "error": progress.error},
-        "gradient_flow": {} if flow is None else {name: _plain(found) for name, found in flow.latest.items()},
-        **problem.keep(),
-        "test": problem.judge(model),
-    }
-    trained = Trained(model, config)
-    if folder is not None:
-        folder.finish(trained)
+    with nullcontext() if folder is None else folder.in_its_words():
+        progress = fit(
+            model,
+            problem,
+            budget,
+            tell=lambda done, error: tell(done, budget.steps, error),
+            callbacks=[*callbacks, *([] if flow is None else [flow])],
+            checkpoints=None if folder is None else folder.checkpoints,
+            resume=resume,
+            loggers=loggers,
+            machines=machines,
+        )
+        config: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": problem.kind,
+            "settings": asdict(settings),
+            "shape": asdict(shape),
+            "updates": progress.update[-1],
+            "validation": {"metric": problem.metric, "update": progress.update, "error": progress.error},
+            "gradient_flow": {} if flow is None else {name: _plain(found) for name, found in flow.latest.items()},
+            **problem.keep(),
+            "test": problem.judge(model),
+        }
+        trained = Trained(model, config)
+        if folder is not None:
+            folder.finish(trained)
     return trained
 
 

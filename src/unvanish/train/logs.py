@@ -17,7 +17,8 @@ def make_loggers(name: str, folder: Path) -> list[Logger]:
         raise ValueError(f"logger: expected one of {', '.join(LOGGERS)}, got {name!r}")
     try:
         if name == "csv":
-            return [CSVLogger(folder, name="", version="")]
+            # A folder per start: a resumed training would overwrite the file.
+            return [CSVLogger(folder, name="")]
         if name == "tensorboard":
             return [TensorBoardLogger(folder, name="", version="")]
         if name == "wandb":

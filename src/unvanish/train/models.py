@@ -67,13 +67,16 @@ class SequenceModel(nn.Module):
             # torch's own layers know no lengths, and need not where there are none.
             return self.recurrent(x, hx) if lengths is None else self.recurrent(x, hx, lengths=lengths)
         pieces = []
+        # Where only the last steps are read no error comes to the pieces before them, which then need no memory.
+        read_from = x.shape[1] - self.answers if self.read == "last" and lengths is None else 0
         for start in range(0, x.shape[1], self.tbptt):
             piece = x[:, start : start + self.tbptt]
             hx = tuple(s.detach() for s in hx) if isinstance(hx, tuple) else None if hx is None else hx.detach()
-            if lengths is None:
-                states, hx = self.recurrent(piece, hx)
-            else:
-                states, hx = self.recurrent(piece, hx, lengths=(lengths - start).clamp(0, piece.shape[1]))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and start + self.tbptt > read_from):
+                if lengths is None:
+                    states, hx = self.recurrent(piece, hx)
+                else:
+                    states, hx = self.recurrent(piece, hx, lengths=(lengths - start).clamp(0, piece.shape[1]))
             pieces.append(states)
         return torch.cat(pieces, 1), hx
 

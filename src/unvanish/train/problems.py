@@ -109,7 +109,7 @@ class Labelled(DataProblem):
             "channels": self.data.channels,
             "input": to_json(self.input),
             "split_rule": self.rule,
-            "split": {name: len(indices) for name, indices in self.parts.items()},
+            "split": {name: len(self.parts[name]) for name in ("train", "validation", "test") if name in self.parts},
         }
 
     @property

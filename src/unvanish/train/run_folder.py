@@ -2,22 +2,17 @@
 
 import hashlib
 import json
-import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from unvanish.flow.files import write_atomically
+from unvanish.train.checkpoints import newest
 from unvanish.train.trained import CONFIG, Trained
 
 RUN, CHECKPOINTS, LOGS = "run.json", "checkpoints", "logs"
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-"""set by the launchers: torchrun, Lightning's own, SLURM's"""
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
 class RunFolder:
@@ -27,6 +22,7 @@ class RunFolder:
         path: new, empty, or of the same training if `resume`.
         run: plain data that tells trainings apart.
         resume: whether to go on from what is there.
+        first: whether this process writes.
 
     Raises:
         ValueError: the folder holds something else, or another training.
@@ -34,9 +30,9 @@ class RunFolder:
         OSError: it can't be written.
     """
 
-    def __init__(self, path: Path, run: dict[str, Any], resume: bool) -> None:
-        self.path, self.checkpoints = path, path / CHECKPOINTS
-        if not is_first_process():
+    def __init__(self, path: Path, run: dict[str, Any], resume: bool, first: bool = True) -> None:
+        self.path, self.checkpoints, self.first = path, path / CHECKPOINTS, first
+        if not first:
             return
         run = json.loads(json.dumps(run))
         try:
@@ -59,6 +55,8 @@ class RunFolder:
             for stale in [*path.glob(".*"), *self.checkpoints.glob(".*")]:
                 stale.unlink()
             write_atomically(path / RUN, json.dumps(run, indent=1).encode())
+            if self.finished:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
         except OSError as error:
             raise OSError(f"--out: {path} can't be written: {error.strerror}") from error
 
@@ -73,9 +71,25 @@ class RunFolder:
         Raises:
             OSError: it can't be written.
         """
-        if is_first_process():
+        if self.first:
             trained.save(self.path)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    @contextmanager
+    def in_its_words(self) -> Iterator[None]:
+        """What stops a training says where, and what there is to go on from."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(f"interrupted; {self._kept()}") from stop
+        except OSError as error:
+            if error.strerror is None:
+                raise
+            raise OSError(f"--out: {self.path} can't be written: {error.strerror}; {self._kept()}") from error
+
+    def _kept(self) -> str:
+        found = newest(self.checkpoints)
+        return f"nothing is kept in {self.path}" if found is None else f"{found} is kept; add --resume to go on from it"
 
     def _compare(self, run: dict[str, Any]) -> None:
         try:
