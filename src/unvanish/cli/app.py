@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from unvanish.cli.diagnose import diagnose
+from unvanish.cli.export import export
 from unvanish.cli.output import MARKER, OutputFolder, UserError
 from unvanish.cli.train import predict, train
 
@@ -160,6 +161,7 @@ def doctor() -> None:
 
 app.command()(train)
 app.command()(predict)
+app.command()(export)
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ from unvanish.train.compare import DEFAULT_CELLS, DEFAULT_TASKS, compare, enviro
 from unvanish.train.data.sequences import Sequences
 from unvanish.train.data.series import Series
 from unvanish.train.data.table import DataError
+from unvanish.train.estimators import Forecaster, SequenceClassifier, SequenceRegressor
+from unvanish.train.export import export
 from unvanish.train.fit import Budget, Machines, evaluate, fit
 from unvanish.train.forecasting import Forecasting
 from unvanish.train.from_file import read_data, read_problem
@@ -27,12 +29,15 @@ __all__ = [
     "Classification",
     "Comparison",
     "DataError",
+    "Forecaster",
     "Forecasting",
     "LanguageModel",
     "Machines",
     "Reach",
     "Regression",
     "Run",
+    "SequenceClassifier",
+    "SequenceRegressor",
     "Sequences",
     "Series",
     "Settings",
@@ -42,6 +47,7 @@ __all__ = [
     "compare",
     "environment",
     "evaluate",
+    "export",
     "fit",
     "make_loggers",
     "make_task",

@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset
 
 from unvanish.train.data.sequences import Scale
-from unvanish.train.data.series import Series, Window, last_season, split_in_time, training_steps
+from unvanish.train.data.series import Series, Window, last_season, shares, split_in_time, training_steps
 from unvanish.train.data.table import DataError
 from unvanish.train.fit import Split, answers, together
 from unvanish.train.models import SequenceModel, Shape
@@ -30,6 +30,7 @@ class Forecasting(DataProblem):
         horizon: steps forecast at once.
         window: steps looked back on.
         season: steps after which the series repeats, for the seasonal-naive baseline; None: it is left out.
+        test: whether a part is kept back to judge the model on; if not, the first 85 % of the steps train.
 
     Raises:
         DataError: a series is too short.
@@ -39,15 +40,17 @@ class Forecasting(DataProblem):
     kind = "forecasting"
     metric = "mean squared error / variance"
 
-    def __init__(self, series: Series, *, horizon: int = 1, window: int = 48, season: int | None = None) -> None:
+    def __init__(
+        self, series: Series, *, horizon: int = 1, window: int = 48, season: int | None = None, test: bool = True
+    ) -> None:
         for name, value in (("horizon", horizon), ("window", window), ("season", season)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if season is not None and season > window:
             raise ValueError(f"season: expected at most the window, {window} steps, got {season}")
         self.series, self.horizon, self.length, self.season = series, horizon, window, season
-        self.parts = split_in_time(series, horizon, window)
-        self.scale = Scale.of([training_steps(values) for values in series.values.values()])
+        self.parts = split_in_time(series, horizon, window, test=test)
+        self.scale = Scale.of([training_steps(values, test=test) for values in series.values.values()])
         self._scaled = {name: self.scale(values) for name, values in series.values.items()}
 
     def begin(self, settings: Settings) -> Shape:
@@ -66,6 +69,8 @@ class Forecasting(DataProblem):
         return self.loss(answer, y)
 
     def judge(self, model: SequenceModel) -> Judgement:
+        if "test" not in self.parts:
+            return {}
         mean, deviation = self.scale.mean[0], self.scale.deviation[0]
         windows = self.parts["test"]
         truth = self._of_each(windows, lambda values, end: values[end : end + self.horizon])
@@ -94,8 +99,9 @@ class Forecasting(DataProblem):
             "horizon": self.horizon,
             "window": self.length,
             "season": self.season,
-            "split_rule": "in time, within each series: the first 70 % of the steps train, the next 15 % validate, "
-            "the last 15 % test; what is forecast lies inside its split",
+            "split_rule": "in time, within each series: "
+            + ", ".join(f"{share:.0%} {part}" for part, share in shares("test" in self.parts).items())
+            + "; what is forecast lies inside its split",
             "split": {name: len(windows) for name, windows in self.parts.items()},
         }
 

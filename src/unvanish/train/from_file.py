@@ -85,14 +85,16 @@ def read_problem(
     """
     ahead = _given(kind, {"horizon": horizon, "window": window, "season": season})
     data = read_data(path, kind, target=target, id=id, time=time, text=text, missing=missing)
-    if isinstance(data, Series):
-        return Forecasting(data, **ahead)
-    if isinstance(data, str):
-        try:
+    try:
+        if isinstance(data, Series):
+            return Forecasting(data, **ahead)
+        if isinstance(data, str):
             return LanguageModel(data)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-    return (Classification if kind == "classification" else Regression)(data, seed=seed)
+        return (Classification if kind == "classification" else Regression)(data, seed=seed)
+    except DataError as error:
+        if str(path) in str(error):
+            raise
+        raise DataError(f"{path}: {error}") from error
 
 
 def _given(kind: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -21,14 +21,14 @@ def check_missing(missing: str) -> None:
         raise ValueError(f"missing: expected one of {', '.join(MISSING_POLICIES)}, got {missing!r}")
 
 
-def refuse(where: str, missing: Missing) -> None:
-    """There is a missing value here; does the policy allow it?
+def refuse(where: str, missing: Missing, option: str = "--missing ") -> None:
+    """There is a missing value here; does the policy, which the user chooses by `option`, allow it?
 
     Raises:
         DataError: the policy is "error".
     """
     if missing == "error":
-        raise DataError(f"{where}: the value is missing; mend it, or choose --missing mean or previous")
+        raise DataError(f"{where}: the value is missing; mend it, or choose {option}mean or {option}previous")
 
 
 def filled(x: np.ndarray, missing: Missing) -> np.ndarray:

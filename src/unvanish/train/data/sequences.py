@@ -9,6 +9,9 @@ from torch import Tensor
 
 from unvanish.train.data.table import DataError, numbers
 
+LARGEST = 1e150
+"""magnitude whose square float64 still holds"""
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -57,9 +60,13 @@ class Sequences:
         """The targets as numbers.
 
         Raises:
-            DataError: one isn't a finite number.
+            DataError: one isn't a finite number, or too large for its square to be one.
         """
-        return numbers(self.targets(), self.place, missing=()).tolist()
+        found = numbers(self.targets(), self.place, missing=()).tolist()
+        for index, value in enumerate(found):
+            if abs(value) >= LARGEST:
+                raise DataError(f"{self.place(index)}: expected a magnitude below {LARGEST:g}, got {value:g}")
+        return found
 
 
 def split(y: list[str] | None, n: int, seed: int, *, test: bool = True) -> dict[str, list[int]]:
@@ -109,7 +116,9 @@ class Scale:
             mean = np.where(known, values, 0.0).sum(0) / count
             deviation = np.sqrt((np.where(known, values - mean, 0.0) ** 2).sum(0) / count)
         if not (np.isfinite(mean).all() and np.isfinite(deviation).all()):
-            raise DataError("data: values are too large to be scaled in float64; expected magnitudes below about 1e150")
+            raise DataError(
+                f"data: values are too large to be scaled in float64; expected magnitudes below about {LARGEST:g}"
+            )
         # What is left of a constant channel is the rounding of its mean.
         varies = deviation > 4 * np.finfo(np.float64).eps * np.abs(mean)
         return cls(mean.tolist(), np.where(varies, deviation, 1.0).tolist())

@@ -7,6 +7,7 @@ import numpy as np
 from unvanish.train.data.table import DataError
 
 SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
+"""of the steps; where nothing is kept back for a test, that share trains too"""
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,24 @@ class Window:
     length: int
 
 
-def split_in_time(series: Series, horizon: int, window: int) -> dict[str, list[Window]]:
+def shares(test: bool) -> dict[str, float]:
+    """Of the steps of a series, in order."""
+    return SHARES if test else {"train": SHARES["train"] + SHARES["test"], "validation": SHARES["validation"]}
+
+
+def split_in_time(series: Series, horizon: int, window: int, *, test: bool = True) -> dict[str, list[Window]]:
     """The windows of each split: in every series the first 70 % of the steps train, the next 15 % validate, the last
-    15 % test.
+    15 % test; without `test` the first 85 % train.
 
     All that a window forecasts lies inside its split. What it looks back on may lie before: that is known by then.
 
     Raises:
         DataError: a series is too short.
     """
-    found: dict[str, list[Window]] = {"train": [], "validation": [], "test": []}
+    found: dict[str, list[Window]] = {part: [] for part in shares(test)}
     for name, values in series.values.items():
         start, done = 0, 0.0
-        for part, share in SHARES.items():
+        for part, share in shares(test).items():
             done += share
             stop = round(done * len(values))
             # Training windows are whole. Later ones too, unless the training part itself is shorter than a window.
@@ -55,9 +61,9 @@ def split_in_time(series: Series, horizon: int, window: int) -> dict[str, list[W
     return found
 
 
-def training_steps(values: np.ndarray) -> np.ndarray:
+def training_steps(values: np.ndarray, *, test: bool = True) -> np.ndarray:
     """The part of a series that trains."""
-    return values[: round(SHARES["train"] * len(values))]
+    return values[: round(shares(test)["train"] * len(values))]
 
 
 def last_season(values: np.ndarray, end: int, horizon: int, season: int = 1) -> np.ndarray:

@@ -1,0 +1,184 @@
+"""A trained model for other programs: ONNX, or torch.export; checked against the model before it counts as written."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unvanish.flow.files import write_atomically
+from unvanish.nn import restore
+from unvanish.train.data.sequences import Scale
+from unvanish.train.models import SequenceModel
+from unvanish.train.problems import from_json
+from unvanish.train.trained import Trained
+
+TOLERANCE = 1e-4
+"""largest difference to the model's own answers, relative to the largest of them, that is put down to rounding"""
+
+
+class Exported(nn.Module):
+    """x `[B, T, I]`, as it stands in the data, or symbols `[B, T]` int64, with `lengths` `[B]` int64 → the answer.
+
+    Scales are part of it: values go in unscaled, NaN where one is missing, and a regression comes out in the units of
+    its target. A classification answers `[B, classes]` logits; a forecast `[B, horizon]` values; a language model
+    `[B, T, symbols]` logits. What stands behind a sequence's length has no influence, except on the answers there.
+
+    Args:
+        trained: the model.
+        plain: of torch's own layers instead of ours.
+    """
+
+    def __init__(self, trained: Trained, *, plain: bool) -> None:
+        super().__init__()
+        config = trained.config
+        self.model: SequenceModel = deepcopy(trained.model).eval().requires_grad_(False)
+        self.model.recurrent.checkpoint_every = self.model.recurrent.clip = None  # type: ignore[assignment]
+        if plain:
+            restore(self.model)
+        scale = from_json(config["input"])
+        self.kind: str = config["kind"]
+        self.scaled = isinstance(scale, Scale)
+        if isinstance(scale, Scale):
+            self.register_buffer("mean", torch.tensor(scale.mean))
+            self.register_buffer("deviation", torch.tensor(scale.deviation))
+        mean, deviation = config.get("target_scale", (0.0, 1.0))
+        if self.kind == "forecasting" and isinstance(scale, Scale):
+            mean, deviation = 0.0, scale.deviation[0]
+        self.register_buffer("target_mean", torch.tensor(float(mean)))
+        self.register_buffer("target_deviation", torch.tensor(float(deviation)))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """The answer."""
+        m, given = self.model, x
+        if m.embedding is not None:
+            x = m.embedding(x)
+        elif self.scaled:
+            x = (x - self.mean) / self.deviation
+            x = torch.where(torch.isnan(x), torch.zeros_like(x), x)
+        states, _ = m.recurrent(x)
+        answer = m.head(self._read(states, lengths))
+        if self.kind == "forecasting":  # the change from the last known value
+            return answer * self.target_deviation + self._last(given, lengths)[:, :1]
+        return answer * self.target_deviation + self.target_mean
+
+    def _read(self, states: Tensor, lengths: Tensor) -> Tensor:
+        if self.model.read == "all":
+            return states
+        if self.model.read == "last":
+            return self._last(states, lengths)
+        steps = torch.arange(states.shape[1], device=states.device)
+        inside = (steps[None, :] < lengths[:, None]).unsqueeze(2)
+        return (states * inside).sum(1) / lengths[:, None]
+
+    def _last(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return x[torch.arange(x.shape[0], device=x.device), lengths - 1]
+
+
+def plain_state_dict(trained: Trained) -> dict[str, Tensor]:
+    """The weights under names that torch's own modules have: `recurrent.` loads into an nn.LSTM, nn.GRU or nn.RNN,
+    `head.` into an nn.Linear, `embedding.` into an nn.Embedding."""
+    return {name: value.detach().clone() for name, value in trained.model.state_dict().items()}
+
+
+def export(trained: Trained, path: Path, *, steps: int | None = None) -> float:
+    """Write `Exported` to a file: .onnx (ONNX), or .pt2 (torch.export).
+
+    Batch and time are open. In a .pt2 they are by an operator of unvanish's, so that the program that loads it imports
+    unvanish first; with `steps` it is of torch's own operators, for x of exactly so many steps (pad, and say the
+    lengths). What has been written is read back and compared with the model on random sequences.
+
+    Returns:
+        The largest difference that was seen, relative to the largest answer.
+
+    Raises:
+        ValueError: another suffix, `steps` for .onnx, a bidirectional model, or one that was trained on no data.
+        ArithmeticError: the file does not answer as the model does.
+        ModuleNotFoundError: onnx or onnxruntime is not installed.
+        OSError: the file can't be written.
+    """
+    if path.suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"OUT: expected a name that ends in .onnx or .pt2, got {path.name}")
+    if steps is not None and (path.suffix == ".onnx" or steps < 1):
+        raise ValueError(f"steps: expected none for .onnx, where time is open, and 1 or more for .pt2; got {steps}")
+    if "input" not in trained.config:
+        raise ValueError(f"model: expected one that was trained on data, got one of the {trained.config['kind']}")
+    if trained.model.recurrent.bidirectional:
+        raise ValueError(
+            "model: a bidirectional network can't be exported: its backward direction would start in the padding"
+        )
+    window = trained.config.get("window")
+    examples = [_example(trained, batch, steps or window or length, seed) for seed, (batch, length) in enumerate(SIZES)]
+    module = Exported(trained, plain=path.suffix == ".onnx" or steps is not None).eval()
+    stage = path.with_name(f".{path.name}.stage{path.suffix}")
+    try:
+        answers = _onnx(module, examples, stage) if path.suffix == ".onnx" else _pt2(module, examples, stage, steps)
+        worst = 0.0
+        for (x, lengths), answer in zip(examples, answers, strict=True):
+            own = Exported(trained, plain=False)(x, lengths)
+            inside = torch.arange(own.shape[1]) < lengths[:, None] if trained.model.read == "all" else slice(None)
+            own, answer = own[inside], answer[inside]
+            worst = max(worst, float((own - answer).abs().max() / own.abs().max()))
+        if not worst <= TOLERANCE:
+            raise ArithmeticError(f"{path}: its answers differ from the model's by {worst:.1e}; nothing was written")
+        write_atomically(path, stage.read_bytes())
+    finally:
+        stage.unlink(missing_ok=True)
+    return worst
+
+
+SIZES = ((3, 7), (1, 12), (5, 2))
+"""batch and steps of the sequences that are compared"""
+
+
+def _example(trained: Trained, batch: int, steps: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = trained.config["shape"]
+    lengths = torch.randint(1, steps + 1, (batch,), generator=generator)
+    lengths[0] = steps
+    if shape["symbols"] is not None:
+        return torch.randint(shape["symbols"], (batch, steps), generator=generator), lengths
+    scale = from_json(trained.config["input"])
+    assert isinstance(scale, Scale)
+    x = torch.randn(batch, steps, shape["inputs"], generator=generator)
+    return x * torch.tensor(scale.deviation) + torch.tensor(scale.mean), lengths
+
+
+def _onnx(module: Exported, examples: list[Any], path: Path) -> list[Tensor]:
+    import warnings
+
+    import onnx  # noqa: F401 (the exporter needs it, and says so late)
+    import onnxruntime
+
+    names = ["x", "lengths"]
+    open_axes = {"x": {0: "batch", 1: "steps"}, "lengths": {0: "batch"}, "answer": {0: "batch"}}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        # The exporter built on torch.export fixes the number of steps of a recurrent layer; this one leaves it open.
+        torch.onnx.export(
+            module,
+            examples[0],
+            path,
+            dynamo=False,
+            input_names=names,
+            output_names=["answer"],
+            dynamic_axes=open_axes,
+            opset_version=17,
+        )
+    session = onnxruntime.InferenceSession(path)
+    return [torch.from_numpy(session.run(None, dict(zip(names, map(_numpy, e), strict=True)))[0]) for e in examples]
+
+
+def _numpy(x: Tensor) -> Any:
+    return x.numpy()
+
+
+def _pt2(module: Exported, examples: list[Any], path: Path, steps: int | None) -> list[Tensor]:
+    batch = torch.export.Dim("batch")
+    x = {0: batch} if steps is not None else {0: batch, 1: torch.export.Dim("steps")}
+    with torch.no_grad():
+        program = torch.export.export(module, examples[0], dynamic_shapes={"x": x, "lengths": {0: batch}})
+        torch.export.save(program, path)
+        loaded = torch.export.load(path).module()
+        return [loaded(*example) for example in examples]

@@ -1,0 +1,153 @@
+"""An exported model answers as `predict` does, on any batch and any lengths, without the rest of the package."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from unvanish.train.data.sequences import Sequences
+from unvanish.train.data.series import Series
+from unvanish.train.export import Exported, export, plain_state_dict
+from unvanish.train.forecasting import Forecasting
+from unvanish.train.problems import Classification, DataProblem, Regression
+from unvanish.train.settings import Settings
+from unvanish.train.trained import Trained
+
+RNG = np.random.default_rng(0)
+VALUES = [RNG.normal(5, 3, size=(n, 2)) for n in (4, 9, 2, 7, 9, 3, 8, 5, 6, 9)]
+TEXTS = ["so it goes", "it goes on", "so so", "on and on it goes"] * 3
+
+
+def untrained(problem: DataProblem, **settings: Any) -> Trained:
+    """Weights as they begin: what a model answers is no matter here."""
+    shape = problem.begin(Settings(hidden=6, **settings))
+    torch.manual_seed(0)
+    config = {"kind": problem.kind, "shape": asdict(shape), **problem.keep()}
+    return Trained(shape.build(9), config)
+
+
+def of(name: str) -> tuple[Trained, Any]:
+    names = [str(i) for i in range(12)]
+    values = Sequences(list(VALUES), ["a", "b"] * 5, names[:10], ["p", "q"])
+    if name == "classes":
+        return untrained(Classification(values), layers=2, cell="gru"), values
+    if name == "mean":
+        return untrained(Classification(values), read="mean", cell="rnn", checkpoint_every=2), values
+    if name == "numbers":
+        data = Sequences(list(VALUES), [str(7 + i) for i in range(10)], names[:10], ["p", "q"])
+        return untrained(Regression(data), cell="irnn", clip_recurrence=1.0), data
+    if name == "texts":
+        data = Sequences(TEXTS, ["a", "b"] * 6, names, ["text"])
+        return untrained(Classification(data)), data
+    wave = 50 + np.cumsum(RNG.normal(size=(60, 2)), 0)
+    return untrained(Forecasting(Series({"": wave}, ["p", "q"]), horizon=2, window=5)), Series({"": wave}, ["p", "q"])
+
+
+def batch(trained: Trained, data: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """As a program of the user's would lay it out: raw values, padded with anything."""
+    if isinstance(data, Series):
+        return torch.tensor(data.values[""][-5:], dtype=torch.float32)[None], torch.tensor([5])
+    if isinstance(data.x[0], str):
+        from unvanish.train.data.vocabulary import Vocabulary
+
+        words = Vocabulary.from_json(trained.config["input"]["vocabulary"])
+        x = [words(text) for text in data.x]
+    else:
+        x = [torch.tensor(v, dtype=torch.float32) for v in data.x]
+    return nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=3), torch.tensor([len(v) for v in x])
+
+
+def read(trained: Trained, answer: torch.Tensor) -> Any:
+    if trained.config["kind"] == "classification":
+        return [trained.config["classes"][k] for k in answer.argmax(1).tolist()]
+    return answer.squeeze(1).tolist() if trained.config["kind"] == "regression" else answer[0].tolist()
+
+
+def assert_same(said: Any, expected: Any) -> None:
+    expected = expected[""] if isinstance(expected, dict) else expected
+    assert said == (expected if isinstance(expected[0], str) else pytest.approx(expected, rel=1e-4))
+
+
+KINDS = ["classes", "mean", "numbers", "texts", "forecast"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_onnx_answers_as_predict_does(name: str, tmp_path: Path) -> None:
+    trained, data = of(name)
+    assert export(trained, tmp_path / "m.onnx") < 1e-5
+    x, lengths = batch(trained, data)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    answer = torch.from_numpy(session.run(None, {"x": x.numpy(), "lengths": lengths.numpy()})[0])
+    assert_same(read(trained, answer), trained.predict(data))
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@pytest.mark.parametrize("name", ["classes", "texts", "forecast"])
+def test_torch_export_answers_as_predict_does(name: str, tmp_path: Path) -> None:
+    trained, data = of(name)
+    assert export(trained, tmp_path / "m.pt2") < 1e-5
+    x, lengths = batch(trained, data)
+    answer = torch.export.load(tmp_path / "m.pt2").module()(x, lengths)
+    assert_same(read(trained, answer), trained.predict(data))
+
+
+def test_torch_export_of_torchs_own_operators(tmp_path: Path) -> None:
+    trained, data = of("mean")
+    export(trained, tmp_path / "m.pt2", steps=9)
+    program = torch.export.load(tmp_path / "m.pt2")
+    assert not any("unvanish" in str(node.target) for node in program.graph.nodes)
+    assert read(trained, program.module()(*batch(trained, data))) == trained.predict(data)
+
+
+def test_a_missing_value_is_the_mean_there_too() -> None:
+    trained, data = of("numbers")
+    module = Exported(trained, plain=True)
+    x, lengths = batch(trained, data)
+    filled = x.clone()
+    x[1, 3, 0], filled[1, 3, 0] = float("nan"), trained.config["input"]["scale"]["mean"][0]
+    torch.testing.assert_close(module(x, lengths), module(filled, lengths))
+
+
+def test_the_weights_load_into_torchs_own_modules() -> None:
+    trained, data = of("classes")
+    weights = plain_state_dict(trained)
+    parts = {
+        "recurrent": nn.GRU(2, 6, num_layers=2, batch_first=True),
+        "head": nn.Linear(6, 2),
+    }
+    nn.ModuleDict(parts).load_state_dict(weights)
+    scale = trained.config["input"]["scale"]
+    x = torch.tensor((data.x[1] - scale["mean"]) / scale["deviation"], dtype=torch.float32)[None]
+    answer = parts["head"](parts["recurrent"](x)[0][:, -1])
+    assert read(trained, answer) == trained.predict(data)[1:2]
+    torch.testing.assert_close(answer, trained.model(x))
+
+
+def test_a_file_that_answers_wrongly_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, _ = of("classes")
+    module = sys.modules["unvanish.train.export"]  # the package's `export` is the function
+    monkeypatch.setattr(module, "_onnx", lambda module, examples, path: [module(*e) + 1 for e in examples])
+    with pytest.raises(ArithmeticError, match="differ from the model's"):
+        export(trained, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "options", "message"),
+    [
+        ("m.pt", {}, {}, r"OUT: expected a name that ends in .onnx or .pt2"),
+        ("m.onnx", {}, {"steps": 3}, "steps: expected none for .onnx"),
+        ("m.pt2", {}, {"steps": 0}, "steps: expected none for .onnx"),
+        ("m.onnx", {"bidirectional": True}, {}, "bidirectional"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(name: str, settings: Any, options: Any, message: str, tmp_path: Path) -> None:
+    data = Sequences(list(VALUES), ["a", "b"] * 5, [], ["p", "q"])
+    with pytest.raises(ValueError, match=message):
+        export(untrained(Classification(data), **settings), tmp_path / name, **options)
