@@ -1,10 +1,17 @@
 """Tasks are functions of (seed, split, index), have the chance level they claim, and pose the problem they describe."""
 
+import re
+from functools import cache
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from unvanish.train.tasks import TASKS, make_task
 from unvanish.train.tasks.adding import Adding
+from unvanish.train.tasks.reber import SYMBOLS, UNANSWERED, EmbeddedReber
 
 
 @pytest.mark.parametrize("name", list(TASKS))
@@ -99,6 +106,107 @@ def test_recall_asks_for_the_first_symbol_alone(name: str) -> None:
     assert task.chance == 1 - 1 / task.outputs
 
 
+# Reber's grammar once more, from the drawing in the papers, as what may follow which beginning of an embedded string.
+LOOP = "B[TP]B(P|TS*XX)T*(VPXT*)*"
+FOLLOWS = {
+    "B": "TP",
+    "B[TP]": "B",
+    "B[TP]B": "TP",
+    "B[TP]BTS*": "SX",
+    "B[TP]BTS*X": "XS",
+    LOOP: "TV",
+    f"{LOOP}V": "PV",
+    f"{LOOP}VP": "XS",
+    f"B[TP]BTS*XS|{LOOP}V(V|PS)": "E",
+    "BT.*E": "T",
+    "BP.*E": "P",
+    "B.*E[TP]": "E",
+}
+REBER_TASK = EmbeddedReber(20)
+
+
+def follows(beginning: str) -> str:
+    (may,) = (may for pattern, may in FOLLOWS.items() if re.fullmatch(pattern, beginning))
+    return may
+
+
+def strings(task: EmbeddedReber, split: Any) -> list[str]:
+    _, y = task.samples(split, range(task.size(split)))
+    return ["B" + "".join(SYMBOLS[s] for s in row[row != UNANSWERED]) for row in y]
+
+
+def test_reber_strings_are_of_the_grammar_and_the_test_is_not_in_the_training() -> None:
+    task = EmbeddedReber(seed=5)
+    parts = {split: strings(task, split) for split in ("train", "validation", "test")}
+    for part in parts.values():
+        assert len(part) == 256
+        for string in part:
+            assert 9 <= len(string) <= 31
+            assert all(string[t] in follows(string[:t]) for t in range(1, len(string))), string
+            assert string[1] == string[-2]
+    assert not set(parts["train"]) & {*parts["validation"], *parts["test"]}
+    shortest = [len(string) == 9 for seed in range(4) for string in strings(EmbeddedReber(seed=seed), "train")]
+    assert sum(shortest) / len(shortest) == pytest.approx(1 / 4, abs=0.05)
+
+
+def test_reber_input_is_the_string_up_to_each_answer() -> None:
+    task = EmbeddedReber(20)
+    x, y = task.samples("test", range(50))
+    assert ((y != UNANSWERED) == (x.sum(-1) == 1)).all()
+    shown = x.argmax(-1)[:, 1:].where(y[:, :-1] != UNANSWERED, UNANSWERED)
+    assert torch.equal(shown, y[:, :-1])
+    assert (y[:, -1] == SYMBOLS.index("E")).all()
+
+
+@cache
+def perfect(task: EmbeddedReber, split: Any) -> torch.Tensor:
+    """Outputs of 1 for the symbols that may follow, else 0."""
+    answer = torch.zeros(task.size(split), task.length, len(SYMBOLS))
+    for b, string in enumerate(strings(task, split)):
+        for t in range(1, len(string)):
+            may = [SYMBOLS.index(symbol) for symbol in follows(string[:t])]
+            answer[b, task.length - len(string) + t, may] = 1.0
+    return answer
+
+
+def test_reber_counts_the_long_range_symbol_apart() -> None:
+    task = EmbeddedReber(24)
+    answer, (_, y) = perfect(task, "test"), task.samples("test", range(256))
+    assert float(task.error(answer, y)) == 0
+    blind = answer.clone()
+    blind[:, -2] = torch.eye(7)[SYMBOLS.index("T")]
+    long_range, other = task.wrong(blind, y)
+    assert torch.equal(long_range, y[:, -2] == SYMBOLS.index("P"))
+    assert not other.any()
+    assert float(task.error(blind, y)) == pytest.approx(task.chance, abs=0.1)
+    both = answer.clone()
+    both[:, -2] = torch.eye(7)[[SYMBOLS.index("T"), SYMBOLS.index("P")]].sum(0)
+    assert task.wrong(both, y)[0].all(), "two equal outputs are no prediction"
+
+
+@given(st.integers(0, 255), st.data())
+def test_reber_any_one_wrong_prediction_is_seen(b: int, data: st.DataObject) -> None:
+    task = REBER_TASK
+    answer, (_, y) = perfect(task, "validation")[[b]], task.samples("validation", [b])
+    places = (y[0] != UNANSWERED).nonzero().flatten().tolist()
+    t = data.draw(st.sampled_from(places))
+    k = data.draw(st.integers(0, 6))
+    answer[0, t, k] = 1 - answer[0, t, k]
+    long_range, other = task.wrong(answer, y)
+    assert bool(long_range | other)
+    assert bool(long_range) == (t == task.length - 2)
+
+
+def test_reber_loss_is_of_the_answered_steps_alone() -> None:
+    task = REBER_TASK
+    _, y = task.samples("train", range(4))
+    answer = torch.randn(4, task.length, 7, requires_grad=True)
+    task.loss(answer, y).backward()
+    assert answer.grad is not None
+    assert (answer.grad.abs().sum(-1)[y == UNANSWERED] == 0).all()
+    assert (answer.grad.abs().sum(-1)[y != UNANSWERED] > 0).all()
+
+
 def test_permuted_pixels_are_the_same_pixels_in_another_order() -> None:
     plain, permuted = (make_task(name).samples("test", range(5))[0] for name in ("mnist", "mnist-permuted"))
     assert not torch.equal(plain, permuted)
@@ -110,6 +218,7 @@ def test_permuted_pixels_are_the_same_pixels_in_another_order() -> None:
     [
         ("nope", None, "task: expected one of adding"),
         ("adding", 1, "length: expected at least 2"),
+        ("embedded-reber", 19, "length: expected at least 20"),
         ("digits", 65, "length: an image of digits has 64"),
     ],
 )
