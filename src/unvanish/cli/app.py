@@ -152,8 +152,8 @@ def main() -> None:
         app(standalone_mode=False)
     except (UserError, ValueError, ArithmeticError, OSError) as error:
         _fail(str(error), USER_ERROR)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or "interrupted; nothing was written", INTERRUPTED)
     except TyperException as error:
         _fail(error.format_message(), USER_ERROR)
 

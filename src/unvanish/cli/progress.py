@@ -21,7 +21,7 @@ class TrainingBars:
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
         )
-        self._bars: dict[tuple[str, str], TaskID] = {}
+        self._bars: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -33,9 +33,12 @@ class TrainingBars:
         self._progress.stop()
 
     def tell(self, task: Task, cell: str, done: int, total: int, error: float | None) -> None:
-        """An update has been done."""
-        key = (task.name, cell)
-        if key not in self._bars:
-            self._bars[key] = self._progress.add_task(f"{task.name} {cell}", total=total, error="")
+        """An update has been done, by a cell on a task."""
+        self.update(f"{task.name} {cell}", done, total, error)
+
+    def update(self, label: str, done: int, total: int, error: float | None) -> None:
+        """An update has been done by the training of this label."""
+        if label not in self._bars:
+            self._bars[label] = self._progress.add_task(label, total=total, error="")
         shown = "" if error is None else f"error {error:.3f}"
-        self._progress.update(self._bars[key], completed=done, error=shown)
+        self._progress.update(self._bars[label], completed=done, error=shown)

@@ -1,8 +1,7 @@
-"""`unvanish train` and `unvanish predict`: a model of the user's own data."""
+"""`unvanish train` and `unvanish predict`."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,75 +9,227 @@ from rich.markup import escape
 
 from unvanish.cli.output import UserError
 
-DataFile = Annotated[Path, typer.Option(help="CSV with a header, UTF-8; one sequence per row, or with --id one step.")]
-IdColumn = Annotated[str | None, typer.Option(help="Column that tells sequences apart, in a long file.")]
-MissingPolicy = Annotated[str, typer.Option(help="A missing value is an 'error', or gets the channel's 'mean'.")]
+if TYPE_CHECKING:
+    from unvanish.train import Trained
+
+DATA, MODEL, TRAINING, RUN = "What is learnt", "Model", "Training", "Run"
+DataFile = Annotated[
+    Path | None,
+    typer.Option(help="CSV, Parquet, UCR/UEA .ts, or for a language model a text.", rich_help_panel=DATA),
+]
+IdColumn = Annotated[
+    str | None, typer.Option(help="Column that tells sequences, or series, apart.", rich_help_panel=DATA)
+]
+TimeColumn = Annotated[str | None, typer.Option(help="Column of times, checked to increase.", rich_help_panel=DATA)]
+TextColumn = Annotated[str | None, typer.Option(help="Column of texts.", rich_help_panel=DATA)]
+MissingPolicy = Annotated[
+    str | None,
+    typer.Option(
+        help="A missing value is an error, or the channel's mean, or its previous value; by default error.",
+        rich_help_panel=DATA,
+    ),
+]
+
+
+def _option(panel: str, help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel)
 
 
 def train(
-    data: DataFile,
-    target: Annotated[str, typer.Option(help="Column of the answers.")],
-    kind: Annotated[str, typer.Option(help="classification or regression.")] = "classification",
+    task: Annotated[str | None, _option(DATA, "A task, see `unvanish tasks`; or:")] = None,
+    data: DataFile = None,
+    kind: Annotated[
+        str | None,
+        _option(DATA, "classification, regression, forecasting or language; by default classification."),
+    ] = None,
+    target: Annotated[str | None, _option(DATA, "Column of the answers, or of the series to forecast.")] = None,
     id: IdColumn = None,
-    missing: MissingPolicy = "error",
-    cell: Annotated[str, typer.Option(help="Model, as in `unvanish compare --cells`.")] = "lstm-chrono",
-    hidden: Annotated[int, typer.Option(help="Hidden units.")] = 48,
-    epochs: Annotated[int, typer.Option(help="Passes over the training sequences, at most.")] = 50,
-    patience: Annotated[int, typer.Option(help="Epochs without improvement before it stops.")] = 10,
-    batch: Annotated[int, typer.Option(help="Sequences per update.")] = 32,
-    lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-2,
-    clip: Annotated[float, typer.Option(help="Global gradient norm.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of split, weights and order.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the model; must be new.")] = Path("unvanish-model"),
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    time: TimeColumn = None,
+    text: TextColumn = None,
+    missing: MissingPolicy = None,
+    horizon: Annotated[int | None, _option(DATA, "Steps to forecast; by default 1.")] = None,
+    window: Annotated[int | None, _option(DATA, "Steps a forecast looks back on; by default 48.")] = None,
+    season: Annotated[int | None, _option(DATA, "Steps of a season, for the seasonal-naive baseline.")] = None,
+    length: Annotated[int | None, _option(DATA, "Steps of a task's sequences; by default the task's own.")] = None,
+    cell: Annotated[str, _option(MODEL, "Cell and start, as in `unvanish compare --cells`.")] = "lstm-chrono",
+    hidden: Annotated[int, _option(MODEL, "Hidden units.")] = 48,
+    layers: Annotated[int, _option(MODEL, "Recurrent layers.")] = 1,
+    bidirectional: Annotated[bool, _option(MODEL, "Read in both directions.", "--bidirectional")] = False,
+    dropout: Annotated[float, _option(MODEL, "Share dropped between layers and before the answer.")] = 0.0,
+    read: Annotated[str | None, _option(MODEL, "What is read of the states: last or mean.")] = None,
+    epochs: Annotated[int | None, _option(TRAINING, "Passes over the data, at most; by default 50.")] = None,
+    steps: Annotated[int | None, _option(TRAINING, "Updates, instead of epochs; by default 600 for a task.")] = None,
+    batch: Annotated[int, _option(TRAINING, "Samples per update, over all processes.")] = 32,
+    lr: Annotated[float, _option(TRAINING, "Learning rate.")] = 1e-2,
+    optimizer: Annotated[str, _option(TRAINING, "adam, adamw, sgd or rmsprop.")] = "adam",
+    weight_decay: Annotated[float, _option(TRAINING, "The optimizer's.")] = 0.0,
+    schedule: Annotated[str, _option(TRAINING, "Of the learning rate: constant or cosine.")] = "constant",
+    clip: Annotated[float, _option(TRAINING, "Global gradient norm, at most.")] = 1.0,
+    clip_recurrence: Annotated[float | None, _option(TRAINING, "Error handed from step to step, at most.")] = None,
+    omega: Annotated[float, _option(TRAINING, "Weight of Pascanu's Ω.")] = 0.0,
+    tbptt: Annotated[int | None, _option(TRAINING, "Truncate the error every N steps; the state goes on.")] = None,
+    checkpoint_every: Annotated[
+        int | None, _option(TRAINING, "Keep one state in N and compute the others again: for very long sequences.")
+    ] = None,
+    patience: Annotated[
+        int | None,
+        _option(TRAINING, "Rounds without improvement before it stops; 0: never. By default 10, for a task 0."),
+    ] = None,
+    every: Annotated[
+        int | None, _option(TRAINING, "Updates per round: validation and checkpoint; by default a pass over the data.")
+    ] = None,
+    seed: Annotated[int, _option(TRAINING, "Seed of split, weights, order and dropout.")] = 0,
+    out: Annotated[Path, _option(RUN, "Folder for checkpoints and model.")] = Path("unvanish-model"),
+    resume: Annotated[bool, _option(RUN, "Go on from the newest checkpoint in --out.", "--resume")] = False,
+    logger: Annotated[str, _option(RUN, "csv, tensorboard, wandb or none; kept in OUT/logs.")] = "csv",
+    flow_every: Annotated[int, _option(RUN, "Updates between two looks at the gradient's reach; 0: none.")] = 100,
+    devices: Annotated[int, _option(RUN, "Processes per machine.")] = 1,
+    nodes: Annotated[int, _option(RUN, "Machines.")] = 1,
+    accelerator: Annotated[str, _option(RUN, "cpu, gpu, or another of Lightning's.")] = "cpu",
+    as_json: Annotated[bool, _option(RUN, "Print the model's config.json instead of a summary.", "--json")] = False,
+    quiet: Annotated[bool, _option(RUN, "Print nothing but errors.", "--quiet", "-q")] = False,
 ) -> None:
-    """Train on your own sequences: 70 % train, 15 % validation, 15 % test, whole sequences, by seed and class."""
-    if out.exists():
-        raise UserError(f"--out: {out} exists; name a new folder")
-    try:  # before the training, not after it
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.").cleanup()
-    except OSError as error:
-        raise UserError(f"--out: {out} can't be written: {error.strerror}") from error
-    if kind not in ("classification", "regression"):
-        raise UserError(f"--kind: expected classification or regression, got {kind!r}")
-    if missing not in ("error", "mean"):
-        raise UserError(f"--missing: expected error or mean, got {missing!r}")
-    from lightning.pytorch.callbacks import RichProgressBar
+    """Train a model on a task, or on your own data.
 
-    from unvanish.train.data import read_csv
-    from unvanish.train.supervised import Settings, train_on
+    Every round ends with a checkpoint; after a crash the same command with --resume goes on to the same weights.
+    """
+    if (task is None) == (data is None):
+        raise UserError("--task, --data: expected one of them")
+    if flow_every < 0:
+        raise UserError(f"--flow-every: expected 0 or more, got {flow_every}")
+    from unvanish import train as training
+    from unvanish.cli.progress import TrainingBars
 
-    settings = Settings(cell, hidden, epochs, batch, lr, clip, patience, seed)
-    sequences = read_csv(data, target=target, id=id, missing=missing)
-    trained = train_on(sequences, settings, kind, [] if quiet else [RichProgressBar()])
-    trained.save(out)
-    console = Console(quiet=quiet, highlight=False, soft_wrap=True)
-    for label, count in trained.config["class_counts"].items():
-        console.print(f"class {escape(label)}: {count} of {len(sequences)}")
-    for metric, value in trained.config["test"].items():
-        console.print(f"test {metric} {value:.4g}; without a model {trained.config['baseline'][metric]:.4g}")
+    of_data: dict[str, Any] = {
+        "kind": kind,
+        "target": target,
+        "id": id,
+        "time": time,
+        "text": text,
+        "missing": missing,
+    } | {
+        "horizon": horizon,
+        "window": window,
+        "season": season,
+    }
+    settings = training.Settings(
+        cell=cell,
+        hidden=hidden,
+        layers=layers,
+        bidirectional=bidirectional,
+        dropout=dropout,
+        read=read,  # type: ignore[arg-type]
+        epochs=epochs,
+        steps=steps,
+        every=every,
+        batch=batch,
+        lr=lr,
+        clip=clip,
+        optimizer=optimizer,  # type: ignore[arg-type]
+        weight_decay=weight_decay,
+        schedule=schedule,  # type: ignore[arg-type]
+        patience=patience,
+        omega=omega,
+        clip_recurrence=clip_recurrence,
+        tbptt=tbptt,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+    )
+    if task is not None:
+        for name, value in of_data.items():
+            if value is not None:
+                raise UserError(f"--{name}: a task has no use for it; leave it out")
+        problem = training.TaskProblem(training.make_task(task, length, seed))
+    else:
+        if length is not None:
+            raise UserError("--length: data has its own; leave it out")
+        assert data is not None
+        given = {name: value for name, value in of_data.items() if value is not None}
+        problem = training.read_problem(data, seed=seed, **given)
+    first = training.is_first_process()
+    console = Console(quiet=quiet or as_json or not first, highlight=False, soft_wrap=True)
+    label = task or problem.kind
+    with TrainingBars(console) as bars:
+        trained = training.train_on(
+            problem,
+            settings,
+            out=out,
+            resume=resume,
+            flow_every=flow_every or None,
+            loggers=training.make_loggers(logger, out / "logs"),
+            machines=training.Machines(devices, nodes, accelerator),
+            tell=lambda done, total, error: bars.update(f"{label} {cell}", done, total, error),
+        )
+    if as_json and first:
+        import json
+
+        typer.echo(json.dumps(trained.config))
+    _print(trained, out, console)
+
+
+def _print(trained: "Trained", out: Path, console: Console) -> None:
+    config = trained.config
+    if "split_rule" in config:
+        console.print(f"Split: {config['split_rule']} ({', '.join(f'{n} {k}' for k, n in config['split'].items())}).")
+    if "class_counts" in config:
+        counts = config["class_counts"]
+        for label, count in counts.items():
+            console.print(f"class {escape(label)}: {count} of {sum(counts.values())}")
+        if max(counts.values()) > 1.5 * min(counts.values()):
+            ratio = max(counts.values()) / min(counts.values())
+            console.print(f"The classes are imbalanced, {ratio:.3g} to 1; look at the balanced accuracy.")
+    for name, found in config["gradient_flow"].items():
+        half = "" if found["half_life"] is None else f", half-life {found['half_life']:.3g} steps"
+        rate = "no error comes in" if found["rate"] is None else f"{found['rate']:+.3g} nats per step"
+        console.print(
+            f"gradient in {escape(name.removeprefix('model.'))}: {rate}{half}, reach {found['reach']:.0f} steps"
+        )
+    for who, figures in config["test"].items():
+        shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
+        console.print(f"test, {escape(who)}: {shown}")
     console.print(f"Model: [bold]{escape(str(out.absolute()))}[/bold]")
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(help="A folder that `unvanish train` wrote.")],
-    data: DataFile,
-    target: Annotated[str | None, typer.Option(help="Column of answers to leave out.")] = None,
+    model: Annotated[Path, typer.Argument(help="A folder that `unvanish train` finished.")],
+    data: DataFile = None,
+    target: Annotated[str | None, _option(DATA, "Column of the answers, left out; of the series to forecast.")] = None,
     id: IdColumn = None,
-    missing: MissingPolicy = "error",
+    time: TimeColumn = None,
+    text: TextColumn = None,
+    missing: MissingPolicy = None,
+    prompt: Annotated[str | None, _option(DATA, "What a language model continues.")] = None,
+    length: Annotated[int | None, _option(DATA, "Characters it writes; by default 200.")] = None,
+    temperature: Annotated[float | None, _option(DATA, "Below 1: it dares less; by default 1.")] = None,
+    seed: Annotated[int | None, _option(DATA, "Seed of what it writes; by default 0.")] = None,
 ) -> None:
-    """Apply a saved model: CSV on the terminal, one line per sequence."""
-    if missing not in ("error", "mean"):
-        raise UserError(f"--missing: expected error or mean, got {missing!r}")
+    """Apply a saved model: CSV on the terminal, one line per sequence or forecast step; or a text."""
     import csv
     import sys
 
-    from unvanish.train.data import read_csv
-    from unvanish.train.supervised import Trained
+    from unvanish import train as training
 
-    sequences = read_csv(data, target=target, id=id, missing=missing)
-    answers = Trained.load(model).predict(sequences)
+    trained = training.Trained.load(model)
+    kind = trained.config["kind"]
+    columns = {"target": target, "id": id, "time": time, "text": text, "missing": missing}
+    writing = {"length": length, "temperature": temperature, "seed": seed}
+    unused = (columns | {"data": data}) if kind == "language model" else writing | {"prompt": prompt}
+    for name, value in unused.items():
+        if value is not None:
+            raise UserError(f"--{name}: a model of kind {kind} has no use for it; leave it out")
+    if kind == "language model":
+        if prompt is None:
+            raise UserError("--prompt: expected the text that the model continues")
+        typer.echo(prompt + trained.predict(prompt, **{k: v for k, v in writing.items() if v is not None}))
+        return
+    if data is None:
+        raise UserError("--data: expected a file")
+    given = training.read_data(data, kind, **columns)
+    answers = trained.predict(given)
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["sequence", "prediction"])
-    writer.writerows(zip(sequences.names, answers, strict=True))
+    if not isinstance(given, training.Sequences):
+        writer.writerow(["series", "step", "forecast"])
+        writer.writerows((name, k, value) for name, steps in answers.items() for k, value in enumerate(steps, 1))
+    else:
+        writer.writerow(["sequence", "prediction"])
+        writer.writerows(zip(given.names, answers, strict=True))

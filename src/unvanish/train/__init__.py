@@ -1,27 +1,53 @@
 """Tasks and training."""
 
 from unvanish.train.compare import DEFAULT_CELLS, DEFAULT_TASKS, compare, environment
-from unvanish.train.data import DataError, Sequences, read_csv
+from unvanish.train.data.sequences import Sequences
+from unvanish.train.data.series import Series
+from unvanish.train.data.table import DataError
+from unvanish.train.fit import Budget, Machines, evaluate, fit
+from unvanish.train.forecasting import Forecasting
+from unvanish.train.from_file import read_data, read_problem
+from unvanish.train.language import LanguageModel
+from unvanish.train.learn import train_on
+from unvanish.train.logs import make_loggers
 from unvanish.train.models import RECIPES
+from unvanish.train.problems import Classification, Regression
 from unvanish.train.records import Comparison, Reach, Run, TaskResult
-from unvanish.train.supervised import Settings, Trained, train_on
-from unvanish.train.tasks import TASKS
+from unvanish.train.run_folder import is_first_process
+from unvanish.train.settings import Settings
+from unvanish.train.task_problem import TaskProblem
+from unvanish.train.tasks import TASKS, make_task
+from unvanish.train.trained import Trained
 
 __all__ = [
     "DEFAULT_CELLS",
     "DEFAULT_TASKS",
     "RECIPES",
     "TASKS",
+    "Budget",
+    "Classification",
     "Comparison",
     "DataError",
+    "Forecasting",
+    "LanguageModel",
+    "Machines",
     "Reach",
+    "Regression",
     "Run",
     "Sequences",
+    "Series",
     "Settings",
+    "TaskProblem",
     "TaskResult",
     "Trained",
     "compare",
     "environment",
-    "read_csv",
+    "evaluate",
+    "fit",
+    "is_first_process",
+    "make_loggers",
+    "make_task",
+    "read_data",
+    "read_problem",
     "train_on",
 ]

@@ -1,28 +1,95 @@
-"""The models that a task is answered with: a recurrent layer and a linear read-out of its last state."""
+"""The models: a recurrent network and a linear read-out of its states."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from unvanish import cures
 from unvanish import nn as layers
 from unvanish.train.tasks import Task
 
+Read = Literal["last", "mean", "all"]
+READS: tuple[Read, ...] = ("last", "mean", "all")
+
 
 class SequenceModel(nn.Module):
-    """answer_t = W h_t + b, from the last states of `recurrent`: one, or as many as the task asks for."""
+    """answer = W r + b, r out of the states h_t of `recurrent`: the last `answers` of them, their mean, or every one.
 
-    def __init__(self, recurrent: nn.RNNBase, outputs: int, answers: int = 1) -> None:
+    Args:
+        recurrent: RNN, LSTM or GRU, batch_first.
+        outputs: O.
+        answers: how many of the last states are read, for "last".
+        read: "last" (each sample's own last state; of a bidirectional network each direction's own), "mean" or "all".
+        embedding: of symbols, where x holds their numbers.
+        dropout: on what the recurrent network is given, if embedded, and on what is read.
+        tbptt: truncated backpropagation: no error passes from step n·tbptt to the step before; None: it passes.
+    """
+
+    def __init__(
+        self,
+        recurrent: nn.RNNBase,
+        outputs: int,
+        answers: int = 1,
+        *,
+        read: Read = "last",
+        embedding: nn.Embedding | None = None,
+        dropout: float = 0.0,
+        tbptt: int | None = None,
+    ) -> None:
         super().__init__()
+        if tbptt is not None and (tbptt < 1 or recurrent.bidirectional):
+            raise ValueError(
+                f"tbptt: expected at least 1 and a network that runs forward only, got {tbptt} and "
+                f"bidirectional={recurrent.bidirectional}"
+            )
+        self.embedding = embedding
         self.recurrent = recurrent
-        self.answers = answers
-        self.head = nn.Linear(recurrent.hidden_size, outputs)
+        self.answers, self.read, self.tbptt = answers, read, tbptt
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(recurrent.hidden_size * (2 if recurrent.bidirectional else 1), outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, I]` → `[B, O]`, or `[B, answers, O]`"""
-        states, _ = self.recurrent(x)
-        return self.head(states[:, -1] if self.answers == 1 else states[:, -self.answers :])
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """`[B, T, I]`, or symbols `[B, T]` → `[B, O]`, `[B, answers, O]`, or `[B, T, O]` where all are read."""
+        return self.step(x, lengths)[0]
+
+    def step(self, x: Tensor, lengths: Tensor | None = None, hx: Any = None) -> tuple[Tensor, Any]:
+        """(answer, final state), from the state `hx`."""
+        if self.embedding is not None:
+            x = self.dropout(self.embedding(x))
+        states, final = self._run(x, lengths, hx)
+        return self.head(self.dropout(self._read(states, final, lengths))), final
+
+    def _run(self, x: Tensor, lengths: Tensor | None, hx: Any) -> tuple[Tensor, Any]:
+        if self.tbptt is None:
+            # torch's own layers know no lengths, and need not where there are none.
+            return self.recurrent(x, hx) if lengths is None else self.recurrent(x, hx, lengths=lengths)
+        pieces = []
+        for start in range(0, x.shape[1], self.tbptt):
+            piece = x[:, start : start + self.tbptt]
+            hx = tuple(s.detach() for s in hx) if isinstance(hx, tuple) else None if hx is None else hx.detach()
+            if lengths is None:
+                states, hx = self.recurrent(piece, hx)
+            else:
+                states, hx = self.recurrent(piece, hx, lengths=(lengths - start).clamp(0, piece.shape[1]))
+            pieces.append(states)
+        return torch.cat(pieces, 1), hx
+
+    def _read(self, states: Tensor, final: Any, lengths: Tensor | None) -> Tensor:
+        if self.read == "all":
+            return states
+        if self.read == "mean":
+            if lengths is None:
+                return states.mean(1)
+            return states.sum(1) / lengths.to(states.device, states.dtype).unsqueeze(1)
+        if self.recurrent.bidirectional:
+            h = final[0] if isinstance(final, tuple) else final
+            return torch.cat([h[-2], h[-1]], dim=-1)
+        if lengths is not None:
+            return states[torch.arange(len(states), device=states.device), lengths.to(states.device) - 1]
+        return states[:, -1] if self.answers == 1 else states[:, -self.answers :]
 
 
 @dataclass(frozen=True)
@@ -35,13 +102,18 @@ class Recipe:
     """in place, given the layer and the sequence length"""
     nonlinearity: str | None = None
 
-    def build(self, task: Task, hidden: int) -> SequenceModel:
-        """The model for a task; weights come from torch's global generator."""
-        options = {} if self.nonlinearity is None else {"nonlinearity": self.nonlinearity}
-        layer = self.layer(task.inputs, hidden, batch_first=True, **options)
+    def recurrent(self, inputs: int, hidden: int, length: int, **options: Any) -> nn.RNNBase:
+        """The prepared layer, batch_first; weights come from torch's global generator."""
+        if self.nonlinearity is not None:
+            options["nonlinearity"] = self.nonlinearity
+        layer = self.layer(inputs, hidden, batch_first=True, **options)
         if self.prepare is not None:
-            self.prepare(layer, task.length)
-        return SequenceModel(layer, task.outputs, task.answers)
+            self.prepare(layer, length)
+        return layer
+
+    def build(self, task: Task, hidden: int) -> SequenceModel:
+        """The model for a task."""
+        return SequenceModel(self.recurrent(task.inputs, hidden, task.length), task.outputs, task.answers)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -65,3 +137,51 @@ def recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"cells: expected names out of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that a model is but its weights: what is saved with them."""
+
+    cell: str
+    """a name out of `RECIPES`"""
+    inputs: int
+    """I; of an embedding of symbols, its width"""
+    outputs: int
+    hidden: int
+    layers: int = 1
+    bidirectional: bool = False
+    dropout: float = 0.0
+    """between layers, on embedded symbols, and on what is read"""
+    read: Read = "last"
+    answers: int = 1
+    symbols: int | None = None
+    """how many there are, where x holds symbols"""
+    tbptt: int | None = None
+    checkpoint_every: int | None = None
+    """states kept by the backward pass: one in so many; None: all"""
+    clip_recurrence: float | None = None
+
+    def build(self, length: int) -> SequenceModel:
+        """The model for sequences of up to `length` steps; weights come from torch's global generator."""
+        layer = recipe(self.cell).recurrent(
+            self.inputs,
+            self.hidden,
+            max(length, 2),
+            num_layers=self.layers,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout if self.layers > 1 else 0.0,
+        )
+        if self.clip_recurrence is not None:
+            cures.clip_recurrence_(layer, self.clip_recurrence)
+        if self.checkpoint_every is not None:
+            layer.checkpoint_every = self.checkpoint_every  # type: ignore[assignment]
+        return SequenceModel(
+            layer,
+            self.outputs,
+            self.answers,
+            read=self.read,
+            embedding=None if self.symbols is None else nn.Embedding(self.symbols, self.inputs),
+            dropout=self.dropout,
+            tbptt=self.tbptt,
+        )

@@ -1,47 +1,89 @@
 """Sequences of any length with one target each, and how they are split."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from unvanish.train.data.table import DataError, numbers
 
 
 @dataclass(frozen=True)
 class Sequences:
     """What a data file holds."""
 
-    x: list[np.ndarray]
-    """[T_i, I] each, float64; NaN where a value is missing"""
+    x: list[np.ndarray] | list[str]
+    """[T_i, I] each, float64, NaN where a value is missing; or texts"""
     y: list[str] | None
     """as written in the file; None where there is no target column"""
     names: list[str]
     """of the sequences: their id, or their row in the file"""
     channels: list[str]
+    places: list[str] = field(default_factory=list)
+    """file, row and column of each target; empty where they come from no file"""
 
     def __len__(self) -> int:
         return len(self.x)
 
+    def place(self, index: int) -> str:
+        """Where a target stands, as messages name it."""
+        return self.places[index] if self.places else f"data: {self.names[index]}"
 
-def split(y: list[str] | None, n: int, seed: int) -> dict[str, list[int]]:
+    def targets(self) -> list[str]:
+        """The targets.
+
+        Raises:
+            DataError: there are none.
+        """
+        if self.y is None:
+            raise DataError("data: there are no targets; name their column with --target")
+        return self.y
+
+    def classes(self) -> dict[str, int]:
+        """class → how many sequences it has, in the order of the classes' names.
+
+        Raises:
+            DataError: there is one class only.
+        """
+        counts = Counter(self.targets())
+        if len(counts) < 2:
+            only = self.targets()[0]
+            raise DataError(f"{self.place(0)}: every sequence has the class {only!r}; expected two or more classes")
+        return dict(sorted(counts.items()))
+
+    def numbers(self) -> list[float]:
+        """The targets as numbers.
+
+        Raises:
+            DataError: one isn't a finite number.
+        """
+        return numbers(self.targets(), self.place, missing=()).tolist()
+
+
+def split(y: list[str] | None, n: int, seed: int, *, test: bool = True) -> dict[str, list[int]]:
     """70 % train, 15 % validation, 15 % test; whole sequences, drawn by `seed`, within each class where `y` is given.
 
+    Without `test`, what would be tested trains.
+
     Raises:
-        ValueError: a split would stay empty.
+        DataError: a split would stay empty.
     """
     order = np.random.default_rng(seed).permutation(n)
     classes = {label: place for place, label in enumerate(sorted(set(y)))} if y is not None else {}
     members = [[int(i) for i in order if y is None or classes[y[i]] == c] for c in range(max(1, len(classes)))]
-    found: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    found: dict[str, list[int]] = {"validation": [], "train": []} | ({"test": []} if test else {})
     for group in members:
-        held = max(1, round(0.15 * len(group))) if len(group) >= 3 else 0
-        found["test"] += group[:held]
-        found["validation"] += group[held : 2 * held]
-        found["train"] += group[2 * held :]
+        held = max(1, round(0.15 * len(group))) if len(group) >= len(found) else 0
+        found["validation"] += group[:held]
+        if test:
+            found["test"] += group[held : 2 * held]
+        found["train"] += group[(2 if test else 1) * held :]
     for name, indices in found.items():
         if not indices:
-            raise ValueError(
-                f"data: {n} sequences leave the {name} split empty; expected 3 or more of at least one class"
+            raise DataError(
+                f"data: {n} sequences leave the {name} split empty; expected {len(found)} or more of at least one class"
             )
     return {name: sorted(indices) for name, indices in found.items()}
 
@@ -58,7 +100,7 @@ class Scale:
         """Of these sequences, NaN left out; a constant channel is only shifted.
 
         Raises:
-            ValueError: values so large that their deviation overflows.
+            DataError: values so large that their deviation overflows.
         """
         values = np.concatenate(x)
         known = np.isfinite(values)
@@ -67,18 +109,18 @@ class Scale:
             mean = np.where(known, values, 0.0).sum(0) / count
             deviation = np.sqrt((np.where(known, values - mean, 0.0) ** 2).sum(0) / count)
         if not (np.isfinite(mean).all() and np.isfinite(deviation).all()):
-            raise ValueError(
-                "data: values are too large to be scaled in float64; expected magnitudes below about 1e150"
-            )
-        return cls(mean.tolist(), np.where(deviation > 0, deviation, 1.0).tolist())
+            raise DataError("data: values are too large to be scaled in float64; expected magnitudes below about 1e150")
+        # What is left of a constant channel is the rounding of its mean.
+        varies = deviation > 4 * np.finfo(np.float64).eps * np.abs(mean)
+        return cls(mean.tolist(), np.where(varies, deviation, 1.0).tolist())
 
     def __call__(self, x: np.ndarray) -> Tensor:
         """`[T, I]` → `[T, I]` float32
 
         Raises:
-            ValueError: a value lies so far from the training sequences that float32 can't hold it.
+            DataError: a value lies so far from the training sequences that float32 can't hold it.
         """
         scaled = (x - np.asarray(self.mean)) / np.asarray(self.deviation)
         if (np.abs(scaled) > 1e30).any():
-            raise ValueError("data: a value lies more than 1e30 deviations from the mean of the training sequences")
+            raise DataError("data: a value lies more than 1e30 deviations from the mean of the training sequences")
         return torch.from_numpy(np.where(np.isnan(scaled), 0.0, scaled).astype(np.float32))

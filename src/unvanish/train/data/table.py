@@ -1,102 +1,215 @@
-"""CSV in: wide, one sequence per row and one step per column; or long, one step per row, sequences told apart by an id.
+"""A table out of a file: CSV or Parquet; every refusal names file, row and column.
 
-A missing value is an empty cell or NA, NaN, null. In a wide file the missing cells at the end of a row make its
-sequence shorter; any other missing value is an error unless `missing="mean"`.
+Rows are counted as lines of the file, the header being row 1; in Parquet, which has no lines, the first row is 1. A
+missing value is an empty cell, NA, NaN or null.
 """
 
 import csv
 import io
 import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from unvanish.train.data.sequences import Sequences
-
 MISSING = {"", "na", "nan", "null"}
 MAX_COLUMNS = 100_000
-
-Missing = Literal["error", "mean"]
+MAX_BYTES = 4 * 2**30
+"""of a file, and of what a compressed file unpacks to"""
+EXACT = 2**53
+"""whole numbers up to here are exact in float64"""
 
 
 class DataError(ValueError):
     """What is wrong with a data file, and where."""
 
 
-def read_csv(path: Path, *, target: str | None = None, id: str | None = None, missing: Missing = "error") -> Sequences:
-    """Read sequences; rows are counted as lines of the file, the header being row 1.
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length."""
 
-    Args:
-        path: UTF-8, comma-separated, with a header.
-        target: the column of the answers; None: there is none, as when predicting.
-        id: the column that tells sequences apart, in a long file; None: a wide file.
-        missing: "error", or "mean": the channel's mean over the training sequences takes the place.
+    path: Path
+    columns: dict[str, list[str] | np.ndarray]
+    """name → cells as written in the file, or float64 where the file itself says that they are numbers"""
+    rows: list[int]
+    """where each row stands in the file"""
+
+    def where(self, row: int, column: str) -> str:
+        """Place of a cell, as messages name it."""
+        return f"{self.path}: row {self.rows[row]}, column {column!r}"
+
+    def require(self, **options: str | None) -> None:
+        """Check the columns that options name.
+
+        Raises:
+            DataError: there is no such column, or two options name the same.
+        """
+        named = {option: column for option, column in options.items() if column is not None}
+        for option, column in named.items():
+            if column not in self.columns:
+                shown = ", ".join(list(self.columns)[:10]) + (", …" if len(self.columns) > 10 else "")
+                only = len(self.columns) == 1 and any(mark in shown for mark in ";\t|")
+                hint = "; separate columns by commas" if only else ""
+                raise DataError(f"{self.path}: row 1: no column {column!r} (--{option}); there are {shown}{hint}")
+        if len(set(named.values())) < len(named):
+            raise DataError(
+                f"{self.path}: row 1: {', '.join(f'--{o} {c!r}' for o, c in named.items())} must be different columns"
+            )
+
+    def text(self, column: str) -> list[str]:
+        """The cells of a column as they stand there, none empty.
+
+        Raises:
+            DataError: one is.
+        """
+        found = self._written(column)
+        for row, cell in enumerate(found):
+            if not cell:
+                raise DataError(f"{self.where(row, column)}: the text is missing")
+        return found
+
+    def labels(self, column: str, what: str) -> list[str]:
+        """The cells of a column, none missing; numbers as Python writes them, whole ones without a point.
+
+        Raises:
+            DataError: one is missing; `what` it should have been.
+        """
+        found = self._written(column)
+        for row, cell in enumerate(found):
+            if cell.lower() in MISSING:
+                raise DataError(f"{self.where(row, column)}: the {what} is missing")
+        return found
+
+    def _written(self, column: str) -> list[str]:
+        cells = self.columns[column]
+        if isinstance(cells, list):
+            return [cell.strip() for cell in cells]
+        return [
+            "" if math.isnan(v) else str(int(v)) if math.isfinite(v) and v == int(v) else repr(v)
+            for v in cells.tolist()
+        ]
+
+    def numbers(self, columns: list[str]) -> np.ndarray:
+        """`[rows, columns]` float64, NaN where a value is missing.
+
+        Raises:
+            DataError: a cell is no finite number.
+        """
+        return np.stack([self._numbers(column) for column in columns], axis=1)
+
+    def _numbers(self, column: str) -> np.ndarray:
+        cells = self.columns[column]
+        if isinstance(cells, list):
+            return numbers(cells, lambda row: self.where(row, column))
+        for row in np.flatnonzero(np.isinf(cells))[:1]:
+            raise DataError(f"{self.where(row, column)}: expected a finite number, got {cells[row]}")
+        return cells
+
+
+def numbers(cells: list[str], where: Callable[[int], str], missing: Collection[str] = MISSING) -> np.ndarray:
+    """`[cells]` float64, NaN where a cell is one of `missing`; as Python reads numbers, but without underscores.
+
+    Raises:
+        DataError: `where` a cell is no finite number.
+    """
+    try:
+        values = np.array(list(map(float, cells)))
+    except ValueError:
+        values = None
+    if values is not None and np.isfinite(values).all() and "_" not in "".join(cells):
+        return values
+    found = np.empty(len(cells))
+    for place, cell in enumerate(cells):
+        plain = cell.strip()
+        try:
+            found[place] = math.nan if plain.lower() in missing else float(plain)
+        except ValueError:
+            raise DataError(f"{where(place)}: expected a number, got {cell[:40]!r}") from None
+        if "_" in plain or math.isinf(found[place]) or (math.isnan(found[place]) and plain.lower() not in missing):
+            raise DataError(f"{where(place)}: expected a finite number, got {cell[:40]!r}")
+    return found
+
+
+def read_table(path: Path) -> Table:
+    """A CSV file (UTF-8, comma-separated, with a header), or by its suffix .parquet a Parquet file.
 
     Raises:
         DataError: anything that is not such a file, with file, row and column.
         OSError: the file can't be read.
     """
-    if missing not in ("error", "mean"):
-        raise ValueError(f"missing: expected error or mean, got {missing!r}")
-    header, rows = _rows(path)
-    for option, column in (("target", target), ("id", id)):
-        if column is not None and column not in header:
-            shown = ", ".join(header[:10]) + (", …" if len(header) > 10 else "")
-            raise DataError(f"{path}: row 1: no column {column!r} (--{option}); there are {shown}")
-    if target is not None and target == id:
-        raise DataError(f"{path}: row 1: column {target!r} can't be both target and id")
-    channels = [(place, name) for place, name in enumerate(header) if name not in (target, id)]
-    if not channels:
-        raise DataError(f"{path}: row 1: no column is left for values besides target and id")
-    answer = None if target is None else header.index(target)
-    if answer is not None:
-        for line, row in rows:
-            if row[answer].strip().lower() in MISSING:
-                raise DataError(f"{path}: row {line}, column {target!r}: the target is missing")
-    if id is None:
-        x = [_wide(path, line, row, channels, missing) for line, row in rows]
-        y = None if answer is None else [row[answer].strip() for _, row in rows]
-        return Sequences(x, y, [f"row {line}" for line, _ in rows], ["value"])
-    return _long(path, rows, channels, header.index(id), id, answer, target, missing)
+    if path.suffix.lower() == ".parquet":
+        from unvanish.train.data.parquet import read_parquet
+
+        return read_parquet(path)
+    return _read_csv(path)
 
 
-def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and rows with their line; all rows as long as the header."""
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        DataError: it isn't one, with the row.
+        OSError: the file can't be read.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise DataError(f"{path}: {path.stat().st_size / 2**30:.1f} GiB; expected at most {MAX_BYTES / 2**30:.0f} GiB")
     data = path.read_bytes()
     if b"\0" in data:
         line = data[: data.index(b"\0")].count(b"\n") + 1
-        raise DataError(f"{path}: row {line}: a zero byte; expected a text file")
+        raise DataError(f"{path}: row {line}: a zero byte; expected text in UTF-8, not UTF-16 or a binary file")
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(f"{path}: row {line}: not UTF-8 (byte {data[error.start]:#04x}); save it as UTF-8") from error
+
+
+def _read_csv(path: Path) -> Table:
+    text = read_text(path)
+    if not text:
+        raise DataError(f"{path}: row 1: the file is empty; expected a header and rows")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
-    rows: list[tuple[int, list[str]]] = []
+    cells: list[list[str]] = []
+    rows: list[int] = []
+    blank = None
+    line = 1
     try:
         for row in reader:
             if not header:
                 header = [name.strip() for name in row]
-                _check_header(path, header)
+                check_header(path, header)
+            elif not row:
+                blank = blank or line
+            elif blank is not None:  # at the end of a file empty lines are no rows
+                raise DataError(f"{path}: row {blank}, column 1: an empty line, with rows below it")
             elif len(row) != len(header):
                 raise DataError(
-                    f"{path}: row {reader.line_num}, column {min(len(row), len(header)) + 1}: expected "
-                    f"{len(header)} columns as in the header, got {len(row)}"
+                    f"{path}: row {line}, column {min(len(row), len(header)) + 1}: expected {len(header)} columns as "
+                    f"in the header, got {len(row)}"
                 )
             else:
-                rows.append((reader.line_num, row))
+                cells.append(row)
+                rows.append(line)
+            line = reader.line_num + 1  # a quoted cell may hold line ends: a row is named by its first line
     except csv.Error as error:
-        raise DataError(f"{path}: row {reader.line_num}: not CSV: {error}") from error
-    if not header:
-        raise DataError(f"{path}: row 1: the file is empty; expected a header and rows")
+        told = "a quote is never closed" if str(error) == "unexpected end of data" else error
+        raise DataError(f"{path}: row {line}: not CSV: {told}") from error
     if not rows:
         raise DataError(f"{path}: row 2: there are no rows below the header")
-    return header, rows
+    columns: dict[str, list[str] | np.ndarray] = {
+        name: list(column) for name, column in zip(header, zip(*cells, strict=True), strict=True)
+    }
+    return Table(path, columns, rows)
 
 
-def _check_header(path: Path, header: list[str]) -> None:
+def check_header(path: Path, header: list[str]) -> None:
+    """Has every column a name of its own, and are there no more than can be dealt with?
+
+    Raises:
+        DataError: no, with the column.
+    """
     if not header:
         raise DataError(f"{path}: row 1: empty; expected the names of the columns")
     if len(header) > MAX_COLUMNS:
@@ -110,62 +223,3 @@ def _check_header(path: Path, header: list[str]) -> None:
         if name in seen:
             raise DataError(f"{path}: row 1, column {place}: {name!r} is there twice")
         seen.add(name)
-
-
-def _number(path: Path, line: int, column: str, cell: str) -> float:
-    """A finite number, or NaN for a missing one."""
-    if cell.strip().lower() in MISSING:
-        return math.nan
-    try:
-        value = float(cell)
-    except ValueError as error:
-        raise DataError(f"{path}: row {line}, column {column!r}: expected a number, got {cell[:40]!r}") from error
-    if not math.isfinite(value) or "_" in cell:
-        raise DataError(f"{path}: row {line}, column {column!r}: expected a finite number, got {cell[:40]!r}")
-    return value
-
-
-def _refuse_missing(path: Path, line: int, column: str) -> DataError:
-    return DataError(f"{path}: row {line}, column {column!r}: the value is missing; mend it, or choose --missing mean")
-
-
-def _wide(path: Path, line: int, row: list[str], channels: list[tuple[int, str]], missing: Missing) -> np.ndarray:
-    values = [_number(path, line, name, row[place]) for place, name in channels]
-    while values and math.isnan(values[-1]):
-        values.pop()
-    if not values:
-        raise DataError(f"{path}: row {line}, column {channels[0][1]!r}: the sequence has no values")
-    for value, (_, name) in zip(values, channels, strict=False):
-        if missing == "error" and math.isnan(value):
-            raise _refuse_missing(path, line, name)
-    return np.array(values)[:, None]
-
-
-def _long(
-    path: Path,
-    rows: list[tuple[int, list[str]]],
-    channels: list[tuple[int, str]],
-    place_of_id: int,
-    id: str,
-    answer: int | None,
-    target: str | None,
-    missing: Missing,
-) -> Sequences:
-    steps: dict[str, list[list[float]]] = {}
-    answers: dict[str, str] = {}
-    for line, row in rows:
-        name = row[place_of_id].strip()
-        if not name:
-            raise DataError(f"{path}: row {line}, column {id!r}: the id is missing")
-        values = [_number(path, line, column, row[place]) for place, column in channels]
-        for value, (_, column) in zip(values, channels, strict=True):
-            if missing == "error" and math.isnan(value):
-                raise _refuse_missing(path, line, column)
-        steps.setdefault(name, []).append(values)
-        if answer is not None and answers.setdefault(name, row[answer].strip()) != row[answer].strip():
-            raise DataError(
-                f"{path}: row {line}, column {target!r}: sequence {name!r} has {answers[name]!r} above and "
-                f"{row[answer].strip()!r} here; expected one target per sequence"
-            )
-    y = None if answer is None else [answers[name] for name in steps]
-    return Sequences([np.array(v) for v in steps.values()], y, list(steps), [name for _, name in channels])

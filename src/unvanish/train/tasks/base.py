@@ -32,6 +32,9 @@ class Task(ABC):
     """how an answer is judged: squared error, share of wrong classes, or cross-entropy over all answered steps"""
     default_length: ClassVar[int]
 
+    shuffle: bool = True
+    carry: bool = False
+
     length: int
     seed: int
     inputs: int
@@ -92,6 +95,7 @@ class Task(ABC):
 class Generated(Task):
     """A task whose samples are drawn: training never sees one twice."""
 
+    shuffle = False
     least_length: ClassVar[int] = 2
 
     def __init__(self, length: int | None = None, seed: int = 0) -> None:

@@ -1,0 +1,107 @@
+"""One training from settings: a task or the user's data in, a `Trained` out."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.loggers import Logger
+
+from unvanish.flow.callback import GradientFlow
+from unvanish.train.fit import Machines, fit
+from unvanish.train.problems import DataProblem
+from unvanish.train.run_folder import RunFolder, fingerprint
+from unvanish.train.settings import Settings
+from unvanish.train.trained import SCHEMA, Trained
+
+Tell = Callable[[int, int, float | None], None]
+"""(updates done, updates at most, latest validation error)"""
+
+
+def train_on(
+    problem: DataProblem,
+    settings: Settings,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    flow_every: int | None = 100,
+    loggers: Sequence[Logger] = (),
+    machines: Machines | None = None,
+    callbacks: Sequence[lightning.Callback] = (),
+    tell: Tell = lambda done, total, error: None,
+) -> Trained:
+    """Train a model, and judge it once on the test split, beside the baselines.
+
+    Args:
+        problem: what is learnt.
+        settings: the model and the training.
+        out: folder for checkpoints, one per round, and for the model in the end; None: nothing is written.
+        resume: go on from the newest checkpoint in `out`, to the same weights as without the interruption (on the CPU
+            bit for bit); begin where there is none.
+        flow_every: updates between two measurements of the gradient's reach (`flow.GradientFlow`); None: none.
+        loggers: Lightning's.
+        machines: where it runs; None: in this process.
+        callbacks: Lightning's, further ones.
+        tell: hears of every update.
+
+    Raises:
+        ValueError: the settings don't fit the problem; `out` holds something else, or another training.
+        FileExistsError: `out` holds a training, and `resume` is off.
+        ArithmeticError: the loss became NaN or infinite.
+        KeyboardInterrupt: Ctrl-C; the last good checkpoint is kept.
+        OSError: `out` can't be written; the last good checkpoint is kept.
+    """
+    shape = problem.begin(settings)
+    budget = settings.budget(problem.size("train"), problem.steps, problem.patience)
+    folder = None
+    if out is not None:
+        run = {"kind": problem.kind, "budget": asdict(budget), "shape": asdict(shape), "data": fingerprint(problem)}
+        folder = RunFolder(out, run, resume)
+        if folder.finished:
+            return Trained.load(out)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        model = shape.build(problem.length)
+    flow = None if flow_every is None else GradientFlow(flow_every)
+    try:
+        progress = fit(
+            model,
+            problem,
+            budget,
+            tell=lambda done, error: tell(done, budget.steps, error),
+            callbacks=[*callbacks, *([] if flow is None else [flow])],
+            checkpoints=None if folder is None else folder.checkpoints,
+            resume=resume,
+            loggers=loggers,
+            machines=machines,
+        )
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("" if folder is None else f"interrupted; {folder.kept()}") from stop
+    except OSError as error:
+        if folder is None or error.strerror is None:
+            raise
+        raise OSError(f"--out: {out} can't be written: {error.strerror}; {folder.kept()}") from error
+    config: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": problem.kind,
+        "settings": asdict(settings),
+        "shape": asdict(shape),
+        "updates": progress.update[-1],
+        "validation": {"metric": problem.metric, "update": progress.update, "error": progress.error},
+        "gradient_flow": {} if flow is None else {name: _plain(found) for name, found in flow.latest.items()},
+        **problem.keep(),
+        "test": problem.judge(model),
+    }
+    trained = Trained(model, config)
+    if folder is not None:
+        folder.finish(trained)
+    return trained
+
+
+def _plain(found: Any) -> dict[str, float | None]:
+    return {
+        name: value if value is not None and math.isfinite(value) else None for name, value in found._asdict().items()
+    }

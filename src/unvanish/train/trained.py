@@ -1,0 +1,80 @@
+"""A trained model in a folder: plain JSON and safetensors, written by rename; reading it executes nothing."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from unvanish.flow.files import write_atomically
+from unvanish.train.forecasting import Forecasting
+from unvanish.train.language import LanguageModel
+from unvanish.train.models import SequenceModel, Shape
+from unvanish.train.problems import Classification, Regression
+
+SCHEMA = 2
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+KINDS: dict[str, Any] = {kind.kind: kind for kind in (Classification, Regression, Forecasting, LanguageModel)}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with all that is needed to apply it."""
+
+    model: SequenceModel
+    config: dict[str, Any]
+    """kind, settings, shape, split rule, what the inputs were scaled by, figures on the test split, …"""
+
+    def predict(self, data: Any, **options: Any) -> Any:
+        """What the model answers to data of the kind that it was trained on: a class or a number per sequence, the
+        next steps of each series, or how a text goes on.
+
+        Args:
+            data: `Sequences`, `Series`, or a text.
+            options: of a language model: length, temperature, seed.
+
+        Raises:
+            DataError: other channels than in training, or of another kind.
+            ValueError: a model of a task, which has no data to be applied to.
+        """
+        if self.config["kind"] not in KINDS:
+            raise ValueError(f"model: expected one that was trained on data, got one of the {self.config['kind']}")
+        return KINDS[self.config["kind"]].apply(self.model, self.config, data, **options)
+
+    def save(self, folder: Path) -> None:
+        """Write weights, then config.json, which holds their SHA-256 and so seals the folder.
+
+        Raises:
+            FileExistsError: there is a model already.
+            OSError: it can't be written.
+        """
+        if (folder / CONFIG).exists():
+            raise FileExistsError(f"--out: {folder} holds a model already; name a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = save({name: value.contiguous() for name, value in self.model.state_dict().items()})
+        write_atomically(folder / WEIGHTS, weights)
+        config = self.config | {"sha256": hashlib.sha256(weights).hexdigest()}
+        write_atomically(folder / CONFIG, json.dumps(config, indent=1).encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> "Trained":
+        """A folder that `save` wrote.
+
+        Raises:
+            ValueError: it is not one, or its weights are damaged.
+        """
+        try:
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            if config.get("schema") != SCHEMA:
+                raise ValueError(f"expected schema {SCHEMA}, got {config.get('schema')}")
+            weights = (folder / WEIGHTS).read_bytes()
+            if hashlib.sha256(weights).hexdigest() != config["sha256"]:
+                raise ValueError(f"{WEIGHTS} is damaged: its checksum is wrong")
+            model = Shape(**config["shape"]).build(2)
+            model.load_state_dict(load(weights))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"model: {folder} is not a folder that `unvanish train` finished: {error}") from error
+        return cls(model, config)

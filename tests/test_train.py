@@ -1,0 +1,146 @@
+"""Training on the user's data: it learns, beats the baselines, keeps its splits apart, and is applied again."""
+
+import csv
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unvanish import train
+from unvanish.cli import main
+from unvanish.train import (
+    Classification,
+    DataError,
+    Forecasting,
+    LanguageModel,
+    Regression,
+    Sequences,
+    Series,
+    Settings,
+)
+from unvanish.train.data.sequences import split
+
+
+def sines(n: int = 120, *, number: bool = False) -> Sequences:
+    """Sines of three frequencies and unequal length; the answer is which."""
+    rng = np.random.default_rng(0)
+    x = []
+    for k in range(n):
+        t = np.arange(int(rng.integers(12, 21)))
+        x.append((np.sin(t * (0.3 + 0.4 * (k % 3)) + rng.normal()) + 0.1 * rng.normal(size=len(t)))[:, None])
+    y = [str(k % 3) if number else "abc"[k % 3] for k in range(n)]
+    return Sequences(x, y, [f"row {k + 2}" for k in range(n)], ["value"])
+
+
+def seasons(n: int = 400) -> Series:
+    rng = np.random.default_rng(1)
+    return Series({"": 3 * np.sin(np.arange(n) * 2 * np.pi / 12)[:, None] + rng.normal(size=(n, 1))}, ["sales"])
+
+
+TEXT = "the cat sat on the mat. the dog did not. " * 60
+PROBLEMS = {
+    "classification": lambda: Classification(sines()),
+    "regression": lambda: Regression(sines(number=True)),
+    "forecasting": lambda: Forecasting(seasons(), horizon=3, window=12, season=12),
+    "language": lambda: LanguageModel(TEXT),
+}
+GIVEN = {"classification": sines(), "regression": sines(), "forecasting": seasons(), "language": "the "}
+FIGURE = {"classification": "accuracy", "regression": "mse", "forecasting": "rmse", "language": "nats"}
+
+
+@pytest.mark.parametrize("kind", list(PROBLEMS))
+def test_it_learns_beats_the_baselines_repeats_and_is_applied(tmp_path: Path, kind: str) -> None:
+    settings = Settings(hidden=16, epochs=10, batch=4 if kind == "language" else 16, tbptt=16)
+    first, again = (train.train_on(PROBLEMS[kind](), settings) for _ in range(2))
+    for a, b in zip(first.model.state_dict().values(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    figures = {who: found[FIGURE[kind]] for who, found in first.config["test"].items()}
+    assert len(figures) > 1
+    mine = figures.pop("model")
+    if kind == "classification":
+        assert mine > max(figures.values()) + 0.3
+    else:
+        assert mine < 0.95 * min(figures.values())
+    first.save(tmp_path / "m")
+    assert train.Trained.load(tmp_path / "m").predict(GIVEN[kind]) == first.predict(GIVEN[kind])
+
+
+def test_the_test_split_leaves_no_trace_in_the_model() -> None:
+    data = sines(number=True)
+    held = split(None, len(data), 0)["test"]
+    assert data.y is not None
+    x = [v * 1000 if i in held else v for i, v in enumerate(data.x)]
+    y = ["999" if i in held else label for i, label in enumerate(data.y)]
+    settings = Settings(hidden=4, epochs=2)
+    plain, other = (train.train_on(Regression(d), settings) for d in (data, replace(data, x=x, y=y)))
+    assert plain.config["input"] == other.config["input"]
+    assert plain.config["target_scale"] == other.config["target_scale"]
+    for a, b in zip(plain.model.state_dict().values(), other.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert plain.config["test"] != other.config["test"]
+
+
+def test_one_class_and_text_targets_are_refused() -> None:
+    data = Sequences([np.ones((1, 1))] * 10, ["x"] * 10, ["row 2"] * 10, ["value"])
+    with pytest.raises(DataError, match="every sequence has the class 'x'"):
+        Classification(data)
+    with pytest.raises(DataError, match="row 2: expected a number, got 'x'"):
+        Regression(data)
+
+
+def test_other_channels_are_refused() -> None:
+    trained = train.train_on(Classification(sines()), Settings(hidden=4, epochs=1))
+    other = Sequences([np.ones((3, 2))], None, ["a"], ["p", "q"])
+    with pytest.raises(DataError, match=r"expected the channels \['value'\], got \['p', 'q'\]"):
+        trained.predict(other)
+
+
+def write(path: Path) -> None:
+    data = sines()
+    assert data.y is not None
+    with path.open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow([*(f"t{t}" for t in range(20)), "y"])
+        for x, y in zip(data.x, data.y, strict=True):
+            values = [f"{v:.4f}" for v in np.asarray(x)[:, 0]]
+            out.writerow([*values, *[""] * (20 - len(values)), y])
+
+
+def call(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["unvanish", *arguments])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("d.csv"))
+    base = ["train", "--data", "d.csv", "--target", "y", "--epochs", "1", "--hidden", "4"]
+    assert call([*base, "--out", "m"], monkeypatch) == 0
+    assert "class a: 40 of 120" in capsys.readouterr().out
+    assert {path.name for path in Path("m").iterdir()} == {"config.json", "model.safetensors", "run.json", "logs"}
+    assert json.loads(Path("m/config.json").read_text())["kind"] == "classification"
+    assert call(["predict", "m", "--data", "d.csv", "--target", "y"], monkeypatch) == 0
+    rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
+    assert len(rows) == 121
+    assert {row[1] for row in rows[1:]} <= set("abc")
+    for wrong, message in (
+        ([*base, "--out", "m"], "--out: m holds a finished training"),
+        ([*base, "--out", "d.csv/n"], "--out: d.csv/n"),
+        ([*base, "--out", "n", "--kind", "guess"], "--kind: expected"),
+        ([*base, "--out", "n", "--missing", "drop"], "missing: expected"),
+        ([*base, "--out", "n", "--cell", "nope"], "cells: expected names"),
+        (["predict", ".", "--data", "d.csv", "--target", "y"], "not a folder that `unvanish train` finished"),
+        (["predict", "m", "--data", "none.csv"], "No such file"),
+    ):
+        assert call(wrong, monkeypatch) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert not Path("n").exists()
