@@ -1,9 +1,14 @@
 """Tasks are functions of (seed, split, index), have the chance level they claim, and pose the problem they describe."""
 
+import gzip
 import re
+import shutil
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,16 +16,43 @@ from hypothesis import strategies as st
 
 from unvanish.train.tasks import TASKS, make_task
 from unvanish.train.tasks.adding import Adding
-from unvanish.train.tasks.reber import SYMBOLS, UNANSWERED, EmbeddedReber
+from unvanish.train.tasks.base import IGNORED, Split
+from unvanish.train.tasks.reber import SYMBOLS, EmbeddedReber
+
+
+def idx(array: np.ndarray) -> bytes:
+    """As MNIST's files are written."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mnist(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Files like MNIST's, each image of noise, its first pixel the digit times 20; the test files gzipped."""
+    folder, rng = tmp_path_factory.mktemp("mnist"), np.random.default_rng(0)
+    for part, n in (("train", 5040), ("t10k", 30)):
+        labels = np.arange(n) % 10
+        images = rng.integers(256, size=(n, 28, 28))
+        images[:, 0, 0] = 20 * labels
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            path = folder / f"{part}-{kind}-ubyte"
+            if part == "train":
+                path.write_bytes(idx(array))
+            else:
+                path.with_name(path.name + ".gz").write_bytes(gzip.compress(idx(array), 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNVANISH_MNIST", str(folder))
+        yield folder
 
 
 @pytest.mark.parametrize("name", list(TASKS))
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_any_sample_can_be_drawn_again(name: str, split: str) -> None:
+def test_any_sample_can_be_drawn_again(name: str, split: Split) -> None:
     x, y = make_task(name, seed=3).samples(split, [7, 2, 11])
     again_x, again_y = make_task(name, seed=3).samples(split, [2])
     assert torch.equal(x[1], again_x[0])
     assert torch.equal(y[1], again_y[0])
+    if name.startswith("mnist-full") and split == "test":
+        return  # a file of its own, the same for every seed
     other, _ = make_task(name, seed=4).samples(split, range(20))
     assert not torch.equal(other, make_task(name, seed=3).samples(split, range(20))[0])
 
@@ -132,7 +164,7 @@ def follows(beginning: str) -> str:
 
 def strings(task: EmbeddedReber, split: Any) -> list[str]:
     _, y = task.samples(split, range(task.size(split)))
-    return ["B" + "".join(SYMBOLS[s] for s in row[row != UNANSWERED]) for row in y]
+    return ["B" + "".join(SYMBOLS[s] for s in row[row != IGNORED]) for row in y]
 
 
 def test_reber_strings_are_of_the_grammar_and_the_test_is_not_in_the_training() -> None:
@@ -152,8 +184,8 @@ def test_reber_strings_are_of_the_grammar_and_the_test_is_not_in_the_training() 
 def test_reber_input_is_the_string_up_to_each_answer() -> None:
     task = EmbeddedReber(20)
     x, y = task.samples("test", range(50))
-    assert ((y != UNANSWERED) == (x.sum(-1) == 1)).all()
-    shown = x.argmax(-1)[:, 1:].where(y[:, :-1] != UNANSWERED, UNANSWERED)
+    assert ((y != IGNORED) == (x.sum(-1) == 1)).all()
+    shown = x.argmax(-1)[:, 1:].where(y[:, :-1] != IGNORED, IGNORED)
     assert torch.equal(shown, y[:, :-1])
     assert (y[:, -1] == SYMBOLS.index("E")).all()
 
@@ -188,7 +220,7 @@ def test_reber_counts_the_long_range_symbol_apart() -> None:
 def test_reber_any_one_wrong_prediction_is_seen(b: int, data: st.DataObject) -> None:
     task = REBER_TASK
     answer, (_, y) = perfect(task, "validation")[[b]], task.samples("validation", [b])
-    places = (y[0] != UNANSWERED).nonzero().flatten().tolist()
+    places = (y[0] != IGNORED).nonzero().flatten().tolist()
     t = data.draw(st.sampled_from(places))
     k = data.draw(st.integers(0, 6))
     answer[0, t, k] = 1 - answer[0, t, k]
@@ -203,14 +235,56 @@ def test_reber_loss_is_of_the_answered_steps_alone() -> None:
     answer = torch.randn(4, task.length, 7, requires_grad=True)
     task.loss(answer, y).backward()
     assert answer.grad is not None
-    assert (answer.grad.abs().sum(-1)[y == UNANSWERED] == 0).all()
-    assert (answer.grad.abs().sum(-1)[y != UNANSWERED] > 0).all()
+    assert (answer.grad.abs().sum(-1)[y == IGNORED] == 0).all()
+    assert (answer.grad.abs().sum(-1)[y != IGNORED] > 0).all()
 
 
-def test_permuted_pixels_are_the_same_pixels_in_another_order() -> None:
-    plain, permuted = (make_task(name).samples("test", range(5))[0] for name in ("mnist", "mnist-permuted"))
-    assert not torch.equal(plain, permuted)
-    assert torch.equal(plain.sort(1).values, permuted.sort(1).values)
+def test_full_mnist_is_read_from_its_files() -> None:
+    task = make_task("mnist-full", seed=1)
+    assert [task.size(split) for split in ("train", "validation", "test")] == [40, 5000, 30]
+    for split in ("train", "validation", "test"):
+        x, y = task.samples(split, range(30))
+        torch.testing.assert_close(x[:, 0, 0], 20 * y / 255)
+    x, y = task.samples("test", range(30))
+    assert torch.equal(y, torch.arange(30) % 10)
+    assert x.min() >= 0
+    assert x.max() == 1
+    assert task.chance == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "t10k-labels-idx1-ubyte .or .gz. can't be read"),
+        (b"", "not a whole idx file"),
+        (b"\0\0\x08", "not a whole idx file"),
+        (b"\0\0\x08\0", "not a whole idx file"),
+        (b"\0\0\x0d\x01\0\0\0\x01a", "not a whole idx file"),
+        (idx(np.zeros(30))[:-1], "not a whole idx file"),
+        (idx(np.zeros(29)), "a digit for each"),
+        (idx(np.full(30, 10)), "a digit for each"),
+    ],
+)
+def test_damaged_mnist_is_named(
+    content: bytes | None, message: str, mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(mnist, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    if content is not None:
+        (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(content)
+    monkeypatch.setenv("UNVANISH_MNIST", str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        make_task("mnist-full")
+    monkeypatch.delenv("UNVANISH_MNIST")
+    with pytest.raises(ValueError, match="set the environment variable UNVANISH_MNIST"):
+        make_task("mnist-full-permuted")
+
+
+@pytest.mark.parametrize(("plain", "permuted"), [("mnist", "mnist-permuted"), ("mnist-full", "mnist-full-permuted")])
+def test_permuted_pixels_are_the_same_pixels_in_another_order(plain: str, permuted: str) -> None:
+    one, other = (make_task(name).samples("test", range(5))[0] for name in (plain, permuted))
+    assert not torch.equal(one, other)
+    assert torch.equal(one.sort(1).values, other.sort(1).values)
 
 
 @pytest.mark.parametrize(

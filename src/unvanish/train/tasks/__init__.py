@@ -3,7 +3,7 @@
 from unvanish.train.tasks.adding import Adding, Multiplication
 from unvanish.train.tasks.base import Task
 from unvanish.train.tasks.copy_memory import CopyMemory, VariableCopyMemory
-from unvanish.train.tasks.digits import Digits, PermutedMNIST, SequentialMNIST
+from unvanish.train.tasks.digits import Digits, FullMNIST, FullPermutedMNIST, PermutedMNIST, SequentialMNIST
 from unvanish.train.tasks.reber import EmbeddedReber
 from unvanish.train.tasks.recall import DelayedRecall, NoiseFreeLag
 from unvanish.train.tasks.temporal_order import TemporalOrder, TemporalOrder3
@@ -23,6 +23,8 @@ TASKS: dict[str, type[Task]] = {
         Digits,
         SequentialMNIST,
         PermutedMNIST,
+        FullMNIST,
+        FullPermutedMNIST,
     )
 }
 

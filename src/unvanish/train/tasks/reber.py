@@ -7,13 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unvanish.train.tasks.base import Samples, Split, Task, as_float, whole
+from unvanish.train.tasks.base import IGNORED, Samples, Split, Task, as_float, whole
 
 SYMBOLS = "BTPSXVE"
 STRINGS = 256
 """per split, as in the papers"""
-UNANSWERED = -100
-"""what cross-entropy leaves out"""
 
 REBER: tuple[dict[str, int], ...] = (
     {"B": 1},
@@ -91,7 +89,7 @@ class EmbeddedReber(Task):
 
     def samples(self, split: Split, indices: Sequence[int]) -> Samples:
         x = np.zeros((len(indices), self.length, self.inputs), dtype=np.float32)
-        y = np.full((len(indices), self.length), UNANSWERED)
+        y = np.full((len(indices), self.length), IGNORED)
         for row, index in enumerate(indices):
             symbols = [SYMBOLS.index(symbol) for symbol in self._strings[split][index]]
             start = self.length + 1 - len(symbols)
@@ -114,7 +112,7 @@ class EmbeddedReber(Task):
         may = _NEXT.to(y.device)[nodes] >= 0
         least = answer.where(may, torch.inf).amin(-1)
         most = answer.where(~may, -torch.inf).amax(-1)
-        wrong = ~(least > most) & (y != UNANSWERED)
+        wrong = ~(least > most) & (y != IGNORED)
         long_range = torch.isin(nodes, torch.tensor(LONG_RANGE, device=y.device))
         return (wrong & long_range).any(1), (wrong & ~long_range).any(1)
 
@@ -137,5 +135,5 @@ def _nodes(y: Tensor) -> Tensor:
     node, nodes = torch.ones_like(y[:, 0]), []
     for y_t in y.unbind(1):
         nodes.append(node)
-        node = torch.where(y_t == UNANSWERED, node, following[node, y_t.clamp(0)])
+        node = torch.where(y_t == IGNORED, node, following[node, y_t.clamp(0)])
     return torch.stack(nodes, 1)
