@@ -11,13 +11,14 @@ import argparse
 import json
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import lightning
 import torch
+from torch import Tensor
 
 from unvanish.train.fit import Budget, answers, evaluate, fit
 from unvanish.train.models import SequenceModel, recipe
@@ -32,14 +33,30 @@ class Side:
     title: str
     cell: str
     hidden: int
+    seeds: int = 3
+    lr: float | None = None
+    """where it is not the part's"""
     omega: float = 0.0
     """weight of Ω"""
-    tbptt: int | None = None
-    seeds: int = 3
+    elman: bool = False
 
     def build(self, task: Task) -> SequenceModel:
         layer = recipe(self.cell).recurrent(task.inputs, self.hidden, task.length)
-        return SequenceModel(layer, task.outputs, task.answers, tbptt=self.tbptt)
+        return (Elman if self.elman else SequenceModel)(layer, task.outputs, task.answers)
+
+
+class Elman(SequenceModel):
+    """Elman's procedure: h_{t-1} is an input like any other, no error passes to the step before.
+
+    The same as `tbptt=1`, all steps at once.
+    """
+
+    def step(self, x: Tensor, lengths: Tensor | None = None, hx: Any = None) -> tuple[Tensor, Any]:
+        with torch.no_grad():
+            states, final = self.recurrent(x, hx)
+        before = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1)
+        again, _ = self.recurrent(x.flatten(0, 1).unsqueeze(1), before.flatten(0, 1).unsqueeze(0))
+        return self.head(again.view_as(states)), final
 
 
 @dataclass(frozen=True)
@@ -59,8 +76,9 @@ class Part:
     patience: int = 2
     """training stops when that many validations in a row reached the goal"""
 
-    def budget(self, seed: int) -> Budget:
-        return Budget(self.steps, self.batch, self.lr, 1.0, seed, every=self.steps // self.rounds)
+    def budget(self, side: Side, seed: int) -> Budget:
+        lr = side.lr or self.lr
+        return Budget(self.steps, self.batch, lr, 1.0, seed, every=self.steps // self.rounds, omega=side.omega)
 
 
 def sides(hidden: int, seeds: int, *cells: str) -> tuple[Side, ...]:
@@ -71,8 +89,13 @@ LSTMS = ("lstm-chrono", "lstm-forget1", "rnn")
 ORDER = (Side("tanh-RNN, clip", "rnn", 50), Side("tanh-RNN, clip + Ω", "rnn", 50, omega=1.0))
 REBER = (
     Side("LSTM", "lstm", 12, seeds=32),
-    Side("Elman net, error one step back", "rnn", 24, tbptt=1, seeds=8),
+    Side("Elman net, error one step back", "rnn", 24, seeds=8, elman=True),
     Side("tanh-RNN, error through the whole string", "rnn", 24, seeds=8),
+)
+MNIST = (
+    Side("chrono LSTM", "lstm-chrono", 48, seeds=1, lr=1e-2),
+    Side("IRNN", "irnn", 48, seeds=1),
+    Side("tanh-RNN", "rnn", 48, seeds=1),
 )
 PARTS = {
     "adding-200": Part("adding", 200, sides(64, 2, *LSTMS), steps=1500, lr=1e-2, goal=0.06),
@@ -81,7 +104,7 @@ PARTS = {
     "order-50": Part("temporal-order", 50, ORDER, steps=1500, lr=1e-3, goal=0.01 / 0.75),
     "order-100": Part("temporal-order", 100, ORDER, steps=1500, lr=1e-3, goal=0.01 / 0.75),
     "reber": Part("embedded-reber", None, REBER, steps=1500, lr=2e-2, goal=1 / 256, rounds=30, patience=3),
-    "mnist": Part("mnist", None, sides(48, 1, "lstm-chrono", "irnn", "rnn"), steps=600, lr=1e-3, goal=0.0),
+    "mnist": Part("mnist", None, MNIST, steps=1000, lr=1e-3, goal=0.0),
 }
 
 
@@ -111,8 +134,7 @@ def train(part: Part, side: Side, seed: int) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     try:
-        budget = replace(part.budget(seed), omega=side.omega)
-        progress = fit(model, task, budget, callbacks=[StopAtGoal(goal, part.patience)])
+        progress = fit(model, task, part.budget(side, seed), callbacks=[StopAtGoal(goal, part.patience)])
     except ArithmeticError as error:
         return found | {"failed": str(error), "test_error": math.inf, "learnt_at": None}
     within = [error < goal for error in progress.error]
