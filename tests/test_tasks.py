@@ -1,19 +1,58 @@
 """Tasks are functions of (seed, split, index), have the chance level they claim, and pose the problem they describe."""
 
+import gzip
+import re
+import shutil
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from unvanish.train.tasks import TASKS, make_task
 from unvanish.train.tasks.adding import Adding
+from unvanish.train.tasks.base import IGNORED, Split
+from unvanish.train.tasks.reber import SYMBOLS, EmbeddedReber
+
+
+def idx(array: np.ndarray) -> bytes:
+    """As MNIST's files are written."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mnist(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Files like MNIST's, each image of noise, its first pixel the digit times 20; the test files gzipped."""
+    folder, rng = tmp_path_factory.mktemp("mnist"), np.random.default_rng(0)
+    for part, n in (("train", 5040), ("t10k", 30)):
+        labels = np.arange(n) % 10
+        images = rng.integers(256, size=(n, 28, 28))
+        images[:, 0, 0] = 20 * labels
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            path = folder / f"{part}-{kind}-ubyte"
+            if part == "train":
+                path.write_bytes(idx(array))
+            else:
+                path.with_name(path.name + ".gz").write_bytes(gzip.compress(idx(array), 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNVANISH_MNIST", str(folder))
+        yield folder
 
 
 @pytest.mark.parametrize("name", list(TASKS))
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_any_sample_can_be_drawn_again(name: str, split: str) -> None:
+def test_any_sample_can_be_drawn_again(name: str, split: Split) -> None:
     x, y = make_task(name, seed=3).samples(split, [7, 2, 11])
     again_x, again_y = make_task(name, seed=3).samples(split, [2])
     assert torch.equal(x[1], again_x[0])
     assert torch.equal(y[1], again_y[0])
+    if name.startswith("mnist-full") and split == "test":
+        return  # a file of its own, the same for every seed
     other, _ = make_task(name, seed=4).samples(split, range(20))
     assert not torch.equal(other, make_task(name, seed=3).samples(split, range(20))[0])
 
@@ -99,10 +138,153 @@ def test_recall_asks_for_the_first_symbol_alone(name: str) -> None:
     assert task.chance == 1 - 1 / task.outputs
 
 
-def test_permuted_pixels_are_the_same_pixels_in_another_order() -> None:
-    plain, permuted = (make_task(name).samples("test", range(5))[0] for name in ("mnist", "mnist-permuted"))
-    assert not torch.equal(plain, permuted)
-    assert torch.equal(plain.sort(1).values, permuted.sort(1).values)
+# Reber's grammar once more, from the drawing in the papers, as what may follow which beginning of an embedded string.
+LOOP = "B[TP]B(P|TS*XX)T*(VPXT*)*"
+FOLLOWS = {
+    "B": "TP",
+    "B[TP]": "B",
+    "B[TP]B": "TP",
+    "B[TP]BTS*": "SX",
+    "B[TP]BTS*X": "XS",
+    LOOP: "TV",
+    f"{LOOP}V": "PV",
+    f"{LOOP}VP": "XS",
+    f"B[TP]BTS*XS|{LOOP}V(V|PS)": "E",
+    "BT.*E": "T",
+    "BP.*E": "P",
+    "B.*E[TP]": "E",
+}
+REBER_TASK = EmbeddedReber(20)
+
+
+def follows(beginning: str) -> str:
+    (may,) = (may for pattern, may in FOLLOWS.items() if re.fullmatch(pattern, beginning))
+    return may
+
+
+def strings(task: EmbeddedReber, split: Any) -> list[str]:
+    _, y = task.samples(split, range(task.size(split)))
+    return ["B" + "".join(SYMBOLS[s] for s in row[row != IGNORED]) for row in y]
+
+
+def test_reber_strings_are_of_the_grammar_and_the_test_is_not_in_the_training() -> None:
+    task = EmbeddedReber(seed=5)
+    parts = {split: strings(task, split) for split in ("train", "validation", "test")}
+    for part in parts.values():
+        assert len(part) == 256
+        for string in part:
+            assert 9 <= len(string) <= 31
+            assert all(string[t] in follows(string[:t]) for t in range(1, len(string))), string
+            assert string[1] == string[-2]
+    assert not set(parts["train"]) & {*parts["validation"], *parts["test"]}
+    shortest = [len(string) == 9 for seed in range(4) for string in strings(EmbeddedReber(seed=seed), "train")]
+    assert sum(shortest) / len(shortest) == pytest.approx(1 / 4, abs=0.05)
+
+
+def test_reber_input_is_the_string_up_to_each_answer() -> None:
+    task = EmbeddedReber(20)
+    x, y = task.samples("test", range(50))
+    assert ((y != IGNORED) == (x.sum(-1) == 1)).all()
+    shown = x.argmax(-1)[:, 1:].where(y[:, :-1] != IGNORED, IGNORED)
+    assert torch.equal(shown, y[:, :-1])
+    assert (y[:, -1] == SYMBOLS.index("E")).all()
+
+
+@cache
+def perfect(task: EmbeddedReber, split: Any) -> torch.Tensor:
+    """Outputs of 1 for the symbols that may follow, else 0."""
+    answer = torch.zeros(task.size(split), task.length, len(SYMBOLS))
+    for b, string in enumerate(strings(task, split)):
+        for t in range(1, len(string)):
+            may = [SYMBOLS.index(symbol) for symbol in follows(string[:t])]
+            answer[b, task.length - len(string) + t, may] = 1.0
+    return answer
+
+
+def test_reber_counts_the_long_range_symbol_apart() -> None:
+    task = EmbeddedReber(24)
+    answer, (_, y) = perfect(task, "test"), task.samples("test", range(256))
+    assert float(task.error(answer, y)) == 0
+    blind = answer.clone()
+    blind[:, -2] = torch.eye(7)[SYMBOLS.index("T")]
+    long_range, other = task.wrong(blind, y)
+    assert torch.equal(long_range, y[:, -2] == SYMBOLS.index("P"))
+    assert not other.any()
+    assert float(task.error(blind, y)) == pytest.approx(task.chance, abs=0.1)
+    both = answer.clone()
+    both[:, -2] = torch.eye(7)[[SYMBOLS.index("T"), SYMBOLS.index("P")]].sum(0)
+    assert task.wrong(both, y)[0].all(), "two equal outputs are no prediction"
+
+
+@given(st.integers(0, 255), st.data())
+def test_reber_any_one_wrong_prediction_is_seen(b: int, data: st.DataObject) -> None:
+    task = REBER_TASK
+    answer, (_, y) = perfect(task, "validation")[[b]], task.samples("validation", [b])
+    places = (y[0] != IGNORED).nonzero().flatten().tolist()
+    t = data.draw(st.sampled_from(places))
+    k = data.draw(st.integers(0, 6))
+    answer[0, t, k] = 1 - answer[0, t, k]
+    long_range, other = task.wrong(answer, y)
+    assert bool(long_range | other)
+    assert bool(long_range) == (t == task.length - 2)
+
+
+def test_reber_loss_is_of_the_answered_steps_alone() -> None:
+    task = REBER_TASK
+    _, y = task.samples("train", range(4))
+    answer = torch.randn(4, task.length, 7, requires_grad=True)
+    task.loss(answer, y).backward()
+    assert answer.grad is not None
+    assert (answer.grad.abs().sum(-1)[y == IGNORED] == 0).all()
+    assert (answer.grad.abs().sum(-1)[y != IGNORED] > 0).all()
+
+
+def test_full_mnist_is_read_from_its_files() -> None:
+    task = make_task("mnist-full", seed=1)
+    assert [task.size(split) for split in ("train", "validation", "test")] == [40, 5000, 30]
+    for split in ("train", "validation", "test"):
+        x, y = task.samples(split, range(30))
+        torch.testing.assert_close(x[:, 0, 0], 20 * y / 255)
+    x, y = task.samples("test", range(30))
+    assert torch.equal(y, torch.arange(30) % 10)
+    assert x.min() >= 0
+    assert x.max() == 1
+    assert task.chance == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "t10k-labels-idx1-ubyte .or .gz. can't be read"),
+        (b"", "not a whole idx file"),
+        (b"\0\0\x08", "not a whole idx file"),
+        (b"\0\0\x08\0", "not a whole idx file"),
+        (b"\0\0\x0d\x01\0\0\0\x01a", "not a whole idx file"),
+        (idx(np.zeros(30))[:-1], "not a whole idx file"),
+        (idx(np.zeros(29)), "a digit for each"),
+        (idx(np.full(30, 10)), "a digit for each"),
+    ],
+)
+def test_damaged_mnist_is_named(
+    content: bytes | None, message: str, mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(mnist, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    if content is not None:
+        (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(content)
+    monkeypatch.setenv("UNVANISH_MNIST", str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        make_task("mnist-full")
+    monkeypatch.delenv("UNVANISH_MNIST")
+    with pytest.raises(ValueError, match="set the environment variable UNVANISH_MNIST"):
+        make_task("mnist-full-permuted")
+
+
+@pytest.mark.parametrize(("plain", "permuted"), [("mnist", "mnist-permuted"), ("mnist-full", "mnist-full-permuted")])
+def test_permuted_pixels_are_the_same_pixels_in_another_order(plain: str, permuted: str) -> None:
+    one, other = (make_task(name).samples("test", range(5))[0] for name in (plain, permuted))
+    assert not torch.equal(one, other)
+    assert torch.equal(one.sort(1).values, other.sort(1).values)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +292,7 @@ def test_permuted_pixels_are_the_same_pixels_in_another_order() -> None:
     [
         ("nope", None, "task: expected one of adding"),
         ("adding", 1, "length: expected at least 2"),
+        ("embedded-reber", 19, "length: expected at least 20"),
         ("digits", 65, "length: an image of digits has 64"),
     ],
 )

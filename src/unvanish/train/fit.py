@@ -25,7 +25,7 @@ from unvanish.cures import Omega
 from unvanish.train.checkpoints import SaveEachRound, SealedCheckpointIO, newest
 from unvanish.train.models import SequenceModel
 from unvanish.train.rounds import batches
-from unvanish.train.tasks.base import Samples, Split
+from unvanish.train.tasks.base import IGNORED, Samples, Split
 
 Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
 Schedule = Literal["constant", "cosine"]
@@ -37,8 +37,6 @@ OPTIMIZERS: dict[Optimizer, type[torch.optim.Optimizer]] = {
 }
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 """what the launchers set: torchrun, Lightning's own, SLURM"""
-IGNORED = -100
-"""a class that is not judged: where shorter answers are padded"""
 
 
 class Problem(Protocol):

@@ -11,10 +11,11 @@ from torch.utils.data import Dataset
 
 from unvanish.train.data.table import DataError
 from unvanish.train.data.vocabulary import Vocabulary
-from unvanish.train.fit import IGNORED, Split, answers
+from unvanish.train.fit import answers
 from unvanish.train.models import SequenceModel, Shape
 from unvanish.train.problems import DataProblem, Judgement, Listed, to_json
 from unvanish.train.settings import Settings
+from unvanish.train.tasks.base import IGNORED, Split
 
 PIECE = 64
 """characters per update and stream, unless `tbptt` says otherwise"""

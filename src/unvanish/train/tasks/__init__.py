@@ -3,7 +3,8 @@
 from unvanish.train.tasks.adding import Adding, Multiplication
 from unvanish.train.tasks.base import Task
 from unvanish.train.tasks.copy_memory import CopyMemory, VariableCopyMemory
-from unvanish.train.tasks.digits import Digits, PermutedMNIST, SequentialMNIST
+from unvanish.train.tasks.digits import Digits, FullMNIST, FullPermutedMNIST, PermutedMNIST, SequentialMNIST
+from unvanish.train.tasks.reber import EmbeddedReber
 from unvanish.train.tasks.recall import DelayedRecall, NoiseFreeLag
 from unvanish.train.tasks.temporal_order import TemporalOrder, TemporalOrder3
 
@@ -15,12 +16,15 @@ TASKS: dict[str, type[Task]] = {
         VariableCopyMemory,
         TemporalOrder,
         TemporalOrder3,
+        EmbeddedReber,
         Multiplication,
         NoiseFreeLag,
         DelayedRecall,
         Digits,
         SequentialMNIST,
         PermutedMNIST,
+        FullMNIST,
+        FullPermutedMNIST,
     )
 }
 

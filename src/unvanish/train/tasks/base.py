@@ -11,6 +11,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import Dataset
 
 Split = Literal["train", "validation", "test"]
+IGNORED = -100
+"""a class that is not judged: where nothing is asked, or shorter answers are padded"""
 SPLITS: dict[Split, int] = {"train": 0, "validation": 1, "test": 2}
 Samples = tuple[Tensor, Tensor]
 """(x [B, T, I], y): y is [B, O] for a regression, [B] classes, or [B, answers] classes where several steps are

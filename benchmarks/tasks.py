@@ -1,0 +1,244 @@
+"""Who learns what: long-lag tasks of the literature, all sides of a comparison under one budget.
+
+    python benchmarks/tasks.py run    --out runs [--only adding-200] [--seconds 60]
+    python benchmarks/tasks.py report --out runs          # the tables of benchmarks/README.md
+
+`run` does the trainings that the folder lacks and appends each to PART.jsonl in it; with `--seconds` it starts no
+further one after that time, and goes on with the next call. One thread: on two cores let two parts run side by side.
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from unvanish.train.fit import Budget, answers, evaluate, fit
+from unvanish.train.models import SequenceModel, recipe
+from unvanish.train.tasks import Task, make_task
+from unvanish.train.tasks.reber import EmbeddedReber
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison."""
+
+    title: str
+    cell: str
+    hidden: int
+    seeds: int = 3
+    lr: float | None = None
+    """where it is not the part's"""
+    omega: float = 0.0
+    """weight of Ω"""
+    elman: bool = False
+
+    def build(self, task: Task) -> SequenceModel:
+        layer = recipe(self.cell).recurrent(task.inputs, self.hidden, task.length)
+        return (Elman if self.elman else SequenceModel)(layer, task.outputs, task.answers)
+
+
+class Elman(SequenceModel):
+    """Elman's procedure: h_{t-1} is an input like any other, no error passes to the step before.
+
+    The same as `tbptt=1`, all steps at once.
+    """
+
+    def step(self, x: Tensor, lengths: Tensor | None = None, hx: Any = None) -> tuple[Tensor, Any]:
+        with torch.no_grad():
+            states, final = self.recurrent(x, hx)
+        before = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1)
+        again, _ = self.recurrent(x.flatten(0, 1).unsqueeze(1), before.flatten(0, 1).unsqueeze(0))
+        return self.head(again.view_as(states)), final
+
+
+@dataclass(frozen=True)
+class Part:
+    """A task, and what is compared on it."""
+
+    task: str
+    length: int | None
+    sides: tuple[Side, ...]
+    steps: int
+    lr: float
+    goal: float
+    """share of the chance level below which the validation error counts as learnt"""
+    batch: int = 32
+    rounds: int = 20
+    """validations along the way"""
+    patience: int = 2
+    """training stops when that many validations in a row reached the goal"""
+
+    def budget(self, side: Side, seed: int) -> Budget:
+        lr = side.lr or self.lr
+        return Budget(self.steps, self.batch, lr, 1.0, seed, every=self.steps // self.rounds, omega=side.omega)
+
+
+def sides(hidden: int, seeds: int, *cells: str) -> tuple[Side, ...]:
+    return tuple(Side(recipe(cell).title, cell, hidden, seeds=seeds) for cell in cells)
+
+
+LSTMS = ("lstm-chrono", "lstm-forget1", "rnn")
+ORDER = (Side("tanh-RNN, clip", "rnn", 50), Side("tanh-RNN, clip + Ω", "rnn", 50, omega=1.0))
+REBER = (
+    Side("LSTM", "lstm", 12, seeds=32),
+    Side("Elman net, error one step back", "rnn", 24, seeds=8, elman=True),
+    Side("tanh-RNN, error through the whole string", "rnn", 24, seeds=8),
+)
+MNIST = (
+    Side("chrono LSTM", "lstm-chrono", 48, seeds=1, lr=1e-2),
+    Side("IRNN", "irnn", 48, seeds=1),
+    Side("tanh-RNN", "rnn", 48, seeds=1),
+)
+PARTS = {
+    "adding-200": Part("adding", 200, sides(64, 2, *LSTMS), steps=1500, lr=1e-2, goal=0.06),
+    "adding-750": Part("adding", 750, sides(32, 1, *LSTMS), steps=1500, lr=1e-2, goal=0.06),
+    "copy-200": Part("copy", 200, sides(64, 1, *LSTMS), steps=2000, lr=1e-2, goal=0.5, batch=16),
+    "order-50": Part("temporal-order", 50, ORDER, steps=1500, lr=1e-3, goal=0.01 / 0.75),
+    "order-100": Part("temporal-order", 100, ORDER, steps=1500, lr=1e-3, goal=0.01 / 0.75),
+    "reber": Part("embedded-reber", None, REBER, steps=1500, lr=2e-2, goal=1 / 256, rounds=30, patience=3),
+    "mnist": Part("mnist", None, MNIST, steps=1000, lr=1e-3, goal=0.0),
+}
+
+
+class StopAtGoal(lightning.Callback):
+    """Ends the training once the validation error has stayed below the goal for a while."""
+
+    def __init__(self, goal: float, patience: int) -> None:
+        self.goal, self.patience = goal, patience
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        last = pl_module.progress.error[-self.patience :]
+        if len(last) == self.patience and all(error < self.goal for error in last):
+            trainer.should_stop = True
+
+
+def train(part: Part, side: Side, seed: int) -> dict[str, Any]:
+    """One training, and what came of it."""
+    start = time.perf_counter()
+    task = make_task(part.task, part.length, seed)
+    torch.manual_seed(seed)
+    model = side.build(task)
+    goal = part.goal * task.chance
+    found: dict[str, Any] = {
+        "side": side.title,
+        "seed": seed,
+        "chance": task.chance,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    try:
+        progress = fit(model, task, part.budget(side, seed), callbacks=[StopAtGoal(goal, part.patience)])
+    except ArithmeticError as error:
+        return found | {"failed": str(error), "test_error": math.inf, "learnt_at": None}
+    within = [error < goal for error in progress.error]
+    found |= {
+        "updates": progress.update,
+        "errors": progress.error,
+        "test_error": evaluate(model, task),
+        "learnt_at": progress.update[within.index(True)] if any(within) else None,
+    }
+    if isinstance(task, EmbeddedReber):
+        found |= {split: wrong_strings(model, task, split) for split in ("train", "test")}
+    return found | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+@torch.no_grad()
+def wrong_strings(model: SequenceModel, task: EmbeddedReber, split: Any) -> dict[str, int]:
+    """Strings with a wrong prediction of the long-range symbol, and with any other wrong one."""
+    judged = [task.wrong(answer, y) for answer, y in answers(model, task, split)]
+    long_range, other = (torch.cat(parts) for parts in zip(*judged, strict=True))
+    return {"long_range": int(long_range.sum()), "other": int(other.sum())}
+
+
+def read(out: Path, name: str) -> list[dict[str, Any]]:
+    path = out / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(out: Path, names: list[str], seconds: float) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    for name in names:
+        part = PARTS[name]
+        done = {(found["side"], found["seed"]) for found in read(out, name)}
+        for seed in range(max(side.seeds for side in part.sides)):
+            for side in part.sides:
+                if seed >= side.seeds or (side.title, seed) in done:
+                    continue
+                if time.perf_counter() - start > seconds:
+                    return
+                found = train(part, side, seed)
+                with (out / f"{name}.jsonl").open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+                print(
+                    f"{name} {side.title} seed {seed}: {found['test_error']:.4g}, at {found['learnt_at']}", flush=True
+                )
+    print("all done", flush=True)
+
+
+def report(out: Path, names: list[str]) -> None:
+    """One table for all tasks but the grammar, and one for it."""
+    print("| task | model | test error, median (worst) | chance | learnt | after updates, median |")
+    print("|---|---|---|---|---|---|")
+    for name in names:
+        part, runs = PARTS[name], read(out, name)
+        for side, mine in by_side(part, runs):
+            if part.task == "embedded-reber":
+                continue
+            errors = [found["test_error"] for found in mine]
+            cells = [name, side.title, f"{median(errors):.4f} ({max(errors):.4f})", f"{mine[0]['chance']:.4f}"]
+            print_row(*cells, *(learnt(mine) if part.goal else ("", "")))
+    if "reber" not in names:
+        return
+    print("\n| model | weights | learnt | after updates, median | strings wrong at the long-range symbol | elsewhere |")
+    print("|---|---|---|---|---|---|")
+    for side, mine in by_side(PARTS["reber"], read(out, "reber")):
+        for found in mine:
+            # All of both sets, as in the paper.
+            if any(found[split][place] for split in ("train", "test") for place in ("long_range", "other")):
+                found["learnt_at"] = None
+        shares = [
+            sum(found[split][place] for found in mine for split in ("train", "test")) / (512 * len(mine))
+            for place in ("long_range", "other")
+        ]
+        print_row(side.title, mine[0]["parameters"], *learnt(mine), *(f"{share:.1%}" for share in shares))
+
+
+def by_side(part: Part, runs: list[dict[str, Any]]) -> list[tuple[Side, list[dict[str, Any]]]]:
+    """The runs of each side that has some."""
+    found = [(side, [run for run in runs if run["side"] == side.title]) for side in part.sides]
+    return [(side, mine) for side, mine in found if mine]
+
+
+def learnt(runs: list[dict[str, Any]]) -> tuple[str, str]:
+    at = [run["learnt_at"] for run in runs if run["learnt_at"] is not None]
+    return f"{len(at)} of {len(runs)}", f"{median(at):g}" if at else "–"
+
+
+def print_row(*cells: object) -> None:
+    print(f"| {' | '.join(map(str, cells))} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.what == "run":
+        run(given.out, given.only, given.seconds)
+    else:
+        report(given.out, given.only)
+
+
+if __name__ == "__main__":
+    main()
