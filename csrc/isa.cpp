@@ -22,20 +22,12 @@ namespace {
 
 template <class CellType, class Real>
 void forward(const Layer<Real>& layer, const Final<Real>& final, const Statistics* wanted, int threads) {
-  Forward<CellType, Real> run(layer, final, wanted);
-  for_each(run.blocks(), threads, [&](int64_t i) { run.block(i); });
-  run.gather();
+  Forward<CellType, Real>(layer, final, wanted, threads).run(threads);
 }
 
 template <class CellType, class Real>
 void backward(const Layer<Real>& layer, const Gradients<Real>& gradients, const Norms* norms, int threads) {
-  Backward<CellType, Real> run(layer, gradients, norms);
-  if (norms == nullptr)
-    for_each(run.blocks(), threads, [&](int64_t i) { run.block(i); });
-  else
-    run.in_step(threads);
-  for (int64_t row = 0; row < run.gathered(); ++row) run.gather(row);
-  run.gather_projection();
+  Backward<CellType, Real>(layer, gradients, norms, threads).run(threads);
 }
 
 // f(cell) for the cell's own type.
