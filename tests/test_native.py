@@ -117,9 +117,9 @@ def same_for_any_number_of_threads(case: LayerCase, clip: float | None) -> None:
 def test_bitwise_the_same_where_threads_share_out_the_hidden_units(
     name: str, P: int, clip: float | None, threads: None
 ) -> None:
-    case = layer(name, 30, 3, 6, 150, P=P)
+    case = layer(name, 12, 3, 6, 150, P=P)
     same_for_any_number_of_threads(case, clip)
-    lengths = torch.tensor([30, 7, 0])
+    lengths = torch.tensor([12, 7, 0])
     ragged = LayerCase(case.cell, case.x, case.state, case.weights, lengths, True)
     same_for_any_number_of_threads(ragged, clip)
     torch.set_num_threads(2)
