@@ -1,12 +1,14 @@
 """Our layers against torch's, interleaved in one process: medians, ratios, and the share of the machine's FMA peak.
 
-    python benchmarks/layers.py                  # both allocator settings, all rows; about five minutes
+    python benchmarks/layers.py                  # both allocator settings, all rows; about twenty minutes on two cores
     python benchmarks/layers.py --rows lstm      # only rows whose name contains "lstm"
+    python benchmarks/layers.py --isas           # our kernels of each instruction set that runs here against each other
+    python benchmarks/layers.py --memory         # peak memory of a training step, and checkpoint_every at T = 100,000
 
 "default" is torch as shipped. "keep" sets glibc's MALLOC_MMAP_MAX_=0, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_, so
-that freed memory stays
-mapped: much of torch's deficit is page faults on fresh memory, not kernels. Both run in a process of their own. Each
-call makes its outputs afresh, as a user gets them.
+that freed memory stays mapped: much of torch's deficit is page faults on fresh memory, not kernels. Both run in a
+process of their own. Each call makes its outputs afresh, as a user gets them. The peak is that of multiply-adds on
+registers, on all threads at once.
 """
 
 import argparse
@@ -14,11 +16,13 @@ import json
 import math
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import unvanish as uv
+from unvanish import _native
 
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 SHAPES = {
@@ -40,6 +45,7 @@ SHAPES = {
     "RNN": [(1000, 32, 64, 128), (1000, 32, 128, 256), (500, 32, 256, 512), (1000, 1, 64, 128)],
 }  # fmt: skip
 COMMON = (1000, 32, 64, 128)
+EVERY = 316  # √100,000: as many pieces as steps in each
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
@@ -102,9 +108,9 @@ def train(
         y = layer(x)[0]
         (y.data if ragged else y[-1] if last else y).backward(error)
 
-    plain = not (ragged or options) and not x_grad
-    work = 6 * T * B * GATES[kind] * H * (H + n_in * 2 / 3) if plain else None
-    return lambda: step(layers[0]), lambda: step(layers[1]), work
+    steps = int(lengths.sum()) if ragged else T * B
+    work = 2 * steps * GATES[kind] * H * (3 * H + n_in * (3 if x_grad else 2))
+    return lambda: step(layers[0]), lambda: step(layers[1]), None if options else work
 
 
 def infer(kind: str, T: int, B: int, n_in: int, H: int) -> tuple[Callable[[], None], Callable[[], None], float | None]:
@@ -119,21 +125,22 @@ def infer(kind: str, T: int, B: int, n_in: int, H: int) -> tuple[Callable[[], No
     return lambda: step(layers[0]), lambda: step(layers[1]), 2 * T * B * GATES[kind] * H * (H + n_in)
 
 
-def peak() -> float:
-    """FLOP/s of a large float32 matrix product: what the machine can do at most, as torch's BLAS reaches it."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    best = math.inf
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
+def peak(dtype: str = "float32") -> float:
+    """FLOP/s of multiply-adds on registers, on all of torch's threads at once: the best of several runs."""
+    run, isa, rounds = getattr(_native, f"peak_{dtype}"), os.environ.get("UNVANISH_ISA"), 10**6
+    threads, best = torch.get_num_threads(), 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(8):
+            start = time.perf_counter()
+            done = sum(pool.map(lambda _: run(rounds, isa), range(threads)))
+            best = max(best, done / (time.perf_counter() - start))
+    return best
 
 
 def measure(pattern: str, repeats: int) -> dict[str, Any]:
     """Medians of both, alternating."""
     torch.set_num_threads(2)
-    top, out = peak(), {}
+    top, out = {"float32": peak(), "float64": peak("float64")}, {}
     for name, make in rows().items():
         if pattern.lower() not in name.lower():
             continue
@@ -147,13 +154,77 @@ def measure(pattern: str, repeats: int) -> dict[str, Any]:
         torchs, mine = (statistics.median(v[1:]) for v in times)
         out[name] = {"torch_ms": 1e3 * torchs, "ours_ms": 1e3 * mine, "ratio": torchs / mine}
         if work is not None:
-            out[name]["share_of_peak"] = work / mine / top
+            out[name]["share_of_peak"] = work / mine / top["float64" if "float64" in name else "float32"]
         print(
             f"{name}: torch {1e3 * torchs:.1f} ms, ours {1e3 * mine:.1f} ms, {torchs / mine:.2f}×",
             file=sys.stderr,
             flush=True,
         )
     return out
+
+
+def isas(repeats: int) -> str:
+    """Our kernels of every instruction set, interleaved: milliseconds of a training step."""
+    torch.set_num_threads(2)
+    able = []
+    for isa in ("avx512", "avx2", "baseline"):
+        os.environ["UNVANISH_ISA"] = isa
+        try:
+            peak()
+            able.append(isa)
+        except ValueError:
+            print(f"{isa}: does not run here", file=sys.stderr)
+    lines = ["| row | " + " | ".join(f"{isa} ms" for isa in able) + " |", "|---" * (1 + len(able)) + "|"]
+    for kind in SHAPES:
+        step = train(kind, *COMMON)[1]
+        times: dict[str, list[float]] = {isa: [] for isa in able}
+        for _ in range(repeats + 1):
+            for isa, list_ in times.items():
+                os.environ["UNVANISH_ISA"] = isa
+                start = time.perf_counter()
+                step()
+                list_.append(time.perf_counter() - start)
+        found = [f"{1e3 * statistics.median(v[1:]):.1f}" for v in times.values()]
+        lines.append(f"| train {kind} {','.join(map(str, COMMON))} | " + " | ".join(found) + " |")
+    return "\n".join(lines)
+
+
+def step_memory(whose: str, kind: str, shape: tuple[int, int, int, int], every: int | None) -> dict[str, float]:
+    """MB that two training steps add to the process's peak of resident memory, and the seconds of the second."""
+    torch.set_num_threads(2)
+    T, B, n_in, H = shape
+    layer = getattr(nn if whose == "torch" else uv.nn, kind)(n_in, H)
+    if every is not None:
+        layer.checkpoint_every = every
+    x, error = torch.randn(T, B, n_in), torch.randn(T, B, H)
+    layer(x[:8])[0].sum().backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        start = time.perf_counter()
+        layer(x)[0].backward(error)
+        seconds = time.perf_counter() - start
+    return {"mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "seconds": seconds}
+
+
+def memory() -> str:
+    """Each step in a process of its own."""
+
+    def run(*request: Any) -> dict[str, float]:
+        command = [sys.executable, __file__, "--one-step", json.dumps(request)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        return json.loads(done.stdout)
+
+    lines = ["| training step | torch MB | ours MB |", "|---|---|---|"]
+    for kind in SHAPES:
+        theirs, ours = (run(whose, kind, COMMON, None)["mb"] for whose in ("torch", "ours"))
+        lines.append(f"| {kind} {','.join(map(str, COMMON))} | {theirs:.0f} | {ours:.0f} |")
+    shape = (100_000, 4, 64, 128)
+    label = ",".join(map(str, shape))
+    lines += ["", f"| {label} | plain MB | plain s | checkpoint_every={EVERY} MB | s |", "|---|---|---|---|---|"]
+    for kind in SHAPES:
+        both = [run("ours", kind, shape, every) for every in (None, EVERY)]
+        lines.append(f"| {kind} | " + " | ".join(f"{v['mb']:.0f} | {v['seconds']:.2f}" for v in both) + " |")
+    return "\n".join(lines)
 
 
 def mean(values: list[float]) -> float:
@@ -186,13 +257,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--isas", action="store_true", help="our instruction sets against each other")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--allocators", default="default,keep", help="default, keep, or both with a comma between")
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--one-step", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.one_step is not None:
+        print(json.dumps(step_memory(*options.one_step)))
+        return
+    if options.isas or options.memory:
+        print(isas(options.repeats) if options.isas else memory())
+        return
     if options.inner:
         print(json.dumps(measure(options.rows, options.repeats)))
         return
     results = []
-    for extra in ({}, KEEP):
+    for extra in ({"default": {}, "keep": KEEP}[name] for name in options.allocators.split(",")):
         command = [sys.executable, __file__, "--inner", "--rows", options.rows, "--repeats", str(options.repeats)]
         done = subprocess.run(command, env={**os.environ, **extra}, stdout=subprocess.PIPE, text=True, check=True)
         results.append(json.loads(done.stdout))
@@ -201,7 +282,7 @@ def main() -> None:
     )
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{cpu}, 2 threads, {uv.engine.isa()}; {versions}; medians of {options.repeats}\n")
-    print(table(*results))
+    print(table(results[0], results[-1]))
 
 
 if __name__ == "__main__":

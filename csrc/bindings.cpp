@@ -90,6 +90,11 @@ void bind(nb::module_& m, const char* suffix) {
     const Kernels<Real>& k = chosen<Real>(isa);
     return nb::make_tuple(k.lanes, k.padded(static_cast<Cell>(cell), H), k.saved_width(static_cast<Cell>(cell), H));
   });
+  m.def(name("peak_").c_str(), [](int64_t rounds, std::optional<std::string> isa) {
+    const Kernels<Real>& k = chosen<Real>(isa);
+    nb::gil_scoped_release release;
+    return k.peak(rounds);
+  });
   m.def(name("isa_").c_str(), [] { return std::string(kernels<Real>()->isa); });
   m.def(name("empty_").c_str(), [](size_t count) {
     Real* data = static_cast<Real*>(acquire(count * sizeof(Real)));

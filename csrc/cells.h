@@ -28,10 +28,12 @@ struct LstmCell {
   template <class Real>
   static UV_INLINE Vec<Real> forward(const Vec<Real>* a, const Vec<Real>*, Vec<Real> c_prev, Vec<Real>* saved,
                                      Vec<Real>& c, Vec<Real>) {
-    saved[I] = sigmoid<Real>(a[I]);
-    saved[F] = sigmoid<Real>(a[F]);
-    saved[G] = tanh<Real>(a[G]);
-    saved[O] = sigmoid<Real>(a[O]);
+    Vec<Real> x[4] = {-a[I], -a[F], a[G] + a[G], -a[O]}, power[4], q[4];
+    exp_parts<Real>(x, power, q);
+    saved[I] = sigmoid<Real>(power[I], q[I]);
+    saved[F] = sigmoid<Real>(power[F], q[F]);
+    saved[G] = tanh<Real>(power[G], q[G]);
+    saved[O] = sigmoid<Real>(power[O], q[O]);
     c = saved[F] * c_prev + saved[I] * saved[G];
     return saved[O] * tanh<Real>(c);
   }
@@ -64,8 +66,10 @@ struct GruCell {
   template <class Real>
   static UV_INLINE Vec<Real> forward(const Vec<Real>* a, const Vec<Real>* q, Vec<Real>, Vec<Real>* saved, Vec<Real>&,
                                      Vec<Real> h_prev) {
-    saved[R] = sigmoid<Real>(a[R] + q[R]);
-    saved[Z] = sigmoid<Real>(a[Z] + q[Z]);
+    Vec<Real> x[2] = {-(a[R] + q[R]), -(a[Z] + q[Z])}, power[2], rest[2];
+    exp_parts<Real>(x, power, rest);
+    saved[R] = sigmoid<Real>(power[R], rest[R]);
+    saved[Z] = sigmoid<Real>(power[Z], rest[Z]);
     saved[Q] = q[N];
     saved[N] = tanh<Real>(a[N] + saved[R] * saved[Q]);
     return saved[N] + saved[Z] * (h_prev - saved[N]);

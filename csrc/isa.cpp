@@ -22,20 +22,12 @@ namespace {
 
 template <class CellType, class Real>
 void forward(const Layer<Real>& layer, const Final<Real>& final, const Statistics* wanted, int threads) {
-  Forward<CellType, Real> run(layer, final, wanted);
-  for_each(run.blocks(), threads, [&](int64_t i) { run.block(i); });
-  run.gather();
+  Forward<CellType, Real>(layer, final, wanted, threads).run(threads);
 }
 
 template <class CellType, class Real>
 void backward(const Layer<Real>& layer, const Gradients<Real>& gradients, const Norms* norms, int threads) {
-  Backward<CellType, Real> run(layer, gradients, norms);
-  if (norms == nullptr)
-    for_each(run.blocks(), threads, [&](int64_t i) { run.block(i); });
-  else
-    run.in_step(threads);
-  for (int64_t row = 0; row < run.gathered(); ++row) run.gather(row);
-  run.gather_projection();
+  Backward<CellType, Real>(layer, gradients, norms, threads).run(threads);
 }
 
 // f(cell) for the cell's own type.
@@ -74,8 +66,22 @@ void backward_any(const Layer<Real>& layer, const Gradients<Real>& gradients, co
   with_cell(layer.cell, [&](auto kind) { backward<decltype(kind)>(layer, gradients, norms, threads); });
 }
 
+// More sums than the processor has multiply-adds under way, few enough for its registers.
 template <class Real>
-constexpr Kernels<Real> table{UV_TEXT(UV_ISA), kLanes<Real>, padded<Real>, saved_width<Real>, forward_any<Real>, backward_any<Real>};
+double peak(int64_t rounds) {
+  constexpr int kSums = UV_BYTES == 64 ? 24 : 12;
+  Vec<Real> sums[kSums] = {}, a = all(Real(0.999)), b = all(Real(1e-3));
+  // Else the compiler works them out beforehand.
+  asm volatile("" : "+x"(a), "+x"(b));
+  for (int64_t i = 0; i < rounds; ++i)
+#pragma GCC unroll 24
+    for (int k = 0; k < kSums; ++k) sums[k] = sums[k] * a + b;
+  for (int k = 0; k < kSums; ++k) asm volatile("" : : "x"(sums[k]));
+  return 2.0 * kSums * kLanes<Real> * static_cast<double>(rounds);
+}
+
+template <class Real>
+constexpr Kernels<Real> table{UV_TEXT(UV_ISA), kLanes<Real>, padded<Real>, saved_width<Real>, forward_any<Real>, backward_any<Real>, peak<Real>};
 
 }  // namespace
 

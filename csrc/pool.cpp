@@ -15,16 +15,7 @@
 namespace unvanish {
 namespace {
 
-struct Job {
-  void (*work)(void*, int64_t);
-  void* context;
-  int64_t count;
-  std::atomic<int64_t> next{0};
-
-  void run() {
-    for (int64_t i = next++; i < count; i = next++) work(context, i);
-  }
-};
+using Work = void (*)(void* context, int member, int members);
 
 class Workers {
  public:
@@ -32,21 +23,22 @@ class Workers {
   bool try_own() { return owner_.try_lock(); }
   void disown() { owner_.unlock(); }
 
-  void run(Job& job, int helpers) {
+  void run(Work work, void* context, int members) {
     {
       std::lock_guard lock(mutex_);
-      while (static_cast<int>(threads_.size()) < helpers) {
-        int id = static_cast<int>(threads_.size());
+      while (static_cast<int>(threads_.size()) < members - 1) {
+        int id = static_cast<int>(threads_.size()) + 1;
         threads_.emplace_back([this, id] { loop(id); });
         threads_.back().detach();
       }
-      job_ = &job;
-      wanted_ = helpers;
-      busy_ = helpers;
+      work_ = work;
+      context_ = context;
+      members_ = members;
+      busy_ = members - 1;
       ++generation_;
     }
     wake_.notify_all();
-    job.run();
+    work(context, 0, members);
     std::unique_lock lock(mutex_);
     done_.wait(lock, [this] { return busy_ == 0; });
   }
@@ -56,11 +48,13 @@ class Workers {
     uint64_t seen = 0;
     std::unique_lock lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [&] { return generation_ != seen && id < wanted_; });
+      wake_.wait(lock, [&] { return generation_ != seen && id < members_; });
       seen = generation_;
-      Job* job = job_;
+      const Work work = work_;
+      void* context = context_;
+      const int members = members_;
       lock.unlock();
-      job->run();
+      work(context, id, members);
       lock.lock();
       if (--busy_ == 0) done_.notify_one();
     }
@@ -69,8 +63,9 @@ class Workers {
   std::mutex owner_, mutex_;
   std::condition_variable wake_, done_;
   std::vector<std::thread> threads_;
-  Job* job_ = nullptr;
-  int wanted_ = 0, busy_ = 0;
+  Work work_ = nullptr;
+  void* context_ = nullptr;
+  int members_ = 0, busy_ = 0;
   uint64_t generation_ = 0;
 };
 
@@ -99,11 +94,28 @@ Object& instance(std::atomic<Object*>& slot) {
 }
 
 // The OpenMP runtime that torch has loaded. Its threads stay awake for some milliseconds after each of torch's operations: threads of
-// ours would have to share the cores with them. Null where there is none.
-using OpenMp = void (*)(void (*work)(void*), void* context, unsigned threads, unsigned flags);
-OpenMp openmp() {
-  static const auto found = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return found;
+// ours would have to share the cores with them.
+struct OpenMp {
+  void (*parallel)(void (*work)(void*), void* context, unsigned threads, unsigned flags);
+  int (*number)();
+  int (*count)();
+};
+
+template <class Function>
+void look_up(Function& function, const char* name) {
+  function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+}
+
+// Null where there is none.
+const OpenMp* openmp() {
+  static const OpenMp found = [] {
+    OpenMp all{};
+    look_up(all.parallel, "GOMP_parallel");
+    look_up(all.number, "omp_get_thread_num");
+    look_up(all.count, "omp_get_num_threads");
+    return all;
+  }();
+  return found.parallel == nullptr || found.number == nullptr || found.count == nullptr ? nullptr : &found;
 }
 
 // A child has no threads but the one that forked, and locks as they happened to be: it starts anew, and with threads of its own, since
@@ -117,6 +129,8 @@ const int registered = pthread_atfork(nullptr, nullptr, [] {
 
 }  // namespace
 
+int64_t take(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+
 void wait_for(const int64_t* counter, int64_t value) {
   for (int tries = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value; ++tries)
     if (tries > 2000) std::this_thread::yield();
@@ -124,21 +138,50 @@ void wait_for(const int64_t* counter, int64_t value) {
 
 void signal(int64_t* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }
 
-void parallel_for(int64_t count, int threads, void (*work)(void*, int64_t), void* context) {
-  Job job{work, context, count};
-  int helpers = static_cast<int>(count < threads ? count : threads) - 1;
-  if (helpers > 0 && openmp() != nullptr && !forked) {
+void meet(Barrier* barrier, int members) {
+  const int64_t round = __atomic_load_n(&barrier->round, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(&barrier->arrived, 1, __ATOMIC_ACQ_REL) < members) return wait_for(&barrier->round, round + 1);
+  __atomic_store_n(&barrier->arrived, 0, __ATOMIC_RELAXED);
+  __atomic_store_n(&barrier->round, round + 1, __ATOMIC_RELEASE);
+}
+
+void together(int wanted, int threads, void (*work)(void*, int, int), void* context) {
+  if (wanted > 1 && openmp() != nullptr && !forked) {
     // All of torch's threads, so that the team is the one that its operations use.
-    openmp()([](void* job) { static_cast<Job*>(job)->run(); }, &job, static_cast<unsigned>(threads), 0);
+    struct Call {
+      Work work;
+      void* context;
+      int wanted;
+    } call{work, context, wanted};
+    openmp()->parallel(
+        [](void* context) {
+          const Call& call = *static_cast<Call*>(context);
+          const int granted = openmp()->count(), members = granted < call.wanted ? granted : call.wanted;
+          const int member = openmp()->number();
+          if (member < members) call.work(call.context, member, members);
+        },
+        &call, static_cast<unsigned>(threads), 0);
     return;
   }
-  Workers& pool = instance(workers);
-  if (helpers <= 0 || !pool.try_own()) {
-    job.run();
-    return;
-  }
-  pool.run(job, helpers);
-  pool.disown();
+  Workers* pool = wanted > 1 ? &instance(workers) : nullptr;
+  if (pool == nullptr || !pool->try_own()) return work(context, 0, 1);
+  pool->run(work, context, wanted);
+  pool->disown();
+}
+
+void parallel_for(int64_t count, int threads, void (*work)(void*, int64_t), void* context) {
+  struct Run {
+    void (*work)(void*, int64_t);
+    void* context;
+    int64_t count, next;
+  } run{work, context, count, 0};
+  together(
+      static_cast<int>(count < threads ? count : threads), threads,
+      [](void* context, int, int) {
+        Run& run = *static_cast<Run*>(context);
+        for (int64_t i = take(&run.next); i < run.count; i = take(&run.next)) run.work(run.context, i);
+      },
+      &run);
 }
 
 void* acquire(size_t bytes) {

@@ -88,6 +88,8 @@ struct Kernels {
   // Statistics and norms: null if not wanted.
   void (*forward)(const Layer<Real>&, const Final<Real>&, const Statistics*, int threads);
   void (*backward)(const Layer<Real>&, const Gradients<Real>&, const Norms*, int threads);
+  // Multiplies and adds as fast as the processor can, from registers alone; how many operations that was. For benchmarks.
+  double (*peak)(int64_t rounds);
 };
 
 // The kernels for this machine, or those named by `isa` ("baseline", "avx2", "avx512"); null if it can't run them.

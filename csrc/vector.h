@@ -91,66 +91,80 @@ struct ExpConstants<double> {
   static constexpr int mantissa = 52;
 };
 
-// (eʳ − 1) / r − 1 over |r| ≤ ln 2 / 2, times 1/r: the Taylor series is short enough there.
-UV_INLINE Vec<float> expm1_tail(Vec<float> r) {
-  Vec<float> p = all(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  return p * r + 0.5f;
+// (eʳ − 1 − r) / r² over |r| ≤ ln 2 / 2: the Taylor series is short enough there. Even and odd powers apart, which halves the wait for each other.
+UV_INLINE Vec<float> expm1_tail(Vec<float> r, Vec<float> r2) {
+  const Vec<float> low = r * (1.0f / 6) + 0.5f, middle = r * (1.0f / 120) + 1.0f / 24, high = r * (1.0f / 5040) + 1.0f / 720;
+  return (high * r2 + middle) * r2 + low;
 }
 
-UV_INLINE Vec<double> expm1_tail(Vec<double> r) {
-  Vec<double> p = all(1.0 / 87178291200.0);
-  p = p * r + 1.0 / 6227020800.0;
-  p = p * r + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  return p * r + 0.5;
+UV_INLINE Vec<double> expm1_tail(Vec<double> r, Vec<double> r2) {
+  Vec<double> even = r2 * (1.0 / 87178291200.0) + 1.0 / 479001600.0;
+  Vec<double> odd = all(1.0 / 6227020800.0);
+  even = even * r2 + 1.0 / 3628800.0;
+  odd = odd * r2 + 1.0 / 39916800.0;
+  even = even * r2 + 1.0 / 40320.0;
+  odd = odd * r2 + 1.0 / 362880.0;
+  even = even * r2 + 1.0 / 720.0;
+  odd = odd * r2 + 1.0 / 5040.0;
+  even = even * r2 + 1.0 / 24.0;
+  odd = odd * r2 + 1.0 / 120.0;
+  even = even * r2 + 0.5;
+  odd = odd * r2 + 1.0 / 6.0;
+  return odd * r + even;
 }
 
-// eˣ = 2ⁿ (1 + q), q = eʳ − 1, |r| ≤ ln 2 / 2; x is clamped to where 2ⁿ is normal.
-template <class Real>
-UV_INLINE void exp_parts(Vec<Real> x, Vec<Real>& power, Vec<Real>& q) {
+// eˣ = 2ⁿ (1 + q), q = eʳ − 1, |r| ≤ ln 2 / 2; x is clamped to where 2ⁿ is normal; q of NaN is NaN. N at a time, since each waits for
+// itself most of the time.
+template <class Real, int N>
+UV_INLINE void exp_parts(Vec<Real> (&x)[N], Vec<Real> (&power)[N], Vec<Real> (&q)[N]) {
   using C = ExpConstants<Real>;
-  x = x > C::limit ? all<Real>(C::limit) : x;
-  x = x < -C::limit ? all<Real>(-C::limit) : x;
-  Vec<Real> shifted = x * C::log2e + C::magic;
-  Vec<Real> n = shifted - C::magic;
-  Vec<Real> r = x - n * C::ln2_high;
-  r = r - n * C::ln2_low;
-  q = r + r * r * expm1_tail(r);
-  Ints<Real> exponent = bits_of<Real>(shifted) << C::mantissa;
-  power = bits<Real>(exponent + (C::bias << C::mantissa));
+  Vec<Real> shifted[N], r[N];
+#pragma GCC unroll 4
+  for (int k = 0; k < N; ++k) {
+    x[k] = all<Real>(C::limit) < x[k] ? all<Real>(C::limit) : x[k];
+    x[k] = all<Real>(-C::limit) > x[k] ? all<Real>(-C::limit) : x[k];
+    shifted[k] = x[k] * C::log2e + C::magic;
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < N; ++k) {
+    const Vec<Real> n = shifted[k] - C::magic;
+    r[k] = x[k] - n * C::ln2_high;
+    r[k] = r[k] - n * C::ln2_low;
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < N; ++k) {
+    const Vec<Real> r2 = r[k] * r[k];
+    q[k] = expm1_tail(r[k], r2) * r2 + r[k];
+    const Ints<Real> exponent = bits_of<Real>(shifted[k]) << C::mantissa;
+    power[k] = bits<Real>(exponent + (C::bias << C::mantissa));
+  }
+}
+
+// From the parts of e⁻ˣ.
+template <class Real>
+UV_INLINE Vec<Real> sigmoid(Vec<Real> power, Vec<Real> q) {
+  return Real(1) / (Real(1) + power + power * q);
+}
+
+// From the parts of e²ˣ: tanh x = (e²ˣ − 1) / (e²ˣ + 1), with e²ˣ − 1 = 2ⁿ q + (2ⁿ − 1): exact in relative terms near 0 too.
+template <class Real>
+UV_INLINE Vec<Real> tanh(Vec<Real> power, Vec<Real> q) {
+  const Vec<Real> m = power * q + (power - Real(1));
+  return m / (m + Real(2));
 }
 
 template <class Real>
 UV_INLINE Vec<Real> sigmoid(Vec<Real> x) {
-  Vec<Real> power, q;
-  exp_parts<Real>(-x, power, q);
-  Vec<Real> v = Real(1) / (Real(1) + power + power * q);
-  return x != x ? x : v;
+  Vec<Real> one[1] = {-x}, power[1], q[1];
+  exp_parts<Real>(one, power, q);
+  return sigmoid<Real>(power[0], q[0]);
 }
 
-// tanh x = (e²ˣ − 1) / (e²ˣ + 1), with e²ˣ − 1 = 2ⁿ q + (2ⁿ − 1): exact in relative terms near 0 too.
 template <class Real>
 UV_INLINE Vec<Real> tanh(Vec<Real> x) {
-  Vec<Real> power, q;
-  Vec<Real> twice = x + x;
-  twice = twice > Real(44) ? all<Real>(44) : twice;
-  twice = twice < Real(-44) ? all<Real>(-44) : twice;
-  exp_parts<Real>(twice, power, q);
-  Vec<Real> m = power * q + (power - Real(1));
-  Vec<Real> v = m / (m + Real(2));
-  return x != x ? x : v;
+  Vec<Real> one[1] = {x + x}, power[1], q[1];
+  exp_parts<Real>(one, power, q);
+  return tanh<Real>(power[0], q[0]);
 }
 
 // 0 … N−1 as template arguments.

@@ -71,7 +71,7 @@ def test_every_instruction_set_equals_the_reference(
         assert float((a - b).norm()) <= tolerance * float(b.norm())
 
 
-@settings(max_examples=150)
+@settings(max_examples=int(os.environ.get("UNVANISH_SHAPES", "150")))
 @given(case=layer_cases(torch.float32), clip=st.none() | st.floats(0.1, 2), seed=st.integers(0, 99))
 def test_random_float32_layers_equal_float64(case: LayerCase, clip: float | None, seed: int) -> None:
     double = LayerCase(
@@ -100,12 +100,47 @@ def test_random_float32_layers_equal_float64(case: LayerCase, clip: float | None
 @pytest.mark.parametrize("B", [1, 5, 33])
 def test_bitwise_the_same_for_any_number_of_threads_and_every_time(name: str, B: int, threads: None) -> None:
     case = layer(name, 30, B, 6, 40)
+    same_for_any_number_of_threads(case, None)
+
+
+def same_for_any_number_of_threads(case: LayerCase, clip: float | None) -> None:
     results = []
     for count in (1, 2, 3, 4, 2):
         torch.set_num_threads(count)
-        results.append(outcome(case, "native", None, 1))
+        results.append(outcome(case, "native", clip, 1))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("name", "P"), [(name, 0) for name in CELLS] + [("lstm", 70)])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_bitwise_the_same_where_threads_share_out_the_hidden_units(
+    name: str, P: int, clip: float | None, threads: None
+) -> None:
+    case = layer(name, 12, 3, 6, 150, P=P)
+    same_for_any_number_of_threads(case, clip)
+    lengths = torch.tensor([12, 7, 0])
+    ragged = LayerCase(case.cell, case.x, case.state, case.weights, lengths, True)
+    same_for_any_number_of_threads(ragged, clip)
+    torch.set_num_threads(2)
+    for a, b in zip(outcome(ragged, "native", clip, 1), outcome(ragged, "reference", clip, 1), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(CELLS))
+def test_not_a_number_stays_in_its_sample_and_huge_inputs_saturate(isa: str, name: str) -> None:
+    case = layer(name, 6, 5, 3, 19)
+    expected = uv.engine.run(case.cell, case.x, case.state, case.weights, rung="native")[0].detach()
+    x = case.x.detach().clone()
+    x[2, 1, 0] = torch.nan
+    y = uv.engine.run(case.cell, x, case.state, case.weights, rung="native")[0].detach()
+    assert y[2:, 1].isnan().all()
+    y[2:, 1] = expected[2:, 1]
+    assert torch.equal(y, expected)
+    for huge in (1e30, -1e30, torch.inf) if name != "rnn_relu" else ():
+        x[2, 1, 0] = huge
+        a, b = (uv.engine.run(case.cell, x, case.state, case.weights, rung=r)[0] for r in ("native", "reference"))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", list(CELLS))
@@ -197,9 +232,10 @@ def test_concurrent_callers(threads: None) -> None:
     assert wrong == []
 
 
-def test_a_forked_child_can_run(threads: None) -> None:
+@pytest.mark.parametrize(("B", "H"), [(40, 32), (2, 150)])
+def test_a_forked_child_can_run(B: int, H: int, threads: None) -> None:
     torch.set_num_threads(2)
-    case = layer("gru", 20, 40, 8, 32)
+    case = layer("gru", 20, B, 8, H)
     with torch.no_grad():
         expected = uv.engine.run(case.cell, case.x, case.state, case.weights, rung="native")[0]
         child = os.fork()

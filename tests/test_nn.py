@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence
 
 import unvanish as uv
@@ -173,6 +174,51 @@ def test_double_backward_pickle_deepcopy_state_dict_and_functional_call(kind: st
     torch.save(ours.state_dict(), buffer)
     buffer.seek(0)
     theirs.load_state_dict(torch.load(buffer, weights_only=True))
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("register", [parametrizations.weight_norm, parametrizations.orthogonal])
+def test_parametrised_layers_are_swapped_and_trained_as_torchs(kind: str, register: Any) -> None:
+    def build() -> nn.RNNBase:
+        torch.manual_seed(0)
+        layer = getattr(nn, kind)(2, 3, num_layers=2, dtype=torch.float64)
+        for k in range(2):
+            register(layer, f"weight_hh_l{k}")
+        return layer
+
+    theirs, ours = build(), uv.accelerate(build())
+    assert isinstance(ours, getattr(uv.nn, kind))
+    x = torch.randn(5, 2, 2, dtype=torch.float64)
+    for module in (theirs, ours):
+        module(x)[0].square().sum().backward()
+    for (name, a), (_, b) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-11, atol=1e-12, msg=name)
+    restored = uv.restore(ours)
+    assert not isinstance(restored, getattr(uv.nn, kind))
+    torch.testing.assert_close(restored(x)[0], theirs(x)[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_torch_func_and_distributed_training(kind: str, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (getattr(where, kind)(2, 3, dtype=torch.float64) for where in (uv.nn, nn))
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 2, 2, dtype=torch.float64)
+
+    def gradients(layer: nn.Module) -> list[Tensor]:
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(layer, parameters, (x,))[0].square().sum()
+
+        return list(torch.func.grad(loss)(dict(layer.named_parameters())).values())
+
+    expected = gradients(theirs)
+    torch.testing.assert_close(gradients(ours), expected, rtol=1e-11, atol=1e-12)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(ours)(x)[0].square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close([p.grad for p in ours.parameters()], expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])

@@ -4,7 +4,9 @@ What the forward pass keeps for the backward lies in the kernels' own layout: `g
 `[T, B, padded]`.
 """
 
+import math
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,10 +71,11 @@ def _call(name: str, dtype: torch.dtype) -> Any:
 
 
 def _pooled(like: Tensor, *shape: int) -> Tensor:
-    """Uninitialised memory that goes back to the kernels' pool: fresh pages cost as much as the arithmetic."""
-    count = 1
-    for n in shape:
-        count *= n
+    """Uninitialised memory that goes back to the kernels' pool: fresh pages cost as much as the arithmetic. What is
+    small malloc keeps mapped itself."""
+    count = math.prod(shape)
+    if count * like.element_size() < 2**17:
+        return like.new_empty(shape)
     return _call("empty", like.dtype)(count).view(shape)
 
 
@@ -109,7 +112,7 @@ def forward(
     not exist is empty."""
     T, B, _, H, R = sizes = _sizes(x, w_ih, w_hh, cell)
     has_c, kept = c0 is not None, layout(_cell(cell), H, x.dtype)
-    y, h = x.new_empty(T, B, R), x.new_empty(B, R)
+    y, h = _pooled(x, T, B, R), x.new_empty(B, R)
     c = x.new_empty(B, H) if has_c else x.new_empty(0)
     gates = _pooled(x, T, B, kept.saved) if save else x.new_empty(0)
     cells = _pooled(x, T, B, kept.padded) if save and has_c else x.new_empty(0)
@@ -174,7 +177,8 @@ def backward(
     [h, c, a, w] if want_norms; empty where absent."""
     sizes = _sizes(x, w_ih, w_hh, cell)
     ragged = lengths is not None
-    out = _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, want_dx, want_delta, want_norms, ragged)
+    wants = want_dx, want_delta, want_norms
+    out = _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, *wants, ragged, _pooled)
     present = [v if v.numel() else None for v in out]
     dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *rest = present
     delta, norms = rest[: 4 * want_delta], rest[4 * want_delta :]
@@ -201,15 +205,17 @@ def _gradient_shapes(
     want_delta: bool,
     want_norms: bool,
     ragged: bool = True,
+    empty: Callable[..., Tensor] = Tensor.new_empty,
 ) -> list[Tensor]:
-    like = (x if want_dx else None, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    out = [x.new_empty(0) if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in like]
+    like = (h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    out = [empty(x, *x.shape) if want_dx else x.new_empty(0)]
+    out += [x.new_empty(0) if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in like]
     T, B, _, H, R = _sizes(x, w_ih, w_hh, cell)
     G = len(_cell(cell).gates)
     if want_delta:
         shapes = ((T, B, R), (T, B, H) if c0 is not None else (0,), (T, B, G * H), (T, B, G * H) if G == 3 else (0,))
         # Where a sample is inactive nothing is written.
-        make = x.new_zeros if ragged else partial(_pooled, x)
+        make = x.new_zeros if ragged else partial(empty, x)
         out += [make(*shape) for shape in shapes]
     if want_norms:
         shapes = ((T, B), (T, B) if c0 is not None else (0,), (T, B, G), (T,))

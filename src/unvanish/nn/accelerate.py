@@ -3,6 +3,7 @@
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from unvanish.nn.layers import GRU, LSTM, RNN
 
@@ -33,13 +34,13 @@ def accelerate(model: M) -> M:
     if not found:
         raise ValueError(f"model: expected an nn.RNN, nn.LSTM or nn.GRU in it; {type(model).__name__} has none")
     for name, module in found.items():
-        if type(module) not in _OURS and type(module) not in _TORCHS:
+        if _kind(module) not in _OURS and _kind(module) not in _TORCHS:
             raise ValueError(
                 f"model: {name or 'it'} is a {type(module).__name__}, a subclass whose own forward would be lost; "
                 "derive it from unvanish.nn instead"
             )
     for module in found.values():
-        _turn_into(module, _OURS.get(type(module), type(module)))
+        _turn_into(module, _OURS.get(_kind(module), _kind(module)))
     return model
 
 
@@ -49,7 +50,7 @@ def restore(model: M) -> M:
     Raises:
         ValueError: a layer uses what torch's does not have: sigmoid, clip or checkpoint_every.
     """
-    ours = {name: m for name, m in model.named_modules() if type(m) in _TORCHS}
+    ours = {name: m for name, m in model.named_modules() if _kind(m) in _TORCHS}
     for name, module in ours.items():
         used = [k for k in ("clip", "checkpoint_every") if getattr(module, k) is not None]
         used += ["nonlinearity='sigmoid'"] if module.mode == "RNN_SIGMOID" else []
@@ -60,9 +61,19 @@ def restore(model: M) -> M:
     for module in ours.values():
         for k in ("clip", "checkpoint_every"):
             vars(module).pop(k, None)
-        _turn_into(module, _TORCHS[type(module)])
+        _turn_into(module, _TORCHS[_kind(module)])
     return model
 
 
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """Its class; of a parametrised module the one that it had before, from which torch has derived one of its own."""
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
+
+
 def _turn_into(module: Any, kind: type[nn.Module]) -> None:
+    if kind is _kind(module):
+        return
+    if is_parametrized(module):
+        own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
+        kind = type(type(module).__name__, (kind,), own)
     module.__class__ = kind
