@@ -4,13 +4,15 @@ import json
 import math
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
-from unvanish import flow, train
+from unvanish import engine, flow, train
 from unvanish.cli import main
+from unvanish.cli.installed import installed
 from unvanish.train.compare import measure
 from unvanish.train.fit import Budget, evaluate, fit
 from unvanish.train.models import RECIPES, recipe
@@ -194,8 +196,20 @@ def test_tasks_and_doctor_say_what_there_is(
     assert all(name in listed for name in train.TASKS)
     assert call(["doctor"], monkeypatch) == 0
     said = capsys.readouterr().out
-    assert "runs" in said
+    assert "native: runs" in said or "the extension is not built" in said
+    assert "not used" in said or f"instruction set: {engine.isa()}" in said
     assert torch.__version__ in said
+    assert f"threads      {torch.get_num_threads()}\n" in said
+    assert f"safetensors  {metadata.version('safetensors')}\n" in said
+
+
+def test_an_optional_part_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = ["torch>=2.8", "no-such-part>=1; extra == 'mnist'", "ruff; extra == 'dev'"]
+    monkeypatch.setattr(metadata, "requires", lambda name: needs)
+    assert installed() == {
+        "torch": metadata.version("torch"),
+        "no-such-part": "not installed; pip install 'unvanish[mnist]'",
+    }
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from typer.exceptions import TyperException
 
 from unvanish.cli.diagnose import diagnose
+from unvanish.cli.installed import installed
 from unvanish.cli.output import MARKER, OutputFolder, UserError
 from unvanish.cli.train import predict, train
 
@@ -98,8 +99,8 @@ def report(
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"FOLDER: {folder} has no {MARKER}; name a folder that `unvanish compare` wrote") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
+        raise UserError(f"{path}: not JSON that `unvanish compare` wrote: {error}") from error
     result = train.Comparison.from_json(data)
     report.save_figures(result, folder)
     report.write_comparison(result, folder / "report.html")
@@ -126,14 +127,17 @@ def tasks() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Say what runs here: versions, processor, which engine rung and why."""
+    """Say what runs here: versions, optional parts, processor, which engine rung and why."""
     import torch
 
     from unvanish import engine, train
 
     console = Console(highlight=False, soft_wrap=True)
     for name, value in train.environment().items():
-        console.print(f"{name:10} {escape(value)}")
+        console.print(f"{name:12} {escape(value)}")
+    console.print("\n[bold]parts[/bold]")
+    for name, found in installed().items():
+        console.print(f"{name:12} {escape(found)}")
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         console.print(f"\n[bold]a float32 sequence on {device}[/bold]")
         choice = engine.explain(torch.zeros(1, 1, 1, device=device))
