@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from unvanish import engine, flow, train
 from unvanish.cli import main
 from unvanish.cli.installed import installed
+from unvanish.cli.interrupt import Commands
 from unvanish.train.compare import measure
 from unvanish.train.fit import Budget, evaluate, fit
 from unvanish.train.models import RECIPES, recipe
@@ -210,6 +212,28 @@ def test_an_optional_part_that_is_missing_is_named(monkeypatch: pytest.MonkeyPat
         "torch": metadata.version("torch"),
         "no-such-part": "not installed; pip install 'unvanish[mnist]'",
     }
+
+
+@pytest.mark.parametrize(("said", "expected"), [("", "interrupted; nothing was written"), ("kept", "kept")])
+@pytest.mark.parametrize("where", [(Commands, "make_context"), (train, "compare")])
+def test_ctrl_c_ends_with_a_line_and_130(
+    said: str,
+    expected: str,
+    where: tuple[Any, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt(said)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(*where, interrupted)
+    assert call(["compare"], monkeypatch) == 130
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert expected in told or where[0] is Commands
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -13,11 +13,13 @@ from typer.exceptions import TyperException
 
 from unvanish.cli.diagnose import diagnose
 from unvanish.cli.installed import installed
+from unvanish.cli.interrupt import Commands
 from unvanish.cli.output import MARKER, OutputFolder, UserError
 from unvanish.cli.train import predict, train
 
 app = typer.Typer(
     name="unvanish",
+    cls=Commands,
     help="See, explain and cure vanishing gradients in recurrent networks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -156,8 +158,8 @@ def main() -> None:
         app(standalone_mode=False)
     except (UserError, ValueError, ArithmeticError, OSError) as error:
         _fail(str(error), USER_ERROR)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or "interrupted; nothing was written", INTERRUPTED)
     except TyperException as error:
         _fail(error.format_message(), USER_ERROR)
 
