@@ -17,6 +17,7 @@ from unvanish.cli.installed import installed
 from unvanish.cli.interrupt import Commands
 from unvanish.train.compare import measure
 from unvanish.train.fit import Budget, evaluate, fit
+from unvanish.train.memory import GATES, estimated
 from unvanish.train.models import RECIPES, recipe
 from unvanish.train.tasks import make_task
 
@@ -73,6 +74,16 @@ def test_the_same_seed_gives_the_same_comparison() -> None:
     other = train.compare(["adding"], ["rnn"], **options, seed=6)
     assert other.tasks[0].runs[0].test_error != one.tasks[0].runs[0].test_error
     assert train.Comparison.from_json(json.loads(json.dumps(one.to_json()))) == one
+
+
+def test_memory_is_estimated_from_the_weights_up() -> None:
+    task = make_task("adding", 30)
+    model = recipe("lstm").build(task, 16)
+    weights = sum(p.numel() for p in model.parameters())
+    assert estimated(task.inputs, 16, task.outputs, 0, 0) == 4 * 4 * weights
+    states, _ = model.recurrent(torch.zeros(5, 30, task.inputs))
+    kept = states.numel() * (GATES + 1)  # h, and what the kernels keep of gates and c
+    assert 1 <= (estimated(task.inputs, 16, task.outputs, 30, 5) - 16 * weights) / (4 * kept) <= 3
 
 
 def test_an_explosion_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +148,7 @@ def test_command_writes_report_figures_results_and_flows(tmp_path: Path) -> None
         (["--lr", "-1"], "lr: expected a positive number"),
         (["--lr", "nan"], "lr: expected a positive number"),
         (["--hidden", "0"], "hidden: expected at least 1"),
+        (["--hidden", "1000000"], "hidden 1000000, batch 64, length 200: needs about"),
         (["--steps", "many"], "Invalid value for '--steps'"),
         (["--nonsense"], "No such option"),
         (["--out", "file"], "is a file"),

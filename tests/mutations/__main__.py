@@ -4,8 +4,10 @@ repository, one at a time, and run the test that should notice. Exit code 1 if o
 A bug in csrc/ is compiled, which takes a compiler and half a minute.
 """
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,20 +58,22 @@ class Copy:
     def test(self, *names: str) -> str:
         """ "passes", "fails", or what went wrong instead"""
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *names]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=self.root,
-                env=self.environment,
-                capture_output=True,
-                text=True,
-                timeout=SECONDS,
-                check=False,
+        with tempfile.TemporaryFile("w+") as said:
+            run = subprocess.Popen(
+                command, cwd=self.root, env=self.environment, stdout=said, stderr=said, start_new_session=True
             )
-        except subprocess.TimeoutExpired:
-            return "fails"
+            try:
+                run.wait(SECONDS)
+            except subprocess.TimeoutExpired:
+                return "fails"
+            finally:
+                # A bug may leave children of the test hanging.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(run.pid, signal.SIGKILL)
+            said.seek(0)
+            output = said.read()
         codes = {0: "passes", 1: "fails", -6: "fails", -11: "fails"}
-        return codes.get(done.returncode, f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}")
+        return codes.get(run.returncode, f"pytest ended with {run.returncode}:\n{output[-2000:]}")
 
     def compile(self) -> None:
         build = self.root / "build"

@@ -132,6 +132,9 @@ class Comparison:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise ValueError(f"results.json: {place}: {first['msg']}, got {str(first['input'])[:40]!r}") from error
+        for place, task in enumerate(found.tasks):
+            if not isinstance(task.settings.get("steps"), int):
+                raise ValueError(f"results.json: tasks.{place}.settings.steps: expected a whole number")
         # They become parts of file names and of a page's identifiers.
         for name in [t.name for t in found.tasks] + [run.name for t in found.tasks for run in t.runs]:
             if not re.fullmatch(r"[A-Za-z0-9-]+", name):
