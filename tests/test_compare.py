@@ -255,3 +255,14 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert "compare" in done.stdout
     assert done.stdout.split()[-1] == "False"
+
+
+def test_measuring_and_curing_import_torch_alone() -> None:
+    heavy = "jinja2 lightning matplotlib pandas plotly pydantic rich safetensors sklearn typer"
+    code = (
+        "import sys, torch; before = set(sys.modules); import unvanish as uv\n"
+        "uv.watch, uv.nn, uv.engine, uv.flow, uv.cures, uv.diagnose, uv.accelerate\n"
+        f"print(*({{m.split('.')[0] for m in set(sys.modules) - before}} & set({heavy.split()})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("\n", "")

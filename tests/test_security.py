@@ -106,7 +106,7 @@ def test_no_file_of_the_users_is_unpickled(tmp_path: Path) -> None:
     assert done.stdout.split() == ["2"] * 4, done.stderr
     for name, line in zip(names, said, strict=False):
         assert line.startswith(f"error: --checkpoint: {name} is no plain state_dict")
-    assert "results.json: not JSON" in said[3]
+    assert "not JSON" in said[3]
     for name in names:
         with pytest.raises(ValueError, match="not a flow file"):
             uv.flow.load(tmp_path / name)
