@@ -1,5 +1,6 @@
 """Nothing is executed out of a file, nothing goes over the network, nobody else reads what is being written."""
 
+import errno
 import os
 import pickle
 import shlex
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import unvanish as uv
-from unvanish.cli.output import OutputFolder
+from unvanish.cli.output import OutputFolder, UserError
 from unvanish.flow.files import write_atomically
 
 GUARD = """
@@ -146,3 +147,14 @@ def test_what_is_being_written_is_private(tmp_path: Path, monkeypatch: pytest.Mo
     write_atomically(tmp_path / "record", b"1")
     assert seen[0] == 0o600
     assert (tmp_path / "record").read_bytes() == b"1"
+
+
+def test_a_full_disk_leaves_nothing_and_is_named(tmp_path: Path) -> None:
+    def fill() -> None:
+        with OutputFolder(tmp_path / "out").staged() as stage:
+            (stage / "results.json").write_text("{}")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="the disk is full, nothing was written"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
