@@ -62,7 +62,12 @@ def test_sensitivity_is_the_relative_slope_of_each_gate(case: LayerCase) -> None
     values, slope = case.cell.activations(saved), case.cell.sensitivity(saved)
     assert values.shape == slope.shape == (*case.x.shape[1:2], len(case.cell.gates), case.state[-1].shape[-1])
     assert ((slope >= 0) & (slope <= 1 + 1e-12)).all()
+    phi = case.cell.name.removeprefix("rnn_")
     for i, gate in enumerate(case.cell.gates):
         v = values[:, i]
-        if gate in "ifozr":
+        if gate in "ifozr" or phi == "sigmoid":
             torch.testing.assert_close(slope[:, i], 4 * v * (1 - v))
+        elif gate in "gn" or phi == "tanh":
+            torch.testing.assert_close(slope[:, i], 1 - v * v)
+        else:
+            assert torch.equal(slope[:, i], (v > 0).to(v.dtype))

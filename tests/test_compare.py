@@ -4,15 +4,20 @@ import json
 import math
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from unvanish import flow, train
+from unvanish import engine, flow, train
 from unvanish.cli import main
+from unvanish.cli.installed import installed
+from unvanish.cli.interrupt import Commands
 from unvanish.train.compare import measure
 from unvanish.train.fit import Budget, evaluate, fit
+from unvanish.train.memory import GATES, estimated
 from unvanish.train.models import RECIPES, recipe
 from unvanish.train.tasks import make_task
 
@@ -69,6 +74,16 @@ def test_the_same_seed_gives_the_same_comparison() -> None:
     other = train.compare(["adding"], ["rnn"], **options, seed=6)
     assert other.tasks[0].runs[0].test_error != one.tasks[0].runs[0].test_error
     assert train.Comparison.from_json(json.loads(json.dumps(one.to_json()))) == one
+
+
+def test_memory_is_estimated_from_the_weights_up() -> None:
+    task = make_task("adding", 30)
+    model = recipe("lstm").build(task, 16)
+    weights = sum(p.numel() for p in model.parameters())
+    assert estimated(task.inputs, 16, task.outputs, 0, 0) == 4 * 4 * weights
+    states, _ = model.recurrent(torch.zeros(5, 30, task.inputs))
+    kept = states.numel() * (GATES + 1)  # h, and what the kernels keep of gates and c
+    assert 1 <= (estimated(task.inputs, 16, task.outputs, 30, 5) - 16 * weights) / (4 * kept) <= 3
 
 
 def test_an_explosion_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +148,7 @@ def test_command_writes_report_figures_results_and_flows(tmp_path: Path) -> None
         (["--lr", "-1"], "lr: expected a positive number"),
         (["--lr", "nan"], "lr: expected a positive number"),
         (["--hidden", "0"], "hidden: expected at least 1"),
+        (["--hidden", "1000000"], "hidden 1000000, batch 64, length 200: needs about"),
         (["--steps", "many"], "Invalid value for '--steps'"),
         (["--nonsense"], "No such option"),
         (["--out", "file"], "is a file"),
@@ -194,8 +210,42 @@ def test_tasks_and_doctor_say_what_there_is(
     assert all(name in listed for name in train.TASKS)
     assert call(["doctor"], monkeypatch) == 0
     said = capsys.readouterr().out
-    assert "runs" in said
+    assert "native: runs" in said or "the extension is not built" in said
+    assert "not used" in said or f"instruction set: {engine.isa()}" in said
     assert torch.__version__ in said
+    assert f"threads      {torch.get_num_threads()}\n" in said
+    assert f"safetensors  {metadata.version('safetensors')}\n" in said
+
+
+def test_an_optional_part_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = ["torch>=2.8", "no-such-part>=1; extra == 'mnist'", "ruff; extra == 'dev'"]
+    monkeypatch.setattr(metadata, "requires", lambda name: needs)
+    assert installed() == {
+        "torch": metadata.version("torch"),
+        "no-such-part": "not installed; pip install 'unvanish[mnist]'",
+    }
+
+
+@pytest.mark.parametrize(("said", "expected"), [("", "interrupted; nothing was written"), ("kept", "kept")])
+@pytest.mark.parametrize("where", [(Commands, "make_context"), (train, "compare")])
+def test_ctrl_c_ends_with_a_line_and_130(
+    said: str,
+    expected: str,
+    where: tuple[Any, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt(said)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(*where, interrupted)
+    assert call(["compare"], monkeypatch) == 130
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert expected in told or where[0] is Commands
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -205,3 +255,14 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert "compare" in done.stdout
     assert done.stdout.split()[-1] == "False"
+
+
+def test_measuring_and_curing_import_torch_alone() -> None:
+    heavy = "jinja2 lightning matplotlib pandas plotly pydantic rich safetensors sklearn typer"
+    code = (
+        "import sys, torch; before = set(sys.modules); import unvanish as uv\n"
+        "uv.watch, uv.nn, uv.engine, uv.flow, uv.cures, uv.diagnose, uv.accelerate\n"
+        f"print(*({{m.split('.')[0] for m in set(sys.modules) - before}} & set({heavy.split()})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("\n", "")

@@ -109,6 +109,12 @@ def test_orthogonal_in_any_dtype_and_reproducible(dtype):
     torch.testing.assert_close(block.mT @ block, torch.eye(4).double(), rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
+def test_orthogonal_draws_every_sign_alike():
+    drawn = [cures.orthogonal_(nn.RNN(1, 1), generator=torch.Generator().manual_seed(s)) for s in range(40)]
+    positive = sum(float(rnn.weight_hh_l0) > 0 for rnn in drawn)
+    assert 10 <= positive <= 30
+
+
 def test_orthogonal_of_a_projected_lstm_has_orthonormal_columns():
     lstm = cures.orthogonal_(nn.LSTM(3, 8, proj_size=5).double())
     for block in lstm.weight_hh_l0.chunk(4):

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import unvanish as uv
 from unvanish import cures
 from unvanish.diagnose import Diagnosis
+from unvanish.diagnose.capture import capture
 
 T, B, H = 60, 8, 24
 
@@ -283,3 +284,24 @@ def test_what_can_not_be_diagnosed_is_an_error() -> None:
         uv.diagnose("model", x, y, loss=mse_loss)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected the diagnosed one"):
         diagnose(model).prescriptions[0].apply(nn.Linear(1, 1))
+
+
+def test_an_error_at_the_final_state_is_each_samples_own_last_steps() -> None:
+    torch.manual_seed(0)
+    lstm, lengths = nn.LSTM(2, 3, bidirectional=True), torch.tensor([2, 6, 4])
+    packed = pack_padded_sequence(torch.randn(6, 3, 2), lengths, enforce_sorted=False)
+
+    class Ends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = lstm
+
+        def forward(self, x: PackedSequence) -> torch.Tensor:
+            return self.lstm(x)[1][0]
+
+    (found,) = capture(Ends(), (packed,), lambda h: (h * torch.arange(1.0, 4.0)[:, None]).sum(), 0)
+    expected = torch.zeros(6, 3, 6, dtype=torch.float64)
+    for b, length in enumerate(lengths):
+        expected[length - 1, b, :3] = b + 1
+        expected[0, b, 3:] = b + 1
+    assert torch.equal(found.error, expected)

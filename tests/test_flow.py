@@ -25,20 +25,20 @@ def test_terms_add_up_to_the_error_that_came_back(case: ModuleCase, data: Any) -
     torch.testing.assert_close(shares[carried], torch.ones_like(shares[carried]), rtol=1e-10, atol=1e-10)
     assert shares[~carried].isnan().all()
     assert terms.total.shape == (T, B)
-    if at == case.names[-1] and not case.module.bidirectional:
-        # One error, at the last step: everywhere else δ is what came back.
-        last = torch.tensor(case.lengths) - 1
-        y = outputs(case)
-        unit = torch.nn.functional.normalize(
-            torch.randn(y.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=0
-        )
-        error = torch.zeros_like(y)
-        error[last, torch.arange(B)] = unit
+    D = 2 if case.module.bidirectional else 1
+    if at in case.names[-D:]:
+        # One error per direction, at the last step it reads: everywhere else δ is what came back.
+        samples, last = torch.arange(B), torch.tensor(case.lengths) - 1
+        y, generator = outputs(case), torch.Generator().manual_seed(0)
+        error = torch.zeros_like(y).unflatten(-1, (D, -1))
+        for d in range(D):
+            unit = torch.randn(error.shape[-1], generator=generator, dtype=torch.float64)
+            error[torch.zeros_like(last) if d else last, samples, d] = torch.nn.functional.normalize(unit, dim=0)
         with uv.watch(case.module) as flow:
-            (outputs(case) * error).sum().backward()
+            (outputs(case) * error.flatten(-2)).sum().backward()
         record = flow[at]
         expected = (record.dh if record.dc is None else record.dc).clone()
-        expected[last, torch.arange(B)] = 0
+        expected[torch.zeros_like(last) if at.endswith(".reverse") else last, samples] = 0
         torch.testing.assert_close(terms.total, expected, rtol=1e-10, atol=1e-14)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ def test_a_record_survives_its_file(name: str, tmp_path: Path) -> None:
     other = uv.flow.GateStatistics if name != "gates" else uv.flow.AdjointMap
     with pytest.raises(ValueError, match=f"expected a {other.__name__}, found a {type(record).__name__}"):
         other.load(tmp_path / "r.flow")
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_numbers_that_json_lacks_survive(value: float, tmp_path: Path) -> None:
+    record = dataclasses.replace(records()["flow"]["l0"], residual=value)
+    record.save(tmp_path / "r.flow")
+    assert same(uv.flow.load(tmp_path / "r.flow").residual, value)
 
 
 def test_data_frames_hold_the_same_numbers() -> None:

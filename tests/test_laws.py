@@ -1,6 +1,7 @@
 """Closed forms that the flow must reproduce: no comparison with another implementation, only with the mathematics."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -65,17 +66,18 @@ def test_twenty_steps_through_a_forget_gate(bias: float, kept: float) -> None:
     assert float(dc[0] / dc[-1]) == pytest.approx((1 / (1 + math.exp(-bias))) ** 20, rel=1e-12)
 
 
-def test_subgradients_and_their_partial_sums_are_those_of_the_weights() -> None:
+@pytest.mark.parametrize(("family", "cell"), [(nn.GRU, torch.gru_cell), (nn.RNN, torch.rnn_tanh_cell)])
+def test_subgradients_and_their_partial_sums_are_those_of_the_weights(family: Any, cell: Any) -> None:
     torch.manual_seed(0)
-    gru, x = nn.GRU(2, 3, bias=False, dtype=torch.float64), torch.randn(6, 4, 2, dtype=torch.float64)
-    with uv.watch(gru, partial=True) as flow:
-        gru(x)[0].square().sum().backward()
+    rnn, x = family(2, 3, bias=False, dtype=torch.float64), torch.randn(6, 4, 2, dtype=torch.float64)
+    with uv.watch(rnn, partial=True) as flow:
+        rnn(x)[0].square().sum().backward()
     record = flow["l0"]
-    weights = [gru.weight_ih_l0.expand(6, -1, -1), gru.weight_hh_l0.expand(6, -1, -1)]
+    weights = [rnn.weight_ih_l0.expand(6, -1, -1), rnn.weight_hh_l0.expand(6, -1, -1)]
     unshared = [w.detach().clone().requires_grad_() for w in weights]
     h, total = torch.zeros(4, 3, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for t in range(6):
-        h = torch._VF.gru_cell(x[t], h, unshared[0][t], unshared[1][t])
+        h = cell(x[t], h, unshared[0][t], unshared[1][t])
         total = total + h.square().sum()
     g = torch.cat([v.flatten(1) for v in torch.autograd.grad(total, unshared)], dim=1)
     torch.testing.assert_close(record.dweight, g.norm(dim=1), rtol=1e-12, atol=0)

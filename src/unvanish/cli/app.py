@@ -4,36 +4,24 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from unvanish.cli.diagnose import diagnose
 from unvanish.cli.export import export
+from unvanish.cli.installed import installed
+from unvanish.cli.interrupt import Commands
 from unvanish.cli.output import MARKER, OutputFolder, UserError
 from unvanish.cli.train import predict, train
 
 
-class StoppedError(Exception):
-    """Ctrl-C, and what it left."""
-
-
-class _Commands(TyperGroup):
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as stop:
-            # Typer would end it with a code and without a word.
-            raise StoppedError(str(stop) or "interrupted; nothing was written") from stop
-
-
 app = typer.Typer(
     name="unvanish",
-    cls=_Commands,
+    cls=Commands,
     help="See, explain and cure vanishing gradients in recurrent networks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -115,8 +103,8 @@ def report(
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"FOLDER: {folder} has no {MARKER}; name a folder that `unvanish compare` wrote") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
+        raise UserError(f"{path}: not JSON that `unvanish compare` wrote: {error}") from error
     result = train.Comparison.from_json(data)
     report.save_figures(result, folder)
     report.write_comparison(result, folder / "report.html")
@@ -143,14 +131,17 @@ def tasks() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Say what runs here: versions, processor, which engine rung and why."""
+    """Say what runs here: versions, optional parts, processor, which engine rung and why."""
     import torch
 
     from unvanish import engine, train
 
     console = Console(highlight=False, soft_wrap=True)
     for name, value in train.environment().items():
-        console.print(f"{name:10} {escape(value)}")
+        console.print(f"{name:12} {escape(value)}")
+    console.print("\n[bold]parts[/bold]")
+    for name, found in installed().items():
+        console.print(f"{name:12} {escape(found)}")
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         console.print(f"\n[bold]a float32 sequence on {device}[/bold]")
         choice = engine.explain(torch.zeros(1, 1, 1, device=device))
@@ -170,8 +161,8 @@ def main() -> None:
         app(standalone_mode=False)
     except (UserError, ValueError, ArithmeticError, OSError) as error:
         _fail(str(error), USER_ERROR)
-    except StoppedError as stop:
-        _fail(str(stop), INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or "interrupted; nothing was written", INTERRUPTED)
     except TyperException as error:
         _fail(error.format_message(), USER_ERROR)
 

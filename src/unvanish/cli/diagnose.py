@@ -74,9 +74,10 @@ def _load(model: Any, path: Path) -> None:
     from pickle import UnpicklingError
 
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not path.is_file():
+        raise UserError(f"--checkpoint: there is no file {path}")
     try:
         if path.suffix == ".safetensors":
             weights = load_file(path)
@@ -84,13 +85,14 @@ def _load(model: Any, path: Path) -> None:
             # Only tensors: a pickle that holds anything else is refused, not run.
             weights = torch.load(path, map_location="cpu", weights_only=True)
             weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
-        model.load_state_dict(weights)
-    except FileNotFoundError as error:
-        raise UserError(f"--checkpoint: there is no file {path}") from error
-    except (SafetensorError, RuntimeError, TypeError, AttributeError, ValueError, EOFError) as error:
-        raise UserError(f"--checkpoint: {path} does not fit the model: {error}") from error
     except UnpicklingError as error:
         raise UserError(f"--checkpoint: {path} is no plain state_dict; only tensors are loaded from a file") from error
+    except Exception as error:  # of damaged bytes torch's reader raises whatever it stumbles over
+        raise UserError(f"--checkpoint: {path} can't be read: {type(error).__name__}: {error}") from error
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"--checkpoint: {path} does not fit the model: {error}") from error
 
 
 def _plain(found: "Diagnosis") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Output folders: written beside, renamed into place when complete."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -34,7 +35,7 @@ class OutputFolder:
         """A private folder to write into, that takes the final name if the block ends well and is removed if not.
 
         Raises:
-            UserError: it can't be made.
+            UserError: it can't be made, or the disk is full.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +52,10 @@ class OutputFolder:
             os.replace(stage, self.path)
             if old is not None:
                 shutil.rmtree(old)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(f"--out: {self.path}: the disk is full, nothing was written; make room") from error
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 

@@ -194,11 +194,18 @@ def _exposure_before(tr: engine.Trace) -> Tensor:
 
 
 def _one_step_earlier(v: Tensor, tr: engine.Trace) -> Tensor:
-    """From the step a term comes from to the step it arrives at; 0 at the last step read."""
-    if tr.active is not None:
-        v = torch.where(tr.active.reshape(*tr.active.shape[:2], *(1,) * (v.dim() - 2)), v, 0.0)
+    """From the step a term comes from to the step it arrives at; 0 at the last step read, and where a sample has no
+    input."""
     zero = torch.zeros_like(v[:1])
-    return torch.cat([zero, v[:-1]] if tr.reverse else [v[1:], zero])
+    v = _present(v, tr)
+    return _present(torch.cat([zero, v[:-1]] if tr.reverse else [v[1:], zero]), tr)
+
+
+def _present(v: Tensor, tr: engine.Trace) -> Tensor:
+    """v `[T, B, ...]`, 0 where a sample is inactive."""
+    if tr.active is None:
+        return v
+    return torch.where(tr.active.reshape(*tr.active.shape[:2], *(1,) * (v.dim() - 2)), v, 0.0)
 
 
 def _matrices(tr: engine.Trace) -> list[Tensor]:

@@ -14,6 +14,7 @@ import unvanish
 from unvanish import flow
 from unvanish.train.anatomy import dissect
 from unvanish.train.fit import Budget, Progress, evaluate, fit
+from unvanish.train.memory import estimated, require
 from unvanish.train.models import SequenceModel, recipe
 from unvanish.train.records import Comparison, Reach, Run, TaskResult
 from unvanish.train.tasks import Task, make_task
@@ -137,7 +138,7 @@ def compare(
         tell: hears of every update.
 
     Raises:
-        ValueError: an unknown task or cell, or a number out of range.
+        ValueError: an unknown task or cell, a number out of range, or too little memory for them.
         ArithmeticError: a loss became NaN or infinite.
     """
     if hidden < 1:
@@ -149,6 +150,9 @@ def compare(
         Budget(steps if steps is not None else DEFAULT_STEPS.get(task.name, STEPS), batch, lr, CLIP, seed)
         for task in chosen
     ]
+    for task in chosen:
+        needed = estimated(task.inputs, hidden, task.outputs, task.length, batch)
+        require(needed, f"hidden {hidden}, batch {batch}, length {task.length}")
     results = []
     folder = None if flows is None else Path(flows)
     for task, budget in zip(chosen, budgets, strict=True):

@@ -1,5 +1,6 @@
 """What a comparison measured: frozen data, as it stands in `results.json`. Drawn by `unvanish.report`."""
 
+import json
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -123,24 +124,19 @@ class Comparison:
             raise ValueError(
                 f"results.json: expected schema {SCHEMA}, got {found!r}; made by another version of unvanish?"
             )
+        from pydantic import TypeAdapter, ValidationError
+
         try:
-            tasks = [TaskResult(**{**task, "runs": [_run(run) for run in task["runs"]]}) for task in data["tasks"]]
-            # They become parts of file names and of a page's identifiers.
-            for name in [t.name for t in tasks] + [run.name for t in tasks for run in t.runs]:
-                if not re.fullmatch(r"[A-Za-z0-9-]+", name):
-                    raise ValueError(f"results.json: expected a name of letters, digits and hyphens, got {name!r}")
-            return cls(tasks, data["environment"], data["command"], data["schema"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"results.json: a field is missing or unknown: {error}") from error
-
-
-def _run(data: dict[str, Any]) -> Run:
-    return Run(
-        **{
-            **data,
-            "before": Reach(**data["before"]),
-            "during": [Reach(**moment) for moment in data["during"]],
-            "after": Reach(**data["after"]),
-            "anatomy": [Anatomy(**moment) for moment in data["anatomy"]],
-        }
-    )
+            found = TypeAdapter(cls).validate_json(json.dumps(data), strict=True, extra="forbid")
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ValueError(f"results.json: {place}: {first['msg']}, got {str(first['input'])[:40]!r}") from error
+        for place, task in enumerate(found.tasks):
+            if not isinstance(task.settings.get("steps"), int):
+                raise ValueError(f"results.json: tasks.{place}.settings.steps: expected a whole number")
+        # They become parts of file names and of a page's identifiers.
+        for name in [t.name for t in found.tasks] + [run.name for t in found.tasks for run in t.runs]:
+            if not re.fullmatch(r"[A-Za-z0-9-]+", name):
+                raise ValueError(f"results.json: expected a name of letters, digits and hyphens, got {name!r}")
+        return found
