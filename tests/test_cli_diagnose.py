@@ -71,6 +71,17 @@ def test_json_and_a_checkpoint(mine: Path) -> None:
     assert found["prescriptions"] == []
 
 
+def test_a_trial_gives_a_chance(mine: Path) -> None:
+    source = mine.read_text().replace("randn(4, 40, 3)", "randn(80, 20, 3)").replace("randn(4, WIDTH)", "randn(80, 1)")
+    mine.write_text(source.replace("self.encoder(x)[0][:, -1]", "self.encoder(x)[0][:, -1, :1]"))
+    found = json.loads(unvanish(f"{mine}:factory", "--trial", "--json").stdout)
+    assert 0 < found["chance"] < 1
+    assert 0 <= found["readable"] < 0.5, "the target is noise"
+    done = unvanish(f"{mine}:factory", "--trial")
+    assert f"Chance of learning as it is: {found['chance']:.0%}" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

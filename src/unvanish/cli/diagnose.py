@@ -24,7 +24,11 @@ def diagnose(
         Path | None, typer.Option(help="Weights to load into the model first: safetensors, or a state_dict of torch.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Samples of the batch that are followed.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of dropout and of drawn cures.")] = 0,
+    trial: Annotated[
+        bool, typer.Option("--trial", help="Train a copy for 100 updates: the chance to learn, of it and of the cures.")
+    ] = False,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate in the trial.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Seed of dropout, of drawn cures and of the trial.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Say what becomes of the error in a model's recurrent layers, why, and what to do.
@@ -37,7 +41,7 @@ def diagnose(
 
     if checkpoint is not None:
         _load(model, checkpoint)
-    found = uv.diagnose(model, *batch, loss=loss, lag=lag, samples=samples, seed=seed)
+    found = uv.diagnose(model, *batch, loss=loss, lag=lag, samples=samples, trial=trial, lr=lr, seed=seed)
     if as_json:
         typer.echo(json.dumps(_plain(found)))
     else:
@@ -102,13 +106,19 @@ def _plain(found: "Diagnosis") -> dict[str, Any]:
             "cure": p.cure,
             "module": p.path,
             "reason": p.reason,
+            "chance": p.chance,
             "predicted": {
                 name: {"verdict": d.verdict, "rate": d.rate, "reach": d.reach} for name, d in p.predicted.items()
             },
         }
         for p in found.prescriptions
     ]
-    return {"layers": layers, "prescriptions": prescriptions}
+    return {
+        "layers": layers,
+        "chance": found.chance,
+        "readable": found.readable,
+        "prescriptions": prescriptions,
+    }
 
 
 _COLOUR = {"healthy": "green", "undecided": "yellow"}
@@ -125,8 +135,10 @@ def _print(found: "Diagnosis", console: Console) -> None:
             markup=False,
         )
         console.print(f"  {d.cause}", markup=False)
-    if found.healthy:
-        console.print("\nNothing to cure.")
+    if found.chance is not None:
+        console.print(f"\nChance of learning as it is: {found.chance:.0%}", markup=False)
+    if found.nothing:
+        console.print(f"\n{found.nothing[0].upper()}{found.nothing[1:]}.", markup=False)
     for number, p in enumerate(found.prescriptions, 1):
         if number == 1:
             console.print("\n[bold]What to do[/bold], the most promising first:")
@@ -134,3 +146,5 @@ def _print(found: "Diagnosis", console: Console) -> None:
         console.print(f"  {number}. {p.cure}{where}: {p.reason}", markup=False)
         for name, d in p.predicted.items():
             console.print(f"     {name} then: {d.verdict}, {d.rate:+.3g} nats per step, reach {d.reach}", markup=False)
+        if p.chance is not None:
+            console.print(f"     chance of learning then: {p.chance:.0%}", markup=False)

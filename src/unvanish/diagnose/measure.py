@@ -89,7 +89,12 @@ def _measure_place(
     slopes = torch.tensor([_slope(row[: wanted + 1]) for row in curves.nanmedian(0).values], dtype=torch.float64)
     evidence = _evidence(given, place, x, fed, hx, made, wanted, slopes)
     asked = lag is not None and lag <= offered
-    evidence |= {"lag": float(wanted), "survival": math.exp(min(float(curve[-1]), 700.0)), "offered": float(offered)}
+    evidence |= {
+        "steps": float(T),
+        "lag": float(wanted),
+        "survival": math.exp(min(float(curve[-1]), 700.0)),
+        "offered": float(offered),
+    }
     evidence["uninterrupted"] = float(max(k - max((c for c in given.cuts if c <= k), default=0) for k in sources) + 1)
     evidence["sensitivity"] = _sensitivity(given, place, fed, hx, error, sources[-1 if not place.reverse else 0])
     return Measured(place, curve, slopes, wanted if lag is None else lag, asked or lag is None, decay, evidence)
