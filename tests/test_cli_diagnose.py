@@ -82,6 +82,29 @@ def test_a_trial_gives_a_chance(mine: Path) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+def test_a_trained_folder_on_the_users_file(tmp_path: Path) -> None:
+    from unvanish.train.data import read_csv
+    from unvanish.train.supervised import Settings, train_on
+
+    file = tmp_path / "mine.csv"
+    rows = [",".join([*(f"{(7 * i + 3 * t) % 11}" for t in range(8)), "ab"[i % 2]]) for i in range(24)]
+    file.write_text("\n".join([",".join([*(f"x{t}" for t in range(8)), "label"]), *rows]) + "\n")
+    train_on(read_csv(file, target="label"), Settings("lstm", 4, 1), "classification").save(tmp_path / "model")
+    folder, given = str(tmp_path / "model"), ("--data", str(file), "--target", "label")
+    done = unvanish(folder, *given, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["layers"]["recurrent.l0"]
+    assert (found["cell"], found["lag"]) == ("lstm", 7)
+    for arguments, message in (
+        ((folder, "--data", str(file)), "--target: expected the column"),
+        ((str(tmp_path), *given), "not a folder that `unvanish train` wrote"),
+    ):
+        refused = unvanish(*arguments)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

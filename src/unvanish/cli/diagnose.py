@@ -1,4 +1,4 @@
-"""`unvanish diagnose FILE.py:factory`."""
+"""`unvanish diagnose FILE.py:factory`, or of a folder that `unvanish train` wrote."""
 
 import json
 import runpy
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from unvanish.cli.output import UserError
+from unvanish.cli.train import IdColumn, MissingPolicy
 
 if TYPE_CHECKING:
     from unvanish.diagnose import Diagnosis
@@ -17,8 +18,19 @@ if TYPE_CHECKING:
 
 def diagnose(
     source: Annotated[
-        str, typer.Argument(metavar="FILE.py:FACTORY", help="Runs this file; FACTORY() returns (model, batch, loss).")
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="FILE.py:FACTORY: runs this file; FACTORY() returns (model, batch, loss). Or, with --data, a folder "
+            "that `unvanish train` wrote.",
+        ),
     ],
+    data: Annotated[
+        Path | None, typer.Option(help="CSV as `unvanish train` reads it; its first 512 sequences.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="With --data: column of the answers.")] = None,
+    id: IdColumn = None,
+    missing: MissingPolicy = "error",
     lag: Annotated[int | None, typer.Option(help="Steps that the task needs. [default: what the batch offers]")] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights to load into the model first: safetensors, or a state_dict of torch.")
@@ -36,7 +48,9 @@ def diagnose(
     FACTORY returns the model, the batch as a tuple (input, …, target), and the loss (output, target) → scalar.
     Your file is executed; nothing else is.
     """
-    model, batch, loss = _made(source)
+    if data is None and (target is not None or id is not None):
+        raise UserError("--target and --id name columns of a file; expected --data with them")
+    model, batch, loss = _made(source) if data is None else _trained(source, data, target, id, missing)
     import unvanish as uv
 
     if checkpoint is not None:
@@ -46,6 +60,20 @@ def diagnose(
         typer.echo(json.dumps(_plain(found)))
     else:
         _print(found, Console(highlight=False))
+
+
+def _trained(
+    folder: str, data: Path, target: str | None, id: str | None, missing: str
+) -> tuple[Any, tuple[Any, ...], Any]:
+    if target is None:
+        raise UserError("--target: expected the column of the answers, which --data needs")
+    if missing not in ("error", "mean"):
+        raise UserError(f"--missing: expected error or mean, got {missing!r}")
+    from unvanish.train.data import read_csv
+    from unvanish.train.supervised import Trained
+
+    trained = Trained.load(Path(folder))
+    return trained.model, trained.batch(read_csv(data, target=target, id=id, missing=missing)), trained.loss
 
 
 def _made(source: str) -> tuple[Any, tuple[Any, ...], Any]:

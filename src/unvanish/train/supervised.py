@@ -93,6 +93,32 @@ class Trained:
         mean, deviation = self.config["target_scale"]
         return (answers[:, 0].double() * deviation + mean).tolist()
 
+    def batch(self, data: Sequences, most: int = 512) -> tuple[Tensor, Tensor, Tensor]:
+        """(x [B, T, I], lengths [B], y [B]) of the first `most` sequences, scaled as in training; for `uv.diagnose`.
+
+        Raises:
+            DataError: other channels than in training, no target, or one that training did not know.
+        """
+        if data.channels != self.config["channels"]:
+            raise DataError(f"data: expected the channels {self.config['channels']}, got {data.channels}")
+        if data.y is None:
+            raise DataError("data: expected a target; name its column with --target")
+        if self.config["kind"] == "classification":
+            classes = {label: torch.tensor(place) for place, label in enumerate(self.config["classes"])}
+            unknown = sorted(set(data.y) - set(classes))
+            if unknown:
+                raise DataError(f"data: expected the classes {list(classes)}, got {unknown[0]!r}")
+            y = [classes[label] for label in data.y]
+        else:
+            mean, deviation = self.config["target_scale"]
+            y = list(((torch.tensor(_numbers(data), dtype=torch.float64) - mean) / deviation).float())
+        scale = Scale(**self.config["scale"])
+        return _together([(scale(x), answer) for x, answer in zip(data.x[:most], y[:most], strict=True)])
+
+    def loss(self, answer: Tensor, y: Tensor) -> Tensor:
+        """What training minimised, of answers `[B, O]`."""
+        return cross_entropy(answer, y) if self.config["kind"] == "classification" else mse_loss(answer[:, 0], y)
+
     def save(self, folder: Path) -> None:
         """Weights as safetensors and config.json, no pickle; the folder appears whole, by rename.
 
