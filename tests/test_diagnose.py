@@ -238,6 +238,16 @@ def test_error_that_comes_in_through_the_cell_state_alone() -> None:
     assert found["rnn.l0"].verdict == "vanishes"
 
 
+def test_a_gradient_that_reaches_can_be_too_sharp_for_the_steps() -> None:
+    sharp, mild = LastStep(relu(1.02)), LastStep(cures.chrono_(layer("LSTM"), T))
+    for lr, model, too_sensitive in ((3e-2, sharp, True), (3e-4, sharp, False), (3e-2, mild, False)):
+        found = diagnose(model, lr=lr)["encoder.l0"]
+        assert found.verdict == "healthy"
+        assert ("too sensitive" in found.cause) == too_sensitive
+    once, tenfold = (diagnose(sharp, lr=lr)["encoder.l0"].evidence["step_change"] for lr in (1e-3, 1e-2))
+    assert tenfold == pytest.approx(10 * once)
+
+
 def test_attention_reads_every_step_of_both_directions() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

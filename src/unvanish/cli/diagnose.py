@@ -39,7 +39,9 @@ def diagnose(
     trial: Annotated[
         bool, typer.Option("--trial", help="Train a copy for 100 updates: the chance to learn, of it and of the cures.")
     ] = False,
-    lr: Annotated[float, typer.Option(help="Adam's learning rate in the trial.")] = 3e-3,
+    lr: Annotated[
+        float, typer.Option(help="Adam's learning rate: of the trial, and for what is too sensitive.")
+    ] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of dropout, of drawn cures and of the trial.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:

@@ -57,7 +57,8 @@ def diagnose(
         lag: steps that the task needs; None: the longest that the batch offers.
         samples: of the batch that are followed.
         trial: whether to train a copy; takes a batch of some hundred samples, as many as 5 times the hidden size.
-        lr: Adam's, in the trial.
+        lr: Adam's: in the trial, and by which a state is called too sensitive (a step changes it by more than itself:
+            Zucchet & Orvieto 2024).
         seed: of dropout, of drawn cures and of the trial's order.
 
     Raises:
@@ -82,7 +83,7 @@ def diagnose(
 
     def _layers(changed: nn.Module) -> tuple[list[Any], dict[str, LayerDiagnosis]]:
         given = capture(changed, inputs, lambda output: loss(output, *target), seed)
-        found = [(g, m) for g in given for m in measure(g, lag, samples, seed)]
+        found = [(g, m) for g in given for m in measure(g, lag, samples, seed, lr)]
         records = [_record(f"{g.path}.{m.place.name}".removeprefix("."), m) for g, m in found]
         return given, {record.name: record for record in records}
 

@@ -33,7 +33,7 @@ class Measured:
     evidence: dict[str, float]
 
 
-def measure(given: Given, lag: int | None, samples: int, seed: int) -> list[Measured]:
+def measure(given: Given, lag: int | None, samples: int, seed: int, lr: float) -> list[Measured]:
     """Every layer and direction of a module."""
     keep = (given.lengths > 0).nonzero().flatten()[:samples]
     x, lengths, error = given.x[:, keep], given.lengths[keep], given.error[:, keep]
@@ -43,7 +43,8 @@ def measure(given: Given, lag: int | None, samples: int, seed: int) -> list[Meas
     whole = bool((lengths == len(x)).all())
     fed: Tensor | PackedSequence = x if whole else pack_padded_sequence(x, lengths, enforce_sorted=False)
     return [
-        _measure_place(given, place, x, fed, hx, lengths, error, lag, seed) for place in layer_directions(given.layer)
+        _measure_place(given, place, x, fed, hx, lengths, error, lag, seed, lr)
+        for place in layer_directions(given.layer)
     ]
 
 
@@ -57,6 +58,7 @@ def _measure_place(
     error: Tensor,
     lag: int | None,
     seed: int,
+    lr: float,
 ) -> Measured:
     T, layer = len(x), given.layer
     D = 2 if layer.bidirectional else 1
@@ -96,7 +98,13 @@ def _measure_place(
         "offered": float(offered),
     }
     evidence["uninterrupted"] = float(max(k - max((c for c in given.cuts if c <= k), default=0) for k in sources) + 1)
+    weights = place.weights[:2]
+    # Adam moves every weight by about lr; all in the error's direction, that is lr √N.
+    step = (
+        lr * math.sqrt(sum(w.numel() for w in weights)) / max(math.hypot(*(float(w.norm()) for w in weights)), 1e-300)
+    )
     evidence["sensitivity"] = _sensitivity(given, place, fed, hx, error, sources[-1 if not place.reverse else 0])
+    evidence["step_change"] = evidence["sensitivity"] * step
     return Measured(place, curve, slopes, wanted if lag is None else lag, asked or lag is None, decay, evidence)
 
 
