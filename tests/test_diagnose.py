@@ -279,6 +279,20 @@ def test_a_direction_that_is_read_where_it_starts_is_undecided() -> None:
     assert "enters where this direction starts" in found["rnn.l0.reverse"].cause
 
 
+def test_the_samples_followed_may_all_be_shorter_than_the_longest() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = layer("LSTM", H=1)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            return self.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[1][0][-1]
+
+    lengths = torch.tensor([9, 12, 7, 30, 60, 20, 11, 8])
+    found = uv.diagnose(Packed(), data()[0], lengths, data()[1], loss=mse_loss, samples=3)["rnn.l0"]
+    assert found.lag == 11
+
+
 def test_a_constrained_layer_is_diagnosed_and_only_advice_is_given() -> None:
     rnn = cures.constrain(cures.spectral_radius_(layer("RNN"), 0.5), "spectral")
     found = diagnose(LastStep(rnn))

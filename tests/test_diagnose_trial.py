@@ -67,6 +67,7 @@ def test_what_forgets_is_told_so_and_what_is_likely_to_learn_is_left_alone() -> 
     assert "GRU" in first.cure
     assert first.chance is not None
     assert first.chance > found.chance + 0.1
+    assert not first._undo, "it keeps no copy of the model"
     assert "chance of learning as it is" in repr(found)
 
     # Its error does not arrive over the 23 steps either, but nothing asks for that: the answer is the last input.

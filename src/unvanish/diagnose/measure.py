@@ -36,7 +36,9 @@ class Measured:
 def measure(given: Given, lag: int | None, samples: int, seed: int, lr: float) -> list[Measured]:
     """Every layer and direction of a module."""
     keep = (given.lengths > 0).nonzero().flatten()[:samples]
-    x, lengths, error = given.x[:, keep], given.lengths[keep], given.error[:, keep]
+    lengths = given.lengths[keep]
+    longest = int(lengths.max())
+    x, error = given.x[:longest, keep], given.error[:longest, keep]
     hx = given.hx
     if hx is not None:
         hx = tuple(h[:, keep] for h in hx) if isinstance(hx, tuple) else hx[:, keep]

@@ -56,7 +56,8 @@ def prescribe(
             prescription = Prescription(candidate.cure, module.path, candidate.reason, {}, candidate.act)
             if candidate.act is not None:
                 predicted = measure(prescription.apply(copy.deepcopy(model)))
-                prescription = replace(prescription, predicted=predicted)
+                # Without the record of having been applied to the copy, which would keep it alive.
+                prescription = replace(prescription, predicted=predicted, _undo={})
             out.append(prescription)
     # Stable: among equals the order of `_candidates` stays.
     out.sort(key=lambda p: (p.act is not None and not p.heals, -_left(p)))
@@ -74,10 +75,11 @@ def _tried(
     for p in prescriptions:
         if p.act is None:
             continue
-        tried = replace(p, chance=odds(p.apply(copy.deepcopy(model)), p.predicted).chance)
-        if tried.chance is not None and tried.chance > own + CLEARLY:
+        chance = odds(p.apply(copy.deepcopy(model)), p.predicted).chance
+        tried = replace(p, chance=chance, _undo={})
+        if chance > own + CLEARLY:
             kept.append(tried)
-            if tried.chance >= LIKELY:
+            if chance >= LIKELY:
                 break
     return sorted(kept, key=lambda p: (p.act is not None, -(p.chance or 0.0)))
 
