@@ -71,6 +71,40 @@ def test_json_and_a_checkpoint(mine: Path) -> None:
     assert found["prescriptions"] == []
 
 
+def test_a_trial_gives_a_chance(mine: Path) -> None:
+    source = mine.read_text().replace("randn(4, 40, 3)", "randn(80, 20, 3)").replace("randn(4, WIDTH)", "randn(80, 1)")
+    mine.write_text(source.replace("self.encoder(x)[0][:, -1]", "self.encoder(x)[0][:, -1, :1]"))
+    found = json.loads(unvanish(f"{mine}:factory", "--trial", "--json").stdout)
+    assert 0 < found["chance"] < 1
+    assert 0 <= found["readable"] < 0.5, "the target is noise"
+    done = unvanish(f"{mine}:factory", "--trial")
+    assert f"Chance of learning as it is: {found['chance']:.0%}" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_a_trained_folder_on_the_users_file(tmp_path: Path) -> None:
+    from unvanish import train
+
+    file = tmp_path / "mine.csv"
+    rows = [",".join([*(f"{(7 * i + 3 * t) % 11}" for t in range(8)), "ab"[i % 2]]) for i in range(24)]
+    file.write_text("\n".join([",".join([*(f"x{t}" for t in range(8)), "label"]), *rows]) + "\n")
+    problem = train.read_problem(file, target="label")
+    train.train_on(problem, train.Settings(cell="lstm", hidden=4, epochs=1), out=tmp_path / "model")
+    folder, given = str(tmp_path / "model"), ("--data", str(file), "--target", "label")
+    done = unvanish(folder, *given, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["layers"]["recurrent.l0"]
+    assert (found["cell"], found["lag"]) == ("lstm", 7)
+    for arguments, message in (
+        ((folder, "--data", str(file)), "there are no targets; name their column with --target"),
+        ((str(tmp_path), *given), "not a folder that `unvanish train` wrote"),
+    ):
+        refused = unvanish(*arguments)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -65,6 +65,7 @@ def relu(scale: float = 1.0) -> nn.RNN:
 DISEASES: dict[str, tuple[Callable[[], Any], float, str, str]] = {
     "radius 0.5": (lambda: cures.spectral_radius_(layer("RNN"), 0.5), 1.0, "vanishes", "weights too small"),
     "radius 2, tanh": (lambda: cures.spectral_radius_(layer("RNN", H=48), 2.0), 1.0, "chaotic", "weights too large"),
+    "radius 1.5, tanh": (lambda: cures.spectral_radius_(layer("RNN", H=48), 1.5), 0.1, "chaotic", "weights too large"),
     "radius 1.5, relu": (lambda: relu(1.5), 1.0, "explodes", "weights too large"),
     "forget bias −3": (lambda: cures.forget_bias_(layer("LSTM"), -3.0), 1.0, "vanishes", "forget gate"),
     "update bias −3": (lambda: cures.forget_bias_(layer("GRU"), -3.0), 1.0, "vanishes", "update gate"),
@@ -238,6 +239,68 @@ def test_error_that_comes_in_through_the_cell_state_alone() -> None:
     assert found["rnn.l0"].verdict == "vanishes"
 
 
+def test_a_gradient_that_reaches_can_be_too_sharp_for_the_steps() -> None:
+    sharp, mild = LastStep(relu(1.02)), LastStep(cures.chrono_(layer("LSTM"), T))
+    for lr, model, too_sensitive in ((3e-2, sharp, True), (3e-4, sharp, False), (3e-2, mild, False)):
+        found = diagnose(model, lr=lr)["encoder.l0"]
+        assert found.verdict == "healthy"
+        assert ("too sensitive" in found.cause) == too_sensitive
+    once, tenfold = (diagnose(sharp, lr=lr)["encoder.l0"].evidence["step_change"] for lr in (1e-3, 1e-2))
+    assert tenfold == pytest.approx(10 * once)
+
+
+def test_attention_reads_every_step_of_both_directions() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.rnn = nn.Embedding(9, 3), layer("LSTM", H=8, bidirectional=True)
+            self.score, self.head = nn.Linear(16, 1), nn.Linear(16, 1)
+
+        def forward(self, words: Tensor) -> Tensor:
+            y, _ = self.rnn(self.embedding(words))
+            return self.head((self.score(y).softmax(1) * y).sum(1))
+
+    found = uv.diagnose(Attention(), torch.randint(9, (B, T)), torch.randn(B, 1), loss=mse_loss)
+    assert [d.verdict for d in found.values()] == ["vanishes", "vanishes"]
+    assert all(d.evidence["error_steps"] == 1.0 and d.lag == T - 1 for d in found.values())
+
+
+def test_a_direction_that_is_read_where_it_starts_is_undecided() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = layer("GRU", bidirectional=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(x)[0][:, -1, :1] + self.rnn(x)[0][:, -1, H : H + 1]
+
+    found = uv.diagnose(Last(), data()[0], data()[1], loss=mse_loss)
+    assert found["rnn.l0"].verdict == "vanishes"
+    assert found["rnn.l0.reverse"].verdict == "undecided"
+    assert "enters where this direction starts" in found["rnn.l0.reverse"].cause
+
+
+def test_the_samples_followed_may_all_be_shorter_than_the_longest() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = layer("LSTM", H=1)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            return self.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[1][0][-1]
+
+    lengths = torch.tensor([9, 12, 7, 30, 60, 20, 11, 8])
+    found = uv.diagnose(Packed(), data()[0], lengths, data()[1], loss=mse_loss, samples=3)["rnn.l0"]
+    assert found.lag == 11
+
+
+def test_a_constrained_layer_is_diagnosed_and_only_advice_is_given() -> None:
+    rnn = cures.constrain(cures.spectral_radius_(layer("RNN"), 0.5), "spectral")
+    found = diagnose(LastStep(rnn))
+    assert found["encoder.l0"].verdict == "vanishes"
+    assert [p.act for p in found.prescriptions] == [None]
+
+
 def test_too_little_evidence_is_undecided() -> None:
     model, (x, y) = LastStep(layer("LSTM")), data()
     assert uv.diagnose(model, x[:1], y[:1], loss=mse_loss)["encoder.l0"].verdict == "undecided"
@@ -278,8 +341,15 @@ def test_what_can_not_be_diagnosed_is_an_error() -> None:
         uv.diagnose(model, x, y, loss=lambda a, b: (a - b).mean() / 0)
     with pytest.raises(ValueError, match="was the graph detached"):
         uv.diagnose(model, x, y, loss=lambda a, b: a.detach().mean())
-    with pytest.raises(ValueError, match="lag: expected at least 1"):
-        uv.diagnose(model, x, y, loss=mse_loss, lag=0)
+    for lag in (0, -3, 2.5, True):
+        with pytest.raises(ValueError, match="lag: expected a whole number of at least 1 step"):
+            uv.diagnose(model, x, y, loss=mse_loss, lag=lag)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="samples: expected a whole number of at least 1"):
+        uv.diagnose(model, x, y, loss=mse_loss, samples=0)
+    infinite = x.clone()
+    infinite[0, 0, 0] = math.inf
+    with pytest.raises(ValueError, match="input of encoder holds a NaN or infinity"):
+        uv.diagnose(model, infinite, y, loss=mse_loss)
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         uv.diagnose("model", x, y, loss=mse_loss)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected the diagnosed one"):

@@ -1,4 +1,4 @@
-"""`unvanish diagnose FILE.py:factory`."""
+"""`unvanish diagnose FILE.py:factory`, or of a folder that `unvanish train` wrote."""
 
 import json
 import runpy
@@ -17,14 +17,32 @@ if TYPE_CHECKING:
 
 def diagnose(
     source: Annotated[
-        str, typer.Argument(metavar="FILE.py:FACTORY", help="Runs this file; FACTORY() returns (model, batch, loss).")
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="FILE.py:FACTORY: runs this file; FACTORY() returns (model, batch, loss). Or, with --data, a folder "
+            "that `unvanish train` wrote.",
+        ),
     ],
+    data: Annotated[
+        Path | None, typer.Option(help="A file as `unvanish train` reads it; its first 512 sequences.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="With --data: column of the answers.")] = None,
+    id: Annotated[str | None, typer.Option(help="With --data: column that tells sequences apart.")] = None,
+    text: Annotated[str | None, typer.Option(help="With --data: column of texts.")] = None,
+    missing: Annotated[str | None, typer.Option(help="With --data: as in `unvanish train`.")] = None,
     lag: Annotated[int | None, typer.Option(help="Steps that the task needs. [default: what the batch offers]")] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights to load into the model first: safetensors, or a state_dict of torch.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Samples of the batch that are followed.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of dropout and of drawn cures.")] = 0,
+    trial: Annotated[
+        bool, typer.Option("--trial", help="Train a copy for 100 updates: the chance to learn, of it and of the cures.")
+    ] = False,
+    lr: Annotated[
+        float, typer.Option(help="Adam's learning rate: of the trial, and for what is too sensitive.")
+    ] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Seed of dropout, of drawn cures and of the trial.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Say what becomes of the error in a model's recurrent layers, why, and what to do.
@@ -32,16 +50,36 @@ def diagnose(
     FACTORY returns the model, the batch as a tuple (input, …, target), and the loss (output, target) → scalar.
     Your file is executed; nothing else is.
     """
-    model, batch, loss = _made(source)
+    columns = {"target": target, "id": id, "text": text, "missing": missing}
+    if data is None:
+        for name, value in columns.items():
+            if value is not None:
+                raise UserError(f"--{name}: says how to read a file; expected --data with it")
+        model, batch, loss = _made(source)
+    else:
+        model, batch, loss = _trained(source, data, **columns)
     import unvanish as uv
 
     if checkpoint is not None:
         _load(model, checkpoint)
-    found = uv.diagnose(model, *batch, loss=loss, lag=lag, samples=samples, seed=seed)
+    found = uv.diagnose(model, *batch, loss=loss, lag=lag, samples=samples, trial=trial, lr=lr, seed=seed)
     if as_json:
         typer.echo(json.dumps(_plain(found)))
     else:
         _print(found, Console(highlight=False))
+
+
+def _trained(folder: str, data: Path, **columns: str | None) -> tuple[Any, tuple[Any, ...], Any]:
+    from unvanish import train as training
+
+    trained = training.Trained.load(Path(folder))
+    given = training.read_data(data, trained.config["kind"], **columns)
+    if not isinstance(given, training.Sequences):
+        raise UserError(
+            f"SOURCE: expected a model for classification or regression, got one for {trained.config['kind']}"
+        )
+    batch, loss = trained.batch(given)
+    return trained.model, batch, loss
 
 
 def _made(source: str) -> tuple[Any, tuple[Any, ...], Any]:
@@ -104,13 +142,19 @@ def _plain(found: "Diagnosis") -> dict[str, Any]:
             "cure": p.cure,
             "module": p.path,
             "reason": p.reason,
+            "chance": p.chance,
             "predicted": {
                 name: {"verdict": d.verdict, "rate": d.rate, "reach": d.reach} for name, d in p.predicted.items()
             },
         }
         for p in found.prescriptions
     ]
-    return {"layers": layers, "prescriptions": prescriptions}
+    return {
+        "layers": layers,
+        "chance": found.chance,
+        "readable": found.readable,
+        "prescriptions": prescriptions,
+    }
 
 
 _COLOUR = {"healthy": "green", "undecided": "yellow"}
@@ -127,8 +171,10 @@ def _print(found: "Diagnosis", console: Console) -> None:
             markup=False,
         )
         console.print(f"  {d.cause}", markup=False)
-    if found.healthy:
-        console.print("\nNothing to cure.")
+    if found.chance is not None:
+        console.print(f"\nChance of learning as it is: {found.chance:.0%}", markup=False)
+    if found.nothing:
+        console.print(f"\n{found.nothing[0].upper()}{found.nothing[1:]}.", markup=False)
     for number, p in enumerate(found.prescriptions, 1):
         if number == 1:
             console.print("\n[bold]What to do[/bold], the most promising first:")
@@ -136,3 +182,5 @@ def _print(found: "Diagnosis", console: Console) -> None:
         console.print(f"  {number}. {p.cure}{where}: {p.reason}", markup=False)
         for name, d in p.predicted.items():
             console.print(f"     {name} then: {d.verdict}, {d.rate:+.3g} nats per step, reach {d.reach}", markup=False)
+        if p.chance is not None:
+            console.print(f"     chance of learning then: {p.chance:.0%}", markup=False)

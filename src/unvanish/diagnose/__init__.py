@@ -6,12 +6,14 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from unvanish.diagnose.capture import capture
 from unvanish.diagnose.measure import Measured, measure
 from unvanish.diagnose.prescribe import prescribe
 from unvanish.diagnose.records import Diagnosis, LayerDiagnosis, Prescription, Verification
+from unvanish.diagnose.trial import Odds, check_samples, readable_after
 from unvanish.diagnose.verdict import Verdict, judge
 
 __all__ = ["Diagnosis", "LayerDiagnosis", "Prescription", "Verdict", "Verification", "diagnose"]
@@ -23,6 +25,8 @@ def diagnose(
     loss: Callable[..., Tensor],
     lag: int | None = None,
     samples: int = 16,
+    trial: bool = False,
+    lr: float = 3e-3,
     seed: int = 0,
 ) -> Diagnosis:
     """Per recurrent layer: does the error reach over the lag, how fast does it fade or grow, why, and what to do.
@@ -40,6 +44,9 @@ def diagnose(
     "explodes": more than a hundredfold. "chaotic": that, with a positive Lyapunov exponent in a bounded cell.
     "healthy": neither. "undecided": the batch does not offer the evidence. A factor on the loss changes none of them.
 
+    With `trial=True` a copy is trained for 100 updates, which gives a chance that a short training learns (see
+    `diagnose.trial`). Only where that is below one half something is prescribed, and only cures that raise it clearly.
+
     Everything happens on a copy, in float64 from the layers' inputs on: the model, its gradients, its mode and the
     random numbers stay as they are.
 
@@ -49,21 +56,26 @@ def diagnose(
         loss: (output, target) → scalar.
         lag: steps that the task needs; None: the longest that the batch offers.
         samples: of the batch that are followed.
-        seed: of dropout, and of drawn cures.
+        trial: whether to train a copy; takes a batch of some hundred samples, as many as 5 times the hidden size.
+        lr: Adam's: in the trial, and by which a state is called too sensitive (a step changes it by more than itself:
+            Zucchet & Orvieto 2024).
+        seed: of dropout, of drawn cures and of the trial's order.
 
     Raises:
         TypeError: model is no module.
         ValueError: it has no recurrent layer; a weight or the loss is not finite; the loss depends on no recurrent
-            layer; lag or samples is out of range.
+            layer; lag, samples or lr is out of range; a trial's target is no tensor of one row per sample, or the
+            batch is too small for it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not batch:
         raise ValueError("batch: expected the model's input and its target")
-    if lag is not None and lag < 1:
-        raise ValueError(f"lag: expected at least 1 step, got {lag}")
-    if samples < 1:
-        raise ValueError(f"samples: expected at least 1, got {samples}")
+    for name, number, what in (("lag", lag, "step"), ("samples", samples, "")):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name}: expected a whole number of at least 1{f' {what}' if what else ''}, got {number}")
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr: expected a positive number, got {lr}")
     inputs, target = (batch[:-1], batch[-1:]) if len(batch) > 1 else (batch, ())
 
     def again(changed: nn.Module) -> dict[str, LayerDiagnosis]:
@@ -71,18 +83,30 @@ def diagnose(
 
     def _layers(changed: nn.Module) -> tuple[list[Any], dict[str, LayerDiagnosis]]:
         given = capture(changed, inputs, lambda output: loss(output, *target), seed)
-        found = [(g, m) for g in given for m in measure(g, lag, samples, seed)]
+        found = [(g, m) for g in given for m in measure(g, lag, samples, seed, lr)]
         records = [_record(f"{g.path}.{m.place.name}".removeprefix("."), m) for g, m in found]
         return given, {record.name: record for record in records}
 
     given, found = _layers(model)
-    return Diagnosis(found, prescribe(model, given, found, again, seed), again)
+    if not trial:
+        return Diagnosis(found, prescribe(model, given, found, again, seed), again)
+    check_samples(given, target[0] if target else None)
+
+    def odds(changed: nn.Module, layers: dict[str, LayerDiagnosis]) -> Odds:
+        survival = min(d.evidence["survival"] for d in layers.values())
+        return Odds(readable_after(changed, inputs, target[0], loss, lr, seed), survival)
+
+    own = odds(model, found)
+    cures = prescribe(model, given, found, again, seed, (own.chance, odds))
+    return Diagnosis(found, cures, again, own.chance, own.readable)
 
 
 def _record(name: str, m: Measured) -> LayerDiagnosis:
     verdict, cause = judge(m)
     finite = m.slopes[m.slopes.isfinite()]
-    half = 1.96 * float(finite.std()) / math.sqrt(len(finite)) if len(finite) > 1 else math.nan
+    # Student's t: the samples that are followed are few.
+    n = len(finite)
+    half = float(stdtrit(n - 1, 0.975)) * float(finite.std()) / math.sqrt(n) if n > 1 else math.nan
     interval = (m.decay.rate - half, m.decay.rate + half)
     curve = tuple(m.curve.tolist())
     return LayerDiagnosis(

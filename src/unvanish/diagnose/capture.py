@@ -63,8 +63,8 @@ def capture(model: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Ten
     """Run `loss(model(*inputs))` forward and backward, and listen at every nn.RNN, nn.LSTM and nn.GRU.
 
     Raises:
-        ValueError: there is no recurrent layer, a weight is not finite, the loss is no finite scalar or depends on no
-            recurrent layer.
+        ValueError: there is no recurrent layer, a weight or a layer's input is not finite, the loss is no finite
+            scalar or depends on no recurrent layer.
     """
     twin = copy.deepcopy(model)
     modules = {name: m for name, m in twin.named_modules() if isinstance(m, nn.RNNBase)}
@@ -159,6 +159,11 @@ def _joined(path: str, module: nn.RNNBase, calls: list[_Call]) -> Given:
             elif last:
                 elsewhere |= bool((grad != 0).any())
         errors.append(error)
+    x = torch.cat([call.x for call in chain]).double()
+    if not bool(x.isfinite().all()):
+        raise ValueError(
+            f"batch: the input of {path or 'the layer'} holds a NaN or infinity; nothing can be measured of it"
+        )
     with evaluating(module):
         layer = _plain(module)
     hx = chain[0].hx
@@ -166,7 +171,7 @@ def _joined(path: str, module: nn.RNNBase, calls: list[_Call]) -> Given:
     return Given(
         path,
         layer,
-        torch.cat([call.x for call in chain]).double(),
+        x,
         states if states is None or layer.mode == "LSTM" else states[0],
         torch.stack([call.lengths for call in chain]).sum(0),
         torch.cat(errors),

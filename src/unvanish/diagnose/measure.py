@@ -33,17 +33,20 @@ class Measured:
     evidence: dict[str, float]
 
 
-def measure(given: Given, lag: int | None, samples: int, seed: int) -> list[Measured]:
+def measure(given: Given, lag: int | None, samples: int, seed: int, lr: float) -> list[Measured]:
     """Every layer and direction of a module."""
     keep = (given.lengths > 0).nonzero().flatten()[:samples]
-    x, lengths, error = given.x[:, keep], given.lengths[keep], given.error[:, keep]
+    lengths = given.lengths[keep]
+    longest = int(lengths.max())
+    x, error = given.x[:longest, keep], given.error[:longest, keep]
     hx = given.hx
     if hx is not None:
         hx = tuple(h[:, keep] for h in hx) if isinstance(hx, tuple) else hx[:, keep]
     whole = bool((lengths == len(x)).all())
     fed: Tensor | PackedSequence = x if whole else pack_padded_sequence(x, lengths, enforce_sorted=False)
     return [
-        _measure_place(given, place, x, fed, hx, lengths, error, lag, seed) for place in layer_directions(given.layer)
+        _measure_place(given, place, x, fed, hx, lengths, error, lag, seed, lr)
+        for place in layer_directions(given.layer)
     ]
 
 
@@ -57,6 +60,7 @@ def _measure_place(
     error: Tensor,
     lag: int | None,
     seed: int,
+    lr: float,
 ) -> Measured:
     T, layer = len(x), given.layer
     D = 2 if layer.bidirectional else 1
@@ -89,9 +93,20 @@ def _measure_place(
     slopes = torch.tensor([_slope(row[: wanted + 1]) for row in curves.nanmedian(0).values], dtype=torch.float64)
     evidence = _evidence(given, place, x, fed, hx, made, wanted, slopes)
     asked = lag is not None and lag <= offered
-    evidence |= {"lag": float(wanted), "survival": math.exp(min(float(curve[-1]), 700.0)), "offered": float(offered)}
+    evidence |= {
+        "steps": float(T),
+        "lag": float(wanted),
+        "survival": math.exp(min(float(curve[-1]), 700.0)),
+        "offered": float(offered),
+    }
     evidence["uninterrupted"] = float(max(k - max((c for c in given.cuts if c <= k), default=0) for k in sources) + 1)
+    weights = place.weights[:2]
+    # Adam moves every weight by about lr; all in the error's direction, that is lr √N.
+    step = (
+        lr * math.sqrt(sum(w.numel() for w in weights)) / max(math.hypot(*(float(w.norm()) for w in weights)), 1e-300)
+    )
     evidence["sensitivity"] = _sensitivity(given, place, fed, hx, error, sources[-1 if not place.reverse else 0])
+    evidence["step_change"] = evidence["sensitivity"] * step
     return Measured(place, curve, slopes, wanted if lag is None else lag, asked or lag is None, decay, evidence)
 
 

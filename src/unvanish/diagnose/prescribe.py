@@ -3,15 +3,18 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from unvanish import cures
 from unvanish import nn as layers
 from unvanish.diagnose.capture import Given
-from unvanish.diagnose.records import BAD, LayerDiagnosis, Prescription
+from unvanish.diagnose.records import BAD, LIKELY, LayerDiagnosis, Prescription
+from unvanish.diagnose.trial import Odds
 
 Act = Callable[[nn.Module], nn.Module]
 
@@ -22,31 +25,63 @@ class _Candidate(NamedTuple):
     act: Act | None
 
 
+CLEARLY = 0.1
+"""by which a cure's chance must be above the model's own"""
+
+
 def prescribe(
     model: nn.Module,
     given: list[Given],
     found: dict[str, LayerDiagnosis],
     measure: Callable[[nn.Module], dict[str, LayerDiagnosis]],
     seed: int,
+    trial: tuple[float, Callable[[nn.Module, dict[str, LayerDiagnosis]], Odds]] | None = None,
 ) -> tuple[Prescription, ...]:
-    """For every module with a bad layer: those that heal first, in the order in which they disturb least."""
+    """For every module with a bad layer: those that heal first, in the order in which they disturb least.
+
+    With a trial, (the model's chance, how to try another): nothing if the model is likely to learn; else, also for
+    healthy layers, the cures that raise the chance clearly, up to the first with which it is likely.
+    """
+    if trial is not None and trial[0] >= LIKELY:
+        return ()
     out: list[Prescription] = []
     for module in given:
         own = [d for name, d in found.items() if name.removeprefix(module.path + ".").count(".") <= 1
                and name.startswith(module.path)]  # fmt: skip
-        bad = [d for d in own if d.verdict in BAD]
+        bad = [d for d in own if d.verdict in BAD or (trial is not None and d.verdict != "undecided")]
         if not bad:
             continue
         worst = min(bad, key=lambda d: d.reach / max(d.lag, 1))
         for candidate in _candidates(model.get_submodule(module.path), module, worst, seed):
             prescription = Prescription(candidate.cure, module.path, candidate.reason, {}, candidate.act)
             if candidate.act is not None:
-                twin = copy.deepcopy(model)
-                predicted = measure(prescription.apply(twin))
-                prescription = Prescription(candidate.cure, module.path, candidate.reason, predicted, candidate.act)
+                predicted = measure(prescription.apply(copy.deepcopy(model)))
+                # Without the record of having been applied to the copy, which would keep it alive.
+                prescription = replace(prescription, predicted=predicted, _undo={})
             out.append(prescription)
     # Stable: among equals the order of `_candidates` stays.
-    return tuple(sorted(out, key=lambda p: (p.act is not None and not p.heals, -_left(p))))
+    out.sort(key=lambda p: (p.act is not None and not p.heals, -_left(p)))
+    return tuple(out) if trial is None else tuple(_tried(model, out, *trial))
+
+
+def _tried(
+    model: nn.Module,
+    prescriptions: list[Prescription],
+    own: float,
+    odds: Callable[[nn.Module, dict[str, LayerDiagnosis]], Odds],
+) -> list[Prescription]:
+    """Each trained for a while on a copy, until one is likely to learn: the best first, after what is only advice."""
+    kept = [p for p in prescriptions if p.act is None]
+    for p in prescriptions:
+        if p.act is None:
+            continue
+        chance = odds(p.apply(copy.deepcopy(model)), p.predicted).chance
+        tried = replace(p, chance=chance, _undo={})
+        if chance > own + CLEARLY:
+            kept.append(tried)
+            if chance >= LIKELY:
+                break
+    return sorted(kept, key=lambda p: (p.act is not None, -(p.chance or 0.0)))
 
 
 def _left(p: Prescription) -> float:
@@ -66,7 +101,7 @@ def _candidates(module: nn.Module, given: Given, worst: LayerDiagnosis, seed: in
             "error then starts at each sample's own last step", None
         )  # fmt: skip
     scale = worst.evidence.get("input_scale", 0.0)
-    if worst.verdict == "saturated" and scale > 1:
+    if worst.verdict == "saturated" and scale > 1 and not is_parametrized(module):
         for inner in _cell_cures(module, worst, seed):
             yield inner._replace(
                 cure=f"{inner.cure}, weight_ih / {scale:.3g}",
@@ -88,6 +123,9 @@ def _cell_cures(module: nn.Module, worst: LayerDiagnosis, seed: int) -> Iterator
     def drawn() -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
+    if is_parametrized(module):
+        yield _Candidate("remove the parametrization", "no cure can be written into weights that are computed", None)
+        return
     if not isinstance(module, nn.RNNBase) or not module.bias:
         return
     longest = max(2.0, lag + 1.0)

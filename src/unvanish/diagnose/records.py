@@ -12,6 +12,8 @@ from unvanish.diagnose.verdict import Verdict
 if TYPE_CHECKING:
     import pandas as pd
 
+LIKELY = 0.5
+"""chance of learning from which nothing is prescribed"""
 BAD = ("vanishes", "explodes", "chaotic", "saturated", "dead")
 
 
@@ -53,6 +55,8 @@ class Prescription:
     """what a copy of the model measures after it"""
     act: Callable[[nn.Module], nn.Module] | None = field(repr=False, compare=False, default=None)
     """the module → the cured one (the same, changed in place, or its successor); None: only advice"""
+    chance: float | None = None
+    """of learning after it; None without a trial"""
     _undo: dict[int, Callable[[], None]] = field(repr=False, compare=False, default_factory=dict)
 
     @property
@@ -146,11 +150,26 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
     """the most promising first; none where there is nothing to cure"""
     measure: Callable[[nn.Module], dict[str, LayerDiagnosis]] = field(repr=False, compare=False)
     """the same measurement, of another state of the model"""
+    chance: float | None = None
+    """of learning in the setting of benchmarks/diagnosis.py; None without a trial"""
+    readable: float | None = None
+    """share of the target's variance that a linear read-out finds in the states after the trial"""
 
     @property
     def healthy(self) -> bool:
         """Nothing to cure: the error arrives in every layer."""
         return all(d.verdict == "healthy" for d in self.layers.values())
+
+    @property
+    def nothing(self) -> str:
+        """Why there is no prescription; "" if there is one, or too little evidence."""
+        if self.prescriptions:
+            return ""
+        if self.chance is None:
+            return "nothing to cure" if self.healthy else ""
+        if self.chance < LIKELY:
+            return "no cure that was tried raises the chance"
+        return "nothing to cure" if self.healthy else "nothing prescribed: it is likely to learn as it is"
 
     def verify(self, model: nn.Module) -> Verification:
         """Measure again, on the same batch.
@@ -192,16 +211,18 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         for name, d in self.layers.items():
             lines.append(f"{name}: {_brief(d)}, over a lag of {d.lag}")
             lines.append(f"  {d.cause}")
+        if self.chance is not None:
+            lines.append(f"chance of learning as it is: {self.chance:.0%}")
         lines += [f"{i}. {p.cure}{f' on {p.path}' if p.path else ''}: {p.reason}{_effect(p)}"
                   for i, p in enumerate(self.prescriptions, 1)]  # fmt: skip
-        return "\n".join(lines if self.prescriptions else [*lines, "nothing to cure"] if self.healthy else lines)
+        return "\n".join([*lines, *([self.nothing] if self.nothing else [])])
 
 
 def _effect(p: Prescription) -> str:
     if not p.predicted:
         return ""
     worst = min(p.predicted.values(), key=lambda d: d.reach / max(d.lag, 1))
-    return f"; predicted: {_brief(worst)}"
+    return f"; predicted: {_brief(worst)}" + ("" if p.chance is None else f", chance of learning {p.chance:.0%}")
 
 
 def _brief(d: LayerDiagnosis | None) -> str:

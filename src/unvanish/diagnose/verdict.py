@@ -9,13 +9,18 @@ Verdict = Literal["vanishes", "healthy", "explodes", "chaotic", "saturated", "de
 
 MOST = 0.5
 """a share of units or steps that counts as most of them"""
-TOO_SENSITIVE = 100.0
-"""times the lag: a state that answers a change of the weights so many times is beyond what a step can follow"""
+TOO_SENSITIVE = 1.0
+"""times its own size that one step of Adam changes a state"""
 
 
 def judge(m: Measured) -> tuple[Verdict, str]:
     """(verdict, cause) of one layer and direction."""
     e, lag = m.evidence, m.lag
+    if e["offered"] < 2 and m.place.reverse and e["steps"] > 2:
+        return "undecided", (
+            "the error enters where this direction starts, so there is nothing to travel; read its state at the first "
+            "step (torch's final state is that)"
+        )
     if e["offered"] < 2:
         return "undecided", f"the error has {e['offered']:.0f} steps to travel; at least 2 are needed to tell a rate"
     if len(m.slopes) < 2:
@@ -35,10 +40,10 @@ def judge(m: Measured) -> tuple[Verdict, str]:
     if float(m.curve[-1]) > -math.log(FRACTION) or float(m.curve.max()) > -2 * math.log(FRACTION):
         return _grows(m)
     if m.decay.reach >= lag:
-        if e["sensitivity"] > TOO_SENSITIVE * lag:
+        if e["step_change"] > TOO_SENSITIVE:
             return "healthy", (
-                f"the gradient reaches, but the state is too sensitive: it answers a change of the weights "
-                f"{e['sensitivity']:.0f} times; a smaller learning rate, or shorter memories"
+                f"the gradient reaches, but the state is too sensitive: one step of Adam changes it by up to "
+                f"{e['step_change']:.2g} times its size; take a smaller learning rate, or shorter memories"
             )
         return "healthy", f"the error arrives over {lag} steps: {e['survival']:.2g} of it is left"
     return _fades(m)

@@ -151,10 +151,23 @@ class Classification(Labelled):
         return len(self.classes)
 
     def targets(self) -> list[Tensor]:
-        place = {label: k for k, label in enumerate(self.classes)}
-        return [torch.tensor(place[label]) for label in self.y]
+        return self.encode({"classes": self.classes}, self.data)
 
-    def loss(self, answer: Tensor, y: Tensor) -> Tensor:
+    @staticmethod
+    def encode(config: dict[str, Any], data: Sequences) -> list[Tensor]:
+        """y of sequences, as in training.
+
+        Raises:
+            DataError: no targets, or a class that training did not know.
+        """
+        place = {label: torch.tensor(k) for k, label in enumerate(config["classes"])}
+        for label in data.targets():
+            if label not in place:
+                raise DataError(f"data: expected one of the classes {', '.join(place)}, got {label!r}")
+        return [place[label] for label in data.targets()]
+
+    @staticmethod
+    def loss(answer: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(answer, y)
 
     def error(self, answer: Tensor, y: Tensor) -> Tensor:
@@ -204,10 +217,20 @@ class Regression(Labelled):
         return 1
 
     def targets(self) -> list[Tensor]:
-        mean, deviation = self.target_scale
-        return list(((self.numbers - mean) / deviation).float())
+        return self.encode({"target_scale": self.target_scale}, self.data)
 
-    def loss(self, answer: Tensor, y: Tensor) -> Tensor:
+    @staticmethod
+    def encode(config: dict[str, Any], data: Sequences) -> list[Tensor]:
+        """y of sequences, as in training.
+
+        Raises:
+            DataError: no targets, or one that is no finite number.
+        """
+        mean, deviation = config["target_scale"]
+        return list(((torch.tensor(data.numbers(), dtype=torch.float64) - mean) / deviation).float())
+
+    @staticmethod
+    def loss(answer: Tensor, y: Tensor) -> Tensor:
         return mse_loss(answer[:, 0], y)
 
     def error(self, answer: Tensor, y: Tensor) -> Tensor:
@@ -259,9 +282,8 @@ def from_json(data: dict[str, Any]) -> Scale | Vocabulary:
     return Scale(**data["scale"]) if "scale" in data else Vocabulary.from_json(data["vocabulary"])
 
 
-@torch.no_grad()
-def outputs_of(model: SequenceModel, config: dict[str, Any], data: Sequences) -> Tensor:
-    """`[N, O]`: what the model answers to sequences of the same channels.
+def inputs_of(config: dict[str, Any], data: Sequences) -> list[Tensor]:
+    """x of sequences, as in training.
 
     Raises:
         DataError: other channels than in training.
@@ -272,8 +294,18 @@ def outputs_of(model: SequenceModel, config: dict[str, Any], data: Sequences) ->
         raise DataError(f"data: the model was trained on {'texts' if texts else 'numbers'}; expected the same")
     if not texts and data.channels != config["channels"]:
         raise DataError(f"data: expected the channels {config['channels']}, got {data.channels}")
+    return [encode(x) for x in data.x]  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def outputs_of(model: SequenceModel, config: dict[str, Any], data: Sequences) -> Tensor:
+    """`[N, O]`: what the model answers to sequences of the same channels.
+
+    Raises:
+        DataError: other channels than in training.
+    """
     model.eval()
-    samples = Listed([(encode(x), torch.tensor(0)) for x in data.x])  # type: ignore[arg-type]
+    samples = Listed([(x, torch.tensor(0)) for x in inputs_of(config, data)])
     found = [model(x, lengths) for x, lengths, _ in DataLoader(samples, batch_size=256, collate_fn=together)]
     return torch.cat(found)
 

@@ -2,18 +2,24 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from unvanish.flow.files import write_atomically
+from unvanish.train.data.sequences import Sequences
+from unvanish.train.fit import together
 from unvanish.train.forecasting import Forecasting
 from unvanish.train.language import LanguageModel
 from unvanish.train.models import SequenceModel, Shape
-from unvanish.train.problems import Classification, Regression
+from unvanish.train.problems import Classification, Regression, inputs_of
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 SCHEMA = 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -43,6 +49,21 @@ class Trained:
         if self.config["kind"] not in KINDS:
             raise ValueError(f"model: expected one that was trained on data, got one of the {self.config['kind']}")
         return KINDS[self.config["kind"]].apply(self.model, self.config, data, **options)
+
+    def batch(self, data: Sequences, most: int = 512) -> tuple[tuple[Tensor, Tensor | None, Tensor], Loss]:
+        """((x `[B, T, I]`, lengths `[B]` or None where all are equal, y `[B]`), loss) of the first `most` sequences,
+        encoded as in training, and what training minimised: what `uv.diagnose` takes.
+
+        Raises:
+            DataError: other channels or classes than in training, or no targets.
+            ValueError: a model whose answers are not one per sequence.
+        """
+        kind = self.config["kind"]
+        if kind not in (Classification.kind, Regression.kind):
+            raise ValueError(f"model: expected one for classification or regression, got one for {kind}")
+        first = Sequences(data.x[:most], None if data.y is None else data.y[:most], data.names[:most], data.channels)
+        y = KINDS[kind].encode(self.config, first)
+        return together(list(zip(inputs_of(self.config, first), y, strict=True))), KINDS[kind].loss
 
     def save(self, folder: Path) -> None:
         """Write weights, then config.json, which holds their SHA-256 and so seals the folder.
