@@ -149,7 +149,7 @@ NAN = np.array([[1.0, np.nan, 3.0], [1, 2, 3]])
         ),
         (lambda: SequenceClassifier().fit([[1.0], [np.inf]], [0, 1]), r"X\[1\], step 0, channel 0: expected a finite"),
         (lambda: SequenceClassifier(missing="drop").fit(NAN, [0, 1]), "missing: expected one of"),
-        (lambda: SequenceClassifier().fit([[1.0], [2.0]], [0, 0]), "y: expected two classes or more, got 0 alone"),
+        (lambda: SequenceClassifier().fit([[1.0], [2.0]], [0, 0]), "y: expected two classes or more, got one class, 0"),
         (
             lambda: SequenceClassifier().fit([[1.0], [2.0]], [0]),
             "y: expected a target for each of the 2 sequences, got 1",

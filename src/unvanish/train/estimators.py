@@ -129,7 +129,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         # The trainer's classes are texts in their order: digits enough keep ours.
         data = self._sequences(X, [f"{code:08d}" for code in codes])
         if len(self.classes_) < 2:
-            raise ValueError(f"y: expected two classes or more, got {self.classes_.tolist()[0]!r} alone")
+            raise ValueError(f"y: expected two classes or more, got one class, {self.classes_.tolist()[0]!r}")
         return self._train(Classification, data)
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -301,7 +301,7 @@ def _texts(X: Any) -> list[str]:
     return []
 
 
-def _arrays(X: Any, missing: Missing) -> list[np.ndarray]:
+def _arrays(X: Any, missing: Any) -> list[np.ndarray]:
     """`[T_i, I]` float64 each, missing values as the policy has them.
 
     Raises:
@@ -310,11 +310,11 @@ def _arrays(X: Any, missing: Missing) -> list[np.ndarray]:
     check_missing(missing)
     if isinstance(X, list | tuple) and len(X) and any(np.ndim(x) for x in X):
         found = [
-            check_array(np.asarray(x)[:, None] if np.ndim(x) == 1 else x, dtype=np.float64, ensure_all_finite=False)
+            check_array(np.asarray(x)[:, None] if np.ndim(x) == 1 else x, dtype=np.float64, ensure_all_finite=False)  # type: ignore[arg-type]
             for x in X
         ]
     else:
-        X = check_array(X, dtype=np.float64, allow_nd=True, ensure_all_finite=False)
+        X = check_array(X, dtype=np.float64, allow_nd=True, ensure_all_finite=False)  # type: ignore[arg-type]
         if X.ndim > 3:
             raise ValueError(f"X: expected [N, T, I], [N, T] or a list of [T, I], got an array of {X.ndim} dimensions")
         found = list(X if X.ndim == 3 else X[..., None])

@@ -30,6 +30,11 @@ class Exported(nn.Module):
         plain: of torch's own layers instead of ours.
     """
 
+    mean: Tensor
+    deviation: Tensor
+    target_mean: Tensor
+    target_deviation: Tensor
+
     def __init__(self, trained: Trained, *, plain: bool) -> None:
         super().__init__()
         config = trained.config
