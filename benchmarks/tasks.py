@@ -91,9 +91,9 @@ def sides(hidden: int, seeds: int, *cells: str) -> tuple[Side, ...]:
 LSTMS = ("lstm-chrono", "lstm-forget1", "rnn")
 ORDER = (Side("tanh-RNN, clip", "rnn", 50), Side("tanh-RNN, clip + Ω", "rnn", 50, omega=1.0))
 REBER = (
-    Side("LSTM", "lstm", 16, seeds=32),
-    Side("Elman net, error one step back", "rnn", 32, seeds=8, elman=True),
-    Side("tanh-RNN, error through the whole string", "rnn", 32, seeds=8),
+    Side("LSTM", "lstm", 6, seeds=32),
+    Side("Elman net, error one step back", "rnn", 12, seeds=8, elman=True),
+    Side("tanh-RNN, error through the whole string", "rnn", 12, seeds=8),
 )
 MNIST = (
     Side("chrono LSTM", "lstm-chrono", 48, seeds=1, lr=1e-2),
@@ -106,7 +106,7 @@ PARTS = {
     "copy-200": Part("copy", 200, sides(64, 1, *LSTMS), steps=2000, lr=1e-2, goal=0.5, batch=16),
     "order-50": Part("temporal-order", 50, ORDER, steps=1500, lr=1e-3, goal=0.01 / 0.75),
     "order-100": Part("temporal-order", 100, ORDER, steps=1500, lr=1e-3, goal=0.01 / 0.75),
-    "reber": Part("embedded-reber", None, REBER, steps=1500, lr=1e-2, goal=0.0, rounds=30, patience=1),
+    "reber": Part("embedded-reber", None, REBER, steps=3000, lr=2e-2, goal=0.0, rounds=60, patience=1),
     "mnist": Part("mnist", None, MNIST, steps=1000, lr=1e-3, goal=0.0),
 }
 
