@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+from unvanish.cli import main
 from unvanish.train.data.sequences import Sequences
 from unvanish.train.data.series import Series
 from unvanish.train.export import Exported, export, plain_state_dict
 from unvanish.train.forecasting import Forecasting
 from unvanish.train.problems import Classification, DataProblem, Regression
 from unvanish.train.settings import Settings
-from unvanish.train.trained import Trained
+from unvanish.train.trained import SCHEMA, Trained
 
 RNG = np.random.default_rng(0)
 VALUES = [RNG.normal(5, 3, size=(n, 2)) for n in (4, 9, 2, 7, 9, 3, 8, 5, 6, 9)]
@@ -28,7 +29,7 @@ def untrained(problem: DataProblem, **settings: Any) -> Trained:
     """Weights as they begin: what a model answers is no matter here."""
     shape = problem.begin(Settings(hidden=6, **settings))
     torch.manual_seed(0)
-    config = {"kind": problem.kind, "shape": asdict(shape), **problem.keep()}
+    config = {"schema": SCHEMA, "kind": problem.kind, "shape": asdict(shape), **problem.keep()}
     return Trained(shape.build(9), config)
 
 
@@ -37,6 +38,8 @@ def of(name: str) -> tuple[Trained, Any]:
     values = Sequences(list(VALUES), ["a", "b"] * 5, names[:10], ["p", "q"])
     if name == "classes":
         return untrained(Classification(values), layers=2, cell="gru"), values
+    if name == "both ways":
+        return untrained(Classification(values), layers=2, bidirectional=True), values
     if name == "mean":
         return untrained(Classification(values), read="mean", cell="rnn", checkpoint_every=2), values
     if name == "numbers":
@@ -74,7 +77,7 @@ def assert_same(said: Any, expected: Any) -> None:
     assert said == (expected if isinstance(expected[0], str) else pytest.approx(expected, rel=1e-4))
 
 
-KINDS = ["classes", "mean", "numbers", "texts", "forecast"]
+KINDS = ["classes", "both ways", "mean", "numbers", "texts", "forecast"]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -88,7 +91,7 @@ def test_onnx_answers_as_predict_does(name: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
-@pytest.mark.parametrize("name", ["classes", "texts", "forecast"])
+@pytest.mark.parametrize("name", ["classes", "both ways", "texts", "forecast"])
 def test_torch_export_answers_as_predict_does(name: str, tmp_path: Path) -> None:
     trained, data = of(name)
     assert export(trained, tmp_path / "m.pt2") < 1e-5
@@ -139,15 +142,27 @@ def test_a_file_that_answers_wrongly_is_not_written(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "options", "message"),
+    ("name", "options", "message"),
     [
-        ("m.pt", {}, {}, r"OUT: expected a name that ends in .onnx or .pt2"),
-        ("m.onnx", {}, {"steps": 3}, "steps: expected none for .onnx"),
-        ("m.pt2", {}, {"steps": 0}, "steps: expected none for .onnx"),
-        ("m.onnx", {"bidirectional": True}, {}, "bidirectional"),
+        ("m.pt", {}, r"OUT: expected a name that ends in .onnx or .pt2"),
+        ("m.onnx", {"steps": 3}, "steps: expected none for .onnx"),
+        ("m.pt2", {"steps": 0}, "steps: expected none for .onnx"),
     ],
 )
-def test_what_cannot_be_exported_is_named(name: str, settings: Any, options: Any, message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_named(name: str, options: Any, message: str, tmp_path: Path) -> None:
     data = Sequences(list(VALUES), ["a", "b"] * 5, [], ["p", "q"])
     with pytest.raises(ValueError, match=message):
-        export(untrained(Classification(data), **settings), tmp_path / name, **options)
+        export(untrained(Classification(data)), tmp_path / name, **options)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    of("classes")[0].save(Path("m"))
+    monkeypatch.setattr(sys, "argv", ["unvanish", "export", "m", "m.onnx"])
+    main()
+    assert capsys.readouterr().out.startswith("m.onnx: answers as the model does, to ")
+    assert Path("m.onnx").stat().st_size > 1000
+    monkeypatch.setattr(sys, "argv", ["unvanish", "export", "m", "m.pth"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "OUT: expected a name that ends in .onnx or .pt2" in capsys.readouterr().err

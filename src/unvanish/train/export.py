@@ -16,6 +16,8 @@ from unvanish.train.trained import Trained
 
 TOLERANCE = 1e-4
 """largest difference to the model's own answers, relative to the largest of them, that is put down to rounding"""
+SIZES = ((3, 7), (1, 12), (5, 2))
+"""batch and steps of the sequences that are compared"""
 
 
 class Exported(nn.Module):
@@ -42,9 +44,10 @@ class Exported(nn.Module):
         self.model.recurrent.checkpoint_every = self.model.recurrent.clip = None  # type: ignore[assignment]
         if plain:
             restore(self.model)
+        # In a padded batch the backward direction has to begin at each sample's own last step.
+        self.directions = _directions(self.model.recurrent) if self.model.recurrent.bidirectional else None
         scale = from_json(config["input"])
         self.kind: str = config["kind"]
-        self.scaled = isinstance(scale, Scale)
         if isinstance(scale, Scale):
             self.register_buffer("mean", torch.tensor(scale.mean))
             self.register_buffer("deviation", torch.tensor(scale.deviation))
@@ -56,29 +59,61 @@ class Exported(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         """The answer."""
-        m, given = self.model, x
+        m, scaled = self.model, self.scaled(x)
         if m.embedding is not None:
-            x = m.embedding(x)
-        elif self.scaled:
-            x = (x - self.mean) / self.deviation
-            x = torch.where(torch.isnan(x), torch.zeros_like(x), x)
-        states, _ = m.recurrent(x)
-        answer = m.head(self._read(states, lengths))
+            scaled = m.embedding(scaled)
+        states = m.recurrent(scaled)[0] if self.directions is None else self._both(self.directions, scaled, lengths)
+        return self.unscaled(m.head(self._read(states, lengths)), x, lengths)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """What the model takes."""
+        if self.model.embedding is not None:
+            return x
+        x = (x - self.mean) / self.deviation
+        return torch.where(torch.isnan(x), torch.zeros_like(x), x)
+
+    def unscaled(self, answer: Tensor, x: Tensor, lengths: Tensor) -> Tensor:
+        """The model's answer in the units of its target."""
         if self.kind == "forecasting":  # the change from the last known value
-            return answer * self.target_deviation + self._last(given, lengths)[:, :1]
+            return answer * self.target_deviation + self._last(x, lengths)[:, :1]
         return answer * self.target_deviation + self.target_mean
 
     def _read(self, states: Tensor, lengths: Tensor) -> Tensor:
         if self.model.read == "all":
             return states
         if self.model.read == "last":
-            return self._last(states, lengths)
+            if self.directions is None:
+                return self._last(states, lengths)
+            H = self.model.recurrent.hidden_size
+            return torch.cat([self._last(states[..., :H], lengths), states[:, 0, H:]], dim=-1)
         steps = torch.arange(states.shape[1], device=states.device)
         inside = (steps[None, :] < lengths[:, None]).unsqueeze(2)
         return (states * inside).sum(1) / lengths[:, None]
 
+    def _both(self, layers: nn.ModuleList, x: Tensor, lengths: Tensor) -> Tensor:
+        steps = torch.arange(x.shape[1], device=x.device)[None, :]
+        turned = torch.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps).unsqueeze(2)
+        for forward, backward in layers:  # type: ignore[misc]
+            back = backward(x.gather(1, turned.expand(-1, -1, x.shape[2])))[0]
+            x = torch.cat([forward(x)[0], back.gather(1, turned.expand(-1, -1, back.shape[2]))], dim=-1)
+        return x
+
     def _last(self, x: Tensor, lengths: Tensor) -> Tensor:
         return x[torch.arange(x.shape[0], device=x.device), lengths - 1]
+
+
+def _directions(layer: nn.RNNBase) -> nn.ModuleList:
+    """[layer][forward, backward], each a layer that runs forward."""
+    options = {"nonlinearity": layer.nonlinearity} if isinstance(layer, nn.RNN) else {}
+    found = nn.ModuleList()
+    for k in range(layer.num_layers):
+        inputs = layer.input_size if k == 0 else 2 * layer.hidden_size
+        pair = [type(layer)(inputs, layer.hidden_size, batch_first=True, **options) for _ in range(2)]  # type: ignore[call-arg]
+        for one, suffix in zip(pair, ("", "_reverse"), strict=True):
+            parts = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            one.load_state_dict({f"{part}_l0": getattr(layer, f"{part}_l{k}{suffix}") for part in parts})
+        found.append(nn.ModuleList(pair))
+    return found.requires_grad_(False)
 
 
 def plain_state_dict(trained: Trained) -> dict[str, Tensor]:
@@ -98,7 +133,7 @@ def export(trained: Trained, path: Path, *, steps: int | None = None) -> float:
         The largest difference that was seen, relative to the largest answer.
 
     Raises:
-        ValueError: another suffix, `steps` for .onnx, a bidirectional model, or one that was trained on no data.
+        ValueError: another suffix, `steps` for .onnx, or a model that was trained on no data.
         ArithmeticError: the file does not answer as the model does.
         ModuleNotFoundError: onnx or onnxruntime is not installed.
         OSError: the file can't be written.
@@ -109,19 +144,16 @@ def export(trained: Trained, path: Path, *, steps: int | None = None) -> float:
         raise ValueError(f"steps: expected none for .onnx, where time is open, and 1 or more for .pt2; got {steps}")
     if "input" not in trained.config:
         raise ValueError(f"model: expected one that was trained on data, got one of the {trained.config['kind']}")
-    if trained.model.recurrent.bidirectional:
-        raise ValueError(
-            "model: a bidirectional network can't be exported: its backward direction would start in the padding"
-        )
     window = trained.config.get("window")
     examples = [_example(trained, batch, steps or window or length, seed) for seed, (batch, length) in enumerate(SIZES)]
     module = Exported(trained, plain=path.suffix == ".onnx" or steps is not None).eval()
+    reference = Exported(trained, plain=False).eval()
     stage = path.with_name(f".{path.name}.stage{path.suffix}")
     try:
         answers = _onnx(module, examples, stage) if path.suffix == ".onnx" else _pt2(module, examples, stage, steps)
         worst = 0.0
         for (x, lengths), answer in zip(examples, answers, strict=True):
-            own = Exported(trained, plain=False)(x, lengths)
+            own = reference.unscaled(reference.model(reference.scaled(x), lengths), x, lengths)
             inside = torch.arange(own.shape[1]) < lengths[:, None] if trained.model.read == "all" else slice(None)
             own, answer = own[inside], answer[inside]
             worst = max(worst, float((own - answer).abs().max() / own.abs().max()))
@@ -131,10 +163,6 @@ def export(trained: Trained, path: Path, *, steps: int | None = None) -> float:
     finally:
         stage.unlink(missing_ok=True)
     return worst
-
-
-SIZES = ((3, 7), (1, 12), (5, 2))
-"""batch and steps of the sequences that are compared"""
 
 
 def _example(trained: Trained, batch: int, steps: int, seed: int) -> tuple[Tensor, Tensor]:
