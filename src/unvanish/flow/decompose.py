@@ -195,10 +195,13 @@ def _exposure_before(tr: engine.Trace) -> Tensor:
 
 def _one_step_earlier(v: Tensor, tr: engine.Trace) -> Tensor:
     """From the step a term comes from to the step it arrives at; 0 at the last step read."""
-    if tr.active is not None:
-        v = torch.where(tr.active.reshape(*tr.active.shape[:2], *(1,) * (v.dim() - 2)), v, 0.0)
+    active = None if tr.active is None else tr.active.reshape(*tr.active.shape[:2], *(1,) * (v.dim() - 2))
+    if active is not None:
+        v = torch.where(active, v, 0.0)
     zero = torch.zeros_like(v[:1])
-    return torch.cat([zero, v[:-1]] if tr.reverse else [v[1:], zero])
+    shifted = torch.cat([zero, v[:-1]] if tr.reverse else [v[1:], zero])
+    # What a ragged reversed sample hands to its initial state would land on a step without input.
+    return shifted if active is None else torch.where(active, shifted, 0.0)
 
 
 def _matrices(tr: engine.Trace) -> list[Tensor]:
