@@ -18,7 +18,6 @@ from unvanish.cli.interrupt import Commands
 from unvanish.cli.output import MARKER, OutputFolder, UserError
 from unvanish.cli.train import predict, train
 
-
 app = typer.Typer(
     name="unvanish",
     cls=Commands,
