@@ -26,6 +26,7 @@ def diagnose(
     samples: Annotated[int, typer.Option(help="Samples of the batch that are followed.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of dropout and of drawn cures.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Say what becomes of the error in a model's recurrent layers, why, and what to do.
 
@@ -41,7 +42,7 @@ def diagnose(
     if as_json:
         typer.echo(json.dumps(_plain(found)))
     else:
-        _print(found, Console(highlight=False))
+        _print(found, Console(quiet=quiet, highlight=False))
 
 
 def _made(source: str) -> tuple[Any, tuple[Any, ...], Any]:

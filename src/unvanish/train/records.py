@@ -4,7 +4,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the layout of `results.json`."""
 
 
@@ -56,6 +56,16 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
+class Cured:
+    """What a cure alone does, before any training: another recipe from the same seed."""
+
+    name: str
+    """the recipe, "lstm-chrono" """
+    title: str
+    reach: Reach
+
+
+@dataclass(frozen=True)
 class Run:
     """One model trained on one task."""
 
@@ -76,6 +86,8 @@ class Run:
     after: Reach
     anatomy: list[Anatomy]
     """before and after training"""
+    cures: list[Cured]
+    """of a plain cell; none of a cured one"""
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,7 @@ class Comparison:
         try:
             tasks = [TaskResult(**{**task, "runs": [_run(run) for run in task["runs"]]}) for task in data["tasks"]]
             # They become parts of file names and of a page's identifiers.
-            for name in [t.name for t in tasks] + [run.name for t in tasks for run in t.runs]:
+            for name in [t.name for t in tasks] + [r.name for t in tasks for run in t.runs for r in (run, *run.cures)]:
                 if not re.fullmatch(r"[A-Za-z0-9-]+", name):
                     raise ValueError(f"results.json: expected a name of letters, digits and hyphens, got {name!r}")
             return cls(tasks, data["environment"], data["command"], data["schema"])
@@ -142,5 +154,6 @@ def _run(data: dict[str, Any]) -> Run:
             "during": [Reach(**moment) for moment in data["during"]],
             "after": Reach(**data["after"]),
             "anatomy": [Anatomy(**moment) for moment in data["anatomy"]],
+            "cures": [Cured(**{**cured, "reach": Reach(**cured["reach"])}) for cured in data["cures"]],
         }
     )
