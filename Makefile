@@ -16,7 +16,7 @@ lint: .venv/installed
 	$(BIN)/lint-imports
 
 docs: .venv/installed
-	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -q -j 2 docs docs/_build/html
 
 .venv/installed: pyproject.toml constraints.txt $(wildcard CMakeLists.txt csrc/*)
 	$(PYTHON) -m venv .venv

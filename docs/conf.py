@@ -32,6 +32,8 @@ nb_number_source_lines = False
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ["MATPLOTLIBRC"] = str(HERE / "matplotlibrc")
 os.environ["COLUMNS"] = "80"
+# Models of this size gain nothing from threads, and lose much where pages are built side by side.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -18,7 +19,8 @@ from unvanish.cli.interrupt import Commands
 from unvanish.train.compare import measure
 from unvanish.train.fit import Budget, evaluate, fit
 from unvanish.train.memory import GATES, estimated
-from unvanish.train.models import RECIPES, recipe
+from unvanish.train.models import RECIPES, REMEDIES, recipe
+from unvanish.train.records import SCHEMA
 from unvanish.train.tasks import make_task
 
 SMALL = ["--steps", "3", "--hidden", "4", "--batch", "4"]
@@ -71,6 +73,11 @@ def test_the_same_seed_gives_the_same_comparison() -> None:
             b.during,
             b.after,
         )
+    plain, cured = one.tasks[0].runs
+    assert tuple(cure.name for cure in plain.cures) == REMEDIES["rnn"]
+    assert cured.cures == []
+    alone = train.compare(["adding"], ["rnn-orthogonal"], **options, seed=5)
+    assert plain.cures[1].reach == alone.tasks[0].runs[0].before
     other = train.compare(["adding"], ["rnn"], **options, seed=6)
     assert other.tasks[0].runs[0].test_error != one.tasks[0].runs[0].test_error
     assert train.Comparison.from_json(json.loads(json.dumps(one.to_json()))) == one
@@ -194,7 +201,11 @@ def test_report_is_made_again_from_results_alone(
     assert call(["report", str(tmp_path)], monkeypatch) == 0
     assert (tmp_path / "report.html").stat().st_size > 1e6
     assert (tmp_path / "adding-learning.png").exists()
-    for content, message in (("{", "not JSON"), ('{"schema": 99}', "expected schema 2"), ("[]", "expected schema 2")):
+    for content, message in (
+        ("{", "not JSON"),
+        ('{"schema": 99}', f"expected schema {SCHEMA}"),
+        ("[]", f"expected schema {SCHEMA}"),
+    ):
         (tmp_path / "results.json").write_text(content)
         assert call(["report", str(tmp_path)], monkeypatch) == 2
         assert message in " ".join(capsys.readouterr().err.split())
@@ -212,6 +223,10 @@ def test_tasks_and_doctor_say_what_there_is(
     said = capsys.readouterr().out
     assert "native: runs" in said or "the extension is not built" in said
     assert "not used" in said or f"instruction set: {engine.isa()}" in said
+    assert call(["tasks", "--json"], monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["adding"]["default_length"] == train.TASKS["adding"].default_length
+    assert call(["doctor", "--json"], monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__
     assert torch.__version__ in said
     assert f"threads      {torch.get_num_threads()}\n" in said
     assert f"safetensors  {metadata.version('safetensors')}\n" in said
@@ -249,12 +264,15 @@ def test_ctrl_c_ends_with_a_line_and_130(
 
 
 def test_help_imports_nothing_heavy() -> None:
+    heavy = ["torch", "lightning", "matplotlib", "numpy", "pandas", "plotly", "jinja2", "safetensors", "sklearn"]
     code = (
-        "import sys; from unvanish.cli import main\ntry: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+        "import sys; from unvanish.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
-    assert "compare" in done.stdout
-    assert done.stdout.split()[-1] == "False"
+    for arguments in (["--help"], ["compare", "--help"], ["diagnose", "--help"], ["train", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert "Usage: " in done.stdout
+        assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_measuring_and_curing_import_torch_alone() -> None:
@@ -266,3 +284,38 @@ def test_measuring_and_curing_import_torch_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("\n", "")
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    script = Path(sys.executable).parent / "unvanish"
+    for words, position, expected in (("unvanish co", 1, "compare"), ("unvanish compare --hid", 2, "--hidden")):
+        environment = {
+            **os.environ, "_UNVANISH_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(position),
+        }  # fmt: skip
+        done = subprocess.run([script], capture_output=True, text=True, env=environment)
+        assert done.stdout.split() == [expected]
+
+
+def test_colour_only_where_it_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train.compare(["adding"], ["rnn"], steps=2, hidden=4, batch=4, length=12)
+    (tmp_path / "results.json").write_text(json.dumps(result.to_json()))
+    monkeypatch.setenv("COLUMNS", "80")
+    for variables, coloured in (
+        ({}, False),
+        ({"FORCE_COLOR": "1"}, True),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
+    ):
+        with monkeypatch.context() as patch:
+            for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TERM"):
+                patch.delenv(name, raising=False)
+            patch.setenv("TERM", "xterm-256color")
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            assert call(["report", str(tmp_path)], patch) == 0
+        said = capsys.readouterr().out
+        assert "tanh-RNN" in said
+        assert ("\x1b[31m" in said) is coloured
+    assert call(["report", str(tmp_path), "--quiet"], monkeypatch) == 0
+    assert capsys.readouterr().out == ""

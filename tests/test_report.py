@@ -13,7 +13,7 @@ from torch import nn
 import unvanish as uv
 from unvanish import report
 from unvanish.report import verdict
-from unvanish.train.records import Anatomy, Comparison, Reach, Run, TaskResult
+from unvanish.train.records import Anatomy, Comparison, Cured, Reach, Run, TaskResult
 
 HOSTILE = ["<script>alert(1)</script>\"'&", "</script><img src=x onerror=alert(1)>", "שלום ‮abc", "x" * 300]
 
@@ -40,7 +40,7 @@ def run(title: str, slope: float, error: float, after: float | None = None) -> R
     end = reach(slope if after is None else after, 100)
     return Run(
         "rnn", title, 10, [50, 100], [0.2, error], error, solved, 100 if solved else None, 1.0, reach(slope), [], end,
-        [anatomy(0), anatomy(100)],
+        [anatomy(0), anatomy(100)], [Cured("lstm-chrono", f"cured {title}", reach(-0.001))],
     )  # fmt: skip
 
 
@@ -60,7 +60,12 @@ def test_verdicts_say_what_the_records_say() -> None:
     nobody = comparison(run("A", -0.5, 0.05), run("B", 0.0, 0.167)).tasks[0]
     assert verdict.learning(nobody) == "After 100 updates A learns part of it, B stays at chance."
     assert "B did not solve it although the gradient reaches" in verdict.explanation(nobody)
-    assert verdict.advice(nobody)[0].startswith("No model solved it")
+    first, second = verdict.advice(nobody)
+    assert first.startswith("No model solved it")
+    assert (
+        'layer = unvanish.cures.replace(layer, "lstm"), and call unvanish.cures.chrono_(layer, max_lag=200)' in second
+    )
+    assert second.endswith("0.82 then arrives at the first step, instead of 10⁻⁴³.")
     lucky = comparison(run("A", -0.5, 0.001, after=0.0)).tasks[0]
     assert "Still A (reach 9 → 199 steps) solves the task" in verdict.explanation(lucky)
     assert verdict.explanation(comparison(run("A", 0.0, 0.1)).tasks[0]).startswith("No model's gradient vanishes")
@@ -89,7 +94,7 @@ def test_figures_are_written(tmp_path: Path) -> None:
     dead = replace(record.tasks[0].runs[0].before, log_norm=[0.0] + [-math.inf] * 199)
     record.tasks[0].runs[0] = replace(record.tasks[0].runs[0], before=dead)
     written = report.save_figures(record, tmp_path)
-    assert len(written) == 6
+    assert len(written) == 8  # both runs have one name, so one file of cures
     assert all(path.stat().st_size > 5000 for path in written)
 
 
@@ -114,7 +119,7 @@ def test_names_that_would_leave_the_folder_are_refused() -> None:
 
 def test_titles_are_no_formulas(tmp_path: Path) -> None:
     found = comparison(run("$\\frac{1}$", -0.1, 0.1), run("_hidden", -0.2, 0.1))
-    assert len(report.save_figures(found, tmp_path)) == 6
+    assert len(report.save_figures(found, tmp_path)) == 8
     legend = uv.plot.learning(found.tasks[0]).get_legend()
     assert legend is not None
     assert any("hidden" in text.get_text() for text in legend.get_texts())
@@ -152,7 +157,7 @@ def test_report_lives_in_a_browser(browser, tmp_path: Path, width: int, scheme: 
     page.wait_for_selector("#reach-adding .legend")
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.locator("tbody td bdi").all_inner_texts() == names
+    assert page.locator("tbody td:first-child .key + bdi").all_inner_texts() == names
     before = page.evaluate("JSON.stringify(document.getElementById('reach-adding').data.map((t) => t.y))")
     page.locator("fieldset input").first.focus()
     page.keyboard.press("ArrowRight")
@@ -164,10 +169,22 @@ def test_report_lives_in_a_browser(browser, tmp_path: Path, width: int, scheme: 
     page.locator("input[name=model-adding]").first.focus()
     page.keyboard.press("ArrowRight")
     assert page.locator("input[name=model-adding]").nth(1).is_checked()
-    page.evaluate("Plotly.Fx.hover('share-adding', [{curveNumber: 0, pointNumber: 10}])")
-    assert "0.900 of the error" in (page.locator("#share-adding .hoverlayer").text_content() or "")
-    page.evaluate("Plotly.Fx.hover('reach-adding', [{curveNumber: 9, pointNumber: 100}])")
-    assert "of the error at lag 0" in (page.locator("#reach-adding .hoverlayer").text_content() or "")
+    page.locator("input[name=cure-adding]").last.focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("input[name=cure-adding]").nth(len(names) - 2).is_checked()
+    for picture, curve, point, said_there in (
+        ("reach", 9, 100, "of the error at lag 0"),
+        ("learning", 0, 1, "mean squared error 0.1"),
+        ("share", 0, 10, "0.900 of the error"),
+        ("memory", 0, 0, "to 2.29 steps1 units"),
+        ("subgradient", 0, 10, "step 20"),
+        ("cures", 3, 100, "0.905 of the error at lag 0"),
+    ):
+        page.evaluate(f"Plotly.Fx.hover('{picture}-adding', [{{curveNumber: {curve}, pointNumber: {point}}}])")
+        assert said_there in (page.locator(f"#{picture}-adding .hoverlayer").text_content() or ""), picture
+    page.locator("#map-adding .nsewdrag").hover()  # the mouse itself, in the middle of three sources
+    page.wait_for_selector("#map-adding .hoverlayer text")
+    assert "source k 149, step t" in (page.locator("#map-adding .hoverlayer").text_content() or "")
     assert said == []
     page.close()
 

@@ -93,6 +93,7 @@ app.command()(diagnose)
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `unvanish compare` wrote.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Make report.html and the figures again from a folder's results.json."""
     from unvanish import report, train
@@ -107,18 +108,22 @@ def report(
     result = train.Comparison.from_json(data)
     report.save_figures(result, folder)
     report.write_comparison(result, folder / "report.html")
-    console = Console()
+    console = Console(quiet=quiet)
     report.print_comparison(result, console)
     console.print(f"Report: [bold]{escape(str((folder / 'report.html').absolute()))}[/bold]", highlight=False)
 
 
 @app.command()
-def tasks() -> None:
+def tasks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
     """List the tasks: what they ask, their length, their chance level, their paper."""
     from rich.table import Table
 
     from unvanish import train
 
+    if as_json:
+        facts = ("title", "describe", "source", "kind", "default_length")
+        typer.echo(json.dumps({name: {f: getattr(task, f) for f in facts} for name, task in train.TASKS.items()}))
+        return
     table = Table(show_lines=True)
     for column in ("task", "what it asks", "steps", "chance"):
         table.add_column(column, justify="right" if column in ("steps", "chance") else "left")
@@ -129,12 +134,17 @@ def tasks() -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False) -> None:
     """Say what runs here: versions, optional parts, processor, which engine rung and why."""
     import torch
 
     from unvanish import engine, train
 
+    if as_json:
+        rung = engine.explain(torch.zeros(1, 1, 1)).rung
+        found = {"rung": rung, "isa": engine.isa() if rung == "native" else None, "parts": installed()}
+        typer.echo(json.dumps(train.environment() | found))
+        return
     console = Console(highlight=False, soft_wrap=True)
     for name, value in train.environment().items():
         console.print(f"{name:12} {escape(value)}")

@@ -44,6 +44,7 @@ def diagnose(
     ] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of dropout, of drawn cures and of the trial.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Say what becomes of the error in a model's recurrent layers, why, and what to do.
 
@@ -66,7 +67,7 @@ def diagnose(
     if as_json:
         typer.echo(json.dumps(_plain(found)))
     else:
-        _print(found, Console(highlight=False))
+        _print(found, Console(quiet=quiet, highlight=False))
 
 
 def _trained(folder: str, data: Path, **columns: str | None) -> tuple[Any, tuple[Any, ...], Any]:

@@ -90,11 +90,12 @@ def diagnose(
     given, found = _layers(model)
     if not trial:
         return Diagnosis(found, prescribe(model, given, found, again, seed), again)
-    check_samples(given, batch[-1] if target else None)
+    answer = target[0] if target else None
+    check_samples(given, answer)
 
     def odds(changed: nn.Module, layers: dict[str, LayerDiagnosis]) -> Odds:
         survival = min(d.evidence["survival"] for d in layers.values())
-        return Odds(readable_after(changed, inputs, batch[-1], loss, lr, seed), survival)
+        return Odds(readable_after(changed, inputs, answer, loss, lr, seed), survival)
 
     own = odds(model, found)
     cures = prescribe(model, given, found, again, seed, (own.chance, odds))

@@ -95,6 +95,7 @@ def _task_data(task: TaskResult) -> dict[str, Any]:
                 "error": run.curve_error,
                 "moments": [_moment(m) for m in (run.before, *run.during, run.after)],
                 "anatomy": [_anatomy(a) for a in run.anatomy],
+                "cures": [{"title": _short(cure.title), "moment": _moment(cure.reach)} for cure in run.cures],
             }
             for index, run in enumerate(task.runs)
         ],

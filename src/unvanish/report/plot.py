@@ -4,7 +4,7 @@ Colour-blind-safe, told apart by dash too; norms on a logarithmic axis; medians 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from unvanish.flow import (
     StateTerms,
 )
 from unvanish.report.style import LINES, LN10, decades, line
-from unvanish.train.records import Comparison, TaskResult
+from unvanish.train.records import Comparison, Reach, Run, TaskResult
 
 Moment = Literal["before", "after"]
 
@@ -49,16 +49,34 @@ def reach(task: TaskResult, ax: Axes | None = None, moment: Moment = "before") -
     """‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0 over the lag ℓ, in powers of ten: median over samples, band from 10 % to 90
     %."""
     ax = ax or new_axes()
-    for index, run in enumerate(task.runs):
-        found, style = getattr(run, moment), line(index)
-        middle, low, high = (np.array(decades(v), dtype=float) for v in (found.log_norm, found.low, found.high))
-        ax.fill_between(found.lag, low, high, color=style.colour, alpha=0.15, linewidth=0)
-        ax.plot(found.lag, middle, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=_text(run.title))
-    _finish(ax, "lag ℓ (steps before the error)", r"$\|\partial E_T/\partial s_{T-\ell}\|$ relative to lag 0")
-    ax.yaxis.set_major_formatter(_power)
+    _decays([(run.title, getattr(run, moment)) for run in task.runs], ax)
     when = "before training" if moment == "before" else "after training"
     ax.set_title(f"{_text(task.title)}: the error's way back, {when}", loc="left", fontsize=10)
     return ax
+
+
+def cures(run: Run, ax: Axes | None = None) -> Axes:
+    """‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0 over the lag ℓ before training, without and with each cure of a plain cell.
+
+    Raises:
+        ValueError: the run holds no cures: its cell was cured already.
+    """
+    if not run.cures:
+        raise ValueError(f"run: {run.name!r} holds no cures; those of plain cells do")
+    ax = ax or new_axes()
+    _decays([(run.title, run.before), *((cure.title, cure.reach) for cure in run.cures)], ax)
+    ax.set_title(f"{_text(run.title)}: without and with a cure, before training", loc="left", fontsize=10)
+    return ax
+
+
+def _decays(found: Sequence[tuple[str, Reach]], ax: Axes) -> None:
+    for index, (title, reach) in enumerate(found):
+        style = line(index)
+        middle, low, high = (np.array(decades(v), dtype=float) for v in (reach.log_norm, reach.low, reach.high))
+        ax.fill_between(reach.lag, low, high, color=style.colour, alpha=0.15, linewidth=0)
+        ax.plot(reach.lag, middle, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=_text(title))
+    _finish(ax, "lag ℓ (steps before the error)", r"$\|\partial E_T/\partial s_{T-\ell}\|$ relative to lag 0")
+    ax.yaxis.set_major_formatter(_power)
 
 
 def learning(task: TaskResult, ax: Axes | None = None) -> Axes:
@@ -247,14 +265,14 @@ def diagnosis(record: Diagnosis | Verification, ax: Axes | None = None) -> Axes:
 
 
 def save_figures(comparison: Comparison, folder: Path) -> list[Path]:
-    """PNG and SVG of every task's reach before and after training, and of its learning curves."""
+    """PNG and SVG of every task's reach before and after training, of its learning curves, and of the cures."""
     written = []
     for task in comparison.tasks:
         pictures = {
             "reach-before": reach(task, moment="before"),
             "reach-after": reach(task, moment="after"),
             "learning": learning(task),
-        }
+        } | {f"{run.name}-cures": cures(run) for run in task.runs if run.cures}
         for name, ax in pictures.items():
             for kind in ("png", "svg"):
                 path = folder / f"{task.name}-{name}.{kind}"

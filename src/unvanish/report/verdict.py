@@ -4,7 +4,15 @@ import math
 from collections.abc import Sequence
 
 from unvanish.report.style import LN10
-from unvanish.train.records import Reach, Run, TaskResult
+from unvanish.train.records import Cured, Reach, Run, TaskResult
+
+_CALLS = {
+    "gru-chrono": "unvanish.cures.chrono_(layer, max_lag={length})",
+    "lstm-chrono": "unvanish.cures.chrono_(layer, max_lag={length})",
+    "lstm-forget1": "unvanish.cures.forget_bias_(layer, 1.0)",
+    "rnn-orthogonal": "unvanish.cures.orthogonal_(layer)",
+    "irnn": "unvanish.cures.identity_(layer), with relu",
+}
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -93,14 +101,44 @@ def advice(task: TaskResult) -> list[str]:
     else:
         out.append("No model solved it within the budget: give more --steps, or a cell with a longer carry.")
     for run in task.runs:
-        if not run.solved and fate(run.before) == "vanishes" and run.name in ("lstm", "gru"):
-            out.append(
-                f"{run.title}: its gates start half open, so that each step keeps about half of the error. "
-                f"Before training call unvanish.cures.chrono_(layer, max_lag={task.length})."
-            )
-        elif not run.solved and fate(run.before) == "vanishes":
-            out.append(f"{run.title}: no additive path carries the error; take an LSTM or GRU with chrono biases.")
+        if run.solved or fate(run.before) != "vanishes":
+            continue
+        cure = best_cure(run)
+        if cure is None:
+            out.append(f"{run.title}: its gradient vanishes all the same; take an LSTM or GRU with chrono biases.")
+            continue
+        was, now = (power_of_ten(r.log_norm[-1]) for r in (run.before, cure.reach))
+        out.append(
+            f"{run.title}: before training {call(task, run, cure)}: of the last step's error {now} then arrives at the "
+            f"first step, instead of {was}{_proof(task, cure)}."
+        )
     return out
+
+
+def best_cure(run: Run) -> Cured | None:
+    """The first cure after which the gradient survives; without one, that which leaves most."""
+    kept = [cure for cure in run.cures if fate(cure.reach) == "survives"]
+    return kept[0] if kept else max(run.cures, key=lambda cure: cure.reach.log_norm[-1], default=None)
+
+
+def call(task: TaskResult, run: Run, cure: Cured) -> str:
+    """What to write to get a cure."""
+    written = f"call {_CALLS.get(cure.name, cure.name).format(length=task.length)}"
+    if cure.name.partition("-")[0] == run.name or cure.name == "irnn":
+        return written
+    kind = cure.name.partition("-")[0]
+    return f'replace it, layer = unvanish.cures.replace(layer, "{kind}"), and {written}'
+
+
+def trained(task: TaskResult, cure: Cured) -> str:
+    """How the cured model did, where the comparison trained it too."""
+    return next((outcome(task, run) for run in task.runs if run.name == cure.name), "not trained here")
+
+
+def _proof(task: TaskResult, cure: Cured) -> str:
+    how = {"solved": "solved the task", "partly": "learnt part of it", "chance": "stayed at chance"}
+    found = trained(task, cure)
+    return f" ({cure.title} was trained here, and {how[found]})" if found in how else ""
 
 
 def at_chance(task: TaskResult, run: Run) -> bool:

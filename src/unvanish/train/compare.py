@@ -15,8 +15,8 @@ from unvanish import flow
 from unvanish.train.anatomy import dissect
 from unvanish.train.fit import Budget, Progress, evaluate, fit
 from unvanish.train.memory import estimated, require
-from unvanish.train.models import SequenceModel, recipe
-from unvanish.train.records import Comparison, Reach, Run, TaskResult
+from unvanish.train.models import REMEDIES, SequenceModel, recipe
+from unvanish.train.records import Comparison, Cured, Reach, Run, TaskResult
 from unvanish.train.tasks import Task, make_task
 
 DEFAULT_TASKS = ("adding", "digits")
@@ -64,6 +64,17 @@ def measure(model: SequenceModel, task: Task, update: int, fraction: float = 0.0
     )
 
 
+def cured(task: Task, name: str, hidden: int, seed: int) -> list[Cured]:
+    """What each cure of a plain recipe does to the error's way back before training; global random numbers stay."""
+    found = []
+    with torch.random.fork_rng(devices=[]):
+        for remedy in REMEDIES.get(name, ()):
+            torch.manual_seed(seed)
+            chosen = recipe(remedy)
+            found.append(Cured(remedy, chosen.title, measure(chosen.build(task, hidden), task, 0)))
+    return found
+
+
 def run_one(task: Task, name: str, hidden: int, budget: Budget, tell: Tell, folder: Path | None) -> Run:
     """Measure, train, measure again; the same seed gives the same run."""
     start = time.perf_counter()
@@ -104,6 +115,7 @@ def run_one(task: Task, name: str, hidden: int, budget: Budget, tell: Tell, fold
         during=during,
         after=measure(model, task, budget.steps),
         anatomy=anatomy,
+        cures=cured(task, name, hidden, budget.seed),
     )
 
 

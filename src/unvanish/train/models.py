@@ -130,6 +130,13 @@ RECIPES: dict[str, Recipe] = {
     "lstm-chrono": Recipe("chrono LSTM", layers.LSTM, lambda layer, length: cures.chrono_(layer, max_lag=length)),
 }
 
+REMEDIES: dict[str, tuple[str, ...]] = {
+    "rnn": ("gru-chrono", "rnn-orthogonal", "irnn"),
+    "gru": ("gru-chrono",),
+    "lstm": ("lstm-chrono", "lstm-forget1"),
+}
+"""Plain recipe → the recipes that cure it, the one to prefer first."""
+
 
 def recipe(name: str) -> Recipe:
     """The recipe called `name`.

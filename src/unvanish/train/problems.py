@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, ClassVar
@@ -116,6 +116,12 @@ class Labelled(DataProblem):
             "split": {name: len(self.parts[name]) for name in ("train", "validation", "test") if name in self.parts},
         }
 
+    minimised: ClassVar[Callable[[Tensor, Tensor], Tensor]]
+    """(answer, y) → what training minimises"""
+
+    def loss(self, answer: Tensor, y: Tensor) -> Tensor:
+        return type(self).minimised(answer, y)
+
     @property
     @abstractmethod
     def outputs(self) -> int:
@@ -124,6 +130,11 @@ class Labelled(DataProblem):
     @abstractmethod
     def targets(self) -> list[Tensor]:
         """y of every sequence."""
+
+
+def squared_error(answer: Tensor, y: Tensor) -> Tensor:
+    """Mean over samples of (answer − y)²; `[B, 1]`, `[B]`."""
+    return mse_loss(answer[:, 0], y)
 
 
 class Classification(Labelled):
@@ -139,6 +150,7 @@ class Classification(Labelled):
     """
 
     kind = "classification"
+    minimised = staticmethod(cross_entropy)
     metric = "error rate"
 
     def __init__(self, data: Sequences, *, seed: int = 0, test: bool = True) -> None:
@@ -165,10 +177,6 @@ class Classification(Labelled):
             if label not in place:
                 raise DataError(f"data: expected one of the classes {', '.join(place)}, got {label!r}")
         return [place[label] for label in data.targets()]
-
-    @staticmethod
-    def loss(answer: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(answer, y)
 
     def error(self, answer: Tensor, y: Tensor) -> Tensor:
         return (answer.argmax(-1) != y).double().mean()
@@ -204,6 +212,7 @@ class Regression(Labelled):
     """
 
     kind = "regression"
+    minimised = staticmethod(squared_error)
     metric = "mean squared error / variance"
 
     def __init__(self, data: Sequences, *, seed: int = 0, test: bool = True) -> None:
@@ -228,10 +237,6 @@ class Regression(Labelled):
         """
         mean, deviation = config["target_scale"]
         return list(((torch.tensor(data.numbers(), dtype=torch.float64) - mean) / deviation).float())
-
-    @staticmethod
-    def loss(answer: Tensor, y: Tensor) -> Tensor:
-        return mse_loss(answer[:, 0], y)
 
     def error(self, answer: Tensor, y: Tensor) -> Tensor:
         return self.loss(answer, y)

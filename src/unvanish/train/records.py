@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the layout of `results.json`."""
 
 
@@ -57,6 +57,16 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
+class Cured:
+    """What a cure alone does, before any training: another recipe from the same seed."""
+
+    name: str
+    """the recipe, "lstm-chrono" """
+    title: str
+    reach: Reach
+
+
+@dataclass(frozen=True)
 class Run:
     """One model trained on one task."""
 
@@ -77,6 +87,8 @@ class Run:
     after: Reach
     anatomy: list[Anatomy]
     """before and after training"""
+    cures: list[Cured]
+    """of a plain cell; none of a cured one"""
 
 
 @dataclass(frozen=True)
@@ -136,7 +148,9 @@ class Comparison:
             if not isinstance(task.settings.get("steps"), int):
                 raise ValueError(f"results.json: tasks.{place}.settings.steps: expected a whole number")
         # They become parts of file names and of a page's identifiers.
-        for name in [t.name for t in found.tasks] + [run.name for t in found.tasks for run in t.runs]:
+        for name in [t.name for t in found.tasks] + [
+            r.name for t in found.tasks for run in t.runs for r in (run, *run.cures)
+        ]:
             if not re.fullmatch(r"[A-Za-z0-9-]+", name):
                 raise ValueError(f"results.json: expected a name of letters, digits and hyphens, got {name!r}")
         return found

@@ -63,7 +63,7 @@ class Trained:
             raise ValueError(f"model: expected one for classification or regression, got one for {kind}")
         first = Sequences(data.x[:most], None if data.y is None else data.y[:most], data.names[:most], data.channels)
         y = KINDS[kind].encode(self.config, first)
-        return together(list(zip(inputs_of(self.config, first), y, strict=True))), KINDS[kind].loss
+        return together(list(zip(inputs_of(self.config, first), y, strict=True))), KINDS[kind].minimised
 
     def save(self, folder: Path) -> None:
         """Write weights, then config.json, which holds their SHA-256 and so seals the folder.

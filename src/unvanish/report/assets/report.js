@@ -49,21 +49,30 @@ function escapeText(text) {
 
 function drawReach(name) {
   const task = data.tasks[name], at = Number(document.querySelector(`input[name="moment-${name}"]:checked`).value);
+  drawDecay("reach-" + name, task.runs.map((run) => ({ ...run, moment: run.moments[Math.min(at, run.moments.length - 1)] })));
+}
+
+function drawCures(name) {
+  const run = data.tasks[name].runs[chosen("cure", name)];
+  const plain = { title: run.title, moment: run.moments[0], colour: dark.matches ? "#a3acb9" : "#5b6470", dash: "solid" };
+  drawDecay("cures-" + name, [plain, ...run.cures.map((cure, i) => ({ ...cure, ...data.palette[i + 1] }))]);
+}
+
+function drawDecay(id, curves) {
   const traces = [], all = [];
-  for (const run of task.runs) {
-    const m = run.moments[Math.min(at, run.moments.length - 1)];
+  for (const { title, colour, dash, moment: m } of curves) {
     all.push(m.low, m.high, m.middle);
     traces.push({
       x: [...m.lag, ...[...m.lag].reverse()], y: [...m.high, ...[...m.low].reverse()], fill: "toself", mode: "none",
-      fillcolor: translucent(run.colour, 0.16), hoverinfo: "skip", showlegend: false, legendgroup: run.title,
+      fillcolor: translucent(colour, 0.16), hoverinfo: "skip", showlegend: false, legendgroup: title,
     });
     traces.push({
-      x: m.lag, y: m.middle, mode: "lines", name: escapeText(run.title), legendgroup: run.title,
-      line: { color: run.colour, dash: run.dash, width: 2.4 }, customdata: m.middle.map(factor),
-      hovertemplate: "lag %{x} steps<br>%{customdata} of the error at lag 0<extra>" + escapeText(run.title) + "</extra>",
+      x: m.lag, y: m.middle, mode: "lines", name: escapeText(title), legendgroup: title,
+      line: { color: colour, dash, width: 2.4 }, customdata: m.middle.map(factor),
+      hovertemplate: "lag %{x} steps<br>%{customdata} of the error at lag 0<extra>" + escapeText(title) + "</extra>",
     });
   }
-  Plotly.react("reach-" + name, traces, layout("lag ℓ: steps before the error", "left of the error", decadeTicks(all)), config);
+  Plotly.react(id, traces, layout("lag ℓ: steps before the error", "left of the error", decadeTicks(all)), config);
 }
 
 function drawLearning(name) {
@@ -87,6 +96,16 @@ function chosen(group, name) {
   return Number(document.querySelector(`input[name="${group}-${name}"]:checked`).value);
 }
 
+/* Bins of equal width in the logarithm of τ; each says its ends in steps. */
+function histogram(powers, bins) {
+  if (!powers.length) return { x: [], y: [] };
+  const low = Math.min(...powers), width = (Math.max(...powers) - low) / bins || 0.1;
+  const y = Array(bins).fill(0);
+  for (const v of powers) y[Math.min(bins - 1, Math.floor((v - low) / width))] += 1;
+  const steps = (i) => Number((10 ** (low + i * width)).toPrecision(3));
+  return { x: y.map((_, i) => low + (i + 0.5) * width), y, width, customdata: y.map((_, i) => `${steps(i)} to ${steps(i + 1)}`) };
+}
+
 function drawAnatomy(name) {
   const task = data.tasks[name], run = task.runs[chosen("model", name)], a = run.anatomy[chosen("when", name)];
   const grey = dark.matches ? "#a3acb9" : "#5b6470";
@@ -101,8 +120,9 @@ function drawAnatomy(name) {
   const memory = layout("time constant τ (steps)", "units", { rangemode: "tozero" });
   Object.assign(memory.xaxis, decadeTicks([tau.length ? tau : [0, 1]]), { range: undefined, visible: tau.length > 0 });
   memory.yaxis.visible = tau.length > 0;
+  const bins = histogram(tau, 20);
   Plotly.react("memory-" + name, [{
-    x: tau, type: "histogram", nbinsx: 20, marker: { color: run.colour }, hovertemplate: "%{y} units<extra></extra>",
+    ...bins, type: "bar", marker: { color: run.colour }, hovertemplate: "τ %{customdata} steps<br>%{y} units<extra></extra>",
   }], { ...memory, bargap: 0.06, annotations: tau.length ? [] : [empty] }, config);
 
   const curves = [["‖g_t‖, one step", a.subgradient, "solid"], ["‖Σ g_s‖, s ≥ t", a.partial, "dash"]].map(([label, y, dash], i) => ({
@@ -135,11 +155,13 @@ function drawAll() {
     drawReach(name);
     drawLearning(name);
     drawAnatomy(name);
+    if (document.getElementById("cures-" + name)) drawCures(name);
   }
 }
 
 for (const input of document.querySelectorAll("fieldset input")) {
-  input.addEventListener("change", () => (input.dataset.task ? drawReach(input.dataset.task) : drawAnatomy(input.dataset.anatomy)));
+  const { task, anatomy, cure } = input.dataset;
+  input.addEventListener("change", () => (task ? drawReach(task) : anatomy ? drawAnatomy(anatomy) : drawCures(cure)));
 }
 function redraw(matches) {
   dark.matches = matches;
