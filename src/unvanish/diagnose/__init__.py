@@ -13,7 +13,7 @@ from unvanish.diagnose.capture import capture
 from unvanish.diagnose.measure import Measured, measure
 from unvanish.diagnose.prescribe import prescribe
 from unvanish.diagnose.records import Diagnosis, LayerDiagnosis, Prescription, Verification
-from unvanish.diagnose.trial import Odds, check_samples, readable_after
+from unvanish.diagnose.trial import Odds, checked_target, readable_after
 from unvanish.diagnose.verdict import Verdict, judge
 
 __all__ = ["Diagnosis", "LayerDiagnosis", "Prescription", "Verdict", "Verification", "diagnose"]
@@ -90,8 +90,7 @@ def diagnose(
     given, found = _layers(model)
     if not trial:
         return Diagnosis(found, prescribe(model, given, found, again, seed), again)
-    answer = target[0] if target else None
-    check_samples(given, answer)
+    answer = checked_target(given, target[0] if target else None)
 
     def odds(changed: nn.Module, layers: dict[str, LayerDiagnosis]) -> Odds:
         survival = min(d.evidence["survival"] for d in layers.values())

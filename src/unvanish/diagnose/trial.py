@@ -103,8 +103,8 @@ def _rows(x: Any, rows: Tensor, samples: int) -> Any:
     return x if axis is None else x.index_select(axis, rows.to(x.device))
 
 
-def check_samples(given: list[Given], target: Any) -> None:
-    """Whether a read-out can be fitted at all.
+def checked_target(given: list[Given], target: Any) -> Tensor:
+    """The target, if a read-out can be fitted at all.
 
     Raises:
         ValueError: as `readable_after`.
@@ -122,6 +122,7 @@ def check_samples(given: list[Given], target: Any) -> None:
             f"trial: expected a batch of at least {least} samples for a state of {features - 1} units, got {samples}; "
             "hand in more, or leave the trial out"
         )
+    return target
 
 
 @torch.no_grad()

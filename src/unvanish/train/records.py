@@ -148,9 +148,8 @@ class Comparison:
             if not isinstance(task.settings.get("steps"), int):
                 raise ValueError(f"results.json: tasks.{place}.settings.steps: expected a whole number")
         # They become parts of file names and of a page's identifiers.
-        for name in [t.name for t in found.tasks] + [
-            r.name for t in found.tasks for run in t.runs for r in (run, *run.cures)
-        ]:
-            if not re.fullmatch(r"[A-Za-z0-9-]+", name):
-                raise ValueError(f"results.json: expected a name of letters, digits and hyphens, got {name!r}")
+        runs = [run for task in found.tasks for run in task.runs]
+        for named in (*found.tasks, *runs, *(cured for run in runs for cured in run.cures)):
+            if not re.fullmatch(r"[A-Za-z0-9-]+", named.name):
+                raise ValueError(f"results.json: expected a name of letters, digits and hyphens, got {named.name!r}")
         return found
