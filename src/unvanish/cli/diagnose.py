@@ -20,7 +20,7 @@ def diagnose(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="FILE.py:FACTORY: runs this file; FACTORY() returns (model, batch, loss). Or, with --data, a folder "
+            help="FILE.py:FACTORY. Runs this file; FACTORY() returns (model, batch, loss). Or, with --data, a folder "
             "that `unvanish train` wrote.",
         ),
     ],
