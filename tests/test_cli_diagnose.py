@@ -96,8 +96,8 @@ def test_a_trained_folder_on_the_users_file(tmp_path: Path) -> None:
     found = json.loads(done.stdout)["layers"]["recurrent.l0"]
     assert (found["cell"], found["lag"]) == ("lstm", 7)
     for arguments, message in (
-        ((folder, "--data", str(file)), "there are no targets; name their column with --target"),
-        ((str(tmp_path), *given), "not a folder that `unvanish train` wrote"),
+        ((folder, "--data", str(file)), "--target: expected the column of the answers"),
+        ((str(tmp_path), *given), "not a folder that `unvanish train` finished"),
     ):
         refused = unvanish(*arguments)
         assert refused.returncode == 2

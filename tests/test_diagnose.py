@@ -375,3 +375,27 @@ def test_an_error_at_the_final_state_is_each_samples_own_last_steps() -> None:
         expected[length - 1, b, :3] = b + 1
         expected[0, b, 3:] = b + 1
     assert torch.equal(found.error, expected)
+
+
+def test_a_module_is_cured_for_its_own_layers_alone() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enc = nn.GRU(3, 8, batch_first=True)
+            self.enc2 = nn.LSTM(8, 8, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.enc2(self.enc(x)[0])[0][:, -1]
+
+    torch.manual_seed(0)
+    model = Two()
+    with torch.no_grad():
+        uv.cures.forget_bias_(model.enc2, -3.0)
+        uv.cures.chrono_(model.enc, max_lag=400)
+    found = uv.diagnose(model, torch.randn(8, 30, 3), torch.randn(8, 8), loss=nn.functional.mse_loss)
+    assert found["enc2.l0"].verdict == "vanishes"
+    cured = {p.path for p in found.prescriptions}
+    assert "enc2" in cured
+    assert ("enc" in cured) is (found["enc.l0"].verdict != "healthy")
+    for text in repr(found).splitlines():
+        assert "nan" not in text

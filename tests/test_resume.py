@@ -18,6 +18,7 @@ from tests.test_train import TEXT, sines
 from unvanish import train
 from unvanish.cli import main
 from unvanish.train import Classification, LanguageModel, Settings, Trained
+from unvanish.train.checkpoints import SealedCheckpointIO, newest
 
 WITH_ALL = Settings(
     cell="gru",
@@ -170,6 +171,15 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, whole: Trained) -> 
     last.write_bytes(last.read_bytes()[:-100])
     with pytest.warns(UserWarning, match="is damaged: its checksum is wrong; going on from the one before"):
         assert same(resumed(tmp_path / "m"), whole)
+
+
+def test_a_sealed_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "update-000000001.ckpt"
+    SealedCheckpointIO().save_checkpoint({"model": Path.home}, path)
+    with pytest.raises(ValueError, match="holds more than plain data and is refused"):
+        SealedCheckpointIO().load_checkpoint(path)
+    with pytest.warns(UserWarning, match="going on from the one before"):
+        assert newest(tmp_path) is None
 
 
 @pytest.mark.parametrize("full", ["checkpoint", "model"])

@@ -60,7 +60,7 @@ def compare(
     from unvanish import report, train
     from unvanish.cli.progress import TrainingBars
 
-    console = Console(quiet=quiet or as_json, stderr=False)
+    console = Console(quiet=quiet or as_json, emoji=False)
     names = [name.strip() for name in cells.split(",") if name.strip()]
     if not names:
         raise UserError(f"--cells: expected names out of {', '.join(train.RECIPES)}, got {cells!r}")
@@ -108,7 +108,7 @@ def report(
     result = train.Comparison.from_json(data)
     report.save_figures(result, folder)
     report.write_comparison(result, folder / "report.html")
-    console = Console(quiet=quiet)
+    console = Console(quiet=quiet, emoji=False)
     report.print_comparison(result, console)
     console.print(f"Report: [bold]{escape(str((folder / 'report.html').absolute()))}[/bold]", highlight=False)
 
@@ -130,7 +130,7 @@ def tasks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inste
     for name, task in train.TASKS.items():
         chance = "" if not isinstance(getattr(task, "chance", None), float) else f"{task.chance:.3g}"
         table.add_row(name, f"{task.describe}\n[dim]{escape(task.source)}[/dim]", str(task.default_length), chance)
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 @app.command()
@@ -145,7 +145,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inst
         found = {"rung": rung, "isa": engine.isa() if rung == "native" else None, "parts": installed()}
         typer.echo(json.dumps(train.environment() | found))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
     for name, value in train.environment().items():
         console.print(f"{name:12} {escape(value)}")
     console.print("\n[bold]parts[/bold]")
@@ -177,5 +177,6 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/bold red]", escape(message))
+    console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    console.print("[bold red]error:[/bold red]", escape(message))
     sys.exit(code)

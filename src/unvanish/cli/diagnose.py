@@ -67,12 +67,14 @@ def diagnose(
     if as_json:
         typer.echo(json.dumps(_plain(found)))
     else:
-        _print(found, Console(quiet=quiet, highlight=False))
+        _print(found, Console(quiet=quiet, highlight=False, emoji=False))
 
 
 def _trained(folder: str, data: Path, **columns: str | None) -> tuple[Any, tuple[Any, ...], Any]:
     from unvanish import train as training
 
+    if columns["target"] is None and data.suffix.lower() != ".ts":
+        raise UserError("--target: expected the column of the answers, which --data needs")
     trained = training.Trained.load(Path(folder))
     given = training.read_data(data, trained.config["kind"], **columns)
     if not isinstance(given, training.Sequences):
@@ -91,11 +93,12 @@ def _made(source: str) -> tuple[Any, tuple[Any, ...], Any]:
         raise UserError(f"FILE.py:FACTORY: there is no file {file}")
     import sys
 
+    before = sys.path[:]
     sys.path.insert(0, str(Path(file).parent.absolute()))
     try:
         names = runpy.run_path(file, run_name=Path(file).stem)
     finally:
-        sys.path.pop(0)
+        sys.path[:] = before
     factory = names.get(name)
     if not callable(factory):
         raise UserError(f"FILE.py:FACTORY: {file} has no function {name!r}")

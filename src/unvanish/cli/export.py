@@ -23,6 +23,6 @@ def export(
     from unvanish import train
 
     difference = train.export(train.Trained.load(model), out, steps=steps)
-    Console(highlight=False, soft_wrap=True).print(
+    Console(highlight=False, soft_wrap=True, emoji=False).print(
         f"{escape(str(out))}: answers as the model does, to {difference:.0e} of the largest answer"
     )

@@ -148,7 +148,7 @@ def train(
         given = {name: value for name, value in of_data.items() if value is not None}
         problem = training.read_problem(data, seed=seed, **given)
     machines = training.Machines(devices, nodes, accelerator)
-    console = Console(quiet=quiet or as_json or not machines.first, highlight=False, soft_wrap=True)
+    console = Console(quiet=quiet or as_json or not machines.first, highlight=False, soft_wrap=True, emoji=False)
     label = task or problem.kind
     with TrainingBars(console) as bars:
         trained = training.train_on(

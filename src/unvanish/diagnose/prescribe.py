@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -46,8 +47,8 @@ def prescribe(
         return ()
     out: list[Prescription] = []
     for module in given:
-        own = [d for name, d in found.items() if name.removeprefix(module.path + ".").count(".") <= 1
-               and name.startswith(module.path)]  # fmt: skip
+        of_module = re.compile(rf"{re.escape(module.path + '.' if module.path else '')}l\d+(\.reverse)?")
+        own = [d for name, d in found.items() if of_module.fullmatch(name)]
         bad = [d for d in own if d.verdict in BAD or (trial is not None and d.verdict != "undecided")]
         if not bad:
             continue
@@ -88,7 +89,7 @@ def _left(p: Prescription) -> float:
     """How far the worst layer reaches, in tenths of the lag."""
     if p.act is None:
         return math.inf
-    return min(round(10 * min(1.0, d.reach / max(d.lag, 1))) for d in p.predicted.values())
+    return min((round(10 * min(1.0, d.reach / max(d.lag, 1))) for d in p.told), default=0)
 
 
 def _candidates(module: nn.Module, given: Given, worst: LayerDiagnosis, seed: int) -> Iterator[_Candidate]:

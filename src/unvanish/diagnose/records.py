@@ -57,12 +57,18 @@ class Prescription:
     """the module → the cured one (the same, changed in place, or its successor); None: only advice"""
     chance: float | None = None
     """of learning after it; None without a trial"""
-    _undo: dict[int, Callable[[], None]] = field(repr=False, compare=False, default_factory=dict)
+    _undo: dict[int, tuple[nn.Module, Callable[[], None]]] = field(repr=False, compare=False, default_factory=dict)
+    """by a model's id, which is its own as long as the model is held"""
 
     @property
     def heals(self) -> bool:
-        """Whether every layer of the copy was healthy afterwards."""
-        return bool(self.predicted) and all(d.verdict == "healthy" for d in self.predicted.values())
+        """Whether every layer of the copy that can be judged was healthy afterwards."""
+        return bool(self.told) and all(d.verdict == "healthy" for d in self.told)
+
+    @property
+    def told(self) -> list[LayerDiagnosis]:
+        """The layers of the copy about which something could be told."""
+        return [d for d in self.predicted.values() if d.verdict != "undecided"]
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Cure the model in place, and return it; where the module itself is `model` and is replaced, its successor.
@@ -79,13 +85,13 @@ class Prescription:
         before = {name: value.detach().clone() for name, value in module.state_dict().items()}
         cured = self.act(module)
         if cured is module:
-            self._undo[id(model)] = lambda: _restore(module, before)
+            self._undo[id(model)] = model, lambda: _restore(module, before)
             return model
         if not self.path:
             return cured
         parent, _, name = self.path.rpartition(".")
         setattr(model.get_submodule(parent), name, cured)
-        self._undo[id(model)] = lambda: setattr(model.get_submodule(parent), name, module)
+        self._undo[id(model)] = model, lambda: setattr(model.get_submodule(parent), name, module)
         return model
 
     def undo(self, model: nn.Module) -> nn.Module:
@@ -96,7 +102,7 @@ class Prescription:
         """
         if id(model) not in self._undo:
             raise ValueError(f"{self.cure}: was not applied to this model, so there is nothing to take back")
-        self._undo.pop(id(model))()
+        self._undo.pop(id(model))[1]()
         return model
 
 
@@ -219,14 +225,16 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
 
 
 def _effect(p: Prescription) -> str:
-    if not p.predicted:
+    if not p.told:
         return ""
-    worst = min(p.predicted.values(), key=lambda d: d.reach / max(d.lag, 1))
+    worst = min(p.told, key=lambda d: d.reach / max(d.lag, 1))
     return f"; predicted: {_brief(worst)}" + ("" if p.chance is None else f", chance of learning {p.chance:.0%}")
 
 
 def _brief(d: LayerDiagnosis | None) -> str:
     if d is None:
         return "not there"
+    if d.verdict == "undecided":
+        return d.verdict
     low, high = d.rate_interval
     return f"{d.verdict}, {d.rate:+.3g} nats per step [{low:+.2g}, {high:+.2g}], reach {d.reach}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,16 @@ class SealedCheckpointIO(CheckpointIO):
         """Read what `save_checkpoint` wrote.
 
         Raises:
-            ValueError: the checksum is wrong.
+            ValueError: the checksum is wrong, or it holds more than plain data.
         """
         data = Path(path).read_bytes()
         body = len(data) - len(SEAL) - 32
         if body < 0 or not data.endswith(SEAL) or hashlib.sha256(data[:body]).digest() != data[body : body + 32]:
             raise ValueError(f"checkpoint: {path} is damaged: its checksum is wrong")
-        return torch.load(io.BytesIO(data[:body]), map_location=map_location or "cpu", weights_only=True)
+        try:
+            return torch.load(io.BytesIO(data[:body]), map_location=map_location or "cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"checkpoint: {path} holds more than plain data and is refused: {error}") from error
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete it."""
