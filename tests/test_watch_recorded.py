@@ -185,3 +185,16 @@ def test_nothing_of_a_pass_outlives_it() -> None:
             gc.collect()
             counts.append(sum(1 for o in gc.get_objects() if type(o) is Tensor))
     assert counts[2] == counts[-1]
+
+
+@pytest.mark.parametrize("family", [nn.LSTM, uv.nn.LSTM])
+def test_a_pass_is_let_go_without_the_garbage_collector(family: type[nn.LSTM]) -> None:
+    lstm = family(2, 3)
+    gc.collect()
+    gc.disable()
+    try:
+        with uv.watch(lstm) as flow:
+            lstm(torch.randn(5, 2, 2))[0].square().mean().backward()
+            assert not flow._sequences
+    finally:
+        gc.enable()

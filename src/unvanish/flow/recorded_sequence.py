@@ -1,52 +1,69 @@
 """A watched layer of `unvanish.nn`: the engine measures as it runs, so nothing is replayed and nothing kept."""
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from unvanish import engine
-from unvanish.cells import Weights
+from unvanish.cells import Cell, Weights
 from unvanish.flow.nonfinite import Birth, birthplace
-from unvanish.flow.sequences import Errors, Measured, Sequence, join, weight_keys
-from unvanish.flow.summary import layer_flow, reorder
-from unvanish.nn.modules import LayerDirection, layer_directions, time_major
+from unvanish.flow.sequences import Errors, Measured, Sequence, join, weight_key
+from unvanish.flow.summary import all_finite, layer_flow, reorder
+from unvanish.nn.modules import LayerDirection, TimeMajor
+
+
+class _Place(NamedTuple):
+    """A layer and direction that ran."""
+
+    cell: Cell
+    reverse: bool
+    keys: dict[Hashable, int]
+    """weight key → 0 for W_ih, 1 for W_hh"""
+
+
+class _Call:
+    """What one call of a layer said of itself. It knows nothing of who hears of its errors: no cycle keeps it alive."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, _Place] = {}
+        self.statistics: dict[str, dict[int, engine.Statistics]] = {}
+        """layer and direction → first step of a checkpointed piece (0: all) → statistics"""
+        self.steps = 0
+        self.lengths = torch.empty(0)
+        self.order: Tensor | None = None
+        self.trainable = True
 
 
 class RecordedCall:
-    """One call of a layer: what its forward pass said of the gates, and who hears of the errors."""
+    """One call of a layer, from its start on: who hears of each layer and direction."""
 
-    def __init__(self) -> None:
-        self.statistics: dict[str, dict[int, engine.Statistics]] = {}
-        """layer and direction → first step of a checkpointed piece (0: all) → statistics"""
+    def __init__(self, module: nn.RNNBase) -> None:
+        self.module = module
+        self.facts = _Call()
         self.sequence: RecordedSequence | None = None
         self.index = 0
 
-    @torch.no_grad()
-    def join(self, sequence: "RecordedSequence", x: Any, lengths: Any) -> None:
-        """The call has returned, as the next of a sequence."""
-        self.sequence, self.index = sequence, len(sequence.calls)
-        self.layers = [d._replace(weights=Weights(*d.weights[:2])) for d in layer_directions(sequence.module)]
-        inputs = time_major(sequence.module, x, lengths)
-        self.steps, B = inputs.x.shape[:2]
-        self.order = inputs.order
-        self.lengths = torch.full((B,), self.steps) if inputs.lengths is None else inputs.lengths.cpu()
+    def __call__(self, inputs: TimeMajor, place: LayerDirection, start: int) -> "_Ear":
+        facts, w = self.facts, place.weights
+        if place.name not in facts.places:
+            suffix = f"_l{place.layer}{'_reverse' if place.reverse else ''}"
+            pairs = (("weight_ih", w.w_ih), ("weight_hh", w.w_hh))
+            keys = {weight_key(self.module, stem + suffix, v): i for i, (stem, v) in enumerate(pairs)}
+            facts.places[place.name] = _Place(place.cell, place.reverse, keys)
+            facts.trainable &= any(v is not None and v.requires_grad for v in w)
+        if not facts.steps:
+            facts.steps, B = inputs.x.shape[:2]
+            facts.order = inputs.order
+            facts.lengths = torch.full((B,), facts.steps) if inputs.lengths is None else inputs.lengths.cpu()
+        return _Ear(self, place.name, start)
 
-    def __call__(self, place: str, start: int) -> "_Ear":
-        return _Ear(self, place, start)
-
-    def name(self, place: str) -> str:
-        assert self.sequence is not None
-        return f"{self.sequence.name}.{place}" if self.sequence.name else place
-
-    def complete(self, module: nn.RNNBase, x: Any) -> bool:
+    def complete(self, x: Any) -> bool:
         """Whether every layer and direction was recorded, and will hear of the error that comes back."""
         data = x.data if isinstance(x, nn.utils.rnn.PackedSequence) else x
-        layers = layer_directions(module)
-        return len(self.statistics) == len(layers) and (
-            data.requires_grad or all(any(w is not None and w.requires_grad for w in d.weights) for d in layers)
-        )
+        expected = self.module.num_layers * (2 if self.module.bidirectional else 1)
+        return len(self.facts.statistics) == expected and (data.requires_grad or self.facts.trainable)
 
 
 class _Ear:
@@ -60,42 +77,47 @@ class _Ear:
         return self.call.sequence is not None and self.call.sequence.open
 
     def forward(self, statistics: engine.Statistics) -> None:
-        self.call.statistics.setdefault(self.place, {})[self.start] = statistics
+        self.call.facts.statistics.setdefault(self.place, {})[self.start] = statistics
 
     def backward(self, norms: engine.Norms, gradients: Weights, replay: engine.Replay) -> None:
-        call = self.call
-        assert call.sequence is not None
-        present = torch.arange(self.start, self.start + len(norms.h))[:, None] < call.lengths[None, :]
-        gates = call.statistics[self.place][self.start].mean
-        finite = all(bool(v.isfinite().all()) for v in (*norms, gates[present]) if v is not None)
-        where = None if finite else birthplace(call.name(self.place), *replay(), self.start, call.order)
-        call.sequence.hear((call.index, self.place, self.start), _Heard(norms, gradients, where))
+        sequence, facts = self.call.sequence, self.call.facts
+        assert sequence is not None
+        gates = facts.statistics[self.place][self.start].mean
+        where = None
+        if not all_finite(norms, gates, (facts.lengths - self.start).clamp(0, len(gates))):
+            where = birthplace(sequence.title(self.place), *replay(), self.start, facts.order)
+        sequence.hear((self.call.index, self.place, self.start), _Heard(norms, gradients, where))
 
 
-class _Heard:
+class _Heard(NamedTuple):
     """What came back to one piece of a layer and direction."""
 
-    def __init__(self, norms: engine.Norms, gradients: Weights, nonfinite: Birth | None) -> None:
-        self.norms, self.gradients, self.nonfinite = norms, gradients, nonfinite
+    norms: engine.Norms
+    gradients: Weights | None
+    """∂E/∂W; None once it is measured: the norms alone add up"""
+    nonfinite: Birth | None
 
 
 class RecordedSequence(Sequence):
     """Calls of a layer of `unvanish.nn`."""
 
-    def __init__(self, name: str, module: nn.RNNBase, catch: Any) -> None:
+    def __init__(self, name: str, catch: Any) -> None:
         super().__init__(name, catch)
-        self.module = module
-        self.calls: list[RecordedCall] = []
+        self.calls: list[_Call] = []
         self.open = True
 
     @property
     def steps(self) -> int:
         return sum(call.steps for call in self.calls)
 
-    def add(self, call: RecordedCall, x: Any, lengths: Any) -> None:
+    def add(self, call: RecordedCall) -> None:
         """A call that has just returned."""
-        call.join(self, x, lengths)
-        self.calls.append(call)
+        call.sequence, call.index = self, len(self.calls)
+        self.calls.append(call.facts)
+
+    def title(self, place: str) -> str:
+        """The name of the record of one layer and direction."""
+        return f"{self.name}.{place}" if self.name else place
 
     def hear(self, key: Hashable, heard: _Heard) -> None:
         """An error has come back."""
@@ -106,30 +128,28 @@ class RecordedSequence(Sequence):
 
     def arrive(self, errors: Errors) -> list[Measured]:
         # The engine adds the errors of several backwards itself; ∂E/∂W is wanted of these alone.
-        self.errors |= errors
-        return self.measure(errors)
-
-    def measure(self, errors: Errors) -> list[Measured]:
-        found = []
-        for place in self.calls[0].layers:
-            keys = weight_keys(self.module, place)
-            pieces = [self._measure_call(call, place, errors, keys) for call in self.calls]
-            found.append(join(pieces, tuple(self.detached)))
+        found = self.measure(self.errors | errors)
+        for key, heard in errors.items():
+            self.errors[key] = heard._replace(gradients=None)
         return found
 
-    def _measure_call(
-        self, call: RecordedCall, place: LayerDirection, errors: Errors, keys: dict[Hashable, int]
-    ) -> Measured:
-        statistics = call.statistics[place.name]
+    def measure(self, errors: Errors) -> list[Measured]:
+        return [
+            join([self._measure_call(i, call, name, errors) for i, call in enumerate(self.calls)], tuple(self.detached))
+            for name in self.calls[0].places
+        ]
+
+    def _measure_call(self, index: int, call: _Call, name: str, errors: Errors) -> Measured:
+        statistics, place = call.statistics[name], call.places[name]
         starts = sorted(statistics)
-        heard = [self.errors.get((call.index, place.name, start)) for start in starts]
+        heard: list[_Heard | None] = [errors.get((index, name, start)) for start in starts]
         gradients: dict[Hashable, Tensor] = {}
-        arrived = [errors[key] for start in starts if (key := (call.index, place.name, start)) in errors]
-        for now in arrived:
-            for key, i in keys.items():
-                gradients[key] = gradients[key] + now.gradients[i] if key in gradients else now.gradients[i]
+        for found in (h.gradients for h in heard if h is not None and h.gradients is not None):
+            both = (found.w_ih, found.w_hh)
+            for key, i in place.keys.items():
+                gradients[key] = gradients[key] + both[i] if key in gradients else both[i]
         record = layer_flow(
-            call.name(place.name),
+            self.title(name),
             place.cell,
             call.lengths,
             [statistics[start] for start in starts],

@@ -176,18 +176,22 @@ class MarkSequence(Sequence):
 def heard_weights(module: nn.RNNBase | nn.RNNCellBase) -> dict[str, tuple[Hashable, Tensor]]:
     """Name → (key, tensor) of the weights that the last forward pass used and whose ∂E/∂W can be heard.
 
-    A leaf is its own key, shared wherever it is; a parametrised weight is new at each call, so its name is. A cell
-    reads a parametrised weight anew, out of reach: it is left out, and with it its part of the residual.
+    A cell reads a parametrised weight anew, out of reach: it is left out, and with it its part of the residual.
     """
     if isinstance(module, nn.RNNBase):
         found = zip(module._flat_weights_names, module._flat_weights, strict=True)
     else:
         found = ((name, module._parameters.get(name)) for name in ("weight_ih", "weight_hh"))
     return {
-        name: (id(w) if w.is_leaf else (id(module), name), w)
+        name: (weight_key(module, name, w), w)
         for name, w in found
         if w is not None and name.startswith(("weight_ih", "weight_hh"))
     }
+
+
+def weight_key(module: nn.Module, name: str, weight: Tensor) -> Hashable:
+    """A leaf is its own key, shared wherever it is; a parametrised weight is new at each call, so its name is."""
+    return id(weight) if weight.is_leaf else (id(module), name)
 
 
 def weight_keys(module: nn.RNNBase, layer: LayerDirection) -> dict[Hashable, int]:
@@ -225,6 +229,8 @@ def join(pieces: Iterable[Measured], detached: tuple[int, ...]) -> Measured:
     """One record of consecutive calls, end to end."""
     pieces = tuple(pieces)
     flows = [piece.flow for piece in pieces]
+    if len(pieces) == 1 and not detached:
+        return pieces[0]
     first = replace(flows[0], detached=detached)
     if len(pieces) == 1:
         return replace(pieces[0], flow=first)

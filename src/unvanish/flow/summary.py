@@ -1,5 +1,7 @@
 """The record of a layer whose states and δ are known at every step."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -94,7 +96,6 @@ def layer_flow(
     norms: list[engine.Norms | None],
 ) -> LayerFlow:
     """The record of a layer that the engine measured, in consecutive pieces; None where no error came back."""
-    gates, saturation = (torch.cat([s[i] for s in statistics]) for i in (0, 1))  # type: ignore[misc]
     found = [_no_error(s, cell) if n is None else n for s, n in zip(statistics, norms, strict=True)]
     carried = [s.log_carry for s in statistics if s.log_carry is not None]
     return LayerFlow(
@@ -102,14 +103,18 @@ def layer_flow(
         cell=cell.name,
         gate_names=cell.gates,
         lengths=lengths,
-        dh=torch.cat([n.h for n in found]),
-        dc=torch.cat([n.c for n in found if n.c is not None]) if "c" in cell.states else None,
-        dgates=torch.cat([n.a for n in found]),
-        dweight=torch.cat([n.w for n in found]),
-        gates=gates,
-        saturation=saturation,
+        dh=_cat([n.h for n in found]),
+        dc=_cat([n.c for n in found if n.c is not None]) if "c" in cell.states else None,
+        dgates=_cat([n.a for n in found]),
+        dweight=_cat([n.w for n in found]),
+        gates=_cat([s.mean for s in statistics]),
+        saturation=_cat([s.saturated for s in statistics]),
         log_carry=torch.stack(carried).sum(0) / lengths.sum() if carried else None,
     )
+
+
+def _cat(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _no_error(statistics: engine.Statistics, cell: Cell) -> engine.Norms:
@@ -120,11 +125,23 @@ def _no_error(statistics: engine.Statistics, cell: Cell) -> engine.Norms:
 
 def healthy(record: LayerFlow) -> bool:
     """Whether everything was finite: a NaN or infinity anywhere in the pass shows in one of these."""
-    present = torch.arange(len(record.dh))[:, None] < record.lengths[None, :]
-    values = [record.dh, record.dc, record.dgates, record.dweight]
-    return all(bool(v.isfinite().all()) for v in values if v is not None) and (
-        record.gates is None or bool(record.gates[present].isfinite().all())
-    )
+    norms = (record.dh, record.dc, record.dgates, record.dweight)
+    return all_finite(norms, record.gates, record.lengths)
+
+
+def all_finite(norms: Iterable[Tensor | None], gates: Tensor | None, lengths: Tensor) -> bool:
+    """Whether norms are finite, and gates `[T, B, G]` at every step that a sample of `lengths` `[B]` has."""
+    for v in norms:
+        if v is not None and not _finite(v):
+            return False
+    if gates is None or math.isfinite(float(gates.sum())):
+        return True
+    return int(gates.isfinite().sum()) == gates.shape[-1] * int(lengths.sum())
+
+
+def _finite(v: Tensor) -> bool:
+    # A sum costs a third of isfinite; where it is not finite it may be its own doing.
+    return math.isfinite(float(v.sum())) or bool(v.isfinite().all())
 
 
 def row_norms(v: Tensor) -> Tensor:

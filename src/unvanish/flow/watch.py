@@ -208,7 +208,7 @@ class Watch(Flow):
             if not self._awake():
                 return
             if isinstance(module, EngineSequence) and not self._partial:
-                module._recording = RecordedCall()
+                module._recording = RecordedCall(module)
             draws = module.training and module.dropout > 0 and module.num_layers > 1
             if draws and next(module.parameters()).device.type != "cpu":
                 raise RuntimeError(
@@ -233,10 +233,10 @@ class Watch(Flow):
                 sequence = None
             self._hear_weights(module)
             rng = self._rng.pop(name, None)
-            if call is not None and call.complete(module, x):
+            if call is not None and call.complete(x):
                 if not isinstance(sequence, RecordedSequence):
-                    sequence = self._new(name, hx, RecordedSequence(name, module, self._catch))
-                sequence.add(call, x, kwargs.get("lengths"))
+                    sequence = self._new(name, hx, RecordedSequence(name, self._catch))
+                sequence.add(call)
                 return
             if not isinstance(sequence, ModuleSequence):
                 sequence = self._new(name, hx, ModuleSequence(name, module, self._catch, self._partial))
@@ -376,6 +376,9 @@ def _residual(ours: dict[Hashable, Tensor], autograd: dict[Hashable, Tensor]) ->
     pairs = [(mine, autograd[key]) for key, mine in ours.items() if key in autograd]
     if not pairs:
         return math.nan
+    # Where nothing else uses a weight, autograd hands on the very tensor that the engine made.
+    if all(mine is theirs and math.isfinite(float(mine.sum())) for mine, theirs in pairs):
+        return 0.0
     apart, size = (
         math.hypot(*(float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in vs))
         for vs in ([mine - theirs for mine, theirs in pairs], [theirs for _, theirs in pairs])

@@ -42,8 +42,8 @@ class EngineSequence(nn.RNNBase):
     # to it.
     clip: float | None = None
     checkpoint_every: int | None = None
-    _recording: Callable[[str, int], engine.Recorder] | None = None
-    """set by a watch for the length of one call: (layer and direction, first step) → who hears of it"""
+    _recording: Callable[[TimeMajor, LayerDirection, int], engine.Recorder] | None = None
+    """set by a watch for the length of one call: (input, layer and direction, first step) → who hears of it"""
     _autocast_promotes: ClassVar[bool] = False
     """whether torch's layer returns float32 under autocast, as its GRU does"""
 
@@ -163,17 +163,18 @@ class EngineSequence(nn.RNNBase):
         for number, (here, initial) in enumerate(_by_layer(layers, states)):
             if number and self.dropout and self.training:
                 x = x * inputs.dropout_mask(x.shape[-1], self.dropout)
-            ran = [self._run_direction(d, x, s, inputs.lengths) for d, s in zip(here, initial, strict=True)]
+            ran = [self._run_direction(d, x, s, inputs) for d, s in zip(here, initial, strict=True)]
             x = torch.cat([y for y, _ in ran], dim=-1) if len(ran) > 1 else ran[0][0]
             finals += [final for _, final in ran]
         return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
 
-    def _run_direction(
-        self, d: LayerDirection, x: Tensor, state: State, lengths: Tensor | None
-    ) -> tuple[Tensor, State]:
-        recorders = self._recording if engine.explain(x).rung == "native" else None
+    def _run_direction(self, d: LayerDirection, x: Tensor, state: State, inputs: TimeMajor) -> tuple[Tensor, State]:
+        lengths = inputs.lengths
+        recorders = self._recording
+        if recorders is not None and engine.explain(x).rung != "native":
+            recorders = None
         if self.checkpoint_every is None:
-            record = None if recorders is None else recorders(d.name, 0)
+            record = None if recorders is None else recorders(inputs, d, 0)
             return engine.run(d.cell, x, state, d.weights, lengths, d.reverse, self.clip, record=record)
         starts = range(0, x.shape[0], self.checkpoint_every)
         pieces: dict[int, Tensor] = {}
@@ -189,7 +190,7 @@ class EngineSequence(nn.RNNBase):
                 here,
                 d.reverse,
                 self.clip,
-                record=None if recorders is None else recorders(d.name, start),
+                record=None if recorders is None else recorders(inputs, d, start),
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
