@@ -14,8 +14,14 @@ struct Number {
 // f(Number<M>, r) for tiles of M ≤ most rows that cover [first, end).
 template <int most, class F>
 UV_INLINE void for_tiles(int64_t first, int64_t end, F f) {
+  constexpr int more = (most + 2) / 2;
   int64_t r = first;
-  for (; r + most <= end; r += most) f(Number<most>(), r);
+  for (; end - r >= most + 2 || end - r == most; r += most) f(Number<most>(), r);
+  // One row more than a tile makes two tiles: alone it would mostly wait for itself.
+  if (end - r == most + 1) {
+    f(Number<more>(), r);
+    r += more;
+  }
   switch (end - r) {
     case 1: f(Number<1>(), r); break;
     case 2: f(Number<2>(), r); break;
