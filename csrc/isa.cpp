@@ -18,6 +18,7 @@ namespace {
 #include "cells.h"
 #include "statistics.h"
 #include "sequence.h"
+#include "norms.h"
 #include "backward.h"
 
 template <class CellType, class Real>

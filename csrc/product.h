@@ -79,7 +79,7 @@ struct Rows {
 // go along a row.
 template <class Real>
 struct Blocked {
-  static constexpr int L = kLanes<Real>;
+  static constexpr int L = kLanes<Real>, kNext = L;  // from a row to the next
   Real* data;
   int64_t rows;
 
@@ -100,7 +100,7 @@ struct Blocked {
 // As Blocked, with blocks as wide as a panel.
 template <class Real>
 struct WideBlocked {
-  static constexpr int64_t N = kWide * kLanes<Real>;
+  static constexpr int64_t N = kWide * kLanes<Real>, kNext = N;
   Real* data;
   int64_t rows;
 
