@@ -1,5 +1,7 @@
 """Every rung against torch's own modules and against the reference."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -103,8 +105,25 @@ def test_torch_func_goes_to_the_reference() -> None:
         (torch.zeros(0, 3, 2), None, r"x: expected \[T, B, I\] with T ≥ 1"),
         (torch.zeros(2, 3, 5), None, "x: expected 2 features"),
         (torch.zeros(2, 3, 2), -1.0, "clip: expected a positive norm"),
+        (torch.zeros(2, 3, 2), "1", "clip: expected a positive norm"),
+        (torch.zeros(2, 4, 2), None, r"h_0: expected \(4, 2\), got \(3, 2\)"),
     ],
 )
-def test_wrong_input_is_named(x: torch.Tensor, clip: float | None, message: str) -> None:
+def test_wrong_input_is_named(x: torch.Tensor, clip: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         engine.run(CELLS["rnn_tanh"], x, (torch.zeros(3, 2),), Weights(torch.zeros(2, 2), torch.zeros(2, 2)), clip=clip)
+
+
+@pytest.mark.parametrize("rung", list(engine.RUNGS))
+@pytest.mark.parametrize("name", list(CELLS))
+def test_no_rung_reads_what_does_not_fit(rung: str, name: str) -> None:
+    cell = CELLS[name]
+    G, n = len(cell.gates), len(cell.states)
+    good = (torch.zeros(2, 3, 2), *[torch.zeros(3, 4)] * n, torch.zeros(G * 4, 2), torch.zeros(G * 4, 4))
+    for k in range(1, len(good)):
+        for bad, kind in ((good[k].double(), RuntimeError), (good[k][:-1], ValueError)):
+            x, *rest = [*good[:k], bad, *good[k + 1 :]]
+            if bad.shape != good[k].shape and k == n + 1:
+                continue  # from W_ih the others take their shape
+            with pytest.raises(kind, match=f"{(*cell.states, 'w_i', 'w_h')[k - 1][:1]}.*: expected"):
+                engine.run(cell, x, tuple(rest[:n]), Weights(*rest[n:]), rung=rung)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence
 
@@ -222,19 +223,34 @@ def test_torch_func_and_distributed_training(kind: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
-def test_autocast_returns_torchs_dtypes(kind: str) -> None:
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("initial", [None, torch.float32, torch.bfloat16, torch.float64])
+def test_autocast_returns_torchs_dtypes(
+    kind: str, given: torch.dtype, weights: torch.dtype, initial: torch.dtype | None
+) -> None:
     torch.manual_seed(0)
-    ours, theirs = getattr(uv.nn, kind)(2, 3), getattr(nn, kind)(2, 3)
+    ours, theirs = getattr(uv.nn, kind)(2, 3).to(weights), getattr(nn, kind)(2, 3).to(weights)
     theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(4, 2, 2)
-    # Without AVX-512 torch's LSTM, oneDNN's, has no bfloat16 and raises.
-    able = kind != "LSTM" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    x, hx = torch.randn(4, 2, 2, dtype=given), None if initial is None else torch.randn(1, 2, 3, dtype=initial)
+    hx = (hx, hx) if hx is not None and kind == "LSTM" else hx
     with torch.autocast("cpu", torch.bfloat16):
-        mine = flat(ours(x))
-        expected = flat(theirs(x)) if able else [v.bfloat16() for v in flat(theirs.double()(x.double()))]
+        if torch.float64 in (given, weights, initial) and len({given, weights, initial or given}) > 1:
+            with pytest.raises(RuntimeError):
+                theirs(x, hx)
+            with pytest.raises(RuntimeError, match="as the input"):
+                ours(x, hx)
+            return
+        mine = flat(ours(x, hx))
+        if kind != "LSTM" or given == torch.float64 or initial == torch.float64:
+            expected = flat(theirs(x, hx))
+        else:
+            # Torch's LSTM has no bfloat16 without AVX-512, and with some of these dtypes another one than elsewhere.
+            double = None if hx is None else tuple(h.double() for h in hx)
+            expected = [v.bfloat16() for v in flat(theirs.double()(x.double(), double))]
     assert [v.dtype for v in mine] == [v.dtype for v in expected]
     torch.testing.assert_close(mine, expected, rtol=3e-2, atol=3e-2)
-    flat(ours(x))[0].sum().backward()
+    mine[0].sum().backward()
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
@@ -250,6 +266,9 @@ def test_autocast_returns_torchs_dtypes(kind: str) -> None:
         (torch.zeros(4, 2, 3), torch.zeros(1, 6)),
         (torch.zeros(4, 3), torch.zeros(1, 1, 6)),
         (torch.zeros(4, 3), torch.zeros(2, 6)),
+        (torch.zeros(4, 2, 3), torch.zeros(1, 2, 6, dtype=torch.float64)),
+        (torch.zeros(4, 2, 3), torch.zeros(1, 2, 6, dtype=torch.int64)),
+        (torch.zeros(4, 2, 3), torch.zeros(1, 2, 6, dtype=torch.bool)),
     ],
 )
 def test_wrong_input_raises_what_torch_raises(kind: str, x: Tensor, hx: Tensor | None) -> None:
@@ -259,6 +278,56 @@ def test_wrong_input_raises_what_torch_raises(kind: str, x: Tensor, hx: Tensor |
         theirs(x, state)
     with pytest.raises(type(expected.value)):
         ours(x, state)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+@pytest.mark.parametrize("form", [tuple, list])
+def test_wrong_containers_of_states_raise_what_torch_raises(kind: str, count: int, form: Any) -> None:
+    ours, theirs = getattr(uv.nn, kind)(3, 6), getattr(nn, kind)(3, 6)
+    for hx in (form([torch.zeros(1, 2, 6)] * count), 0, form([torch.zeros(1, 2, 6), None])):
+        if kind == "LSTM" and count == 2 and hx != 0 and None not in hx:
+            continue
+        with pytest.raises(Exception) as expected:  # noqa: PT011 (whatever torch raises)
+            theirs(torch.zeros(4, 2, 3), hx)
+        with pytest.raises(type(expected.value), match="hx: "):
+            ours(torch.zeros(4, 2, 3), hx)
+
+
+def test_weights_of_another_dtype_are_named() -> None:
+    lstm = uv.nn.LSTM(3, 4)
+    lstm.weight_hh_l0 = nn.Parameter(lstm.weight_hh_l0.detach().double())
+    with pytest.raises(RuntimeError, match=r"w_hh: expected torch\.float32 on cpu, as the input, got torch\.float64"):
+        lstm(torch.zeros(5, 2, 3))
+    with pytest.raises(RuntimeError, match=r"w_hh: expected torch\.float32"):
+        lstm.states(torch.zeros(5, 2, 3))
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_many_errors_at_once_and_forward_mode_equal_torch(kind: str) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (getattr(m, kind)(3, 5, bidirectional=True, num_layers=2).double() for m in (uv.nn, nn))
+    theirs.load_state_dict(ours.state_dict())
+    x, tangent = torch.randn(2, 6, 2, 3, dtype=torch.float64)
+    found = []
+    for module in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        answers = module(leaf)[0].sum((0, 1))
+        gradients = torch.autograd.grad(
+            answers, [leaf, *module.parameters()], torch.eye(10, dtype=torch.float64), is_grads_batched=True
+        )
+        with forward_ad.dual_level():
+            y = module(forward_ad.make_dual(x, tangent))[0]
+            found.append([*gradients, forward_ad.unpack_dual(y).tangent])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "a"])
+def test_checkpoint_every_is_a_number_of_steps(every: Any) -> None:
+    lstm = uv.nn.LSTM(3, 4)
+    lstm.checkpoint_every = every
+    with pytest.raises(ValueError, match="checkpoint_every: expected None or a whole number of steps, at least 1, got"):
+        lstm(torch.zeros(5, 2, 3))
 
 
 def test_accelerate_refuses_what_it_would_break() -> None:

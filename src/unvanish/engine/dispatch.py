@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
 from unvanish.engine import manual, native, recording, reference
+from unvanish.engine.sequence import transform
 
 RUNGS = {"native": native.run, "manual": manual.run, "reference": reference.run}
 """Fastest first; the dispatch takes the first that supports the call."""
@@ -36,8 +37,7 @@ def _obstacle(rung: str, x: Tensor) -> str | None:
     if rung == "manual":
         if not x.dtype.is_floating_point:
             return f"its adjoint is for real floating dtypes, the input is {x.dtype}"
-        if torch._C._are_functorch_transforms_active():
-            return "a torch.func transform is active, which needs autograd's own graph"
+        return transform()
     return None
 
 
@@ -110,15 +110,13 @@ def run(
         y `[T, B, R]` and the final state.
 
     Raises:
-        ValueError: x is not `[T, B, I]` with T ≥ 1, or `rung` or `clip` is not valid.
-        RuntimeError: the forced rung can't run this input, or the one that runs can't record.
+        ValueError: a shape does not fit, or `rung` or `clip` is not valid.
+        RuntimeError: states, weights and x differ in dtype or device; the forced rung can't run this input, or the one
+            that runs can't record.
     """
-    if x.dim() != 3 or x.shape[0] == 0:
-        raise ValueError(f"x: expected [T, B, I] with T ≥ 1, got {tuple(x.shape)}")
-    if x.shape[-1] != w.w_ih.shape[-1]:
-        raise ValueError(f"x: expected {w.w_ih.shape[-1]} features (w_ih is {tuple(w.w_ih.shape)}), got {x.shape[-1]}")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip: expected a positive norm or None, got {clip}")
+    _check(cell, x, state, w)
+    if clip is not None and not (isinstance(clip, int | float) and clip > 0):
+        raise ValueError(f"clip: expected a positive norm or None, got {clip!r}")
     runs = explain(x, rung).rung
     if record is None:
         return RUNGS[runs](cell, x, state, w, lengths, reverse, clip)
@@ -127,10 +125,33 @@ def run(
     return recording.run_recorded(record, cell, x, state, w, lengths, reverse, clip)
 
 
+def _check(cell: Cell, x: Tensor, state: State, w: Weights) -> None:
+    """The kernels read raw memory, so nothing may differ from what they take it for."""
+    if x.dim() != 3 or x.shape[0] == 0:
+        raise ValueError(f"x: expected [T, B, I] with T ≥ 1, got {tuple(x.shape)}")
+    if x.shape[-1] != w.w_ih.shape[-1]:
+        raise ValueError(f"x: expected {w.w_ih.shape[-1]} features (w_ih is {tuple(w.w_ih.shape)}), got {x.shape[-1]}")
+    if len(state) != len(cell.states):
+        raise ValueError(f"state: expected {', '.join(cell.states)}, got {len(state)} tensors")
+    (_, B, I), GH, R = x.shape, w.w_ih.shape[0], w.w_hh.shape[1]
+    H = GH // len(cell.gates)
+    states = zip(("h_0", "c_0"), state, ((B, R), (B, H)), strict=False)
+    weights = zip(w._fields, w, ((GH, I), (GH, R), (GH,), (GH,), (R, H)), strict=True)
+    for name, v, shape in (*states, *weights):
+        if v is None:
+            continue
+        if v.shape != shape:
+            raise ValueError(f"{name}: expected {shape}, got {tuple(v.shape)}")
+        if v.dtype != x.dtype or v.device != x.device:
+            here, there = f"{x.dtype} on {x.device}", f"{v.dtype} on {v.device}"
+            raise RuntimeError(f"{name}: expected {here}, as the input, got {there}; convert one of them")
+
+
 def trace(
     cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None = None, reverse: bool = False
 ) -> manual.Trace:
     """`run` with every state and gate kept. Differentiable, on the manual rung, where an input requires gradients."""
+    _check(cell, x, state, w)
     inputs = (x, *state, *w)
     differentiable = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
     if differentiable or explain(x).rung != "native":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unvanish.cells import CELLS, Cell, State, Weights
 from unvanish.engine import manual, reference
-from unvanish.engine.sequence import active_steps
+from unvanish.engine.sequence import active_steps, transform
 
 try:
     from unvanish import _native
@@ -39,9 +39,7 @@ def obstacle(x: Tensor) -> str | None:
         return f"its kernels are for float32 and float64, the input is {x.dtype}"
     if x.numel() == 0:
         return "the input is empty"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active, which needs autograd's own graph"
-    return None
+    return transform()
 
 
 def isa(dtype: torch.dtype = torch.float32) -> str:
@@ -223,14 +221,36 @@ def _gradient_shapes(
     return out
 
 
-backward_operator = torch.library.custom_op("unvanish::backward", backward, mutates_args=())
+@torch.library.custom_op("unvanish::backward", mutates_args=())
+def backward_operator(
+    dy: Tensor | None,
+    dh: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    lengths: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    cell: int,
+    reverse: bool,
+    clip: float,
+    want_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `backward`, as many as there are: for a list of them torch would know no way to batch it."""
+    saved = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, y, gates, cells)
+    return tuple(backward(dy, dh, dc, *saved, cell, reverse, clip, want_dx, False, False))  # type: ignore[return-value]
 
 
 @backward_operator.register_fake
-def _(
-    dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, y, gates, cells, cell, reverse, clip, dx, delta, norms
-):
-    return _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, dx, delta, norms)
+def _(dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, y, gates, cells, cell, reverse, clip, want_dx):
+    return tuple(_gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, want_dx, False, False))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -258,7 +278,7 @@ def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None,
         return dx, dh0, dc0, *rest, None, *nothing
     d = [None if v is None else v.contiguous() for v in (dy, dh, dc)]
     want_dx = ctx.needs_input_grad[0]
-    out: Any = backward_operator(*d, *saved, ctx.cell, ctx.reverse, ctx.clip, want_dx, False, False)
+    out: Any = backward_operator(*d, *saved, ctx.cell, ctx.reverse, ctx.clip, want_dx)
     found = [g if like is not None else None for g, like in zip(out, (x, h0, c0, *weights), strict=True)]
     return (found[0] if want_dx else None, *found[1:], None, *nothing)
 

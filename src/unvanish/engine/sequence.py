@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def active_steps(lengths: Tensor | None, T: int, device: torch.device) -> Tensor | None:
@@ -28,3 +29,13 @@ def clip_rows(d: Tensor, limit: float) -> Tensor:
     at 1e19."""
     norm = torch.linalg.vector_norm(d, dim=-1, keepdim=True, dtype=torch.float64)
     return d * torch.where(norm > limit, limit / norm, 1.0).to(d.dtype)
+
+
+def transform() -> str | None:
+    """What asks for a graph of autograd's own operations, which a hand-written adjoint does not leave; None: nothing
+    does."""
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active, which needs autograd's own graph"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active, which needs autograd's own graph"
+    return None

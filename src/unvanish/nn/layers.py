@@ -45,7 +45,7 @@ class EngineSequence(nn.RNNBase):
     _recording: Callable[[TimeMajor, LayerDirection, int], engine.Recorder] | None = None
     """set by a watch for the length of one call: (input, layer and direction, first step) → who hears of it"""
     _autocast_promotes: ClassVar[bool] = False
-    """whether torch's layer returns float32 under autocast, as its GRU does"""
+    """whether torch's layer returns the wider of autocast's dtype and the initial state's, as its GRU does"""
 
     def _torch_forward(self) -> Any:
         """torch's own forward, for graphs that must not hold our operator and for devices where torch is faster."""
@@ -74,14 +74,19 @@ class EngineSequence(nn.RNNBase):
             return self._torch_forward()(self, input, hx)
         self._check(input, hx)
         inputs = time_major(self, input, lengths)
-        device = inputs.x.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.float32 if self._autocast_promotes else torch.get_autocast_dtype(device)
+        x, device = inputs.x, inputs.x.device.type
+        layers = layer_directions(self)
+        # Autocast leaves float64 as it is.
+        if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, layers[0].weights.w_ih.dtype):
+            dtype = torch.get_autocast_dtype(device)
+            if self._autocast_promotes:
+                dtype = torch.promote_types(dtype, x.dtype if hx is None else hx.dtype)
             with torch.autocast(device, enabled=False):
-                y, final = self._run(inputs._replace(x=inputs.x.float()), _float(hx))
+                layers = [d._replace(weights=d.weights.float()) for d in layers]
+                y, final = self._run(layers, inputs._replace(x=x.float()), _float(hx))
             y, final = y.to(dtype), tuple(s.to(dtype) for s in final)
         else:
-            y, final = self._run(inputs, hx)
+            y, final = self._run(layers, inputs, hx)
         return self._in_layout(input, inputs, y, final)
 
     def states(
@@ -124,7 +129,8 @@ class EngineSequence(nn.RNNBase):
 
     def extra_repr(self) -> str:
         """torch's, and what was added."""
-        added = [f"{k}={getattr(self, k)}" for k in ("clip", "checkpoint_every") if getattr(self, k) is not None]
+        added = ["nonlinearity='sigmoid'"] if self.mode == "RNN_SIGMOID" else []
+        added += [f"{k}={getattr(self, k)}" for k in ("clip", "checkpoint_every") if getattr(self, k) is not None]
         return ", ".join([super().extra_repr(), *added])
 
     def _needs_torch(self, x: Tensor | PackedSequence) -> bool:
@@ -148,7 +154,7 @@ class EngineSequence(nn.RNNBase):
             self.check_input(data, batch_sizes)
             return
         batched = isinstance(x, PackedSequence) or x.dim() == 3
-        given = hx if isinstance(hx, tuple | list) else (hx,)
+        given = self._initial(hx)
         if any(h.dim() != 2 + batched for h in given):
             form, got = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2), [f"{h.dim()}-D" for h in given]
             raise RuntimeError(f"For {form[0]} input, hx should also be {form[1]}-D but got ({', '.join(got)}) tensors")
@@ -156,9 +162,25 @@ class EngineSequence(nn.RNNBase):
             given = tuple(h.unsqueeze(1) for h in given)
         self.check_forward_args(data, given if self.mode == "LSTM" else given[0], batch_sizes)  # type: ignore[arg-type]
 
-    def _run(self, inputs: TimeMajor, hx: Any) -> tuple[Tensor, State]:
+    def _initial(self, hx: Any) -> tuple[Tensor, ...]:
+        """hx as (h_0,) or (h_0, c_0); errors of the types that torch's layers end in."""
+        form = type(hx).__name__ if not isinstance(hx, tuple | list) else f"{len(hx)} of them"
+        if self.mode != "LSTM":
+            if not isinstance(hx, Tensor):
+                raise AttributeError(f"hx: expected one tensor, h_0, got {form}")
+            return (hx,)
+        if not isinstance(hx, tuple | list | Tensor):
+            raise TypeError(f"hx: expected two tensors, (h_0, c_0), got {form}")
+        if len(hx) != 2:
+            kind = IndexError if len(hx) < 2 else RuntimeError
+            raise kind(f"hx: lstm expects two hidden states, (h_0, c_0), got {form}")
+        if not all(isinstance(h, Tensor) for h in hx):
+            raise AttributeError(f"hx: expected two tensors, got {', '.join(type(h).__name__ for h in hx)}")
+        return hx[0], hx[1]
+
+    def _run(self, layers: list[LayerDirection], inputs: TimeMajor, hx: Any) -> tuple[Tensor, State]:
         """([T, B, D·R], ([L·D, B, R], ...)) in internal order."""
-        layers, states = layer_directions(self), initial_states(self, hx, inputs)
+        states = initial_states(self, hx, inputs)
         x, finals = inputs.x, []
         for number, (here, initial) in enumerate(_by_layer(layers, states)):
             if number and self.dropout and self.training:
@@ -176,10 +198,13 @@ class EngineSequence(nn.RNNBase):
         if self.checkpoint_every is None:
             record = None if recorders is None else recorders(inputs, d, 0)
             return engine.run(d.cell, x, state, d.weights, lengths, d.reverse, self.clip, record=record)
-        starts = range(0, x.shape[0], self.checkpoint_every)
+        every = self.checkpoint_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"checkpoint_every: expected None or a whole number of steps, at least 1, got {every!r}")
+        starts = range(0, x.shape[0], every)
         pieces: dict[int, Tensor] = {}
         for start in reversed(starts) if d.reverse else starts:
-            part = x[start : start + self.checkpoint_every]
+            part = x[start : start + every]
             here = None if lengths is None else (lengths - start).clamp(0, len(part))
             pieces[start], state = checkpoint(  # type: ignore[misc]
                 engine.run,
@@ -266,4 +291,4 @@ def _by_layer(layers: list[LayerDirection], states: list[State]) -> list[tuple[l
 def _float(hx: Any) -> Any:
     if hx is None:
         return None
-    return tuple(h.float() for h in hx) if isinstance(hx, tuple | list) else hx.float()
+    return hx.float() if isinstance(hx, Tensor) else tuple(h.float() for h in hx)
