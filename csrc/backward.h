@@ -27,7 +27,7 @@ class Backward {
   }
 
   void run(int threads) const {
-    if (norms_ != nullptr)
+    if (norms_ != nullptr && s.blocks > 1)
       in_step(threads);
     else
       for_blocks(s.blocks, threads, s.team, [&](int64_t number, int slot, Member me) {
@@ -47,9 +47,10 @@ class Backward {
     Work(const Backward& run, Real* memory) : Carve<Real>{memory} {
       const Sizes<CellType, Real>& s = run.s;
       const bool projected = run.l.w_hr != nullptr;
-      const int64_t rows = s.block_rows, most = run.most_rows(), held = run.norms_ == nullptr ? 1 : kChunksHeld;
+      const int64_t rows = s.block_rows, most = run.most_rows(), held = run.norms_ == nullptr || s.blocks == 1 ? 1 : kChunksHeld;
       carried = this->take(rows * s.dh_stride);
-      dh = this->take(rows * s.dh_stride);
+      dh = this->take(2 * rows * s.dh_stride);
+      total = run.norms_ == nullptr ? nullptr : this->take(2 * rows * s.Hp);
       dm = this->take(rows * s.dh_stride);
       dc = this->take(rows * s.Hp);
       h_prev = {this->take(held * most * s.Rp), most};
@@ -81,7 +82,8 @@ class Backward {
     }
 
     Real *carried;                     // [rows, dh_stride] what δh_{t−1} gets from step t
-    Real *dh;                          // [rows, dh_stride] δh_t
+    Real *dh;                          // [2, rows, dh_stride] δh_t, of this step and of the last, which members may still measure
+    Real *total;                       // [2, rows, Hp] δc_t, likewise; null where nothing is measured
     Real *dm;                          // [rows, dh_stride] δh_t before the projection
     Real *dc;                          // [rows, Hp] what c gets from later steps
     WideBlocked<Real> h_prev, x;       // [chunk rows, Rp], [chunk rows, Ip]
@@ -214,12 +216,13 @@ class Backward {
     const Walk<Real> walk = this->walk(number);
     if (walk.rows <= 0) return;
     const Columns mine(s, me);
-    const Work w = work.part(part, s);
+    Work w = work.part(part, s);
     int64_t filled = 0;
     for (int64_t i = i1 - 1; i >= i0; --i) {
       const int64_t t = walk.step(i), n = walk.active(t);
-      if (norms_ == nullptr) step<false>(walk, t, n, filled, w, mine, me);
-      else step<true>(walk, t, n, filled, w, mine, me);
+      w.dh = work.dh + i % 2 * s.block_rows * s.dh_stride;
+      if (norms_ != nullptr) w.total = work.total + i % 2 * s.block_rows * s.Hp;
+      step(walk, t, n, filled, w, mine, me);
       if (g.dx != nullptr && me.leads()) zero(g.dx + (t * l.B + walk.first + n) * l.I, (walk.rows - n) * l.I);
       filled += n;
     }
@@ -234,13 +237,15 @@ class Backward {
       multiply_rows(w.da, me.from(filled), me.to(filled), w_ih_.get(), s.width, 0, s.Ip / (kWide * L), l.I, w.partial,
                     [&](int64_t row) { return g.dx + w.places[row] * l.I; });
     me.meet();
+    if (norms_ == nullptr || s.blocks > 1) return;
+    for (int64_t i = i1 - 1 - me.number; i >= i0; i -= me.of) measure(i, i1, part);
+    me.meet();
   }
 
-  // ‖g_t‖_F of step i of a chunk that ends before i1, kept as `part` of the blocks' work, by the Gram identity
-  // ‖Σ_b u_bᵀ v_b‖² = Σ_{b,b'} (u_b · u_b')(v_b · v_b').
+  // ‖g_t‖_F of step i of a chunk that ends before i1, kept as `part` of the blocks' work.
   void measure(int64_t i, int64_t i1, int64_t part) const {
     const Walk<Real> all_samples{l, 0, l.B};
-    const int64_t t = all_samples.step(i), n = all_samples.active(t), padded = round_up(n, kGroup);
+    const int64_t t = all_samples.step(i), n = all_samples.active(t), padded = Pairs<Real>::padded(n);
     double largest = 0;
     for (int64_t b = 0; b < n; ++b) {
       double square = 0;
@@ -258,81 +263,51 @@ class Backward {
     const Real scale = static_cast<Real>(__builtin_ldexp(1.0, exponent > kFar ? -kFar : exponent < -kFar ? kFar : -exponent));
     // The GRU's δa with respect to W_ih x and to W_hh h differ in the candidate alone.
     const int64_t apart = CellType::kSplit ? s.Hp : 0, common = s.width - apart;
+    const int64_t widths[] = {common, apart, apart, s.Rp, s.Ip};
     Scratch<Real> packed(padded * (common + 2 * apart + s.Rp + s.Ip));
-    Real *u = packed.get(), *u_x = u + padded * common, *u_h = u_x + padded * apart, *h = u_h + padded * apart, *x = h + padded * s.Rp;
-    if (padded > n) zero(u, padded * (common + 2 * apart + s.Rp + s.Ip));
+    Pairs<Real> factors[5];
+    Real* next = packed.get();
+    for (int f = 0; f < 5; ++f) {
+      factors[f] = {next, widths[f]};
+      next += padded * widths[f];
+    }
+    const auto& [u, u_x, u_h, h, x] = factors;
+    if (padded > n) zero(packed.get(), next - packed.get());
     for (int64_t number = 0; number * s.block_rows < n; ++number) {
       const Walk<Real> walk = this->walk(number);
       const Work w = work(number, 0).part(part, s);
+      const int64_t rows = walk.active(t), first = walk.first;
       int64_t row = 0;
       for (int64_t j = i1 - 1; j > i; --j) row += walk.active(walk.step(j));
-      for (int64_t r = 0; r < walk.active(t); ++r, ++row) {
-        const int64_t b = walk.first + r;
-        if constexpr (CellType::kSplit) {
-          for (int64_t p = 0; p < s.panels; ++p) {
-            interleave(w.da, row, p * A * L, b, N * L, scale, u, common, p * N * L);
-            interleave(w.da, row, (p * A + N) * L, b, L, scale, u_x, apart, p * L);
-            interleave(w.da_hh, row, (p * A + N) * L, b, L, scale, u_h, apart, p * L);
-          }
-        } else {
-          interleave(w.da, row, 0, b, common, scale, u, common, 0);
+      if constexpr (CellType::kSplit) {
+        for (int64_t p = 0; p < s.panels; ++p) {
+          u.put(w.da, row, rows, p * A * L, N * L, scale, first, p * N * L);
+          u_x.put(w.da, row, rows, (p * A + N) * L, L, scale, first, p * L);
+          u_h.put(w.da_hh, row, rows, (p * A + N) * L, L, scale, first, p * L);
         }
-        interleave(w.h_prev, row, 0, b, s.Rp, Real(1), h, s.Rp, 0);
-        interleave(w.x, row, 0, b, s.Ip, Real(1), x, s.Ip, 0);
+      } else {
+        u.put(w.da, row, rows, 0, common, scale, first, 0);
       }
+      h.put(w.h_prev, row, rows, 0, s.Rp, Real(1), first, 0);
+      x.put(w.x, row, rows, 0, s.Ip, Real(1), first, 0);
     }
-    Vec<Real> total{};
-    for (int64_t a = 0; a < padded; a += kGroup)
-      for (int64_t b = a; b < padded; b += kGroup)
-        for (int r = 0; r < kGroup; r += kRows) {
-          Vec<Real> us[L] = {}, xs[L] = {}, pairs;
-          add_products(u, a, b, r, common, us);
-          add_products(x, a, b, r, s.Ip, xs);
-          if constexpr (CellType::kSplit) {
-            Vec<Real> hs[L] = {}, us_x[L] = {}, us_h[L] = {};
-            add_products(h, a, b, r, s.Rp, hs);
-            add_products(u_x, a, b, r, apart, us_x);
-            add_products(u_h, a, b, r, apart, us_h);
-            const Vec<Real> shared = sums<Real, L>(us), of_x = sums<Real, L>(xs), of_h = sums<Real, L>(hs);
-            pairs = (shared + sums<Real, L>(us_x)) * of_x + (shared + sums<Real, L>(us_h)) * of_h;
-          } else {
-            add_products(h, a, b, r, s.Rp, xs);
-            pairs = sums<Real, L>(us) * sums<Real, L>(xs);
-          }
-          total += a == b ? pairs : pairs + pairs;
-        }
-    double square = 0;
-    for (int j = 0; j < L; ++j) square += static_cast<double>(total[j]);
+    const double square = sum_of_pairs<Real>(n, [&](int64_t a, int64_t b, int first) {
+      const auto products = [&](auto... of) {
+        Vec<Real> lanes[L] = {};
+        (of.add(a, b, first, lanes), ...);
+        return sums<Real, L>(lanes);
+      };
+      if constexpr (CellType::kSplit) {
+        const Vec<Real> shared = products(u);
+        return Vec<Real>((shared + products(u_x)) * products(x) + (shared + products(u_h)) * products(h));
+      } else {
+        return Vec<Real>(products(u) * products(h, x));
+      }
+    });
     norms_->w[t] = __builtin_sqrt(square > 0 ? square : 0) / static_cast<double>(scale);
   }
 
   static constexpr int kFar = sizeof(Real) == 4 ? 120 : 1000;  // 2^±kFar is normal
-  static constexpr int kGroup = L >= 8 ? 4 : 2, kRows = L / kGroup;  // kRows · kGroup products fill a vector
-
-  // n elements of a row of `from`, starting at `column`, to column `at` of row `number` of a matrix whose rows lie interleaved, vector by
-  // vector, in groups of kGroup.
-  template <class Matrix>
-  static void interleave(const Matrix& from, int64_t row, int64_t column, int64_t number, int64_t n, Real scale, Real* matrix,
-                         int64_t columns, int64_t at) {
-    Real* to = matrix + number / kGroup * kGroup * columns + number % kGroup * L + at * kGroup;
-    for (int64_t k = 0; k < n; k += L) store(to + k * kGroup, load(from.at(row, column + k)) * scale);
-  }
-
-  // sums[i · kGroup + j] += the product of row a + first + i and row b + j, lane by lane.
-  static UV_INLINE void add_products(const Real* rows, int64_t a, int64_t b, int first, int64_t n, Vec<Real> (&sums)[L]) {
-    const Real *left = rows + a * n + first * L, *right = rows + b * n;
-    for (int64_t k = 0; k < n * kGroup; k += L * kGroup) {
-      Vec<Real> across[kGroup];
-#pragma GCC unroll 4
-      for (int j = 0; j < kGroup; ++j) across[j] = load(right + k + j * L);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) {
-        const Vec<Real> down = load(left + k + i * L);
-#pragma GCC unroll 4
-        for (int j = 0; j < kGroup; ++j) sums[i * kGroup + j] += down * across[j];
-      }
-    }
-  }
 
   // out[k] += Σ_r a[r, k] for columns k in [k0, k1).
   static void add_rows(const Blocked<Real>& a, int64_t k0, int64_t k1, int64_t rows, Real* out) {
@@ -344,7 +319,6 @@ class Backward {
     }
   }
 
-  template <bool kNorms>
   void step(const Walk<Real>& walk, int64_t t, int64_t n, int64_t filled, const Work& w, const Columns& mine, const Member& me) const {
     const int64_t D = s.dh_stride, wide = kWide * L, c0 = mine.r0 * wide, c1 = smaller(mine.r1 * wide, l.R);
     for (int64_t r = 0; r < n; ++r) {
@@ -368,8 +342,10 @@ class Backward {
       multiply_rows(Rows<Real>{w.dh, D}, 0, n, w_hr_.get(), l.R, mine.h0, mine.h1, D, w.partial, [&](int64_t r) { return w.dm + r * D; });
       dm = w.dm;
     }
-    for (int64_t r = 0; r < n; ++r) pointwise<kNorms>(walk, t, r, filled + r, w, dm + r * D, mine);
+    for (int64_t r = 0; r < n; ++r) pointwise(walk, t, r, filled + r, w, dm + r * D, mine);
     me.meet();
+    if (norms_ != nullptr)
+      for (int64_t r = me.from(n); r < me.to(n); ++r) measure_sample(r, filled + r, w);
     hand_back(n, filled, w, mine);
     if (g.clip <= 0) return;
     me.meet();
@@ -387,7 +363,6 @@ class Backward {
   }
 
   // δa of one sample and step; leaves in `carried` what reaches h_{t−1} other than through W_hh.
-  template <bool kNorms>
   void pointwise(const Walk<Real>& walk, int64_t t, int64_t r, int64_t row, const Work& w, const Real* dm, const Columns& mine) const {
     const int64_t b = walk.first + r, at = t * l.B + b;
     Real *dc = w.dc + r * s.Hp, *carried = w.carried + r * s.dh_stride;
@@ -395,7 +370,6 @@ class Backward {
     const Real* c_row = CellType::kHasC ? l.cells + at * s.Hp : nullptr;
     const Real* c_before = CellType::kHasC ? walk.before(l.cells, l.c0, s.Hp, l.H, t, r) : nullptr;
     const bool c_whole = CellType::kHasC && c_before >= l.cells && c_before < l.cells + l.T * l.B * s.Hp;
-    Vec<double> squares[8] = {};  // of the gates' δa, of δc, of δh
     for (int64_t p = mine.p0; p < mine.p1; ++p)
       for (int u = 0; u < CellType::kUnits; ++u) {
         const int64_t unit = (p * CellType::kUnits + u) * L, kept = CellType::kSaved / CellType::kUnits;
@@ -415,9 +389,8 @@ class Backward {
           const int64_t k = (p * A + (CellType::kUnits == 1 ? v : u)) * L;
           store(w.da.at(row, k), gates[v]);
           if (CellType::kSplit) store(w.da_hh.at(row, k), gates_hh[v]);
-          if (kNorms) add_squares(squares[v], gates[v]);
         }
-        if (kNorms && CellType::kHasC) add_squares(squares[4], total);
+        if (CellType::kHasC && w.total != nullptr) store(w.total + r * s.Hp + unit, total);
         if (unit < l.H) {
           if (CellType::kHasC && g.delta_c != nullptr) store(g.delta_c + at * l.H + unit, total, l.H - unit);
           for (int v = 0; v < CellType::kGates; ++v) {
@@ -427,20 +400,28 @@ class Backward {
           }
         }
       }
-    if (kNorms) {
-      const Real* dh = w.dh + r * s.dh_stride;
-      for (int64_t k = 0; k < l.R; k += L) add_squares(squares[5], load(dh + k));
-      constexpr int together = kLanes<double> < 4 ? kLanes<double> : 4;
-      double totals[8 + kLanes<double>];
-      for (int k = 0; k < 8; k += together) {
-        Vec<double> part[together];
-        for (int j = 0; j < together; ++j) part[j] = squares[k + j];
-        store(totals + k, sums<double, together>(part));
-      }
-      for (int v = 0; v < CellType::kGates; ++v) norms_->a[at * CellType::kGates + v] = __builtin_sqrt(totals[v]);
-      if (CellType::kHasC) norms_->c[at] = __builtin_sqrt(totals[4]);
-      norms_->h[at] = __builtin_sqrt(totals[5]);
+  }
+
+  // Norms of δh, δc and δa of sample r of the block, whose δa is `row` of the chunk.
+  void measure_sample(int64_t r, int64_t row, const Work& w) const {
+    const int64_t at = w.places[row];
+    Vec<double> found[8] = {};
+    for (int v = 0; v < CellType::kGates; ++v) {
+      const int64_t step = CellType::kUnits == 1 ? A : 1;  // vectors from a gate's units to the next
+      found[v] = squares<Real>(s.Hp, [&](int64_t unit) { return w.da.at(row, unit * step + v * L); });
     }
+    if (CellType::kHasC) found[4] = squares<Real>(s.Hp, [&](int64_t unit) { return w.total + r * s.Hp + unit; });
+    found[5] = squares<Real>(l.R, [&](int64_t k) { return w.dh + r * s.dh_stride + k; });
+    constexpr int together = kLanes<double> < 4 ? kLanes<double> : 4;
+    double totals[8 + kLanes<double>];
+    for (int k = 0; k < 8; k += together) {
+      Vec<double> part[together];
+      for (int j = 0; j < together; ++j) part[j] = found[k + j];
+      store(totals + k, sums<double, together>(part));
+    }
+    for (int v = 0; v < CellType::kGates; ++v) norms_->a[at * CellType::kGates + v] = __builtin_sqrt(totals[v]);
+    if (CellType::kHasC) norms_->c[at] = __builtin_sqrt(totals[4]);
+    norms_->h[at] = __builtin_sqrt(totals[5]);
   }
 
   // carried (+)= δa_hh W_hh

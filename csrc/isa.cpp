@@ -18,6 +18,7 @@ namespace {
 #include "cells.h"
 #include "statistics.h"
 #include "sequence.h"
+#include "norms.h"
 #include "backward.h"
 
 template <class CellType, class Real>
@@ -71,8 +72,9 @@ template <class Real>
 double peak(int64_t rounds) {
   constexpr int kSums = UV_BYTES == 64 ? 24 : 12;
   Vec<Real> sums[kSums] = {}, a = all(Real(0.999)), b = all(Real(1e-3));
-  // Else the compiler works them out beforehand.
+  // Else the compiler works them out beforehand, or one sum for all.
   asm volatile("" : "+x"(a), "+x"(b));
+  for (int k = 0; k < kSums; ++k) asm volatile("" : "+x"(sums[k]));
   for (int64_t i = 0; i < rounds; ++i)
 #pragma GCC unroll 24
     for (int k = 0; k < kSums; ++k) sums[k] = sums[k] * a + b;

@@ -14,8 +14,14 @@ struct Number {
 // f(Number<M>, r) for tiles of M ≤ most rows that cover [first, end).
 template <int most, class F>
 UV_INLINE void for_tiles(int64_t first, int64_t end, F f) {
+  constexpr int more = (most + 2) / 2;
   int64_t r = first;
-  for (; r + most <= end; r += most) f(Number<most>(), r);
+  for (; end - r >= most + 2 || end - r == most; r += most) f(Number<most>(), r);
+  // One row more than a tile makes two tiles: alone it would mostly wait for itself.
+  if (end - r == most + 1) {
+    f(Number<more>(), r);
+    r += more;
+  }
   switch (end - r) {
     case 1: f(Number<1>(), r); break;
     case 2: f(Number<2>(), r); break;
@@ -73,7 +79,7 @@ struct Rows {
 // go along a row.
 template <class Real>
 struct Blocked {
-  static constexpr int L = kLanes<Real>;
+  static constexpr int L = kLanes<Real>, kNext = L;  // from a row to the next
   Real* data;
   int64_t rows;
 
@@ -94,7 +100,7 @@ struct Blocked {
 // As Blocked, with blocks as wide as a panel.
 template <class Real>
 struct WideBlocked {
-  static constexpr int64_t N = kWide * kLanes<Real>;
+  static constexpr int64_t N = kWide * kLanes<Real>, kNext = N;
   Real* data;
   int64_t rows;
 

@@ -177,24 +177,26 @@ struct UpTo<0, J...> {
   using lanes = Lanes<J...>;
 };
 
-template <class Real, int... J>
-UV_INLINE Vec<Real> add_neighbours(Vec<Real> a, Vec<Real> b, Lanes<J...>) {
-  return __builtin_shufflevector(a, b, 2 * J...) + __builtin_shufflevector(a, b, (2 * J + 1)...);
+// Lanes of a without the bit D of their number, and of b with it; each the sum of that lane and of the one that differs in D alone.
+template <class Real, int D, int... J>
+UV_INLINE Vec<Real> fold(Vec<Real> a, Vec<Real> b, Lanes<J...>) {
+  constexpr int L = kLanes<Real>;
+  return __builtin_shufflevector(a, b, (J & D ? L + J - D : J)...) + __builtin_shufflevector(a, b, (J & D ? L + J : J + D)...);
 }
 
 // Lane k is the sum of v[k]'s lanes, for N = 2ⁿ ≤ lanes vectors; the lanes from N on repeat them.
-// kSpan: the lanes over which a sum still lies.
-template <class Real, int N, int kSpan = kLanes<Real>>
+// kDone: the lanes below that are told apart already.
+template <class Real, int N, int kDone = N>
 UV_INLINE Vec<Real> sums(const Vec<Real> (&v)[N]) {
   using lanes = typename UpTo<kLanes<Real>>::lanes;
   if constexpr (N > 1) {
     Vec<Real> half[N / 2];
 #pragma GCC unroll 8
-    for (int k = 0; k < N / 2; ++k) half[k] = add_neighbours<Real>(v[2 * k], v[2 * k + 1], lanes());
-    return sums<Real, N / 2, kSpan / 2>(half);
-  } else if constexpr (kSpan > 1) {
-    const Vec<Real> total[1] = {add_neighbours<Real>(v[0], v[0], lanes())};
-    return sums<Real, 1, kSpan / 2>(total);
+    for (int k = 0; k < N / 2; ++k) half[k] = fold<Real, N / 2>(v[k], v[k + N / 2], lanes());
+    return sums<Real, N / 2, kDone>(half);
+  } else if constexpr (kDone < kLanes<Real>) {
+    const Vec<Real> total[1] = {fold<Real, kDone>(v[0], v[0], lanes())};
+    return sums<Real, 1, kDone * 2>(total);
   } else {
     return v[0];
   }

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -29,11 +30,12 @@ from unvanish.train.tasks.base import IGNORED, Samples, Split
 
 Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
 Schedule = Literal["constant", "cosine"]
-OPTIMIZERS: dict[Optimizer, type[torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[Optimizer, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
-    "rmsprop": torch.optim.RMSprop,
+    # The decay of Tieleman & Hinton's lecture and of the papers on long lags; torch's own default is 0.99.
+    "rmsprop": partial(torch.optim.RMSprop, alpha=0.9),
 }
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 """what the launchers set: torchrun, Lightning's own, SLURM"""

@@ -72,12 +72,12 @@ class EmbeddedReber(Task):
     def __init__(self, length: int | None = None, seed: int = 0) -> None:
         super().__init__(whole(length, "length", self.default_length, self.least_length), seed)
         self.answers = self.length
-        train = [self._draw("train", index, ()) for index in range(STRINGS)]
+        train = [self.draw("train", index) for index in range(STRINGS)]
         seen = set(train)
         self._strings: dict[Split, list[str]] = {
             "train": train,
-            "validation": [self._draw("validation", index, seen) for index in range(STRINGS)],
-            "test": [self._draw("test", index, seen) for index in range(STRINGS)],
+            "validation": [self.draw("validation", index, seen) for index in range(STRINGS)],
+            "test": [self.draw("test", index, seen) for index in range(STRINGS)],
         }
 
     @property
@@ -87,11 +87,15 @@ class EmbeddedReber(Task):
     def size(self, split: Split) -> int:
         return STRINGS
 
+    def string(self, split: Split, index: int) -> str:
+        """The string of a sample."""
+        return self._strings[split][index]
+
     def samples(self, split: Split, indices: Sequence[int]) -> Samples:
         x = np.zeros((len(indices), self.length, self.inputs), dtype=np.float32)
         y = np.full((len(indices), self.length), IGNORED)
         for row, index in enumerate(indices):
-            symbols = [SYMBOLS.index(symbol) for symbol in self._strings[split][index]]
+            symbols = [SYMBOLS.index(symbol) for symbol in self.string(split, index)]
             start = self.length + 1 - len(symbols)
             x[row, np.arange(start, self.length), symbols[:-1]] = 1
             y[row, start:] = symbols[1:]
@@ -116,8 +120,9 @@ class EmbeddedReber(Task):
         long_range = torch.isin(nodes, torch.tensor(LONG_RANGE, device=y.device))
         return (wrong & long_range).any(1), (wrong & ~long_range).any(1)
 
-    def _draw(self, split: Split, index: int, without: Collection[str]) -> str:
-        """The string of a sample; where two symbols may follow, each has probability ½."""
+    def draw(self, split: Split, index: int, without: Collection[str] = ()) -> str:
+        """A string of the grammar but these, by (seed, split, index); where two symbols may follow, each has
+        probability ½."""
         rng = self.generator(split, index)
         while True:
             node, string = 0, ""
