@@ -77,6 +77,29 @@ def test_data_frames_hold_the_same_numbers() -> None:
     gates = found["gates"].to_dataframe()
     assert gates.mean_f.tolist() == found["gates"].mean[1].tolist()
     assert len(found["lyapunov"].to_dataframe()) == 6 * 3
+    article = found["terms"].article
+    rows = article.to_dataframe()
+    assert rows.columns.tolist() == ["t", "sample", "apart", "log_exact", "log_textbook"]
+    assert rows[rows["sample"] == 1].apart.tolist() == article.apart[:, 1].tolist()
+    flow = found["flow"].to_dataframe()
+    assert (
+        flow[(flow.layer == "l0.reverse") & (flow["sample"] == 1)].dh.tolist()
+        == found["flow"]["l0.reverse"].dh[:, 1].tolist()
+    )
+
+
+def test_what_a_record_says_of_itself_are_its_numbers() -> None:
+    found = records()
+    flow = found["flow"]["l0"]
+    first, last = (f"{float(flow.dh[t].median()):.2e}" for t in (0, 5))
+    assert f"‖∂E/∂h_t‖ median over samples {first} at t=0, {last} at t=5" in repr(found["flow"])
+    assert repr(found["map"]) == "AdjointMap of c at l0.reverse: 2 sources, 6 steps, 2 samples"
+    assert f"median share {found['terms'].carry.share.nanmedian():.3f}" in repr(found["terms"])
+    assert f"‖∂E_k/∂W‖ {found['sources'].norms.min():.2e}" in repr(found["sources"])
+    assert f"f {float(found['gates'].mean[1].mean()):.3f}" in repr(found["gates"])
+    assert f"{float(found['lyapunov'].exponents[0]):.3g}" in repr(found["lyapunov"])
+    # Facts, never verdicts.
+    assert not any(word in repr(r) for r in found.values() for word in ("vanish", "explod", "healthy", "dead"))
 
 
 def write(path: Path, header: dict[str, str], **tensors: Tensor) -> None:

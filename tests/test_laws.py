@@ -108,3 +108,19 @@ def test_reach_and_half_life_of_a_known_decay() -> None:
     assert (dead.rate, dead.half_life, dead.reach) == (-math.inf, 0.0, 0)
     with pytest.raises(ValueError, match="finite value at lag 0"):
         uv.flow.decay(torch.full((3,), -math.inf))
+
+
+@pytest.mark.parametrize("tau", [2.0, 10.0, 784.0])
+def test_a_chrono_bias_forgets_by_one_over_e_in_about_tau_steps(tau: float) -> None:
+    lstm, T = nn.LSTM(1, 1, dtype=torch.float64), math.ceil(tau) + 1
+    with torch.no_grad():
+        for p in lstm.parameters():
+            p.zero_()
+        lstm.bias_ih_l0[1] = math.log(tau - 1)  # b_f
+    log_norms = uv.flow.adjoint_map(lstm, torch.zeros(T, 1, 1, dtype=torch.float64), sources=[T - 1]).over_lag(0)
+    rate = (log_norms[-1, 0] - log_norms[0, 0]) / (T - 1)
+    assert float(rate) == pytest.approx(math.log(1 - 1 / tau), rel=1e-10)
+    # −1/ln(1 − 1/τ) = τ − 1/2 − 1/12τ − …
+    assert -1 / float(rate) == pytest.approx(tau - 0.5, abs=1 / (6 * tau))
+    stats = uv.flow.gate_statistics(lstm, torch.zeros(T, 1, 1, dtype=torch.float64))
+    assert float(stats.time_constant) == pytest.approx(-1 / float(rate), rel=1e-10)

@@ -21,7 +21,8 @@ from unvanish.flow.reach import Decay, decay
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
 from unvanish.flow.stream import replay
 from unvanish.flow.subgradients import SourceGradients, source_gradients
-from unvanish.flow.watch import Watch, mark, watch
+from unvanish.flow.watch import mark, watch
+from unvanish.flow.watcher import Watch
 
 if TYPE_CHECKING:
     from unvanish.flow.callback import GradientFlow

@@ -123,7 +123,8 @@ def adjoint_map(
         entering = arriving_at(stack, place, K, made_at(here, error[first : first + K]))
         measure = log_norms_collapsed if K >= MANY and tr.weights.w_hr is None else log_norms_directly
         parts.append(measure(tr, K, entering, tr.cell.states.index(chosen)))
-    log_norms = stack.in_user_order(torch.cat(parts), 2)
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    log_norms = stack.in_user_order(whole, 2)
     return AdjointMap(log_norms.cpu(), tuple(steps), chosen, stack.layers[place].name)
 
 

@@ -9,6 +9,7 @@ loses the path c_{t−2} → h_{t−2} → o_{t−1} → h_{t−1} → c_t, whic
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from unvanish.cells import LSTM
 from unvanish.flow.exponents import log_norms, renormalisation, times_power_of_two
 from unvanish.flow.files import Record
 from unvanish.flow.stack import Stack, reading_order, saved_at
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,6 +37,16 @@ class Article(Record):
     """[T, B] ln‖∂c_T/∂c_t‖_F"""
     log_textbook: Tensor
     """[T, B] ln‖Π (A + B + C + D)‖_F"""
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per step and sample with input: t, sample, apart, log_exact, log_textbook."""
+        import pandas as pd
+
+        t, b = torch.meshgrid(*map(torch.arange, self.log_exact.shape), indexing="ij")
+        columns = {"t": t, "sample": b, "apart": self.apart}
+        columns |= {"log_exact": self.log_exact, "log_textbook": self.log_textbook}
+        present = ~self.log_exact.isnan()
+        return pd.DataFrame({name: v[present].numpy() for name, v in columns.items()})
 
     def __repr__(self) -> str:
         return f"Article: textbook and exact derivative apart by {self.apart.nanmedian():.2e} in the median"

@@ -19,7 +19,7 @@ from torch import Tensor
 from unvanish import engine
 from unvanish.cells import LSTM
 from unvanish.flow.backwards import Entering, Some, hull, masked
-from unvanish.flow.exponents import EMPTY, renormalisation, times_power_of_two
+from unvanish.flow.exponents import EMPTY, renormalisation, scale_by_power_of_two_, times_power_of_two
 from unvanish.flow.stack import reading_order
 
 BLOCK_ELEMENTS = 2**19
@@ -78,7 +78,7 @@ def log_norms_collapsed(tr: engine.Trace, K: int, entering: Entering, state: int
         if not tame or number % SCALED_EVERY == 0:
             shift, exponent[:, begun] = renormalisation((rows, *parts), exponent[:, begun])
             for v in (rows, *parts):
-                v.copy_(times_power_of_two(v, -shift))
+                scale_by_power_of_two_(v, -shift)
         torch.bmm(rows, step.into_h, out=after)
         for part, path in zip(parts, step.cell, strict=True):
             after.baddbmm_(part, path.into_h)

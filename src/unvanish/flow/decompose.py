@@ -52,6 +52,15 @@ class Term(Record):
         """[T, B] ‖term‖₂; 0 also where it is below float64's range."""
         return self.log_norm.exp()
 
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per step and sample: t, sample, term, log_norm, norm, share."""
+        import pandas as pd
+
+        t, b = torch.meshgrid(*map(torch.arange, self.log_norm.shape), indexing="ij")
+        columns = {"t": t, "sample": b, "term": self.name}
+        columns |= {"log_norm": self.log_norm, "norm": self.norm, "share": self.share}
+        return pd.DataFrame({k: v.flatten().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()})
+
     def __repr__(self) -> str:
         return f"Term {self.name}: median norm {self.norm.median():.2e}, median share {self.share.nanmedian():.3f}"
 
@@ -82,16 +91,10 @@ class StateTerms(Record):
         raise AttributeError(f"{name!r}: the terms of {self.__dict__.get('cell')} are {', '.join(terms)}")
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row per step, sample and term: t, sample, term, log_norm, norm, share."""
+        """All terms' rows; see `Term.to_dataframe`."""
         import pandas as pd
 
-        t, b = torch.meshgrid(*map(torch.arange, self.log_total.shape), indexing="ij")
-        frames = [
-            {"t": t, "sample": b, "term": name, "log_norm": term.log_norm, "norm": term.norm, "share": term.share}
-            for name, term in self.terms.items()
-        ]
-        flat = [{k: v.flatten().numpy() if isinstance(v, Tensor) else v for k, v in f.items()} for f in frames]
-        return pd.concat([pd.DataFrame(columns) for columns in flat], ignore_index=True)
+        return pd.concat([term.to_dataframe() for term in self.terms.values()], ignore_index=True)
 
     def __repr__(self) -> str:
         return "\n".join([f"StateTerms of {self.cell} {self.at}", *(f"  {term!r}" for term in self.terms.values())])
