@@ -245,78 +245,13 @@ class Backward {
   // ‖g_t‖_F of step i of a chunk that ends before i1, kept as `part` of the blocks' work.
   void measure(int64_t i, int64_t i1, int64_t part) const {
     const Walk<Real> all_samples{l, 0, l.B};
-    const int64_t t = all_samples.step(i), n = all_samples.active(t), padded = Pairs<Real>::padded(n);
-    double largest = 0;
-    for (int64_t b = 0; b < n; ++b) {
-      double square = 0;
-      for (int v = 0; v < CellType::kGates; ++v) square += __builtin_pow(norms_->a[(t * l.B + b) * CellType::kGates + v], 2);
-      if (!(square <= largest)) largest = square;
-    }
-    largest = __builtin_sqrt(largest);
-    if (!(largest > 0) || largest > __DBL_MAX__) {
-      norms_->w[t] = largest;
-      return;
-    }
-    // A power of two brings δ to about 1: its squares could leave Real's range.
-    int exponent = 0;
-    __builtin_frexp(largest, &exponent);
-    const Real scale = static_cast<Real>(__builtin_ldexp(1.0, exponent > kFar ? -kFar : exponent < -kFar ? kFar : -exponent));
-    // The GRU's δa with respect to W_ih x and to W_hh h differ in the candidate alone.
-    const int64_t apart = CellType::kSplit ? s.Hp : 0, common = s.width - apart;
-    const int64_t widths[] = {common, apart, apart, s.Rp, s.Ip};
-    Scratch<Real> packed(padded * (common + 2 * apart + s.Rp + s.Ip));
-    Pairs<Real> factors[5];
-    Real* next = packed.get();
-    for (int f = 0; f < 5; ++f) {
-      factors[f] = {next, widths[f]};
-      next += padded * widths[f];
-    }
-    const auto& [u, u_x, u_h, h, x] = factors;
-    if (padded > n) zero(packed.get(), next - packed.get());
-    for (int64_t number = 0; number * s.block_rows < n; ++number) {
+    const int64_t t = all_samples.step(i);
+    Measure<CellType, Real>{l, s, *norms_}.step(t, all_samples.active(t), [&](int64_t number, auto put) {
       const Walk<Real> walk = this->walk(number);
-      const Work w = work(number, 0).part(part, s);
-      const int64_t rows = walk.active(t), first = walk.first;
       int64_t row = 0;
       for (int64_t j = i1 - 1; j > i; --j) row += walk.active(walk.step(j));
-      if constexpr (CellType::kSplit) {
-        for (int64_t p = 0; p < s.panels; ++p) {
-          u.put(w.da, row, rows, p * A * L, N * L, scale, first, p * N * L);
-          u_x.put(w.da, row, rows, (p * A + N) * L, L, scale, first, p * L);
-          u_h.put(w.da_hh, row, rows, (p * A + N) * L, L, scale, first, p * L);
-        }
-      } else {
-        u.put(w.da, row, rows, 0, common, scale, first, 0);
-      }
-      h.put(w.h_prev, row, rows, 0, s.Rp, Real(1), first, 0);
-      x.put(w.x, row, rows, 0, s.Ip, Real(1), first, 0);
-    }
-    const double square = sum_of_pairs<Real>(n, [&](int64_t a, int64_t b, int first) {
-      const auto products = [&](auto... of) {
-        Vec<Real> lanes[L] = {};
-        (of.add(a, b, first, lanes), ...);
-        return sums<Real, L>(lanes);
-      };
-      if constexpr (CellType::kSplit) {
-        const Vec<Real> shared = products(u);
-        return Vec<Real>((shared + products(u_x)) * products(x) + (shared + products(u_h)) * products(h));
-      } else {
-        return Vec<Real>(products(u) * products(h, x));
-      }
+      put(work(number, 0).part(part, s), row, walk.active(t), walk.first);
     });
-    norms_->w[t] = __builtin_sqrt(square > 0 ? square : 0) / static_cast<double>(scale);
-  }
-
-  static constexpr int kFar = sizeof(Real) == 4 ? 120 : 1000;  // 2^±kFar is normal
-
-  // out[k] += Σ_r a[r, k] for columns k in [k0, k1).
-  static void add_rows(const Blocked<Real>& a, int64_t k0, int64_t k1, int64_t rows, Real* out) {
-    for (int64_t k = k0; k < k1; k += L) {
-      Vec<Real> total{};
-      const Real* column = a.at(0, k);
-      for (int64_t r = 0; r < rows; ++r) total += load(column + r * L);
-      store(out + k, load(out + k) + total);
-    }
   }
 
   void step(const Walk<Real>& walk, int64_t t, int64_t n, int64_t filled, const Work& w, const Columns& mine, const Member& me) const {
@@ -345,15 +280,15 @@ class Backward {
     for (int64_t r = 0; r < n; ++r) pointwise(walk, t, r, filled + r, w, dm + r * D, mine);
     me.meet();
     if (norms_ != nullptr)
-      for (int64_t r = me.from(n); r < me.to(n); ++r) measure_sample(r, filled + r, w);
+      for (int64_t r = me.from(n); r < me.to(n); ++r) Measure<CellType, Real>{l, s, *norms_}.sample(r, filled + r, w);
     hand_back(n, filled, w, mine);
     if (g.clip <= 0) return;
     me.meet();
     // Everybody finds the same norms, before anybody scales.
     Real scale_h[Sizes<CellType, Real>::kMostRows], scale_c[Sizes<CellType, Real>::kMostRows];
     for (int64_t r = 0; r < n; ++r) {
-      scale_h[r] = within_clip(w.carried + r * D, l.R);
-      scale_c[r] = CellType::kHasC ? within_clip(w.dc + r * s.Hp, l.H) : Real(1);
+      scale_h[r] = within(g.clip, w.carried + r * D, l.R);
+      scale_c[r] = CellType::kHasC ? within(g.clip, w.dc + r * s.Hp, l.H) : Real(1);
     }
     me.meet();
     for (int64_t r = 0; r < n; ++r) {
@@ -402,30 +337,8 @@ class Backward {
       }
   }
 
-  // Norms of δh, δc and δa of sample r of the block, whose δa is `row` of the chunk.
-  void measure_sample(int64_t r, int64_t row, const Work& w) const {
-    const int64_t at = w.places[row];
-    Vec<double> found[8] = {};
-    for (int v = 0; v < CellType::kGates; ++v) {
-      const int64_t step = CellType::kUnits == 1 ? A : 1;  // vectors from a gate's units to the next
-      found[v] = squares<Real>(s.Hp, [&](int64_t unit) { return w.da.at(row, unit * step + v * L); });
-    }
-    if (CellType::kHasC) found[4] = squares<Real>(s.Hp, [&](int64_t unit) { return w.total + r * s.Hp + unit; });
-    found[5] = squares<Real>(l.R, [&](int64_t k) { return w.dh + r * s.dh_stride + k; });
-    constexpr int together = kLanes<double> < 4 ? kLanes<double> : 4;
-    double totals[8 + kLanes<double>];
-    for (int k = 0; k < 8; k += together) {
-      Vec<double> part[together];
-      for (int j = 0; j < together; ++j) part[j] = found[k + j];
-      store(totals + k, sums<double, together>(part));
-    }
-    for (int v = 0; v < CellType::kGates; ++v) norms_->a[at * CellType::kGates + v] = __builtin_sqrt(totals[v]);
-    if (CellType::kHasC) norms_->c[at] = __builtin_sqrt(totals[4]);
-    norms_->h[at] = __builtin_sqrt(totals[5]);
-  }
-
-  // carried (+)= δa_hh W_hh
-  void hand_back(int64_t n, int64_t filled, const Work& w, const Columns& mine) const {
+  // carried (+)= δa_hh W_hh; apart, because GCC has no registers left for its sums in the middle of a step.
+  __attribute__((noinline)) void hand_back(int64_t n, int64_t filled, const Work& w, const Columns& mine) const {
     constexpr int64_t wide = kWide * L;
     for (int64_t q = mine.r0; q < mine.r1; ++q) {
       const auto to = [&](int64_t row, int v) { return w.carried + (row - filled) * s.dh_stride + q * wide + v * L; };
@@ -444,19 +357,6 @@ class Backward {
             }
           });
     }
-  }
-
-  // What brings a vector within the clipping norm.
-  Real within_clip(const Real* v, int64_t n) const {
-    double square = 0;
-    for (int64_t k = 0; k < n; ++k) square += static_cast<double>(v[k]) * v[k];
-    const double norm = __builtin_sqrt(square);
-    return norm <= g.clip ? Real(1) : static_cast<Real>(g.clip / norm);
-  }
-
-  static void scale(Real* v, int64_t k0, int64_t k1, Real by) {
-    if (by == Real(1)) return;
-    for (int64_t k = k0; k < k1; ++k) v[k] *= by;
   }
 
   const Layer<Real>& l;

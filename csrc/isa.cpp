@@ -18,6 +18,7 @@ namespace {
 #include "cells.h"
 #include "statistics.h"
 #include "sequence.h"
+#include "forward.h"
 #include "norms.h"
 #include "backward.h"
 

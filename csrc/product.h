@@ -14,14 +14,8 @@ struct Number {
 // f(Number<M>, r) for tiles of M ≤ most rows that cover [first, end).
 template <int most, class F>
 UV_INLINE void for_tiles(int64_t first, int64_t end, F f) {
-  constexpr int more = (most + 2) / 2;
   int64_t r = first;
-  for (; end - r >= most + 2 || end - r == most; r += most) f(Number<most>(), r);
-  // One row more than a tile makes two tiles: alone it would mostly wait for itself.
-  if (end - r == most + 1) {
-    f(Number<more>(), r);
-    r += more;
-  }
+  for (; r + most <= end; r += most) f(Number<most>(), r);
   switch (end - r) {
     case 1: f(Number<1>(), r); break;
     case 2: f(Number<2>(), r); break;
@@ -195,4 +189,15 @@ void add_outer(const Blocked<Real>& a, int64_t m0, int64_t m1, const WideBlocked
           store(p, load(p) + acc[i][v]);
         }
     });
+}
+
+// out[k] += Σ_r a[r, k] for columns k in [k0, k1): the gradient of a bias.
+template <class Real>
+void add_rows(const Blocked<Real>& a, int64_t k0, int64_t k1, int64_t rows, Real* out) {
+  for (int64_t k = k0; k < k1; k += kLanes<Real>) {
+    Vec<Real> total{};
+    const Real* column = a.at(0, k);
+    for (int64_t r = 0; r < rows; ++r) total += load(column + r * kLanes<Real>);
+    store(out + k, load(out + k) + total);
+  }
 }

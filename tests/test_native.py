@@ -268,6 +268,20 @@ def test_compiles_into_one_graph(kind: str) -> None:
         torch.testing.assert_close(torch.autograd.grad(found, x)[0], gradient)
 
 
+def test_without_dynamos_setting_compiled_code_leaves_the_layer_outside_its_graphs() -> None:
+    torch.manual_seed(0)
+    ours = uv.nn.GRU(3, 4, dtype=torch.float64)
+    x = torch.randn(6, 2, 3, dtype=torch.float64)
+
+    def total(x: Tensor) -> Tensor:
+        return ours(x)[0].square().sum()
+
+    # A frame that has run without fullgraph is not looked at again.
+    with pytest.raises(RuntimeError, match="allow_rnn"):
+        torch.compile(total, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(torch.compile(total, backend="eager")(x), total(x), rtol=1e-13, atol=0)
+
+
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNVANISH_ISA", "sse9")
     with pytest.raises(ValueError, match="this machine has no 'sse9'"):

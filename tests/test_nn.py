@@ -60,7 +60,12 @@ def test_a_watch_on_ours_equals_a_watch_on_torch(case: ModuleCase, seed: int) ->
 
 
 @pytest.mark.parametrize("kind", [uv.nn.RNN, uv.nn.LSTM, uv.nn.GRU])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+    ],
+)  # fmt: skip
 def test_lengths_equal_packing_and_may_be_zero(kind: Any, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = kind(2, 3, num_layers=2, bidirectional=True, batch_first=True, dtype=torch.float64)
@@ -81,6 +86,26 @@ def test_lengths_equal_packing_and_may_be_zero(kind: Any, dtype: torch.dtype) ->
         layer(x, lengths=lengths)[0].sum().backward()
     assert flow["l0"].lengths.tolist() == [3, 0, 6, 1]
     assert flow["l1.reverse"].residual <= 1e-12
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_backward_in_eval_mode_equals_training_without_dropout(kind: str) -> None:
+    torch.manual_seed(0)
+    layer = getattr(uv.nn, kind)(2, 3, num_layers=2, bidirectional=True, dropout=0.5, dtype=torch.float64)
+    x = torch.randn(5, 4, 2, dtype=torch.float64, requires_grad=True)
+
+    def gradients() -> list[Tensor]:
+        loss = sum(o.square().sum() for o in flat(layer(x)))
+        return list(torch.autograd.grad(loss, [x, *layer.parameters()]))  # type: ignore[arg-type]
+
+    dropped = gradients()
+    layer.eval()
+    found = gradients()
+    layer.train()
+    layer.dropout = 0.0
+    expected = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(dropped[0], found[0])
 
 
 @pytest.mark.parametrize("lengths", [[1, 2], [1.0, 2.0, 3.0], [1, 2, 9], [-1, 2, 3]])

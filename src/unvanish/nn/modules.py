@@ -114,12 +114,13 @@ def time_major(
 
 def _whole_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     given, (T, B) = torch.as_tensor(lengths), x.shape[:2]
-    if given.is_floating_point() or given.dtype == torch.bool or given.shape != (B,):
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool or given.shape != (B,):
         found = f"{tuple(given.shape)} of {given.dtype}"
         raise ValueError(f"lengths: expected {B} whole numbers, one per sample, got {found}")
+    given = given.to(torch.int64)  # unsigned types have no comparisons
     if B and not bool(((given >= 0) & (given <= T)).all()):
         raise ValueError(f"lengths: expected 0 to {T}, the steps of the input, got {given.tolist()}")
-    return given.to(x.device, torch.int64)
+    return given.to(x.device)
 
 
 def initial_states(module: nn.RNNBase, hx: Any, inputs: TimeMajor) -> list[State]:
