@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from unvanish.flow.callback import GradientFlow
-from unvanish.train.fit import Machines, fit
+from unvanish.train.budget import Machines
+from unvanish.train.fit import fit
 from unvanish.train.problems import DataProblem
 from unvanish.train.run_folder import RunFolder, fingerprint
 from unvanish.train.settings import Settings

@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from unvanish.train.data.sequences import Scale, Sequences, split
 from unvanish.train.data.table import DataError
 from unvanish.train.data.vocabulary import Vocabulary
-from unvanish.train.fit import Split, answers, together
+from unvanish.train.fit import answers
 from unvanish.train.models import SequenceModel, Shape
 from unvanish.train.settings import Settings
+from unvanish.train.supervised import together
+from unvanish.train.tasks.base import Split
 
 Judgement = dict[str, dict[str, float]]
 """who answers: "model", or a baseline → metric → value on the test split"""
