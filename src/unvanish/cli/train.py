@@ -176,7 +176,10 @@ def predict(
     temperature: Annotated[float | None, _option(DATA, "Below 1: it dares less; by default 1.")] = None,
     seed: Annotated[int | None, _option(DATA, "Seed of what it writes; by default 0.")] = None,
 ) -> None:
-    """Apply a saved model: CSV on the terminal, one line per sequence or forecast step; or a text."""
+    """Apply a saved model: CSV on the terminal, one line per sequence or forecast step; or a text.
+
+    Columns and the policy for missing values are those of the training, where no other are named.
+    """
     import csv
     import sys
 
@@ -200,7 +203,10 @@ def predict(
         return
     if data is None:
         raise UserError("--data: expected a file")
-    given = training.read_data(data, kind, **columns)
+    told = {name: value for name, value in columns.items() if value is not None}
+    # New data need not have the answers, in whose column they stood in training.
+    if_there = {"target"} - told.keys()
+    given = training.read_data(data, kind, if_there=if_there, **(trained.config.get("columns", {}) | told))
     answers = trained.predict(given)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if not isinstance(given, training.Sequences):

@@ -102,7 +102,7 @@ class Forecasting(DataProblem):
             "window": self.length,
             "season": self.season,
             "split_rule": "in time, within each series: "
-            + ", ".join(f"{share:.0%} {part}" for part, share in shares("test" in self.parts).items())
+            + ", ".join(f"{100 * share:.0f} % {part}" for part, share in shares("test" in self.parts).items())
             + "; what is forecast lies inside its split",
             "split": {name: len(windows) for name, windows in self.parts.items()},
         }

@@ -94,6 +94,7 @@ def train_on(
             "updates": progress.update[-1],
             "validation": {"metric": problem.metric, "update": progress.update, "error": progress.error},
             "gradient_flow": {} if flow is None else {name: _plain(found) for name, found in flow.latest.items()},
+            "columns": dict(problem.columns),
             **problem.keep(),
             "test": problem.judge(model),
         }

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, ClassVar
@@ -40,6 +40,8 @@ class DataProblem(ABC):
     """updates where settings leave epochs and steps open; None: 50 passes"""
     patience: ClassVar[int | None] = 10
     """rounds, where settings leave it open"""
+    columns: Mapping[str, str] = {}
+    """how the file was read: the options of `read_data`, kept for data that the model is applied to"""
 
     @abstractmethod
     def begin(self, settings: Settings) -> Shape:
