@@ -81,6 +81,7 @@ class Part:
     """training stops when that many validations in a row reached the goal"""
     optimizer: Optimizer = "adam"
     schedule: Schedule = "constant"
+    weight_decay: float = 0.0
 
     def budget(self, side: Side, seed: int) -> Budget:
         return Budget(
@@ -92,6 +93,7 @@ class Part:
             every=self.steps // self.rounds,
             optimizer=self.optimizer,
             schedule=self.schedule,
+            weight_decay=self.weight_decay,
             omega=side.omega,
         )
 
@@ -105,8 +107,8 @@ ORDER = (Side("tanh-RNN, clip", "rnn", 50), Side("tanh-RNN, clip + Ω", "rnn", 5
 COPY = sides(128, 1, "lstm-chrono", "lstm-forget1")
 REBER = (
     Side("forget-bias-1 LSTM", "lstm-forget1", 12, seeds=32),
-    Side("Elman net, error one step back", "rnn", 24, seeds=4, elman=True),
-    Side("tanh-RNN, error through the whole string", "rnn", 24, seeds=4),
+    Side("Elman net, error one step back", "rnn", 24, seeds=3, elman=True),
+    Side("tanh-RNN, error through the whole string", "rnn", 24, seeds=3),
 )
 MNIST = (
     Side("chrono LSTM", "lstm-chrono", 48, seeds=1, lr=1e-2),
@@ -122,7 +124,18 @@ PARTS = {
     "order-100": Part("temporal-order", 100, ORDER, steps=1500, lr=1e-3, goal=0.01 / 0.75),
     "order-150": Part("temporal-order", 150, ORDER, steps=1500, lr=1e-3, goal=0.01 / 0.75),
     "reber": Part(
-        "embedded-reber", None, REBER, 4000, lr=2e-2, goal=0, batch=16, rounds=80, patience=1, schedule="cosine"
+        "embedded-reber",
+        None,
+        REBER,
+        steps=3000,
+        lr=2e-2,
+        goal=0.0,
+        batch=16,
+        rounds=60,
+        patience=1,
+        optimizer="adamw",
+        schedule="cosine",
+        weight_decay=0.1,
     ),
     "mnist": Part("mnist", None, MNIST, steps=1000, lr=1e-3, goal=0.0),
 }

@@ -38,9 +38,9 @@ def sequences(
         DataError: the rows don't fit, with row and column.
     """
     check_missing(missing)
-    table.require(target=target, id=id, time=time, text=text)
     if time is not None and id is None:
         raise DataError(f"{table.path}: --time is for tables of a step per row; name the sequences' column with --id")
+    table.require(target=target, id=id, time=time, text=text)
     names = [f"row {row}" for row in table.rows]
     places = [] if target is None else [table.where(row, target) for row in range(len(names))]
     if text is not None:
