@@ -16,12 +16,15 @@ from unvanish import engine, flow, train
 from unvanish.cli import main
 from unvanish.cli.installed import installed
 from unvanish.cli.interrupt import Commands
+from unvanish.train.anatomy import ending_together
+from unvanish.train.budget import Budget
 from unvanish.train.compare import measure
-from unvanish.train.fit import Budget, evaluate, fit
+from unvanish.train.fit import evaluate, fit
 from unvanish.train.memory import GATES, estimated
 from unvanish.train.models import RECIPES, REMEDIES, recipe
 from unvanish.train.records import SCHEMA
 from unvanish.train.tasks import make_task
+from unvanish.train.tasks.reber import SYMBOLS
 
 SMALL = ["--steps", "3", "--hidden", "4", "--batch", "4"]
 
@@ -47,6 +50,21 @@ def test_measures_the_law_of_an_orthogonal_network() -> None:
     assert reach.half_life == pytest.approx(1.0, rel=1e-6)
     assert reach.log_norm == pytest.approx([lag * math.log(0.5) for lag in range(30)], rel=1e-5)
     assert reach.reach == 6
+
+
+def test_measures_where_the_answers_end() -> None:
+    for name, length, end in (("copy", 5, 25), ("embedded-reber", 30, None)):
+        task = make_task(name, length)
+        x, y = ending_together(task, 32)
+        assert len(y) == len(x) > 1
+        assert (x.abs().sum(2) > 0).all()
+        if end is None:
+            assert set(y.tolist()) == {SYMBOLS.index("E")}
+        else:
+            assert torch.equal(y, task.samples("validation", range(32))[1][:, -1])
+        reach = measure(recipe("lstm").build(task, 4), task, 0)
+        assert len(reach.log_norm) == x.shape[1] == (end or x.shape[1])
+        assert all(map(math.isfinite, reach.log_norm))
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

@@ -30,6 +30,7 @@ WIDE = [
     (b"A,Y\n1,2\n", "row 1: no column 'y'"),
     (b"a;y\n1;2\n", "row 1: no column 'y' (--target); there are a;y; separate columns by commas"),
     (b"a\ty\n1\t2\n", "separate columns by commas"),
+    (b"a;y\n1,5;x\n", "row 2, column 2: expected 1 columns as in the header, got 2; separate columns by commas"),
     (b"y\nx\n", "row 1: no column is left"),
     (b"a,y\n1\n", "row 2, column 2: expected 2 columns"),
     (b"a,y\n1,x,3\n", "row 2, column 3: expected 2 columns"),
@@ -116,6 +117,7 @@ LONG = [
     ("i,a,y\n,2,x\n", "row 2, column 'i': the id is missing"),
     ("i,a,y\n1,,x\n", "row 2, column 'a': the value is missing"),
     ("a,y\n1,x\n", "row 1: no column 'i'"),
+    ("a,i,y,t\n1,p,x,1\n1,q,x,0\n1,p,x,1\n", "row 4, column 't': expected a later time than in the row of 'p' before"),
     ("i,y\n1,x\n", "row 1: no column is left for values"),
 ]
 
@@ -140,7 +142,7 @@ def test_a_malformed_csv_is_refused_by_row_and_column(tmp_path: Path, content: b
 @pytest.mark.parametrize(("content", "message"), LONG, ids=range(len(LONG)))
 def test_a_malformed_long_csv_is_refused_by_row_and_column(tmp_path: Path, content: str, message: str) -> None:
     def read(path: Path) -> Sequences:
-        return sequences(read_table(path), target="y", id="i")
+        return sequences(read_table(path), target="y", id="i", time="t" if ",t\n" in content else None)
 
     assert message in refused(tmp_path / "data.csv", content.encode(), read)
 
@@ -287,6 +289,16 @@ def test_wide_and_long_say_the_same(tmp_path: Path) -> None:
     other = sequences(read_table(tmp_path / "long.csv"), target="y", id="i")
     assert [v.tolist() for v in one.x] == [v.tolist() for v in other.x] == [[[1], [2], [3]], [[4], [5]]]
     assert one.y == other.y == ["x", "z"]
+
+
+def test_times_order_the_steps_and_are_no_channel(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("i,day,v,y\np,2026-01-30,1,x\nq,2026-01-01,2,z\np,2026-02-01,3,x\n")
+    found = sequences(read_table(path), target="y", id="i", time="day")
+    assert found.channels == ["v"]
+    assert [v.tolist() for v in found.x] == [[[1], [3]], [[2]]]
+    with pytest.raises(DataError, match="--time is for tables of a step per row; name the sequences' column with --id"):
+        sequences(read_table(path), target="y", time="day")
 
 
 def test_a_byte_order_mark_and_line_ends_change_nothing(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from unvanish.train.data.sequences import Sequences
 from unvanish.train.data.series import Series
 from unvanish.train.export import Exported, export, plain_state_dict
 from unvanish.train.forecasting import Forecasting
+from unvanish.train.language import LanguageModel
 from unvanish.train.problems import Classification, DataProblem, Regression
 from unvanish.train.settings import Settings
 from unvanish.train.trained import SCHEMA, Trained
@@ -75,6 +76,15 @@ def read(trained: Trained, answer: torch.Tensor) -> Any:
 def assert_same(said: Any, expected: Any) -> None:
     expected = expected[""] if isinstance(expected, dict) else expected
     assert said == (expected if isinstance(expected[0], str) else pytest.approx(expected, rel=1e-4))
+
+
+def test_a_language_model_answers_at_every_step_of_any_batch(tmp_path: Path) -> None:
+    trained = untrained(LanguageModel("so it goes. " * 60), batch=4)
+    assert export(trained, tmp_path / "m.onnx") < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    x = torch.randint(len("so it ge.") - 1, (2, 11))
+    (answer,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(answer), trained.model.eval()(x))
 
 
 KINDS = ["classes", "both ways", "mean", "numbers", "texts", "forecast"]

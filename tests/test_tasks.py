@@ -185,9 +185,14 @@ def test_reber_input_is_the_string_up_to_each_answer() -> None:
     task = EmbeddedReber(20)
     x, y = task.samples("test", range(50))
     assert ((y != IGNORED) == (x.sum(-1) == 1)).all()
-    shown = x.argmax(-1)[:, 1:].where(y[:, :-1] != IGNORED, IGNORED)
-    assert torch.equal(shown, y[:, :-1])
-    assert (y[:, -1] == SYMBOLS.index("E")).all()
+    for row, answers, string in zip(x, y, strings(task, "test"), strict=False):
+        assert "".join(SYMBOLS[s] for s in row[: len(string) - 1].argmax(-1)) == string[:-1]
+        assert (answers[len(string) - 1 :] == IGNORED).all()
+
+
+def test_reber_nothing_gives_away_how_long_a_string_will_be() -> None:
+    x, _ = EmbeddedReber().samples("test", range(256))
+    assert len({step.tobytes() for step in x[:, :2].numpy()}) == 2, "B, then T or P, for all alike"
 
 
 @cache
@@ -197,7 +202,7 @@ def perfect(task: EmbeddedReber, split: Any) -> torch.Tensor:
     for b, string in enumerate(strings(task, split)):
         for t in range(1, len(string)):
             may = [SYMBOLS.index(symbol) for symbol in follows(string[:t])]
-            answer[b, task.length - len(string) + t, may] = 1.0
+            answer[b, t - 1, may] = 1.0
     return answer
 
 
@@ -205,14 +210,16 @@ def test_reber_counts_the_long_range_symbol_apart() -> None:
     task = EmbeddedReber(24)
     answer, (_, y) = perfect(task, "test"), task.samples("test", range(256))
     assert float(task.error(answer, y)) == 0
+    rows = torch.arange(len(y))
+    due = (y != IGNORED).sum(1) - 2
     blind = answer.clone()
-    blind[:, -2] = torch.eye(7)[SYMBOLS.index("T")]
+    blind[rows, due] = torch.eye(7)[SYMBOLS.index("T")]
     long_range, other = task.wrong(blind, y)
-    assert torch.equal(long_range, y[:, -2] == SYMBOLS.index("P"))
+    assert torch.equal(long_range, y[rows, due] == SYMBOLS.index("P"))
     assert not other.any()
     assert float(task.error(blind, y)) == pytest.approx(task.chance, abs=0.1)
     both = answer.clone()
-    both[:, -2] = torch.eye(7)[[SYMBOLS.index("T"), SYMBOLS.index("P")]].sum(0)
+    both[rows, due] = torch.eye(7)[[SYMBOLS.index("T"), SYMBOLS.index("P")]].sum(0)
     assert task.wrong(both, y)[0].all(), "two equal outputs are no prediction"
 
 
@@ -226,7 +233,7 @@ def test_reber_any_one_wrong_prediction_is_seen(b: int, data: st.DataObject) -> 
     answer[0, t, k] = 1 - answer[0, t, k]
     long_range, other = task.wrong(answer, y)
     assert bool(long_range | other)
-    assert bool(long_range) == (t == task.length - 2)
+    assert bool(long_range) == (t == len(places) - 2)
 
 
 def test_reber_loss_is_of_the_answered_steps_alone() -> None:

@@ -159,6 +159,12 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))
     assert len(rows) == 121
     assert {row[1] for row in rows[1:]} <= set("abc")
+    Path("new.csv").write_text(
+        "".join(line.rpartition(",")[0] + "\n" for line in Path("d.csv").read_text().splitlines())
+    )
+    for known in ("d.csv", "new.csv"):  # the answers' column is that of the training, or not there
+        assert call(["predict", "m", "--data", known], monkeypatch) == 0
+        assert list(csv.reader(io.StringIO(capsys.readouterr().out))) == rows
     for wrong, message in (
         ([*base, "--out", "m"], "--out: m holds a finished training"),
         ([*base, "--out", "d.csv/n"], "--out: d.csv/n"),
@@ -166,7 +172,8 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         ([*base, "--out", "n", "--missing", "drop"], "missing: expected"),
         ([*base, "--out", "n", "--cell", "nope"], "cells: expected names"),
         (["predict", ".", "--data", "d.csv", "--target", "y"], "not a folder that `unvanish train` finished"),
-        (["predict", "m", "--data", "none.csv"], "No such file"),
+        (["predict", "m", "--data", "none.csv"], "--data: none.csv can't be read: No such file or directory"),
+        (["train", "--data", "d.csv", "--out", "n"], "--target: expected the column of the answers"),
     ):
         assert call(wrong, monkeypatch) == 2
         assert message in " ".join(capsys.readouterr().err.split())

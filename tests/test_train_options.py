@@ -135,7 +135,7 @@ def test_checkpoints_of_the_states_are_used_in_training(run: Callable, monkeypat
 
 
 REFUSED = [
-    (["--data", "n.csv"], "data: there are no targets; name their column with --target"),
+    (["--data", "n.csv"], "--target: expected the column of the answers"),
     ([], "--task, --data: expected one of them"),
     (["--task", "adding", "--data", "d.csv"], "--task, --data: expected one of them"),
     (["--task", "adding", "--target", "y"], "--target: a task has no use for it"),
@@ -143,7 +143,7 @@ REFUSED = [
     (["--task", "adding", "--epochs", "2"], "epochs: the samples of adding are drawn without end"),
     (["--task", "copy", "--read", "mean"], "read, bidirectional: copy is answered at the last"),
     (["--length", "9", *line(DATA)], "--length: data has its own"),
-    (["--time", "t", *line(DATA)], "--time: classification has no use for it"),
+    (["--time", "t", *line(DATA)], "--time is for tables of a step per row"),
     (["--season", "2", *line(DATA)], "--season: classification has no use for it"),
     (["--kind", "language", "--data", "book.txt", "--target", "y"], "--target: language has no use for it"),
     (["--kind", "language", "--data", "book.txt", "--batch", "4000"], "too few for 4000 streams"),

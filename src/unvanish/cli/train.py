@@ -1,5 +1,6 @@
 """`unvanish train` and `unvanish predict`."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 CLASSES = 20
 """how many are listed"""
+OF_DATA = ("kind", "target", "id", "time", "text", "missing", "horizon", "window", "season")
+"""options that say what is learnt from a file"""
 DATA, MODEL, TRAINING, RUN = "What is learnt", "Model", "Training", "Run"
 DataFile = Annotated[
     Path | None,
@@ -95,6 +98,7 @@ def train(
 
     Every round ends with a checkpoint; after a crash the same command with --resume goes on to the same weights.
     """
+    given = locals()  # each option is called what it sets
     if (task is None) == (data is None):
         raise UserError("--task, --data: expected one of them")
     if flow_every < 0:
@@ -102,51 +106,17 @@ def train(
     from unvanish import train as training
     from unvanish.cli.progress import TrainingBars
 
-    of_data: dict[str, Any] = {
-        "kind": kind,
-        "target": target,
-        "id": id,
-        "time": time,
-        "text": text,
-        "missing": missing,
-        "horizon": horizon,
-        "window": window,
-        "season": season,
-    }
-    settings = training.Settings(
-        cell=cell,
-        hidden=hidden,
-        layers=layers,
-        bidirectional=bidirectional,
-        dropout=dropout,
-        read=read,  # type: ignore[arg-type]
-        epochs=epochs,
-        steps=steps,
-        every=every,
-        batch=batch,
-        lr=lr,
-        clip=clip,
-        optimizer=optimizer,  # type: ignore[arg-type]
-        weight_decay=weight_decay,
-        schedule=schedule,  # type: ignore[arg-type]
-        patience=patience,
-        omega=omega,
-        clip_recurrence=clip_recurrence,
-        tbptt=tbptt,
-        checkpoint_every=checkpoint_every,
-        seed=seed,
-    )
+    settings = training.Settings(**{setting.name: given[setting.name] for setting in fields(training.Settings)})
+    of_data = {name: given[name] for name in OF_DATA if given[name] is not None}
     if task is not None:
-        for name, value in of_data.items():
-            if value is not None:
-                raise UserError(f"--{name}: a task has no use for it; leave it out")
+        for name in of_data:
+            raise UserError(f"--{name}: a task has no use for it; leave it out")
         problem = training.TaskProblem(training.make_task(task, length, seed))
     else:
         if length is not None:
             raise UserError("--length: data has its own; leave it out")
         assert data is not None
-        given = {name: value for name, value in of_data.items() if value is not None}
-        problem = training.read_problem(data, seed=seed, **given)
+        problem = training.read_problem(data, seed=seed, **of_data)
     machines = training.Machines(devices, nodes, accelerator)
     console = Console(quiet=quiet or as_json or not machines.first, highlight=False, soft_wrap=True, emoji=False)
     label = task or problem.kind
@@ -206,7 +176,10 @@ def predict(
     temperature: Annotated[float | None, _option(DATA, "Below 1: it dares less; by default 1.")] = None,
     seed: Annotated[int | None, _option(DATA, "Seed of what it writes; by default 0.")] = None,
 ) -> None:
-    """Apply a saved model: CSV on the terminal, one line per sequence or forecast step; or a text."""
+    """Apply a saved model: CSV on the terminal, one line per sequence or forecast step; or a text.
+
+    Columns and the policy for missing values are those of the training, where no other are named.
+    """
     import csv
     import sys
 
@@ -230,7 +203,10 @@ def predict(
         return
     if data is None:
         raise UserError("--data: expected a file")
-    given = training.read_data(data, kind, **columns)
+    told = {name: value for name, value in columns.items() if value is not None}
+    # New data need not have the answers, in whose column they stood in training.
+    if_there = {"target"} - told.keys()
+    given = training.read_data(data, kind, if_there=if_there, **(trained.config.get("columns", {}) | told))
     answers = trained.predict(given)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if not isinstance(given, training.Sequences):

@@ -1,12 +1,13 @@
 """Tasks and training."""
 
+from unvanish.train.budget import Budget, Machines
 from unvanish.train.compare import DEFAULT_CELLS, DEFAULT_TASKS, compare, environment
 from unvanish.train.data.sequences import Sequences
 from unvanish.train.data.series import Series
 from unvanish.train.data.table import DataError
 from unvanish.train.estimators import Forecaster, SequenceClassifier, SequenceRegressor
 from unvanish.train.export import export
-from unvanish.train.fit import Budget, Machines, evaluate, fit
+from unvanish.train.fit import evaluate, fit
 from unvanish.train.forecasting import Forecasting
 from unvanish.train.from_file import read_data, read_problem
 from unvanish.train.language import LanguageModel

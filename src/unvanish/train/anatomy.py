@@ -11,6 +11,7 @@ from unvanish.nn.modules import layer_directions
 from unvanish.train.models import SequenceModel
 from unvanish.train.records import Anatomy
 from unvanish.train.tasks import Task
+from unvanish.train.tasks.base import IGNORED
 
 POINTS = 120
 """steps kept of each curve at most"""
@@ -25,11 +26,10 @@ def dissect(model: SequenceModel, task: Task, update: int, probes: int) -> Anato
     """
     double = deepcopy(model).double().train(False)
     layer = double.recurrent
-    x, y = (v.double() if v.is_floating_point() else v for v in task.samples("validation", range(probes)))
+    x, y = ending_together(task, probes)
     with torch.enable_grad(), flow.watch(double, partial=True) as record:
         states, _ = layer(x)
-        answer = double.head(states[:, -1])
-        (task.loss(answer, y if task.answers == 1 else y[:, -1]) * len(y)).backward()
+        (task.loss(double.head(states[:, -1]), y) * len(y)).backward()
     own = record["recurrent.l0"]
     last = torch.zeros(states.shape[1], states.shape[0], states.shape[2], dtype=torch.float64)
     last[-1] = 1.0
@@ -50,6 +50,18 @@ def dissect(model: SequenceModel, task: Task, update: int, probes: int) -> Anato
         sources=list(found.sources),
         map=[_plain(row) for row in found.log_norms.median(2).values[:, steps]],
     )
+
+
+def ending_together(task: Task, most: int) -> tuple[Tensor, Tensor]:
+    """(x `[B, T, I]` in float64, y of the last step): out of the first validation samples those that end at one step,
+    the one at which most do."""
+    x, y = task.samples("validation", range(most))
+    x = x.double()
+    if task.answers == 1:
+        return x, y.double() if y.is_floating_point() else y
+    steps = (y != IGNORED).sum(1)
+    end = int(steps.mode().values)
+    return x[steps == end, : x.shape[1] - y.shape[1] + end], y[steps == end, end - 1]
 
 
 def _plain(values: Tensor) -> list[float | None]:

@@ -12,11 +12,13 @@ import torch
 
 import unvanish
 from unvanish import flow
-from unvanish.train.anatomy import dissect
-from unvanish.train.fit import Budget, Progress, evaluate, fit
+from unvanish.train.anatomy import dissect, ending_together
+from unvanish.train.budget import Budget
+from unvanish.train.fit import evaluate, fit
 from unvanish.train.memory import estimated, require
 from unvanish.train.models import REMEDIES, SequenceModel, recipe
 from unvanish.train.records import Comparison, Cured, Reach, Run, TaskResult
+from unvanish.train.supervised import Progress
 from unvanish.train.tasks import Task, make_task
 
 DEFAULT_TASKS = ("adding", "digits")
@@ -39,11 +41,10 @@ def measure(model: SequenceModel, task: Task, update: int, fraction: float = 0.0
     hold.
     """
     double = deepcopy(model).double().train(False)
-    x, y = (v.double() if v.is_floating_point() else v for v in task.samples("validation", range(PROBES)))
+    x, y = ending_together(task, PROBES)
     states, _ = double.recurrent(x)
     last = states[:, -1].detach().requires_grad_()
-    answer = double.head(last)
-    error = task.loss(answer, y if task.answers == 1 else y[:, -1]) * len(y)
+    error = task.loss(double.head(last), y) * len(y)
     (source,) = torch.autograd.grad(error, last)
     found = flow.adjoint_map(double.recurrent, x, sources=[-1], cotangent=source.unsqueeze(0))
     log_norms = found.over_lag(0)

@@ -1,5 +1,6 @@
 """The trainer with scikit-learn's face: estimators to clone, pickle, search over and put into a pipeline."""
 
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, Self
 
 import numpy as np
@@ -9,10 +10,10 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
+from unvanish.train.budget import Optimizer, Schedule
 from unvanish.train.data.missing import Missing, check_missing, filled, refuse
 from unvanish.train.data.sequences import Sequences
 from unvanish.train.data.series import Series, last_season
-from unvanish.train.fit import Optimizer, Schedule
 from unvanish.train.forecasting import Forecasting
 from unvanish.train.learn import train_on
 from unvanish.train.models import Read
@@ -20,65 +21,45 @@ from unvanish.train.problems import Classification, DataProblem, Regression, out
 from unvanish.train.settings import Settings
 from unvanish.train.trained import Trained
 
-OWN = ("missing", "random_state", "horizon", "window", "season")
-"""parameters of estimators that are no `Settings`"""
 
-
+@dataclass(eq=False, repr=False)
 class _Estimator(BaseEstimator):
-    """What the estimators share; after `fit`, `trained_` holds the model: `trained_.save(folder)` keeps it."""
+    """What the estimators share; after `fit`, `trained_` holds the model: `trained_.save(folder)` keeps it.
 
-    trained_: Trained
+    A dataclass for its `__init__`, from whose signature scikit-learn reads the parameters.
+    """
+
+    cell: str = "lstm-chrono"
+    _: KW_ONLY
+    hidden: int = 48
+    layers: int = 1
+    bidirectional: bool = False
+    dropout: float = 0.0
+    read: Read | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    batch: int = 32
+    lr: float = 1e-2
+    clip: float = 1.0
+    optimizer: Optimizer = "adam"
+    weight_decay: float = 0.0
+    schedule: Schedule = "constant"
+    patience: int | None = None
+    omega: float = 0.0
+    missing: Missing = "error"
+    random_state: int | np.random.RandomState | None = 0
+    trained_: Trained = field(init=False)
 
     def _train(self, problem: type[DataProblem], data: Any, **options: Any) -> Self:
-        chosen = {name: value for name, value in self.get_params().items() if name not in OWN}
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))  # type: ignore[attr-defined]
+        names = {setting.name for setting in fields(Settings)}
+        chosen = {name: value for name, value in self.get_params().items() if name in names}
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         settings = Settings(**chosen, seed=seed)
         self.trained_ = train_on(problem(data, **options, test=False), settings, flow_every=None)  # type: ignore[call-arg]
         return self
 
 
 class _SequenceEstimator(_Estimator):
-    def __init__(
-        self,
-        cell: str = "lstm-chrono",
-        *,
-        hidden: int = 48,
-        layers: int = 1,
-        bidirectional: bool = False,
-        dropout: float = 0.0,
-        read: Read | None = None,
-        epochs: int | None = None,
-        steps: int | None = None,
-        batch: int = 32,
-        lr: float = 1e-2,
-        clip: float = 1.0,
-        optimizer: Optimizer = "adam",
-        weight_decay: float = 0.0,
-        schedule: Schedule = "constant",
-        patience: int | None = None,
-        omega: float = 0.0,
-        missing: Missing = "error",
-        random_state: int | np.random.RandomState | None = 0,
-    ) -> None:
-        self.cell = cell
-        self.hidden = hidden
-        self.layers = layers
-        self.bidirectional = bidirectional
-        self.dropout = dropout
-        self.read = read
-        self.epochs = epochs
-        self.steps = steps
-        self.batch = batch
-        self.lr = lr
-        self.clip = clip
-        self.optimizer = optimizer
-        self.weight_decay = weight_decay
-        self.schedule = schedule
-        self.patience = patience
-        self.omega = omega
-        self.missing = missing
-        self.random_state = random_state
-
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
@@ -165,6 +146,7 @@ class SequenceRegressor(RegressorMixin, _SequenceEstimator):
         return (answers[:, 0] * deviation + mean).numpy()
 
 
+@dataclass(eq=False, repr=False)
 class Forecaster(_Estimator):
     """The next `horizon` values of a series, from the last `window` steps of all its channels.
 
@@ -188,52 +170,9 @@ class Forecaster(_Estimator):
         ValueError: series or parameters don't fit.
     """
 
-    def __init__(
-        self,
-        cell: str = "lstm-chrono",
-        *,
-        horizon: int = 1,
-        window: int = 48,
-        season: int | None = None,
-        hidden: int = 48,
-        layers: int = 1,
-        bidirectional: bool = False,
-        dropout: float = 0.0,
-        read: Read | None = None,
-        epochs: int | None = None,
-        steps: int | None = None,
-        batch: int = 32,
-        lr: float = 1e-2,
-        clip: float = 1.0,
-        optimizer: Optimizer = "adam",
-        weight_decay: float = 0.0,
-        schedule: Schedule = "constant",
-        patience: int | None = None,
-        omega: float = 0.0,
-        missing: Missing = "error",
-        random_state: int | np.random.RandomState | None = 0,
-    ) -> None:
-        self.cell = cell
-        self.horizon = horizon
-        self.window = window
-        self.season = season
-        self.hidden = hidden
-        self.layers = layers
-        self.bidirectional = bidirectional
-        self.dropout = dropout
-        self.read = read
-        self.epochs = epochs
-        self.steps = steps
-        self.batch = batch
-        self.lr = lr
-        self.clip = clip
-        self.optimizer = optimizer
-        self.weight_decay = weight_decay
-        self.schedule = schedule
-        self.patience = patience
-        self.omega = omega
-        self.missing = missing
-        self.random_state = random_state
+    horizon: int = 1
+    window: int = 48
+    season: int | None = None
 
     def fit(self, X: Any, y: None = None) -> Self:
         """Train on one series, or a list of them; `y` is there for scikit-learn, and must be None."""

@@ -25,7 +25,8 @@ class Exported(nn.Module):
 
     Scales are part of it: values go in unscaled, NaN where one is missing, and a regression comes out in the units of
     its target. A classification answers `[B, classes]` logits; a forecast `[B, horizon]` values; a language model
-    `[B, T, symbols]` logits. What stands behind a sequence's length has no influence, except on the answers there.
+    `[B, T, symbols]` logits, and in ONNX it takes no lengths, on which they don't depend. What stands behind a
+    sequence's length has no influence, except on the answers there.
 
     Args:
         trained: the model.
@@ -186,6 +187,9 @@ def _onnx(module: Exported, examples: list[Any], path: Path) -> list[Tensor]:
 
     names = ["x", "lengths"]
     open_axes = {"x": {0: "batch", 1: "steps"}, "lengths": {0: "batch"}, "answer": {0: "batch"}}
+    if module.model.read == "all":  # no answer depends on the lengths, and the exporter takes them out
+        names.pop()
+        open_axes = {"x": open_axes["x"], "answer": open_axes["x"]}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         # The exporter built on torch.export fixes the number of steps of a recurrent layer; this one leaves it open.
@@ -200,11 +204,10 @@ def _onnx(module: Exported, examples: list[Any], path: Path) -> list[Tensor]:
             opset_version=17,
         )
     session = onnxruntime.InferenceSession(path)
-    return [torch.from_numpy(session.run(None, dict(zip(names, map(_numpy, e), strict=True)))[0]) for e in examples]
-
-
-def _numpy(x: Tensor) -> Any:
-    return x.numpy()
+    return [
+        torch.from_numpy(session.run(None, {name: v.numpy() for name, v in zip(names, e, strict=False)})[0])
+        for e in examples
+    ]
 
 
 def _pt2(module: Exported, examples: list[Any], path: Path, steps: int | None) -> list[Tensor]:

@@ -12,10 +12,12 @@ from torch.utils.data import DataLoader, Dataset
 from unvanish.train.data.sequences import Scale
 from unvanish.train.data.series import Series, Window, last_season, shares, split_in_time, training_steps
 from unvanish.train.data.table import DataError
-from unvanish.train.fit import Split, answers, together
+from unvanish.train.fit import answers
 from unvanish.train.models import SequenceModel, Shape
 from unvanish.train.problems import DataProblem, Judgement, Listed, to_json
 from unvanish.train.settings import Settings
+from unvanish.train.supervised import together
+from unvanish.train.tasks.base import Split
 
 
 class Forecasting(DataProblem):
@@ -100,7 +102,7 @@ class Forecasting(DataProblem):
             "window": self.length,
             "season": self.season,
             "split_rule": "in time, within each series: "
-            + ", ".join(f"{share:.0%} {part}" for part, share in shares("test" in self.parts).items())
+            + ", ".join(f"{100 * share:.0f} % {part}" for part, share in shares("test" in self.parts).items())
             + "; what is forecast lies inside its split",
             "split": {name: len(windows) for name, windows in self.parts.items()},
         }

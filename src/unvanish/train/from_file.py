@@ -1,5 +1,6 @@
 """From a file and what is to be learnt to a problem, and to what a model is applied to."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,20 +16,21 @@ from unvanish.train.problems import Classification, DataProblem, Regression
 
 Kind = Literal["classification", "regression", "forecasting", "language"]
 USED: dict[str, tuple[str, ...]] = {
-    "classification": ("target", "id", "text", "missing"),
-    "regression": ("target", "id", "text", "missing"),
+    "classification": ("target", "id", "time", "text", "missing"),
+    "regression": ("target", "id", "time", "text", "missing"),
     "forecasting": ("target", "id", "time", "missing", "horizon", "window", "season"),
     "language": ("text",),
 }
 
 
-def read_data(path: Path, kind: Kind, **options: Any) -> Sequences | Series | str:
+def read_data(path: Path, kind: Kind, *, if_there: Collection[str] = (), **options: Any) -> Sequences | Series | str:
     """What a file holds, for a kind of problem.
 
     Args:
         path: .csv or .parquet; .ts of the UCR/UEA archive (classification, regression); for a language model any other
             suffix is a text.
         kind: "classification", "regression", "forecasting" or "language".
+        if_there: which options of a classification or regression don't count where the file lacks their column.
         options: target, id, time, text: columns; missing: the policy for missing values. None: not given.
 
     Raises:
@@ -37,24 +39,34 @@ def read_data(path: Path, kind: Kind, **options: Any) -> Sequences | Series | st
         OSError: the file can't be read.
     """
     given = _given(kind, options)
-    missing: Missing = given.pop("missing", "error")
+    try:
+        return _read(path, kind, given, if_there)
+    except OSError as error:
+        raise OSError(f"--data: {path} can't be read: {error.strerror or error}") from error
+
+
+def _read(path: Path, kind: Kind, given: dict[str, Any], if_there: Collection[str]) -> Sequences | Series | str:
+    suffix = path.suffix.lower()
     if kind == "language":
-        if path.suffix.lower() in (".csv", ".parquet"):
+        if suffix in (".csv", ".parquet"):
             if "text" not in given:
                 raise ValueError(f"--text: expected the column of {path} that holds the texts")
             return "\n".join(read_table(path).text(given["text"]))
         if given:
             raise ValueError(f"--text: {path} is a text as it is and has no columns; leave it out")
         return read_text(path)
+    missing: Missing = given.pop("missing", "error")
     if kind == "forecasting":
         if "target" not in given:
             raise ValueError("--target: expected the column that is forecast")
         return series(read_table(path), missing=missing, **given)
-    if path.suffix.lower() == ".ts":
+    if suffix == ".ts":
         if given:
             raise ValueError(f"--{next(iter(given))}: a .ts file has no named columns; leave it out")
         return read_ts(path, missing=missing)
-    return sequences(read_table(path), missing=missing, **given)
+    table = read_table(path)
+    columns = {name: column for name, column in given.items() if name not in if_there or column in table.columns}
+    return sequences(table, missing=missing, **columns)
 
 
 def read_problem(
@@ -84,13 +96,19 @@ def read_problem(
         OSError: the file can't be read.
     """
     ahead = _given(kind, {"horizon": horizon, "window": window, "season": season})
-    data = read_data(path, kind, target=target, id=id, time=time, text=text, missing=missing)
+    if kind in ("classification", "regression") and target is None and path.suffix.lower() != ".ts":
+        raise ValueError("--target: expected the column of the answers; of a whole text, --kind language learns")
+    columns = {"target": target, "id": id, "time": time, "text": text, "missing": missing}
+    data = read_data(path, kind, **columns)
     try:
         if isinstance(data, Series):
-            return Forecasting(data, **ahead)
-        if isinstance(data, str):
-            return LanguageModel(data)
-        return (Classification if kind == "classification" else Regression)(data, seed=seed)
+            problem = Forecasting(data, **ahead)
+        elif isinstance(data, str):
+            problem = LanguageModel(data)
+        else:
+            problem = (Classification if kind == "classification" else Regression)(data, seed=seed)
+        problem.columns = {name: value for name, value in columns.items() if value is not None}
+        return problem
     except DataError as error:
         if str(path) in str(error):
             raise

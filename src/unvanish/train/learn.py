@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from unvanish.flow.callback import GradientFlow
-from unvanish.train.fit import Machines, fit
+from unvanish.train.budget import Machines
+from unvanish.train.fit import fit
 from unvanish.train.problems import DataProblem
 from unvanish.train.run_folder import RunFolder, fingerprint
 from unvanish.train.settings import Settings
@@ -93,6 +94,7 @@ def train_on(
             "updates": progress.update[-1],
             "validation": {"metric": problem.metric, "update": progress.update, "error": progress.error},
             "gradient_flow": {} if flow is None else {name: _plain(found) for name, found in flow.latest.items()},
+            "columns": dict(problem.columns),
             **problem.keep(),
             "test": problem.judge(model),
         }

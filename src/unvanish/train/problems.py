@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from unvanish.train.data.sequences import Scale, Sequences, split
 from unvanish.train.data.table import DataError
 from unvanish.train.data.vocabulary import Vocabulary
-from unvanish.train.fit import Split, answers, together
+from unvanish.train.fit import answers
 from unvanish.train.models import SequenceModel, Shape
 from unvanish.train.settings import Settings
+from unvanish.train.supervised import together
+from unvanish.train.tasks.base import Split
 
 Judgement = dict[str, dict[str, float]]
 """who answers: "model", or a baseline → metric → value on the test split"""
@@ -38,6 +40,8 @@ class DataProblem(ABC):
     """updates where settings leave epochs and steps open; None: 50 passes"""
     patience: ClassVar[int | None] = 10
     """rounds, where settings leave it open"""
+    columns: Mapping[str, str] = {}
+    """how the file was read: the options of `read_data`, kept for data that the model is applied to"""
 
     @abstractmethod
     def begin(self, settings: Settings) -> Shape:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from unvanish.train.fit import Budget, Optimizer, Schedule
+from unvanish.train.budget import Budget, Optimizer, Schedule
 from unvanish.train.models import READS, Read, recipe
 
 EPOCHS = 50

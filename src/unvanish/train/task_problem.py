@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unvanish.train.fit import Split, evaluate
+from unvanish.train.fit import evaluate
 from unvanish.train.models import SequenceModel, Shape
 from unvanish.train.problems import DataProblem, Judgement
 from unvanish.train.settings import Settings
-from unvanish.train.tasks.base import Generated, Task
+from unvanish.train.tasks.base import Generated, Split, Task
 
 
 class TaskProblem(DataProblem):

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from unvanish.flow.files import write_atomically
 from unvanish.train.data.sequences import Sequences
-from unvanish.train.fit import together
 from unvanish.train.forecasting import Forecasting
 from unvanish.train.language import LanguageModel
 from unvanish.train.models import SequenceModel, Shape
 from unvanish.train.problems import Classification, Regression, inputs_of
+from unvanish.train.supervised import together
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -16,6 +16,7 @@ def sequences(
     *,
     target: str | None = None,
     id: str | None = None,
+    time: str | None = None,
     text: str | None = None,
     missing: Missing = "error",
 ) -> Sequences:
@@ -29,6 +30,7 @@ def sequences(
         table: the rows.
         target: the column of the answers; None: there is none, as when predicting.
         id: the column that tells sequences apart, in a long table; None: a wide one.
+        time: the column of times of a long table, checked to increase within each sequence; not an input.
         text: the column of the texts, where the sequences are texts; other columns are not looked at.
         missing: "error", "mean" or "previous".
 
@@ -36,7 +38,9 @@ def sequences(
         DataError: the rows don't fit, with row and column.
     """
     check_missing(missing)
-    table.require(target=target, id=id, text=text)
+    if time is not None and id is None:
+        raise DataError(f"{table.path}: --time is for tables of a step per row; name the sequences' column with --id")
+    table.require(target=target, id=id, time=time, text=text)
     names = [f"row {row}" for row in table.rows]
     places = [] if target is None else [table.where(row, target) for row in range(len(names))]
     if text is not None:
@@ -44,7 +48,7 @@ def sequences(
             raise DataError(f"{table.path}: --text and --id exclude each other: a text is a sequence")
         y = None if target is None else table.labels(target, "target")
         return Sequences(table.text(text), y, names, [text], places)
-    channels = [name for name in table.columns if name not in (target, id)]
+    channels = [name for name in table.columns if name not in (target, id, time)]
     if not channels:
         raise DataError(f"{table.path}: row 1: no column is left for values besides target and id")
     y = None if target is None else table.labels(target, "target")
@@ -62,6 +66,8 @@ def sequences(
         return Sequences(x, y, names, ["value"], places)
     groups = _groups(table, id)
     _all_known(table, values, channels, missing)
+    if time is not None:
+        _check_order(table, time, groups)
     if y is not None:
         for name, rows in groups.items():
             for row in rows:
@@ -101,11 +107,7 @@ def series(
     _all_known(table, values, channels, missing)
     groups = _groups(table, id) if id is not None else {"": list(range(len(table.rows)))}
     if time is not None:
-        moments = _times(table, time)
-        for rows in groups.values():
-            for before, row in pairwise(rows):
-                if not moments[row] > moments[before]:
-                    raise DataError(f"{table.where(row, time)}: expected a later time than in the row before it")
+        _check_order(table, time, groups)
     known = {name: filled(values[rows], missing) for name, rows in groups.items()}
     for name, rows in groups.items():
         for step in np.flatnonzero(np.isnan(known[name][:, 0]))[:1]:
@@ -114,6 +116,16 @@ def series(
                 + (", or choose --missing previous" if missing == "mean" else ": no value stands before it")
             )
     return Series(known, channels)
+
+
+def _check_order(table: Table, time: str, groups: dict[str, list[int]]) -> None:
+    """Raise where the times of a group don't increase."""
+    moments = _times(table, time)
+    for name, rows in groups.items():
+        for before, row in pairwise(rows):
+            if not moments[row] > moments[before]:
+                of = f" of {name!r}" if name else ""
+                raise DataError(f"{table.where(row, time)}: expected a later time than in the row{of} before it")
 
 
 def _times(table: Table, column: str) -> np.ndarray:

@@ -49,8 +49,7 @@ class Table:
         for option, column in named.items():
             if column not in self.columns:
                 shown = ", ".join(list(self.columns)[:10]) + (", …" if len(self.columns) > 10 else "")
-                only = len(self.columns) == 1 and any(mark in shown for mark in ";\t|")
-                hint = "; separate columns by commas" if only else ""
+                hint = _hint(list(self.columns))
                 raise DataError(f"{self.path}: row 1: no column {column!r} (--{option}); there are {shown}{hint}")
         if len(set(named.values())) < len(named):
             raise DataError(
@@ -187,7 +186,7 @@ def _read_csv(path: Path) -> Table:
             elif len(row) != len(header):
                 raise DataError(
                     f"{path}: row {line}, column {min(len(row), len(header)) + 1}: expected {len(header)} columns as "
-                    f"in the header, got {len(row)}"
+                    f"in the header, got {len(row)}{_hint(header)}"
                 )
             else:
                 cells.append(row)
@@ -202,6 +201,11 @@ def _read_csv(path: Path) -> Table:
         name: list(column) for name, column in zip(header, zip(*cells, strict=True), strict=True)
     }
     return Table(path, columns, rows)
+
+
+def _hint(header: list[str]) -> str:
+    """What to do, where all columns are taken for one."""
+    return "; separate columns by commas" if len(header) == 1 and any(mark in header[0] for mark in ";\t|") else ""
 
 
 def check_header(path: Path, header: list[str]) -> None:
@@ -219,7 +223,9 @@ def check_header(path: Path, header: list[str]) -> None:
     seen: set[str] = set()
     for place, name in enumerate(header, 1):
         if not name:
-            raise DataError(f"{path}: row 1, column {place}: the column has no name")
+            raise DataError(
+                f"{path}: row 1, column {place}: the column has no name; give it one, or leave the column out"
+            )
         if name in seen:
             raise DataError(f"{path}: row 1, column {place}: {name!r} is there twice")
         seen.add(name)

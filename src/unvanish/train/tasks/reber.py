@@ -48,9 +48,9 @@ class EmbeddedReber(Task):
     predicted.
 
     x is one-hot over {B, T, P, S, X, V, E}; y_t is the symbol that follows x_t. Strings have 9 to T + 1 symbols, 12 in
-    the mean; longer ones (1 in 900 for the default T = 30) are drawn again. They stand at the end of the sequence,
-    steps of zeros without an answer before them; there the paper resets the state. 256 strings to train, 256 to
-    validate, 256 to test; the latter do not occur among the first.
+    the mean; longer ones (1 in 900 for the default T = 30) are drawn again. After the string come steps of zeros
+    without an answer. (Before it they would give away its length, and with it which symbol comes next.) 256 strings to
+    train, 256 to validate, 256 to test; the latter do not occur among the first.
 
     A string is right if at every step the symbols that may follow have the largest outputs; reported is the share of
     strings that are not. Knowing all but the second symbol gets half of them right: chance.
@@ -72,12 +72,12 @@ class EmbeddedReber(Task):
     def __init__(self, length: int | None = None, seed: int = 0) -> None:
         super().__init__(whole(length, "length", self.default_length, self.least_length), seed)
         self.answers = self.length
-        train = [self.draw("train", index) for index in range(STRINGS)]
+        train = [self._draw("train", index, ()) for index in range(STRINGS)]
         seen = set(train)
         self._strings: dict[Split, list[str]] = {
             "train": train,
-            "validation": [self.draw("validation", index, seen) for index in range(STRINGS)],
-            "test": [self.draw("test", index, seen) for index in range(STRINGS)],
+            "validation": [self._draw("validation", index, seen) for index in range(STRINGS)],
+            "test": [self._draw("test", index, seen) for index in range(STRINGS)],
         }
 
     @property
@@ -87,18 +87,14 @@ class EmbeddedReber(Task):
     def size(self, split: Split) -> int:
         return STRINGS
 
-    def string(self, split: Split, index: int) -> str:
-        """The string of a sample."""
-        return self._strings[split][index]
-
     def samples(self, split: Split, indices: Sequence[int]) -> Samples:
         x = np.zeros((len(indices), self.length, self.inputs), dtype=np.float32)
         y = np.full((len(indices), self.length), IGNORED)
         for row, index in enumerate(indices):
-            symbols = [SYMBOLS.index(symbol) for symbol in self.string(split, index)]
-            start = self.length + 1 - len(symbols)
-            x[row, np.arange(start, self.length), symbols[:-1]] = 1
-            y[row, start:] = symbols[1:]
+            symbols = [SYMBOLS.index(symbol) for symbol in self._strings[split][index]]
+            steps = len(symbols) - 1
+            x[row, np.arange(steps), symbols[:-1]] = 1
+            y[row, :steps] = symbols[1:]
         return as_float(x), torch.as_tensor(y)
 
     def error(self, answer: Tensor, y: Tensor) -> Tensor:
@@ -120,9 +116,8 @@ class EmbeddedReber(Task):
         long_range = torch.isin(nodes, torch.tensor(LONG_RANGE, device=y.device))
         return (wrong & long_range).any(1), (wrong & ~long_range).any(1)
 
-    def draw(self, split: Split, index: int, without: Collection[str] = ()) -> str:
-        """A string of the grammar but these, by (seed, split, index); where two symbols may follow, each has
-        probability ½."""
+    def _draw(self, split: Split, index: int, without: Collection[str]) -> str:
+        """The string of a sample; where two symbols may follow, each has probability ½."""
         rng = self.generator(split, index)
         while True:
             node, string = 0, ""
