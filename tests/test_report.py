@@ -63,7 +63,8 @@ def test_verdicts_say_what_the_records_say() -> None:
     first, second = verdict.advice(nobody)
     assert first.startswith("No model solved it")
     assert (
-        'layer = unvanish.cures.replace(layer, "lstm"), and call unvanish.cures.chrono_(layer, max_lag=200)' in second
+        '`layer = unvanish.cures.replace(layer, "lstm")`, and call `unvanish.cures.chrono_(layer, max_lag=200)`'
+        in second
     )
     assert second.endswith("0.82 then arrives at the first step, instead of 10⁻⁴³.")
     lucky = comparison(run("A", -0.5, 0.001, after=0.0)).tasks[0]
@@ -123,6 +124,25 @@ def test_titles_are_no_formulas(tmp_path: Path) -> None:
     legend = uv.plot.learning(found.tasks[0]).get_legend()
     assert legend is not None
     assert any("hidden" in text.get_text() for text in legend.get_texts())
+
+
+def test_an_error_of_zero_stays_in_the_picture() -> None:
+    for last, scale in ((0.0, "linear"), (0.02, "log"), (0.001, "log")):
+        task = comparison(run("A", -0.1, last)).tasks[0]
+        assert uv.plot.learning(task).get_yscale() == scale
+    rates = replace(task, chance=0.9, solved_below=0.2, runs=[run("A", -0.1, 0.15)])
+    ax = uv.plot.learning(rates)
+    assert ax.get_yscale() == "linear"
+    assert ax.get_ylim()[0] == 0
+
+
+def test_code_in_advice_is_code_and_nothing_else(tmp_path: Path) -> None:
+    hostile = comparison(run("`<script>x</script>`", -0.5, 0.167))
+    report.write_comparison(hostile, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "<code>unvanish.cures.chrono_(layer, max_lag=200)</code>" in page
+    assert "<code>&lt;script&gt;x&lt;/script&gt;</code>" in page
+    assert "<script>x" not in page
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +206,28 @@ def test_report_lives_in_a_browser(browser, tmp_path: Path, width: int, scheme: 
     page.wait_for_selector("#map-adding .hoverlayer text")
     assert "source k 149, step t" in (page.locator("#map-adding .hoverlayer").text_content() or "")
     assert said == []
+    page.close()
+
+
+@pytest.mark.browser
+def test_report_prints(browser, tmp_path: Path) -> None:
+    """Paper: pictures as wide as the text, in light colours; of every choice only what was chosen."""
+    path = tmp_path / "report.html"
+    report.write_comparison(comparison(run("plain", -0.1, 0.1), run("cured", -0.001, 0.001)), path)
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="dark")
+    page.goto(path.as_uri())
+    page.wait_for_selector("#reach-adding .legend")
+    page.emulate_media(media="print")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    for picture in ("reach", "share", "map", "cures"):
+        drawn, box = (page.locator(f"#{picture}-adding{part}").bounding_box() for part in (" .main-svg >> nth=0", ""))
+        assert (drawn["width"], drawn["height"]) == (box["width"], box["height"]), picture
+        assert box["width"] < 680
+    assert page.locator("label:visible").all_inner_texts() == ["before training", "cured", "before training", "cured"]
+    assert page.locator(".modebar-container:visible").count() == 0
+    assert page.evaluate("document.getElementById('reach-adding').layout.font.color") == "#1c1f24"
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate("document.getElementById('reach-adding').layout.font.color") == "#e8eaee"
     page.close()
 
 

@@ -1,17 +1,19 @@
 """The report: one self-contained page, opens offline, made from records alone."""
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from unvanish.flow.files import write_atomically
 from unvanish.flow.record import Flow
 from unvanish.report import verdict
-from unvanish.report.style import LINES, LN10, decades, line
+from unvanish.report.style import LINES, LN10, decades, line, spans_decades
 from unvanish.train.records import Anatomy, Comparison, Reach, TaskResult
 
 
@@ -63,6 +65,7 @@ def _render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("unvanish.report", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.filters["code"] = _code
     from plotly.offline import get_plotlyjs
 
     assets = files("unvanish.report") / "assets"
@@ -72,6 +75,11 @@ def _render(template: str, **values: Any) -> str:
         js=(assets / "report.js").read_text("utf-8"),
         **values,
     )
+
+
+def _code(text: str) -> Markup:
+    """Text, escaped, with what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _script_safe(data: Any) -> str:
@@ -85,6 +93,7 @@ def _task_data(task: TaskResult) -> dict[str, Any]:
     return {
         "metric": task.metric,
         "chance": task.chance,
+        "logError": spans_decades(task),
         "solvedBelow": task.solved_below,
         "runs": [
             {

@@ -27,7 +27,7 @@ from unvanish.flow import (
     SourceGradients,
     StateTerms,
 )
-from unvanish.report.style import LINES, LN10, decades, line
+from unvanish.report.style import LINES, LN10, decades, line, spans_decades
 from unvanish.train.records import Comparison, Reach, Run, TaskResult
 
 Moment = Literal["before", "after"]
@@ -94,7 +94,10 @@ def learning(task: TaskResult, ax: Axes | None = None) -> Axes:
         )
     ax.axhline(task.chance, color="0.4", linewidth=0.9, label="chance")
     ax.axhline(task.solved_below, color="0.4", linewidth=0.9, linestyle=":", label="solved below")
-    ax.set_yscale("log")
+    if spans_decades(task):
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=0)
     _finish(ax, "optimizer updates", f"validation {task.metric}")
     ax.set_title(f"{_text(task.title)}: who learns", loc="left", fontsize=10)
     return ax
