@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 from torch import nn
 
@@ -83,11 +84,16 @@ def test_fate_does_not_depend_on_scale_and_knows_explosions() -> None:
     assert [verdict.fate(reach(s)) for s in (-0.1, 0.0, 0.1)] == ["vanishes", "survives", "explodes"]
 
 
+@pytest.mark.parametrize("width", [80, 60, 50])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_tables_fit_80_columns(name: str) -> None:
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    report.print_comparison(comparison(run(name, -0.5, 0.167)), console)
-    assert max(map(len, console.export_text().splitlines())) <= 80
+def test_tables_fit_the_terminal_and_cut_no_number(name: str, width: int) -> None:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    report.print_comparison(comparison(run(name, -0.5, 0.000123, after=-0.001)), console)
+    said = console.export_text()
+    assert max(map(cell_len, said.splitlines())) <= width
+    assert "0.000123" in said
+    assert "9 → 199" in said
+    assert ("-0.500" in said) is (width == 80)
 
 
 def test_figures_are_written(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from unvanish.flow.files import write_atomically
 from unvanish.flow.record import Flow
 from unvanish.report import verdict
-from unvanish.report.style import LINES, LN10, decades, line, spans_decades
+from unvanish.report.style import LINES, LN10, decades, line, short, spans_decades
 from unvanish.train.records import Anatomy, Comparison, Reach, TaskResult
 
 
@@ -97,14 +97,14 @@ def _task_data(task: TaskResult) -> dict[str, Any]:
         "solvedBelow": task.solved_below,
         "runs": [
             {
-                "title": _short(run.title),
+                "title": short(run.title),
                 "colour": line(index).colour,
                 "dash": line(index).dash,
                 "update": run.curve_update,
                 "error": run.curve_error,
                 "moments": [_moment(m) for m in (run.before, *run.during, run.after)],
                 "anatomy": [_anatomy(a) for a in run.anatomy],
-                "cures": [{"title": _short(cure.title), "moment": _moment(cure.reach)} for cure in run.cures],
+                "cures": [{"title": short(cure.title), "moment": _moment(cure.reach)} for cure in run.cures],
             }
             for index, run in enumerate(task.runs)
         ],
@@ -135,7 +135,3 @@ def _anatomy(a: Anatomy) -> dict[str, Any]:
 
 def _powers(log_norm: list[float | None]) -> list[float | None]:
     return [None if value is None else round(value / LN10, 4) for value in log_norm]
-
-
-def _short(title: str, most: int = 40) -> str:
-    return title if len(title) <= most else title[: most - 1] + "…"

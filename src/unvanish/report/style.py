@@ -42,6 +42,11 @@ def decades(log_norm: list[float]) -> list[float | None]:
     return [value / LN10 if math.isfinite(value) else None for value in log_norm]
 
 
+def short(name: str, most: int = 40) -> str:
+    """A name that leaves room for the picture."""
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
 def spans_decades(task: TaskResult) -> bool:
     """Whether the errors of a task want a logarithmic axis: they span more than one power of ten, and none is 0."""
     errors = [task.chance, task.solved_below, *(error for run in task.runs for error in run.curve_error)]
