@@ -35,7 +35,7 @@ Moment = Literal["before", "after"]
 
 def _power(value: float, position: float | None = None) -> str:
     """A tick that stands for a power of ten; of a range so short that it has no whole ones, the number."""
-    return f"$10^{{{value:g}}}$" if float(value).is_integer() else f"{10**value:.2g}"
+    return f"$10^{{{value:g}}}$" if value and float(value).is_integer() else f"{10**value:.2g}"
 
 
 def _powers_of_ten(ax: Axes) -> None:
