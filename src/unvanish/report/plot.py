@@ -208,7 +208,9 @@ def terms(record: StateTerms | Anatomy, ax: Axes | None = None) -> Axes:
         steps = range(len(next(iter(shares.values()))))
     for index, (name, share) in enumerate(shares.items()):
         style = line(index)
-        ax.plot(steps, share, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=name.replace("_", " "))
+        ax.plot(
+            steps, share, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=_text(name.replace("_", " "))
+        )
     ax.axhline(0, color="0.4", linewidth=0.8)
     _finish(ax, "step t", "share of the error that comes back")
     return ax

@@ -140,8 +140,8 @@ function drawAnatomy(name) {
   const task = data.tasks[name], run = task.runs[chosen("model", name)], a = run.anatomy[chosen("when", name)];
   const grey = softInk();
   const shares = Object.entries(a.share).map(([path, y], i) => ({
-    x: a.steps, y, mode: "lines", name: path, line: { color: shade(data.palette[i].colour), dash: data.palette[i].dash, width: 2.2 },
-    hovertemplate: `step %{x}<br>%{y:.3f} of the error<extra>${path}</extra>`,
+    x: a.steps, y, mode: "lines", name: escapeText(path), line: { color: shade(data.palette[i].colour), dash: data.palette[i].dash, width: 2.2 },
+    hovertemplate: `step %{x}<br>%{y:.3f} of the error<extra>${escapeText(path)}</extra>`,
   }));
   draw("share-" + name, shares, layout("step t", "share of the error", { zeroline: true, zerolinecolor: grey }));
 
