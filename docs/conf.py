@@ -1,5 +1,6 @@
 """How the documentation is built: `make docs`. Every example on a page runs while it is."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -28,8 +29,10 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
 nb_number_source_lines = False
-# What a page's kernel inherits: the commands of this environment, and one look for all figures.
+# What a page's kernel inherits: the commands of this environment, shell lines that may not fail, and one look for
+# all figures.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+os.environ["PYTHONSTARTUP"] = str(HERE / "_ext" / "kernel_startup.py")
 os.environ["MATPLOTLIBRC"] = str(HERE / "matplotlibrc")
 os.environ["COLUMNS"] = "80"
 # Models of this size gain nothing from threads, and lose much where pages are built side by side.
@@ -46,7 +49,13 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = "unvanish"
-html_static_path = ["_static"]
+# MathJax lies with the pages, so that equations can be read offline. The package that ships it is no extension for
+# us: it does not say that it can be read in parallel.
+_mathjax = importlib.util.find_spec("sphinx-mathjax-offline")
+assert _mathjax is not None
+assert _mathjax.origin is not None
+mathjax_path = "mathjax/tex-chtml.js"
+html_static_path = ["_static", str(Path(_mathjax.origin).parent / "static")]
 html_css_files = ["unvanish.css"]
 html_copy_source = False
 html_theme_options = {

@@ -1,6 +1,7 @@
-"""I know the lag of my data. Start the forget gates with it, and prove that it helped: by gradient and by learning.
+"""I know the lag of my data. Start the forget gates with it, and prove that it helped.
 
-The task again: a symbol at the first step, noise for 99 steps, then name the symbol; chance is an error of 7/8.
+By gradient and by learning. The task again: a symbol at the first step, noise for 99
+steps, then name the symbol; chance is an error of 7/8.
 """
 
 import torch

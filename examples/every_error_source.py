@@ -1,7 +1,8 @@
-"""My model answers at every step, and the gradient per step looks flat and healthy. Does each error reach far?
+"""My model answers at every step, and the gradient per step looks flat and healthy.
 
-With an error at every step new error enters all the time and hides that each one dies. The adjoint map keeps them
-apart: row k is the error made at step k, column t how much of it has come back to step t.
+Does each error reach far? With an error at every step new error enters all the time and
+hides that each one dies. The adjoint map keeps them apart: row k is the error made at
+step k, column t how much of it has come back to step t.
 """
 
 import matplotlib.pyplot as plt

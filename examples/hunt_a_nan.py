@@ -1,4 +1,7 @@
-"""The loss is NaN. Where was it born: which layer, which step, which sample, which gate, on the way there or back?"""
+"""The loss is NaN. Where was it born?
+
+In which layer, at which step, in which sample and gate, on the way there or back?
+"""
 
 import torch
 from torch import nn

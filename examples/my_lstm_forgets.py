@@ -1,6 +1,7 @@
-"""My LSTM does well on short sequences and forgets everything that is long ago. Does its gradient get that far at all?
+"""My LSTM does well on short sequences and forgets what is long ago.
 
-The summed gradient `weight_hh_l0.grad` cannot tell: it is large as long as any step contributes. So look at every step.
+Does its gradient get that far at all? The summed gradient `weight_hh_l0.grad` cannot
+tell: it is large as long as any step contributes. So look at every step.
 """
 
 import torch

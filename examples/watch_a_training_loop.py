@@ -1,5 +1,6 @@
-"""I train, and the loss stands still. Is the gradient's reach growing, or stuck? Watch every 50th update, and act.
+"""I train, and the loss stands still. Is the gradient's reach growing, or stuck?
 
+Watch every 50th update, and act.
 The task: a symbol at the first step, noise for 29 steps, then name the symbol.
 """
 

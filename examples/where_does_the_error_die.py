@@ -1,5 +1,6 @@
-"""My many-to-one classifier has two layers and one answer at the end. In which layer, and on which path, does its error
-die?
+"""My many-to-one classifier has two layers and one answer at the end.
+
+In which layer, and on which path, does its error die?
 """
 
 import torch

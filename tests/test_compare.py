@@ -314,6 +314,13 @@ def test_the_shell_completes_commands_and_options() -> None:
         assert done.stdout.split() == [expected]
 
 
+def test_a_mistake_of_ours_is_no_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves `main` as it is: Python prints the traceback and exits with 1."""
+    monkeypatch.setattr("unvanish.train.environment", lambda: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        call(["doctor"], monkeypatch)
+
+
 def test_colour_only_where_it_is_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

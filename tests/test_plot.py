@@ -1,6 +1,9 @@
 """Every record draws itself, on Axes given or made, and shows itself in a notebook without trusting its names."""
 
 import dataclasses
+import math
+import re
+from html import escape
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -10,6 +13,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import unvanish as uv
+from unvanish.train.records import Anatomy
 
 
 def records() -> dict[str, Any]:
@@ -65,10 +69,50 @@ def test_curves_hold_the_records_numbers() -> None:
     assert float(one[0]) == pytest.approx(float(few.log_norms[0, 0, 2]) / 2.302585093, rel=1e-6)
 
 
-def test_names_are_escaped() -> None:
-    hostile = dataclasses.replace(RECORDS["layer"], name='<script>alert("1")</script>')
-    assert "<script>" not in hostile._repr_html_()
-    assert "&lt;script&gt;" in hostile._repr_html_()
+def test_powers_are_whole_and_time_constants_have_ticks() -> None:
+    for name in ("diagnosis", "map", "few sources", "sources"):
+        figure = RECORDS[name].plot().figure
+        figure.canvas.draw()
+        labels = [text.get_text() for text in figure.axes[-1].get_yticklabels()]
+        assert len(labels) > 1
+        assert all(re.fullmatch(r"\$10\^\{-?\d+\}\$|[\d.e-]+", label) for label in labels), labels
+    gates = RECORDS["gates"]
+    for narrow in (gates, dataclasses.replace(gates, log_carry=-1 / torch.linspace(1.14, 1.83, 8).double())):
+        ax = narrow.plot()
+        low, high = ax.get_xlim()
+        assert sum(low <= tick <= high for tick in ax.get_xticks()) >= 3
+
+
+def test_a_comparisons_anatomy_has_the_same_pictures() -> None:
+    steps, rows = [0, 2, 4, 6], [[-1.0, -0.5, 0.0, None], [-3.0, -2.0, -1.0, 0.0]]
+    share: dict[str, list[float | None]] = {"carry": [0.75, 0.75, 0.75, None], "candidate": [0.25] * 4}
+    found = Anatomy(0, steps, share, [-4.0, -2.0, None, 0.0], [1.0] * 4, [2.0, 30.0, None, 4.0], [4, 6], rows)
+    assert uv.plot.terms(found).lines[0].get_ydata()[:3].tolist() == [0.75] * 3
+    drawn = uv.plot.subgradients(found).lines
+    assert drawn[0].get_ydata()[1] == pytest.approx(-2 / math.log(10))
+    assert len(drawn) == 2
+    assert sum(uv.plot.memory(found).patches[0].get_data().values) == 3
+    (mesh,) = uv.plot.adjoint_map(found).collections
+    assert mesh.get_array().count() == 7
+    with pytest.raises(ValueError, match="medians over samples"):
+        uv.plot.adjoint_map(found, sample=0)
+    plain = dataclasses.replace(found, time_constants=None)
+    with pytest.raises(ValueError, match="no gate that carries"):
+        uv.plot.memory(plain)
+
+
+@pytest.mark.parametrize("name", ['<script>alert("1")</script>', "שלום \u202eabc", "$x_{$", "_", "n" * 300])
+@pytest.mark.parametrize("kind", ["layer", "flow", "diagnosis"])
+def test_hostile_names_stay_names(name: str, kind: str) -> None:
+    layer, found = RECORDS["layer"], RECORDS["diagnosis"]
+    hostile = {
+        "layer": dataclasses.replace(layer, name=name),
+        "flow": uv.flow.Flow({name: dataclasses.replace(layer, name=name)}),
+        "diagnosis": dataclasses.replace(found, layers={name: next(iter(found.values()))}),
+    }[kind]
+    html = hostile._repr_html_()
+    assert html.count("<") == html.count(">") == 5
+    assert escape(name) in html or escape(repr(name)[1:-1]) in html
 
 
 def test_what_can_not_be_drawn_is_an_error() -> None:

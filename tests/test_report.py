@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 from torch import nn
 
@@ -63,7 +64,8 @@ def test_verdicts_say_what_the_records_say() -> None:
     first, second = verdict.advice(nobody)
     assert first.startswith("No model solved it")
     assert (
-        'layer = unvanish.cures.replace(layer, "lstm"), and call unvanish.cures.chrono_(layer, max_lag=200)' in second
+        '`layer = unvanish.cures.replace(layer, "lstm")`, and call `unvanish.cures.chrono_(layer, max_lag=200)`'
+        in second
     )
     assert second.endswith("0.82 then arrives at the first step, instead of 10⁻⁴³.")
     lucky = comparison(run("A", -0.5, 0.001, after=0.0)).tasks[0]
@@ -82,11 +84,16 @@ def test_fate_does_not_depend_on_scale_and_knows_explosions() -> None:
     assert [verdict.fate(reach(s)) for s in (-0.1, 0.0, 0.1)] == ["vanishes", "survives", "explodes"]
 
 
+@pytest.mark.parametrize("width", [80, 60, 50])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_tables_fit_80_columns(name: str) -> None:
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    report.print_comparison(comparison(run(name, -0.5, 0.167)), console)
-    assert max(map(len, console.export_text().splitlines())) <= 80
+def test_tables_fit_the_terminal_and_cut_no_number(name: str, width: int) -> None:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    report.print_comparison(comparison(run(name, -0.5, 0.000123, after=-0.001)), console)
+    said = console.export_text()
+    assert max(map(cell_len, said.splitlines())) <= width
+    assert "0.000123" in said
+    assert "9 → 199" in said
+    assert ("-0.500" in said) is (width == 80)
 
 
 def test_figures_are_written(tmp_path: Path) -> None:
@@ -123,6 +130,25 @@ def test_titles_are_no_formulas(tmp_path: Path) -> None:
     legend = uv.plot.learning(found.tasks[0]).get_legend()
     assert legend is not None
     assert any("hidden" in text.get_text() for text in legend.get_texts())
+
+
+def test_an_error_of_zero_stays_in_the_picture() -> None:
+    for last, scale in ((0.0, "linear"), (0.02, "log"), (0.001, "log")):
+        task = comparison(run("A", -0.1, last)).tasks[0]
+        assert uv.plot.learning(task).get_yscale() == scale
+    rates = replace(task, chance=0.9, solved_below=0.2, runs=[run("A", -0.1, 0.15)])
+    ax = uv.plot.learning(rates)
+    assert ax.get_yscale() == "linear"
+    assert ax.get_ylim()[0] == 0
+
+
+def test_code_in_advice_is_code_and_nothing_else(tmp_path: Path) -> None:
+    hostile = comparison(run("`<script>x</script>`", -0.5, 0.167))
+    report.write_comparison(hostile, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "<code>unvanish.cures.chrono_(layer, max_lag=200)</code>" in page
+    assert "<code>&lt;script&gt;x&lt;/script&gt;</code>" in page
+    assert "<script>x" not in page
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +212,28 @@ def test_report_lives_in_a_browser(browser, tmp_path: Path, width: int, scheme: 
     page.wait_for_selector("#map-adding .hoverlayer text")
     assert "source k 149, step t" in (page.locator("#map-adding .hoverlayer").text_content() or "")
     assert said == []
+    page.close()
+
+
+@pytest.mark.browser
+def test_report_prints(browser, tmp_path: Path) -> None:
+    """Paper: pictures as wide as the text, in light colours; of every choice only what was chosen."""
+    path = tmp_path / "report.html"
+    report.write_comparison(comparison(run("plain", -0.1, 0.1), run("cured", -0.001, 0.001)), path)
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="dark")
+    page.goto(path.as_uri())
+    page.wait_for_selector("#reach-adding .legend")
+    page.emulate_media(media="print")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    for picture in ("reach", "share", "map", "cures"):
+        drawn, box = (page.locator(f"#{picture}-adding{part}").bounding_box() for part in (" .main-svg >> nth=0", ""))
+        assert (drawn["width"], drawn["height"]) == (box["width"], box["height"]), picture
+        assert box["width"] < 680
+    assert page.locator("label:visible").all_inner_texts() == ["before training", "cured", "before training", "cured"]
+    assert page.locator(".modebar-container:visible").count() == 0
+    assert page.evaluate("document.getElementById('reach-adding').layout.font.color") == "#1c1f24"
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate("document.getElementById('reach-adding').layout.font.color") == "#e8eaee"
     page.close()
 
 

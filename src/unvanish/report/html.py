@@ -1,17 +1,19 @@
 """The report: one self-contained page, opens offline, made from records alone."""
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from unvanish.flow.files import write_atomically
 from unvanish.flow.record import Flow
 from unvanish.report import verdict
-from unvanish.report.style import LINES, LN10, decades, line
+from unvanish.report.style import LINES, LN10, decades, line, short, spans_decades
 from unvanish.train.records import Anatomy, Comparison, Reach, TaskResult
 
 
@@ -63,6 +65,7 @@ def _render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("unvanish.report", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.filters["code"] = _code
     from plotly.offline import get_plotlyjs
 
     assets = files("unvanish.report") / "assets"
@@ -72,6 +75,11 @@ def _render(template: str, **values: Any) -> str:
         js=(assets / "report.js").read_text("utf-8"),
         **values,
     )
+
+
+def _code(text: str) -> Markup:
+    """Text, escaped, with what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _script_safe(data: Any) -> str:
@@ -85,17 +93,18 @@ def _task_data(task: TaskResult) -> dict[str, Any]:
     return {
         "metric": task.metric,
         "chance": task.chance,
+        "logError": spans_decades(task),
         "solvedBelow": task.solved_below,
         "runs": [
             {
-                "title": _short(run.title),
+                "title": short(run.title),
                 "colour": line(index).colour,
                 "dash": line(index).dash,
                 "update": run.curve_update,
                 "error": run.curve_error,
                 "moments": [_moment(m) for m in (run.before, *run.during, run.after)],
                 "anatomy": [_anatomy(a) for a in run.anatomy],
-                "cures": [{"title": _short(cure.title), "moment": _moment(cure.reach)} for cure in run.cures],
+                "cures": [{"title": short(cure.title), "moment": _moment(cure.reach)} for cure in run.cures],
             }
             for index, run in enumerate(task.runs)
         ],
@@ -126,7 +135,3 @@ def _anatomy(a: Anatomy) -> dict[str, Any]:
 
 def _powers(log_norm: list[float | None]) -> list[float | None]:
     return [None if value is None else round(value / LN10, 4) for value in log_norm]
-
-
-def _short(title: str, most: int = 40) -> str:
-    return title if len(title) <= most else title[: most - 1] + "…"

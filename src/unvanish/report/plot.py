@@ -13,7 +13,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 from unvanish.diagnose import Diagnosis, Verification
@@ -27,15 +27,21 @@ from unvanish.flow import (
     SourceGradients,
     StateTerms,
 )
-from unvanish.report.style import LINES, LN10, decades, line
-from unvanish.train.records import Comparison, Reach, Run, TaskResult
+from unvanish.report.style import LINES, LN10, decades, line, short, spans_decades
+from unvanish.train.records import Anatomy, Comparison, Reach, Run, TaskResult
 
 Moment = Literal["before", "after"]
 
 
 def _power(value: float, position: float | None = None) -> str:
-    """A tick that stands for a power of ten."""
-    return f"$10^{{{value:g}}}$"
+    """A tick that stands for a power of ten; of a range so short that it has no whole ones, the number."""
+    return f"$10^{{{value:g}}}$" if value and float(value).is_integer() else f"{10**value:.2g}"
+
+
+def _powers_of_ten(ax: Axes) -> None:
+    """The y axis holds exponents."""
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_formatter(_power)
 
 
 def new_axes(width: float = 6.4, height: float = 3.8) -> Axes:
@@ -76,7 +82,7 @@ def _decays(found: Sequence[tuple[str, Reach]], ax: Axes) -> None:
         ax.fill_between(reach.lag, low, high, color=style.colour, alpha=0.15, linewidth=0)
         ax.plot(reach.lag, middle, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=_text(title))
     _finish(ax, "lag ℓ (steps before the error)", r"$\|\partial E_T/\partial s_{T-\ell}\|$ relative to lag 0")
-    ax.yaxis.set_major_formatter(_power)
+    _powers_of_ten(ax)
 
 
 def learning(task: TaskResult, ax: Axes | None = None) -> Axes:
@@ -94,7 +100,10 @@ def learning(task: TaskResult, ax: Axes | None = None) -> Axes:
         )
     ax.axhline(task.chance, color="0.4", linewidth=0.9, label="chance")
     ax.axhline(task.solved_below, color="0.4", linewidth=0.9, linestyle=":", label="solved below")
-    ax.set_yscale("log")
+    if spans_decades(task):
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=0)
     _finish(ax, "optimizer updates", f"validation {task.metric}")
     ax.set_title(f"{_text(task.title)}: who learns", loc="left", fontsize=10)
     return ax
@@ -138,21 +147,26 @@ def decay(curves: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
         values = np.array(decades((curve - curve[0]).tolist()), dtype=float)
         ax.plot(values, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=_text(name))
     _finish(ax, "lag ℓ (steps before the error)", r"$\|\partial E_T/\partial s_{T-\ell}\|$ relative to lag 0")
-    ax.yaxis.set_major_formatter(_power)
+    _powers_of_ten(ax)
     return ax
 
 
-def adjoint_map(record: AdjointMap, sample: int | None = None, ax: Axes | None = None) -> Axes:
+def adjoint_map(record: AdjointMap | Anatomy, sample: int | None = None, ax: Axes | None = None) -> Axes:
     """‖∂E_k/∂s_t‖ of every source k over the step t: a heat map, or up to eight sources as curves.
 
     Args:
-        record: the map.
-        sample: which one to show; None: the median over samples.
+        record: the map, or the anatomy of a comparison's run.
+        sample: which one to show; None: the median over samples, which is all that an anatomy has.
         ax: where to draw.
 
     Raises:
         IndexError: there is no such sample.
+        ValueError: a sample is asked for of an anatomy.
     """
+    if isinstance(record, Anatomy):
+        if sample is not None:
+            raise ValueError(f"sample: an anatomy holds medians over samples alone; leave it out, got {sample}")
+        return _map_of(record, ax)
     values = record.log_norms.median(2).values if sample is None else record.log_norms[:, :, sample]
     powers = np.ma.masked_invalid(values.numpy() / LN10)
     label = rf"$\|\partial E_k/\partial {record.state}_t\|$"
@@ -161,59 +175,106 @@ def adjoint_map(record: AdjointMap, sample: int | None = None, ax: Axes | None =
         for index, k in enumerate(record.sources):
             style = line(index)
             ax.plot(powers[index], color=style.colour, linestyle=style.dashes, linewidth=1.8, label=f"k = {k}")
-        ax.yaxis.set_major_formatter(_power)
+        _powers_of_ten(ax)
         _finish(ax, "step t", label)
         return ax
+    return _heat_map(np.arange(powers.shape[1]), np.array(record.sources), powers, label, ax)
+
+
+def _map_of(record: Anatomy, ax: Axes | None) -> Axes:
+    powers = np.ma.masked_invalid(np.array(record.map, dtype=float) / LN10)
+    label = r"$\|\partial E_k/\partial s_t\|$"
+    return _heat_map(np.array(record.steps), np.array(record.sources), powers, label, ax)
+
+
+def _heat_map(steps: np.ndarray, sources: np.ndarray, powers: Any, label: str, ax: Axes | None) -> Axes:
     ax = ax or new_axes(5.6, 4.4)
-    edges = np.array([*record.sources, record.sources[-1] + 1])
-    image = ax.pcolormesh(np.arange(powers.shape[1] + 1), edges, powers, cmap="cividis", rasterized=True)
-    bar = _figure(ax).colorbar(image, ax=ax, format=_power)
+    t, k = (np.append(v, 2 * v[-1] - v[-2] if len(v) > 1 else v[-1] + 1) for v in (steps, sources))
+    image = ax.pcolormesh(t, k, powers, cmap="cividis", rasterized=True)
+    bar = _figure(ax).colorbar(image, ax=ax, format=_power, ticks=MaxNLocator(8, integer=True))
     bar.set_label(label)
     ax.set_xlabel("step t")
     ax.set_ylabel("error source k")
     return ax
 
 
-def terms(record: StateTerms, ax: Axes | None = None) -> Axes:
+def terms(record: StateTerms | Anatomy, ax: Axes | None = None) -> Axes:
     """Each path's share of the error that comes back to step t, the median over samples; they sum to 1."""
     ax = ax or new_axes()
-    for index, (name, term) in enumerate(record.terms.items()):
-        style, share = line(index), term.share.nanmedian(1).values.numpy()
-        ax.plot(share, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=name.replace("_", " "))
+    if isinstance(record, Anatomy):
+        steps, shares = record.steps, {name: np.array(v, dtype=float) for name, v in record.share.items()}
+    else:
+        shares = {name: term.share.nanmedian(1).values.numpy() for name, term in record.terms.items()}
+        steps = range(len(next(iter(shares.values()))))
+    for index, (name, share) in enumerate(shares.items()):
+        style = line(index)
+        ax.plot(
+            steps, share, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=_text(name.replace("_", " "))
+        )
     ax.axhline(0, color="0.4", linewidth=0.8)
     _finish(ax, "step t", "share of the error that comes back")
     return ax
 
 
-def memory(record: GateStatistics, bins: int = 20, ax: Axes | None = None) -> Axes:
+def memory(record: GateStatistics | Anatomy, bins: int = 20, ax: Axes | None = None) -> Axes:
     """How many units forget by 1/e in how many steps: the time constants that the carry gate implies.
 
     Raises:
         ValueError: the cell has no gate that carries its state.
     """
     ax = ax or new_axes()
-    counts, edges = (v.numpy() for v in record.histogram(bins))
+    counts, edges = _time_constants(record, bins) if isinstance(record, Anatomy) else record.histogram(bins)
+    counts, edges = np.asarray(counts), np.asarray(edges)
     ax.stairs(counts, edges, fill=True, color=line(2).colour, alpha=0.75)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(FixedLocator(_steps_between(edges[0], edges[-1])))
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(ax, "time constant τ (steps)", "units", legend=False)
     return ax
 
 
-def subgradients(record: LayerFlow, ax: Axes | None = None) -> Axes:
+def _time_constants(record: Anatomy, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """The histogram of an anatomy's units, bins of equal width in ln τ as `GateStatistics.histogram` has them."""
+    if record.time_constants is None:
+        raise ValueError("record: of a plain RNN, which has no gate that carries its state")
+    tau = np.clip([value for value in record.time_constants if value is not None], 1e-3, 1e9)
+    if not len(tau):
+        raise ValueError("record: no unit has a time constant")
+    return np.histogram(tau, np.geomspace(tau.min(), tau.max() if tau.max() > tau.min() else 10 * tau.min(), bins + 1))
+
+
+def _steps_between(low: float, high: float) -> list[float]:
+    """Round numbers for a logarithmic axis, few enough to be read: 1, 2, 5 times powers of ten, or powers alone."""
+    decades_ = math.log10(high / low)
+    if decades_ < 1:
+        return [float(v) for v in MaxNLocator(5).tick_values(low, high)]
+    digits = (1, 2, 5) if decades_ < 3 else (1,)
+    whole = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [digit * 10.0**power for power in whole for digit in digits]
+
+
+def subgradients(record: LayerFlow | Anatomy, ax: Axes | None = None) -> Axes:
     """‖g_t‖ of the T subgradients of ∂E/∂W = Σ_t g_t, and, where recorded, ‖Σ_{s ≥ t} g_s‖.
 
     Raises:
         ValueError: the record has none: it is of marked states.
     """
+    own, total = r"$\|g_t\|$", r"$\|\sum_{s \geq t} g_s\|$"
+    ax = ax or new_axes()
+    if isinstance(record, Anatomy):
+        for index, (label, log_norm) in enumerate(((own, record.subgradient), (total, record.partial))):
+            style, powers = line(index), np.array(log_norm, dtype=float) / LN10
+            ax.plot(record.steps, powers, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=label)
+        _powers_of_ten(ax)
+        _finish(ax, "step t", "norm of the weight's gradient")
+        return ax
     if record.dweight is None:
         raise ValueError(f"record: {record.name!r} is of marked states, which have no weights")
-    ax = ax or new_axes()
-    curves = [(record.dweight, r"$\|g_t\|$")]
+    curves = [(record.dweight, own)]
     if record.partial is not None:
-        curves.append((record.partial, r"$\|\sum_{s \geq t} g_s\|$"))
+        curves.append((record.partial, total))
     for index, (norm, label) in enumerate(curves):
         style, values = line(index), norm.numpy()
         values = np.where(values > 0, values, np.nan)
@@ -234,7 +295,7 @@ def sources(record: SourceGradients, ax: Axes | None = None) -> Axes:
     for index, (log_norm, label) in enumerate(curves):
         style, values = line(index), np.array(decades(log_norm.tolist()), dtype=float)
         ax.plot(record.sources, values, color=style.colour, linestyle=style.dashes, linewidth=1.8, label=label)
-    ax.yaxis.set_major_formatter(_power)
+    _powers_of_ten(ax)
     _finish(ax, "error source k", "norm of the weight's gradient")
     return ax
 
@@ -282,8 +343,8 @@ def save_figures(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def _text(name: str) -> str:
-    """A name as it is: "$" would start a formula, and a label that starts with "_" is left out of the legend."""
-    name = name.replace("$", r"\$")
+    """A name, not too long, that starts no formula with "$" and is not left out of the legend for its "_"."""
+    name = short(name).replace("$", r"\$")
     return "\u200b" + name if name.startswith("_") else name
 
 

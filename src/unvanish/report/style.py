@@ -4,6 +4,8 @@ print."""
 import math
 from typing import NamedTuple
 
+from unvanish.train.records import TaskResult
+
 
 class Line(NamedTuple):
     """How one model is drawn everywhere."""
@@ -38,3 +40,14 @@ def line(index: int) -> Line:
 def decades(log_norm: list[float]) -> list[float | None]:
     """Natural logarithms as powers of ten; None where the norm is exactly zero or unknown."""
     return [value / LN10 if math.isfinite(value) else None for value in log_norm]
+
+
+def short(name: str, most: int = 40) -> str:
+    """A name that leaves room for the picture."""
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def spans_decades(task: TaskResult) -> bool:
+    """Whether the errors of a task want a logarithmic axis: they span more than one power of ten, and none is 0."""
+    errors = [task.chance, task.solved_below, *(error for run in task.runs for error in run.curve_error)]
+    return min(errors) > 0 and max(errors) > 10 * min(errors)

@@ -7,41 +7,41 @@ from rich.table import Table
 from unvanish.report import verdict
 from unvanish.train.records import Comparison, TaskResult
 
+WIDE = 72
+"""columns that the whole table takes; on a narrower terminal rate and half-life are left out, not cut off"""
 _COLOUR = {"solved": "green", "partly": "yellow", "chance": "red"}
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """One table and three sentences per task."""
     for task in comparison.tasks:
-        console.print(_table(task))
+        console.print(_table(task, wide=console.width >= WIDE))
         for sentence in (verdict.survival(task), verdict.learning(task), verdict.explanation(task)):
             console.print(sentence, markup=False, highlight=False)
         console.print()
 
 
-def _table(task: TaskResult) -> Table:
+def _table(task: TaskResult, wide: bool) -> Table:
     title = f"{task.title}, {task.length} steps. {task.metric.capitalize()}, chance {task.chance:.3g}"
     table = Table(
         title=escape(title),
-        caption="rate: nats per step; half-life, reach: steps (reach at 1 % left)",
+        caption=("rate: nats per step; half-life: steps, both before training; " if wide else "")
+        + "reach: steps at which 1 % is left, before → after training",
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("model", max_width=24, overflow="ellipsis", no_wrap=True)
-    table.add_column("error", justify="right")
-    table.add_column("outcome")
-    for name in ("rate", "half-life", "reach"):
-        table.add_column(name, justify="right")
-    table.add_column("trained", justify="right")
+    table.add_column("model", max_width=24 if wide else 14, overflow="ellipsis", no_wrap=True)
+    table.add_column("error", justify="right", no_wrap=True)
+    table.add_column("outcome", no_wrap=True)
+    for name in ("rate", "half-life", "reach") if wide else ("reach",):
+        table.add_column(name, justify="right", no_wrap=True)
     for run in task.runs:
         outcome = verdict.outcome(task, run)
         table.add_row(
             escape(run.title),
             f"{run.test_error:.3g}",
             f"[{_COLOUR[outcome]}]{outcome}[/]",
-            f"{run.before.rate:.3f}",
-            verdict.half_life(run.before),
-            str(run.before.reach),
-            str(run.after.reach),
+            *((f"{run.before.rate:.3f}", verdict.half_life(run.before)) if wide else ()),
+            f"{run.before.reach} → {run.after.reach}",
         )
     return table

@@ -11,7 +11,7 @@ _CALLS = {
     "lstm-chrono": "unvanish.cures.chrono_(layer, max_lag={length})",
     "lstm-forget1": "unvanish.cures.forget_bias_(layer, 1.0)",
     "rnn-orthogonal": "unvanish.cures.orthogonal_(layer)",
-    "irnn": "unvanish.cures.identity_(layer), with relu",
+    "irnn": "unvanish.cures.identity_(layer)",
 }
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -122,12 +122,14 @@ def best_cure(run: Run) -> Cured | None:
 
 
 def call(task: TaskResult, run: Run, cure: Cured) -> str:
-    """What to write to get a cure."""
-    written = f"call {_CALLS.get(cure.name, cure.name).format(length=task.length)}"
-    if cure.name.partition("-")[0] == run.name or cure.name == "irnn":
-        return written
+    """What to write to get a cure; code stands between backticks."""
+    written = f"call `{_CALLS.get(cure.name, cure.name).format(length=task.length)}`"
+    if cure.name == "irnn":
+        return f'make it with `nonlinearity="relu"` and {written}'
     kind = cure.name.partition("-")[0]
-    return f'replace it, layer = unvanish.cures.replace(layer, "{kind}"), and {written}'
+    return (
+        written if kind == run.name else f'replace it, `layer = unvanish.cures.replace(layer, "{kind}")`, and {written}'
+    )
 
 
 def trained(task: TaskResult, cure: Cured) -> str:

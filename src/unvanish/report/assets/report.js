@@ -1,7 +1,8 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const scheme = window.matchMedia("(prefers-color-scheme: dark)");
-const dark = { matches: scheme.matches };
+/* What is drawn on: a dark screen, and paper, which is as wide as the style says while it is printed. */
+const ground = { dark: scheme.matches, paper: false };
 const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
 
 function superscript(n) {
@@ -26,11 +27,38 @@ function decadeTicks(values) {
   return { tickvals: ticks, ticktext: ticks.map((v) => (v === 0 ? "1" : superscript(v))), range: [low - 0.04 * (high - low) - 0.1, high + 0.04 * (high - low) + 0.1] };
 }
 
+/* 1, 2 and 5 times powers of ten; with a wide range, the powers alone. */
+function logTicks(low, high) {
+  const few = high - low > 2.2, ticks = [];
+  for (let v = Math.floor(low); v <= Math.ceil(high); v += 1) {
+    for (const digit of few ? [1] : [1, 2, 5]) ticks.push(v + Math.log10(digit));
+  }
+  const steps = ticks.filter((v) => v >= low - 0.05 && v <= high + 0.05);
+  return { tickvals: steps, ticktext: steps.map((v) => (v > -4 && v < 5 ? String(Number((10 ** v).toPrecision(1))) : superscript(Math.round(v)))) };
+}
+
+function softInk() {
+  return ground.dark ? "#a3acb9" : "#5b6470";
+}
+
+/* On a dark ground the palette is lifted towards white. */
+function shade(colour) {
+  if (!ground.dark) return colour;
+  const n = parseInt(colour.slice(1), 16), lift = (v) => Math.round(v + 0.28 * (255 - v));
+  return "#" + [n >> 16, (n >> 8) & 255, n & 255].map((v) => lift(v).toString(16).padStart(2, "0")).join("");
+}
+
+function draw(id, traces, made) {
+  const box = document.getElementById(id);
+  const size = ground.paper ? { width: box.clientWidth, height: box.clientHeight } : { autosize: true };
+  Plotly.react(box, traces, { ...made, ...size }, config);
+}
+
 function layout(xTitle, yTitle, more) {
-  const ink = dark.matches ? "#e8eaee" : "#1c1f24", rule = dark.matches ? "#333a45" : "#e3e6eb";
+  const ink = ground.dark ? "#e8eaee" : "#1c1f24", rule = ground.dark ? "#333a45" : "#e3e6eb";
   const axis = { gridcolor: rule, zeroline: false, linecolor: rule, automargin: true };
   return {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 13 },
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 13, family: getComputedStyle(document.body).fontFamily },
     margin: { l: 60, r: 10, t: 10, b: 45 }, hovermode: "closest",
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     xaxis: { ...axis, title: { text: xTitle } },
@@ -49,13 +77,14 @@ function escapeText(text) {
 
 function drawReach(name) {
   const task = data.tasks[name], at = Number(document.querySelector(`input[name="moment-${name}"]:checked`).value);
-  drawDecay("reach-" + name, task.runs.map((run) => ({ ...run, moment: run.moments[Math.min(at, run.moments.length - 1)] })));
+  drawDecay("reach-" + name, task.runs.map((run) => ({ ...run, colour: shade(run.colour), moment: run.moments[Math.min(at, run.moments.length - 1)] })));
 }
 
 function drawCures(name) {
   const run = data.tasks[name].runs[chosen("cure", name)];
-  const plain = { title: run.title, moment: run.moments[0], colour: dark.matches ? "#a3acb9" : "#5b6470", dash: "solid" };
-  drawDecay("cures-" + name, [plain, ...run.cures.map((cure, i) => ({ ...cure, ...data.palette[i + 1] }))]);
+  const plain = { title: run.title, moment: run.moments[0], colour: softInk(), dash: "solid" };
+  const cures = run.cures.map((cure, i) => ({ ...cure, ...data.palette[i + 1], colour: shade(data.palette[i + 1].colour) }));
+  drawDecay("cures-" + name, [plain, ...cures]);
 }
 
 function drawDecay(id, curves) {
@@ -72,24 +101,25 @@ function drawDecay(id, curves) {
       hovertemplate: "lag %{x} steps<br>%{customdata} of the error at lag 0<extra>" + escapeText(title) + "</extra>",
     });
   }
-  Plotly.react(id, traces, layout("lag ℓ: steps before the error", "left of the error", decadeTicks(all)), config);
+  draw(id, traces, layout("lag ℓ: steps before the error", "left of the error", decadeTicks(all)));
 }
 
 function drawLearning(name) {
   const task = data.tasks[name];
   const traces = task.runs.map((run) => ({
-    x: run.update, y: run.error, mode: "lines+markers", name: escapeText(run.title),
-    line: { color: run.colour, dash: run.dash, width: 2.2 }, marker: { size: 5 },
-    hovertemplate: `update %{x}<br>${escapeText(task.metric)} %{y:.4g}<extra>${escapeText(run.title)}</extra>`,
+    x: run.update, y: task.logError ? run.error.map(Math.log10) : run.error, mode: "lines+markers", name: escapeText(run.title),
+    line: { color: shade(run.colour), dash: run.dash, width: 2.2 }, marker: { size: 5 }, customdata: run.error.map((v) => Number(v.toPrecision(4))),
+    hovertemplate: `update %{x}<br>${escapeText(task.metric)} %{customdata}<extra>${escapeText(run.title)}</extra>`,
   }));
-  const end = Math.max(...task.runs.flatMap((run) => run.update));
-  for (const [y, text, dash] of [[task.chance, "chance", "solid"], [task.solvedBelow, "solved below", "dot"]]) {
-    traces.push({
-      x: [0, end], y: [y, y], mode: "lines", name: `${text} (${Number(y.toPrecision(3))})`, hoverinfo: "skip",
-      line: { color: dark.matches ? "#a3acb9" : "#5b6470", width: 1.2, dash },
-    });
-  }
-  Plotly.react("learning-" + name, traces, layout("optimizer updates", "validation " + escapeText(task.metric), { type: "log" }), config);
+  const levels = [[task.chance, "chance", "solid"], [task.solvedBelow, "solved below", "dot"]], place = task.logError ? Math.log10 : Number;
+  const all = [...task.runs.flatMap((run) => run.error), ...levels.map(([y]) => y)].map(place);
+  const axis = task.logError ? logTicks(Math.min(...all), Math.max(...all)) : { rangemode: "tozero" };
+  const made = layout("optimizer updates", "validation " + escapeText(task.metric), axis);
+  made.shapes = levels.map(([y, , dash]) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: place(y), y1: place(y), line: { color: softInk(), width: 1.2, dash } }));
+  made.annotations = levels.map(([y, text]) => ({
+    text: `${text} ${Number(y.toPrecision(3))}`, xref: "paper", x: 0, xanchor: "left", y: place(y), yanchor: "bottom", showarrow: false, font: { size: 12, color: softInk() },
+  }));
+  draw("learning-" + name, traces, made);
 }
 
 function chosen(group, name) {
@@ -108,45 +138,45 @@ function histogram(powers, bins) {
 
 function drawAnatomy(name) {
   const task = data.tasks[name], run = task.runs[chosen("model", name)], a = run.anatomy[chosen("when", name)];
-  const grey = dark.matches ? "#a3acb9" : "#5b6470";
+  const grey = softInk();
   const shares = Object.entries(a.share).map(([path, y], i) => ({
-    x: a.steps, y, mode: "lines", name: path, line: { color: data.palette[i].colour, dash: data.palette[i].dash, width: 2.2 },
-    hovertemplate: `step %{x}<br>%{y:.3f} of the error<extra>${path}</extra>`,
+    x: a.steps, y, mode: "lines", name: escapeText(path), line: { color: shade(data.palette[i].colour), dash: data.palette[i].dash, width: 2.2 },
+    hovertemplate: `step %{x}<br>%{y:.3f} of the error<extra>${escapeText(path)}</extra>`,
   }));
-  Plotly.react("share-" + name, shares, layout("step t", "share of the error", { zeroline: true, zerolinecolor: grey }), config);
+  draw("share-" + name, shares, layout("step t", "share of the error", { zeroline: true, zerolinecolor: grey }));
 
   const tau = (a.tau || []).filter((v) => v !== null).map(Math.log10);
   const empty = { text: "a plain RNN carries nothing: no gate, no time constant", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5, font: { color: grey } };
   const memory = layout("time constant τ (steps)", "units", { rangemode: "tozero" });
-  Object.assign(memory.xaxis, decadeTicks([tau.length ? tau : [0, 1]]), { range: undefined, visible: tau.length > 0 });
+  Object.assign(memory.xaxis, logTicks(Math.min(...tau, 0), Math.max(...tau, 1)), { visible: tau.length > 0 });
   memory.yaxis.visible = tau.length > 0;
   const bins = histogram(tau, 20);
-  Plotly.react("memory-" + name, [{
-    ...bins, type: "bar", marker: { color: run.colour }, hovertemplate: "τ %{customdata} steps<br>%{y} units<extra></extra>",
-  }], { ...memory, bargap: 0.06, annotations: tau.length ? [] : [empty] }, config);
+  draw("memory-" + name, [{
+    ...bins, type: "bar", marker: { color: shade(run.colour) }, hovertemplate: "τ %{customdata} steps<br>%{y} units<extra></extra>",
+  }], { ...memory, bargap: 0.06, annotations: tau.length ? [] : [empty] });
 
   const curves = [["‖g_t‖, one step", a.subgradient, "solid"], ["‖Σ g_s‖, s ≥ t", a.partial, "dash"]].map(([label, y, dash], i) => ({
-    x: a.steps, y, mode: "lines", name: label, line: { color: data.palette[i].colour, dash, width: 2.2 }, customdata: y.map(factor),
+    x: a.steps, y, mode: "lines", name: label, line: { color: shade(data.palette[i].colour), dash, width: 2.2 }, customdata: y.map(factor),
     hovertemplate: `step %{x}<br>%{customdata}<extra>${label}</extra>`,
   }));
-  Plotly.react("subgradient-" + name, curves, layout("step t", "norm", decadeTicks([a.subgradient, a.partial])), config);
+  draw("subgradient-" + name, curves, layout("step t", "norm", decadeTicks([a.subgradient, a.partial])));
 
   const inside = a.map.flat().filter((v) => v !== null), ends = [Math.min(...inside), Math.max(...inside)];
   let bar = decadeTicks(a.map);
   if (bar.tickvals.filter((v) => v >= ends[0] && v <= ends[1]).length < 2) bar = { tickvals: ends, ticktext: ends.map(factor) };
-  Plotly.react("map-" + name, [{
+  draw("map-" + name, [{
     x: a.steps, y: a.sources, z: a.map, type: "heatmap", colorscale: "Cividis", customdata: a.map.map((row) => row.map((v) => (v === null ? "" : factor(v)))),
     hovertemplate: "source k %{y}, step t %{x}<br>%{customdata}<extra></extra>", hoverongaps: false,
     colorbar: { tickvals: bar.tickvals, ticktext: bar.ticktext, thickness: 12, outlinewidth: 0 },
-  }], layout("step t", "error source k", {}), config);
+  }], layout("step t", "error source k", {}));
 }
 
 function drawFlow() {
   const traces = data.traces.map((t) => ({
-    x: t.x, y: t.y, mode: "lines", name: escapeText(t.name), line: { color: t.colour, dash: t.dash, width: 2.2 },
+    x: t.x, y: t.y, mode: "lines", name: escapeText(t.name), line: { color: shade(t.colour), dash: t.dash, width: 2.2 },
     customdata: t.y.map(factor), hovertemplate: "step %{x}<br>norm %{customdata}<extra>" + escapeText(t.name) + "</extra>",
   }));
-  Plotly.react("flow", traces, layout("step t", "error gradient norm, median over samples", decadeTicks(data.traces.map((t) => t.y))), config);
+  draw("flow", traces, layout("step t", "error gradient norm, median over samples", decadeTicks(data.traces.map((t) => t.y))));
 }
 
 function drawAll() {
@@ -163,13 +193,14 @@ for (const input of document.querySelectorAll("fieldset input")) {
   const { task, anatomy, cure } = input.dataset;
   input.addEventListener("change", () => (task ? drawReach(task) : anatomy ? drawAnatomy(anatomy) : drawCures(cure)));
 }
-function redraw(matches) {
-  dark.matches = matches;
+function redraw(paper) {
+  ground.paper = paper;
+  ground.dark = !paper && scheme.matches; /* paper is white whatever the screen is */
+  document.body.classList.toggle("paper", paper);
   drawAll();
 }
 
-scheme.addEventListener("change", () => redraw(scheme.matches));
-/* Paper is white whatever the screen is. */
-window.addEventListener("beforeprint", () => redraw(false));
-window.addEventListener("afterprint", () => redraw(scheme.matches));
+scheme.addEventListener("change", () => redraw(false));
+window.addEventListener("beforeprint", () => redraw(true));
+window.addEventListener("afterprint", () => redraw(false));
 drawAll();

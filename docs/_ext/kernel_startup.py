@@ -1,0 +1,24 @@
+"""Run by each page's kernel before its first cell: a shell line that fails, fails the build.
+
+IPython's own `!` goes on after a failure, and runs commands in a terminal, so that progress bars fill the page.
+"""
+
+import subprocess
+
+from IPython.core.getipython import get_ipython
+
+
+def system(command: str) -> None:
+    """Run a shell line as in a pipe, show what it prints, and raise if its exit code is not 0."""
+    shell = get_ipython()
+    assert shell is not None
+    line = shell.var_expand(command, depth=1)
+    done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    print(done.stdout, end="")
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {line}")
+
+
+_shell = get_ipython()
+assert _shell is not None
+_shell.system = system
