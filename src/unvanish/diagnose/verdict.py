@@ -45,8 +45,19 @@ def judge(m: Measured) -> tuple[Verdict, str]:
                 f"the gradient reaches, but the state is too sensitive: one step of Adam changes it by up to "
                 f"{e['step_change']:.2g} times its size; take a smaller learning rate, or shorter memories"
             )
-        return "healthy", f"the error arrives over {lag} steps: {e['survival']:.2g} of it is left"
+        return "healthy", f"the error arrives over {lag} steps: {e['survival']:.2g} of it is left{_held(e, lag)}"
     return _fades(m)
+
+
+def _held(e: dict[str, float], lag: int) -> str:
+    """What is to be said of recurrent weights that are large enough for an explosion which does not come."""
+    growth = lag * math.log(max(e.get("spectral_radius", 0.0), 1e-300))
+    if growth <= -math.log(FRACTION):
+        return ""
+    return (
+        f"; held by the slopes φ' alone: spectral radius of W_hh {e['spectral_radius']:.2f}, with φ' = 1 the error "
+        f"would grow by 10^{growth / math.log(10):.0f} over the lag"
+    )
 
 
 def _grows(m: Measured) -> tuple[Verdict, str]:
