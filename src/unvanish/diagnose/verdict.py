@@ -17,10 +17,13 @@ def judge(m: Measured) -> tuple[Verdict, str]:
     """(verdict, cause) of one layer and direction."""
     e, lag = m.evidence, m.lag
     if e["offered"] < 2 and m.place.reverse and e["steps"] > 2:
-        return "undecided", (
-            "the error enters where this direction starts, so there is nothing to travel; read its state at the first "
-            "step (torch's final state is that)"
+        where = (
+            "the error enters where this direction starts, so there is nothing to travel"
+            if m.last
+            else "the error is made where this direction starts, and comes to its other steps through the layer above "
+            "alone, whose verdict covers that way"
         )
+        return "undecided", f"{where}; read the reverse direction at the first step (torch's final state is that)"
     if e["offered"] < 2:
         return "undecided", f"the error has {e['offered']:.0f} steps to travel; at least 2 are needed to tell a rate"
     if len(m.slopes) < 2:
