@@ -157,6 +157,7 @@ def _plain(found: "Diagnosis") -> dict[str, Any]:
         "layers": layers,
         "chance": found.chance,
         "readable": found.readable,
+        "notes": list(found.notes),
         "prescriptions": prescriptions,
     }
 
@@ -175,6 +176,8 @@ def _print(found: "Diagnosis", console: Console) -> None:
             markup=False,
         )
         console.print(f"  {d.cause}", markup=False)
+    for note in found.notes:
+        console.print(note, markup=False)
     if found.chance is not None:
         console.print(f"\nChance of learning as it is: {found.chance:.0%}", markup=False)
     if found.nothing:

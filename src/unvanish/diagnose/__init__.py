@@ -1,5 +1,6 @@
 """What is wrong with the gradient's way through time, why, what to do, and whether it helped."""
 
+import copy
 import math
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from unvanish.diagnose.capture import capture
+from unvanish.diagnose.capture import Given, capture
 from unvanish.diagnose.measure import Measured, measure
 from unvanish.diagnose.prescribe import prescribe
 from unvanish.diagnose.records import Diagnosis, LayerDiagnosis, Prescription, Verification
@@ -47,11 +48,15 @@ def diagnose(
     With `trial=True` a copy is trained for 100 updates, which gives a chance that a short training learns (see
     `diagnose.trial`). Only where that is below one half something is prescribed, and only cures that raise it clearly.
 
+    The cures are tried when `prescriptions` is asked for first, on a copy of the model kept from here, on the same
+    batch.
+
     Everything happens on a copy, in float64 from the layers' inputs on: the model, its gradients, its mode and the
     random numbers stay as they are.
 
     Args:
-        model: any module with nn.RNN, nn.LSTM or nn.GRU layers, of torch or unvanish.
+        model: any module with nn.RNN, nn.LSTM or nn.GRU layers, or their cells in a loop, of torch or unvanish. A
+            cell's calls are one sequence where each is given the state that it returned last; else `notes` says so.
         batch: the model's inputs, then the target; a single item is the input, and `loss` takes the output alone.
         loss: (output, target) → scalar.
         lag: steps that the task needs; None: the longest that the batch offers.
@@ -81,15 +86,15 @@ def diagnose(
     def again(changed: nn.Module) -> dict[str, LayerDiagnosis]:
         return _layers(changed)[1]
 
-    def _layers(changed: nn.Module) -> tuple[list[Any], dict[str, LayerDiagnosis]]:
-        given = capture(changed, inputs, lambda output: loss(output, *target), seed)
-        found = [(g, m) for g in given for m in measure(g, lag, samples, seed, lr)]
-        records = [_record(f"{g.path}.{m.place.name}".removeprefix("."), m) for g, m in found]
-        return given, {record.name: record for record in records}
+    def _layers(changed: nn.Module) -> tuple[list[Given], dict[str, LayerDiagnosis], tuple[str, ...]]:
+        given, notes = capture(changed, inputs, lambda output: loss(output, *target), seed)
+        records = [_record(g.name(m.place), m) for g in given for m in measure(g, lag, samples, seed, lr)]
+        return given, {record.name: record for record in records}, notes
 
-    given, found = _layers(model)
+    given, found, notes = _layers(model)
+    kept = copy.deepcopy(model)
     if not trial:
-        return Diagnosis(found, prescribe(model, given, found, again, seed), again)
+        return Diagnosis(found, lambda: prescribe(kept, given, found, again, seed), again, notes)
     answer = checked_target(given, target[0] if target else None)
 
     def odds(changed: nn.Module, layers: dict[str, LayerDiagnosis]) -> Odds:
@@ -97,8 +102,10 @@ def diagnose(
         return Odds(readable_after(changed, inputs, answer, loss, lr, seed), survival)
 
     own = odds(model, found)
-    cures = prescribe(model, given, found, again, seed, (own.chance, odds))
-    return Diagnosis(found, cures, again, own.chance, own.readable)
+    attempt = (own.chance, odds)
+    return Diagnosis(
+        found, lambda: prescribe(kept, given, found, again, seed, attempt), again, notes, own.chance, own.readable
+    )
 
 
 def _record(name: str, m: Measured) -> LayerDiagnosis:

@@ -1,4 +1,4 @@
-"""What each recurrent layer of a model is given, and which errors come back to it, in one forward and backward pass.
+"""What each recurrent layer or cell of a model is given, and which errors come back to it, in one pass both ways.
 
 The pass runs on a copy: the user's model, its gradients, buffers, mode and random numbers stay as they are.
 """
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from unvanish.nn.modules import evaluating, layer_directions, time_major
+from unvanish.diagnose.cell_loop import CellLoop
+from unvanish.nn.modules import LayerDirection, evaluating, layer_directions, time_major
 
 
 @dataclass
@@ -33,6 +34,12 @@ class Given:
     """steps whose incoming state was detached from the step before"""
     elsewhere: bool = False
     """whether error also came in through the states handed out at the end, of c or of lower layers"""
+    cell: bool = False
+    """whether it is a cell that the model steps by hand"""
+
+    def name(self, place: LayerDirection) -> str:
+        """ "encoder.lstm.l0"; of a cell its path."""
+        return self.path if self.cell else f"{self.path}.{place.name}".removeprefix(".")
 
 
 @dataclass
@@ -59,8 +66,13 @@ class _Call:
         return error.transpose(0, 1) if self.batch_first and self.error.dim() == 3 else error
 
 
-def capture(model: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Tensor], seed: int) -> list[Given]:
-    """Run `loss(model(*inputs))` forward and backward, and listen at every nn.RNN, nn.LSTM and nn.GRU.
+def capture(
+    model: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Tensor], seed: int
+) -> tuple[list[Given], tuple[str, ...]]:
+    """Run `loss(model(*inputs))` forward and backward, and listen at every nn.RNN, nn.LSTM and nn.GRU, and their cells.
+
+    Returns:
+        What was found, and notes on what recurs and could not be followed.
 
     Raises:
         ValueError: there is no recurrent layer, a weight or a layer's input is not finite, the loss is no finite
@@ -68,10 +80,9 @@ def capture(model: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Ten
     """
     twin = copy.deepcopy(model)
     modules = {name: m for name, m in twin.named_modules() if isinstance(m, nn.RNNBase)}
-    if not modules:
-        cells = [name for name, m in twin.named_modules() if isinstance(m, nn.RNNCellBase)]
-        why = f"only cells stepped by hand ({', '.join(cells)}), of which uv.watch tells" if cells else "none"
-        raise ValueError(f"model: expected an nn.RNN, nn.LSTM or nn.GRU in it, found {why}")
+    loops = [CellLoop(name, m) for name, m in twin.named_modules() if isinstance(m, nn.RNNCellBase)]
+    if not modules and not loops:
+        raise ValueError("model: expected an nn.RNN, nn.LSTM or nn.GRU in it, or one of their cells, found none")
     for name, parameter in twin.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise ValueError(f"model: weight {name!r} holds a NaN or infinity; nothing can be measured of it")
@@ -92,10 +103,13 @@ def capture(model: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Ten
             raise ValueError("loss: it does not depend on the model's weights; was the graph detached?")
         value.backward()
         found = [_joined(name, module, calls[name]) for name, module in modules.items() if calls[name]]
+        notes = tuple(loop.unseen for loop in loops if loop.unseen)
+        found += [_looped(loop) for loop in loops if loop.chains and not loop.unseen]
     found = [given for given in found if given.elsewhere or bool((given.error != 0).any())]
     if not found:
-        raise ValueError("loss: no error comes back to any recurrent layer; it does not depend on them")
-    return found
+        raise ValueError("; ".join(notes) or "loss: no error comes back to any recurrent layer; it does not depend on "
+                         "them")  # fmt: skip
+    return found, notes
 
 
 def _listen(calls: list[_Call]) -> Any:
@@ -159,11 +173,7 @@ def _joined(path: str, module: nn.RNNBase, calls: list[_Call]) -> Given:
             elif last:
                 elsewhere |= bool((grad != 0).any())
         errors.append(error)
-    x = torch.cat([call.x for call in chain]).double()
-    if not bool(x.isfinite().all()):
-        raise ValueError(
-            f"batch: the input of {path or 'the layer'} holds a NaN or infinity; nothing can be measured of it"
-        )
+    x = _finite(path, torch.cat([call.x for call in chain]).double())
     with evaluating(module):
         layer = _plain(module)
     hx = chain[0].hx
@@ -178,6 +188,25 @@ def _joined(path: str, module: nn.RNNBase, calls: list[_Call]) -> Given:
         tuple(cuts),
         elsewhere,
     )
+
+
+def _looped(loop: CellLoop) -> Given:
+    """The longest chain of a cell's calls."""
+    x, error, start, at_c = loop.sequence()
+    with evaluating(loop.cell):
+        layer = loop.layer()
+    hx = start if start is None or layer.mode == "LSTM" else start[0]
+    lengths = torch.full(x.shape[1:2], len(x))
+    cuts = tuple(loop.longest.cuts)
+    return Given(loop.path, layer, _finite(loop.path, x), hx, lengths, error, cuts, at_c, cell=True)
+
+
+def _finite(path: str, x: Tensor) -> Tensor:
+    if not bool(x.isfinite().all()):
+        raise ValueError(
+            f"batch: the input of {path or 'the layer'} holds a NaN or infinity; nothing can be measured of it"
+        )
+    return x
 
 
 def _same(given: tuple[Tensor, ...], final: tuple[Tensor, ...]) -> bool:

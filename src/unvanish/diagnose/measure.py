@@ -22,6 +22,8 @@ class Measured:
     """One layer and direction."""
 
     place: LayerDirection
+    last: bool
+    """whether it is of the last layer, at whose output the errors are made"""
     curve: Tensor
     """[ℓ] median over sources and samples of ln‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0"""
     slopes: Tensor
@@ -107,7 +109,8 @@ def _measure_place(
     )
     evidence["sensitivity"] = _sensitivity(given, place, fed, hx, error, sources[-1 if not place.reverse else 0])
     evidence["step_change"] = evidence["sensitivity"] * step
-    return Measured(place, curve, slopes, wanted if lag is None else lag, asked or lag is None, decay, evidence)
+    last_layer = place.layer == layer.num_layers - 1
+    return Measured(place, last_layer, curve, slopes, wanted if lag is None else lag, asked or lag is None, decay, evidence)
 
 
 def _spread(steps: list[int]) -> list[int]:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from unvanish import nn as layers
 from unvanish.diagnose.capture import Given
 from unvanish.diagnose.records import BAD, LIKELY, LayerDiagnosis, Prescription
 from unvanish.diagnose.trial import Odds
+from unvanish.nn.modules import layer_directions
 
 Act = Callable[[nn.Module], nn.Module]
 
@@ -45,50 +45,70 @@ def prescribe(
     """
     if trial is not None and trial[0] >= LIKELY:
         return ()
+    untried = _untried(model, given, found, seed, trial is not None)
+    advice = [p for p in untried if p.act is None]
+    measured = (_predicted(p, model, measure) for p in untried if p.act is not None)
+    if trial is not None:
+        return (*advice, *_tried(model, _best_first(measured), *trial))
+    return (*advice, *_best_first(measured))
+
+
+def _untried(
+    model: nn.Module, given: list[Given], found: dict[str, LayerDiagnosis], seed: int, healthy_too: bool
+) -> list[Prescription]:
+    """Everything that fits, nothing measured."""
     out: list[Prescription] = []
     for module in given:
-        of_module = re.compile(rf"{re.escape(module.path + '.' if module.path else '')}l\d+(\.reverse)?")
-        own = [d for name, d in found.items() if of_module.fullmatch(name)]
-        bad = [d for d in own if d.verdict in BAD or (trial is not None and d.verdict != "undecided")]
+        names = {module.name(place) for place in layer_directions(module.layer)}
+        own = [d for name, d in found.items() if name in names]
+        bad = [d for d in own if d.verdict in BAD or (healthy_too and d.verdict != "undecided")]
         if not bad:
             continue
         worst = min(bad, key=lambda d: d.reach / max(d.lag, 1))
-        for candidate in _candidates(model.get_submodule(module.path), module, worst, seed):
-            prescription = Prescription(candidate.cure, module.path, candidate.reason, {}, candidate.act)
-            if candidate.act is not None:
-                predicted = measure(prescription.apply(copy.deepcopy(model)))
-                # Without the record of having been applied to the copy, which would keep it alive.
-                prescription = replace(prescription, predicted=predicted, _undo={})
-            out.append(prescription)
-    # Stable: among equals the order of `_candidates` stays.
-    out.sort(key=lambda p: (p.act is not None and not p.heals, -_left(p)))
-    return tuple(out) if trial is None else tuple(_tried(model, out, *trial))
+        candidates = _candidates(model.get_submodule(module.path), module, worst, seed)
+        out += [Prescription(c.cure, module.path, c.reason, {}, c.act) for c in candidates]
+    return out
+
+
+def _predicted(
+    p: Prescription, model: nn.Module, measure: Callable[[nn.Module], dict[str, LayerDiagnosis]]
+) -> Prescription:
+    """With what it does to a copy; without the record of having been applied to it, which would keep it alive."""
+    return replace(p, predicted=measure(p.apply(copy.deepcopy(model))), _undo={})
+
+
+def _best_first(measured: Iterator[Prescription]) -> Iterator[Prescription]:
+    """Those that heal, then by how far the worst layer reaches; among equals the order stays. No more are measured
+    than are taken."""
+    others: list[Prescription] = []
+    for p in measured:
+        if p.heals:
+            yield p
+        else:
+            others.append(p)
+    yield from sorted(others, key=lambda p: -_left(p))
 
 
 def _tried(
     model: nn.Module,
-    prescriptions: list[Prescription],
+    prescriptions: Iterator[Prescription],
     own: float,
     odds: Callable[[nn.Module, dict[str, LayerDiagnosis]], Odds],
 ) -> list[Prescription]:
-    """Each trained for a while on a copy, until one is likely to learn: the best first, after what is only advice."""
-    kept = [p for p in prescriptions if p.act is None]
+    """Each trained for a while on a copy, until one is likely to learn: the best first."""
+    kept: list[Prescription] = []
     for p in prescriptions:
-        if p.act is None:
-            continue
         chance = odds(p.apply(copy.deepcopy(model)), p.predicted).chance
         tried = replace(p, chance=chance, _undo={})
         if chance > own + CLEARLY:
             kept.append(tried)
             if chance >= LIKELY:
                 break
-    return sorted(kept, key=lambda p: (p.act is not None, -(p.chance or 0.0)))
+    return sorted(kept, key=lambda p: -(p.chance or 0.0))
 
 
 def _left(p: Prescription) -> float:
     """How far the worst layer reaches, in tenths of the lag."""
-    if p.act is None:
-        return math.inf
     return min((round(10 * min(1.0, d.reach / max(d.lag, 1))) for d in p.told), default=0)
 
 
@@ -127,7 +147,7 @@ def _cell_cures(module: nn.Module, worst: LayerDiagnosis, seed: int) -> Iterator
     if is_parametrized(module):
         yield _Candidate("remove the parametrization", "no cure can be written into weights that are computed", None)
         return
-    if not isinstance(module, nn.RNNBase) or not module.bias:
+    if not isinstance(module, nn.RNNBase | nn.RNNCellBase) or not module.bias:
         return
     longest = max(2.0, lag + 1.0)
     if worst.verdict in ("explodes", "chaotic"):
@@ -152,6 +172,9 @@ def _cell_cures(module: nn.Module, worst: LayerDiagnosis, seed: int) -> Iterator
     if cell not in ("rnn_tanh", "rnn_relu"):
         yield orthogonal
         return
+    if isinstance(module, layers.RNNCell):  # `replace` takes torch's alone
+        yield orthogonal
+        return
     # An orthogonal RNN passes the error on as well; a gated one learnt more tasks of benchmarks/diagnosis.py.
     cure = f"replace by a chrono GRU (max_lag={longest:g})"
     yield _Candidate(cure, "a state that is carried, behind the same interface", lambda m: _gru(m, longest, seed))
@@ -165,7 +188,7 @@ def _with(cure: Callable[[nn.Module, float], nn.Module], value: float) -> Act:
 def _scale_input(module: nn.Module, factor: float) -> nn.Module:
     with torch.no_grad():
         for name, weight in module.named_parameters():
-            if name.rpartition(".")[2].startswith("weight_ih_l0"):
+            if name.rpartition(".")[2] in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"):
                 weight.mul_(factor)
     return module
 

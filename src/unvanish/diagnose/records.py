@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -152,19 +153,30 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
     """Layer name → verdict, with what to do about it."""
 
     layers: dict[str, LayerDiagnosis]
-    prescriptions: tuple[Prescription, ...]
-    """the most promising first; none where there is nothing to cure"""
+    prescribe: Callable[[], tuple[Prescription, ...]] = field(repr=False, compare=False)
+    """tries the cures"""
     measure: Callable[[nn.Module], dict[str, LayerDiagnosis]] = field(repr=False, compare=False)
     """the same measurement, of another state of the model"""
+    notes: tuple[str, ...] = ()
+    """what recurs in the model and could not be followed, and why"""
     chance: float | None = None
     """of learning in the setting of benchmarks/diagnosis.py; None without a trial"""
     readable: float | None = None
     """share of the target's variance that a linear read-out finds in the states after the trial"""
 
+    @cached_property
+    def prescriptions(self) -> tuple[Prescription, ...]:
+        """The most promising first; none where there is nothing to cure.
+
+        Each cure is tried on a copy of the model as it was diagnosed, when this is asked for first: that takes a
+        diagnosis per cure, and with a trial its training.
+        """
+        return self.prescribe()
+
     @property
     def healthy(self) -> bool:
         """Nothing to cure: the error arrives in every layer."""
-        return all(d.verdict == "healthy" for d in self.layers.values())
+        return not self.notes and all(d.verdict == "healthy" for d in self.layers.values())
 
     @property
     def nothing(self) -> str:
@@ -221,7 +233,7 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
             lines.append(f"chance of learning as it is: {self.chance:.0%}")
         lines += [f"{i}. {p.cure}{f' on {p.path}' if p.path else ''}: {p.reason}{_effect(p)}"
                   for i, p in enumerate(self.prescriptions, 1)]  # fmt: skip
-        return "\n".join([*lines, *([self.nothing] if self.nothing else [])])
+        return "\n".join([*lines, *self.notes, *([self.nothing] if self.nothing else [])])
 
 
 def _effect(p: Prescription) -> str:

@@ -58,7 +58,7 @@ def readable_after(
     twin = _trained(model, inputs, target, loss, lr, seed)
     if twin is None:
         return 0.0
-    given = capture(twin, inputs, lambda output: loss(output, target), seed)
+    given, _ = capture(twin, inputs, lambda output: loss(output, target), seed)
     return max(0.0, *(_readable(g, target) for g in given))
 
 

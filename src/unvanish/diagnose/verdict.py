@@ -17,10 +17,13 @@ def judge(m: Measured) -> tuple[Verdict, str]:
     """(verdict, cause) of one layer and direction."""
     e, lag = m.evidence, m.lag
     if e["offered"] < 2 and m.place.reverse and e["steps"] > 2:
-        return "undecided", (
-            "the error enters where this direction starts, so there is nothing to travel; read its state at the first "
-            "step (torch's final state is that)"
+        where = (
+            "the error enters where this direction starts, so there is nothing to travel"
+            if m.last
+            else "the error is made where this direction starts, and comes to its other steps through the layer above "
+            "alone, whose verdict covers that way"
         )
+        return "undecided", f"{where}; read the reverse direction at the first step (torch's final state is that)"
     if e["offered"] < 2:
         return "undecided", f"the error has {e['offered']:.0f} steps to travel; at least 2 are needed to tell a rate"
     if len(m.slopes) < 2:
@@ -45,8 +48,19 @@ def judge(m: Measured) -> tuple[Verdict, str]:
                 f"the gradient reaches, but the state is too sensitive: one step of Adam changes it by up to "
                 f"{e['step_change']:.2g} times its size; take a smaller learning rate, or shorter memories"
             )
-        return "healthy", f"the error arrives over {lag} steps: {e['survival']:.2g} of it is left"
+        return "healthy", f"the error arrives over {lag} steps: {e['survival']:.2g} of it is left{_held(e, lag)}"
     return _fades(m)
+
+
+def _held(e: dict[str, float], lag: int) -> str:
+    """What is to be said of recurrent weights that are large enough for an explosion which does not come."""
+    growth = lag * math.log(max(e.get("spectral_radius", 0.0), 1e-300))
+    if growth <= -math.log(FRACTION):
+        return ""
+    return (
+        f"; held by the slopes φ' alone: spectral radius of W_hh {e['spectral_radius']:.2f}, with φ' = 1 the error "
+        f"would grow by 10^{growth / math.log(10):.0f} over the lag"
+    )
 
 
 def _grows(m: Measured) -> tuple[Verdict, str]:

@@ -139,9 +139,9 @@ def lyapunov(
     read = torch.zeros(B, 1, dtype=torch.float64, device=tr.x.device)
     estimates = []
     for t in reading_order(tr):
-        q, r = torch.linalg.qr(tangents.forward(tr, t, q))
+        q, factor = _orthonormalised(tangents.forward(tr, t, q))
         read += 1 if tr.active is None else tr.active[t]
-        grown = r.diagonal(dim1=-2, dim2=-1).abs().double().log()
+        grown = factor.double().log()
         # A held state grows by ln 1 = 0.
         total += torch.where(read > warmup, grown, 0.0)
         if history:
@@ -152,6 +152,18 @@ def lyapunov(
         return exponents.cpu()
     shown = torch.stack(estimates)[:, order].cpu()
     return LyapunovHistory(exponents.cpu(), shown, stack.in_user_order(per_sample, 0)[:, order].cpu())
+
+
+def _orthonormalised(v: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q `[B, S, n]`, |R_ii| `[B, n]`) of v = Q R; a single column needs no LAPACK call per sample."""
+    if v.shape[-1] > 1:
+        q, r = torch.linalg.qr(v)
+        return q, r.diagonal(dim1=-2, dim2=-1).abs()
+    length = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    # A column contracted to zero has no direction left: any unit vector will do, as in a QR decomposition.
+    unit = torch.zeros_like(v)
+    unit[:, 0] = 1
+    return torch.where(length > 0, v / length, unit), length.squeeze(-2)
 
 
 def _mean(total: Tensor, steps: Tensor) -> Tensor:

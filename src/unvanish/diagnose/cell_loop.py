@@ -1,0 +1,129 @@
+"""Cells that a model steps by hand, nn.RNNCell, LSTMCell and GRUCell, as the sequence that they make of a loop.
+
+The state that a cell returns is used twice: by its own next step, and by whatever reads it. To tell their errors apart
+exactly, the caller gets a view of it, and where that comes back as the next state, the cell is given the state itself:
+the error at the view is then what comes from outside.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unvanish import nn as layers
+
+
+@dataclass
+class Step:
+    """One call."""
+
+    x: Tensor
+    """[B, I]"""
+    state: tuple[Tensor, ...]
+    """as computed"""
+    shown: tuple[Tensor, ...]
+    """the views of it that the caller has"""
+    errors: dict[int, Tensor] = field(default_factory=dict)
+    """of h, c → what came from outside, [B, H]"""
+
+
+@dataclass
+class Chain:
+    """Calls that go on from each other's state."""
+
+    start: tuple[Tensor, ...] | None
+    """[B, H] each; None: zeros"""
+    steps: list[Step] = field(default_factory=list)
+    cuts: list[int] = field(default_factory=list)
+    """steps whose incoming state was detached"""
+
+
+class CellLoop:
+    """Listens at one cell of the copy that is run."""
+
+    def __init__(self, path: str, cell: nn.RNNCellBase) -> None:
+        self.path, self.cell = path, cell
+        self.chains: list[Chain] = []
+        self._now: tuple[Chain, Tensor] | None = None
+        cell.register_forward_pre_hook(self._before, with_kwargs=True)
+        cell.register_forward_hook(self._after)
+
+    def _before(self, cell: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        x = args[0] if args else kwargs["input"]
+        hx = args[1] if len(args) > 1 else kwargs.get("hx")
+        given = None if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
+        chain, inner = self._going_on(given)
+        self._now = chain, x.detach()
+        return (x, inner if inner is None or isinstance(hx, tuple | list) else inner[0]), {}
+
+    def _going_on(self, given: tuple[Tensor, ...] | None) -> tuple[Chain, tuple[Tensor, ...] | None]:
+        """The chain that this call belongs to, and the state to compute with."""
+        if given is not None:
+            for chain in reversed(self.chains):
+                last = chain.steps[-1]
+                if all(g is s for g, s in zip(given, last.shown, strict=False)):
+                    return chain, last.state
+                detached = not any(g.requires_grad for g in given)
+                if detached and all(map(torch.equal, given, last.shown)):
+                    chain.cuts.append(len(chain.steps))
+                    return chain, given
+        chain = Chain(None if given is None else tuple(_rows(g.detach()) for g in given))
+        self.chains.append(chain)
+        return chain, given
+
+    def _after(self, cell: nn.Module, args: Any, output: Any) -> Any:
+        assert self._now is not None
+        chain, x = self._now
+        state = output if isinstance(output, tuple) else (output,)
+        step = Step(_rows(x), state, tuple(s.view_as(s) for s in state))
+        for i, shown in enumerate(step.shown):
+            if shown.requires_grad:
+                shown.register_hook(lambda grad, i=i: step.errors.__setitem__(i, _rows(grad.detach())))
+        chain.steps.append(step)
+        return step.shown if isinstance(output, tuple) else step.shown[0]
+
+    @property
+    def longest(self) -> Chain:
+        return max(self.chains, key=lambda chain: len(chain.steps))
+
+    @property
+    def unseen(self) -> str:
+        """Why nothing can be told of this cell; "" if something can."""
+        if len(self.chains) > 1 and len(self.longest.steps) == 1:
+            return (
+                f"{self.path}: not diagnosed: what it is given as state is never just what it returned last, so its "
+                "calls can't be followed as one sequence; uv.watch tells of each"
+            )
+        return ""
+
+    def layer(self) -> nn.RNNBase:
+        """A layer of the same weights in float64."""
+        cell = self.cell
+        if isinstance(cell, nn.LSTMCell):
+            made: nn.RNNBase = layers.LSTM(cell.input_size, cell.hidden_size, bias=bool(cell.bias))
+        elif isinstance(cell, nn.GRUCell):
+            made = layers.GRU(cell.input_size, cell.hidden_size, bias=bool(cell.bias))
+        else:
+            assert isinstance(cell, nn.RNNCell)
+            made = layers.RNN(cell.input_size, cell.hidden_size, bias=bool(cell.bias), nonlinearity=cell.nonlinearity)
+        made = made.double().to(cell.weight_hh.device)
+        with torch.no_grad():
+            for name in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if cell.bias else ())):
+                getattr(made, f"{name}_l0").copy_(getattr(cell, name))
+        return made.requires_grad_(False)
+
+    def sequence(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None, bool]:
+        """x `[T, B, I]`, ∂E/∂h_t from outside `[T, B, H]`, the first state `[1, B, H]`, whether error entered at c."""
+        steps = self.longest.steps
+        x = torch.stack([step.x for step in steps]).double()
+        zero = x.new_zeros(x.shape[1], self.cell.hidden_size)
+        error = torch.stack([step.errors.get(0, zero).double() for step in steps])
+        start = self.longest.start
+        at_c = any(bool((step.errors[1] != 0).any()) for step in steps if 1 in step.errors)
+        return x, error, None if start is None else tuple(s.double().unsqueeze(0) for s in start), at_c
+
+
+def _rows(v: Tensor) -> Tensor:
+    """[B, ·]"""
+    return v.unsqueeze(0) if v.dim() == 1 else v

@@ -1,0 +1,93 @@
+"""Planted diseases are found, with their cause, and the first prescription heals them."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.test_diagnose import LastStep, T, data, diagnose, layer, relu
+from unvanish import cures
+
+
+def padded() -> Tensor:
+    x = data()[0].clone()
+    x[:, T // 10 :] = 0
+    return x
+
+
+DISEASES: dict[str, tuple[Callable[[], Any], float, str, str]] = {
+    "radius 0.5": (lambda: cures.spectral_radius_(layer("RNN"), 0.5), 1.0, "vanishes", "weights too small"),
+    "radius 2, tanh": (lambda: cures.spectral_radius_(layer("RNN", H=48), 2.0), 1.0, "chaotic", "weights too large"),
+    "radius 1.5, tanh": (lambda: cures.spectral_radius_(layer("RNN", H=48), 1.5), 0.1, "chaotic", "weights too large"),
+    "radius 1.5, relu": (lambda: relu(1.5), 1.0, "explodes", "weights too large"),
+    "forget bias −3": (lambda: cures.forget_bias_(layer("LSTM"), -3.0), 1.0, "vanishes", "forget gate"),
+    "update bias −3": (lambda: cures.forget_bias_(layer("GRU"), -3.0), 1.0, "vanishes", "update gate"),
+    "input scale 50, LSTM": (lambda: layer("LSTM"), 50.0, "saturated", "gates saturated"),
+    "input scale 50, RNN": (lambda: layer("RNN"), 50.0, "saturated", "activations saturated"),
+    "detached": (lambda: cures.chrono_(layer("LSTM"), T), 1.0, "vanishes", "detached"),
+    "padding": (lambda: layer("LSTM"), 1.0, "vanishes", "padding"),
+    "dead": (lambda: dead(), 1.0, "dead", "no relu unit is on"),
+    "identity": (lambda: relu(), 0.1, "healthy", "arrives"),
+    "chrono": (lambda: cures.chrono_(layer("LSTM"), T), 1.0, "healthy", "arrives"),
+}
+"""layer, scale of the input, verdict, cause"""
+
+
+def planted(disease: str) -> tuple[nn.Module, Tensor]:
+    make, scale, _, _ = DISEASES[disease]
+    x = padded() if disease == "padding" else data(scale=scale)[0]
+    return LastStep(make(), every=20 if disease == "detached" else None), x
+
+
+def dead() -> nn.RNN:
+    rnn = cures.identity_(layer("RNN", nonlinearity="relu"))
+    nn.init.constant_(rnn.bias_ih_l0, -1e3)
+    return rnn
+
+
+@pytest.mark.parametrize("disease", list(DISEASES))
+def test_planted_diseases_are_found_with_their_cause(disease: str) -> None:
+    _, _, verdict, cause = DISEASES[disease]
+    for factor in (1.0, 1e-12, 1e12):
+        found = diagnose(*planted(disease), factor)["encoder.l0"]
+        assert found.verdict == verdict
+        assert cause in found.cause
+
+
+@pytest.mark.parametrize("disease", list(DISEASES))
+def test_the_first_prescription_keeps_its_promise(disease: str) -> None:
+    model, x = planted(disease)
+    found = diagnose(model, x)
+    if DISEASES[disease][2] == "healthy":
+        assert found.healthy
+        assert not found.prescriptions
+        return
+    able = [p for p in found.prescriptions if p.act is not None]
+    assert able[0].heals or disease == "detached"
+    before = copy.deepcopy(model.state_dict())
+    cured = able[0].apply(model)
+    after = found.verify(cured)
+    assert after.cured == able[0].heals
+    for name, predicted in able[0].predicted.items():
+        assert after.after[name].rate == pytest.approx(predicted.rate, rel=1e-6)
+        assert after.after[name].reach == predicted.reach
+    able[0].undo(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match="was not applied"):
+        able[0].undo(model)
+
+
+def test_large_recurrent_weights_that_do_no_harm_are_named_all_the_same() -> None:
+    for radius in (0.9, 1.5):
+        found = diagnose(LastStep(cures.spectral_radius_(layer("RNN", H=32), radius)), data(scale=1.0)[0], lag=20)
+        told = found["encoder.l0"]
+        if radius > 1:
+            assert told.verdict == "healthy"
+            assert "spectral radius of W_hh 1.50" in told.cause
+            assert "grow by 10^4 over" in told.cause
+            assert told.evidence["lyapunov"] < 0.05
+        else:
+            assert "held" not in told.cause
