@@ -76,8 +76,9 @@ class EngineSequence(nn.RNNBase):
         inputs = time_major(self, input, lengths)
         x, device = inputs.x, inputs.x.device.type
         layers = layer_directions(self)
+        given = (x, layers[0].weights.w_ih, *(() if hx is None else self._initial(hx)))
         # Autocast leaves float64 as it is.
-        if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, layers[0].weights.w_ih.dtype):
+        if torch.is_autocast_enabled(device) and all(v.dtype != torch.float64 for v in given):
             dtype = torch.get_autocast_dtype(device)
             if self._autocast_promotes:
                 dtype = torch.promote_types(dtype, x.dtype if hx is None else hx.dtype)
