@@ -104,7 +104,7 @@ def sides(hidden: int, seeds: int, *cells: str) -> tuple[Side, ...]:
 
 LSTMS = ("lstm-chrono", "lstm-forget1", "rnn")
 ORDER = (Side("tanh-RNN, clip", "rnn", 50), Side("tanh-RNN, clip + Ω", "rnn", 50, omega=1.0))
-COPY = sides(128, 1, "lstm-chrono", "lstm-forget1")
+COPY = sides(128, 1, "lstm-forget1", "lstm-chrono")
 REBER = (
     Side("forget-bias-1 LSTM", "lstm-forget1", 12, seeds=32),
     Side("Elman net, error one step back", "rnn", 24, seeds=2, elman=True),
@@ -131,7 +131,6 @@ PARTS = {
         lr=2e-2,
         goal=0.0,
         batch=16,
-        rounds=60,
         patience=1,
         optimizer="adamw",
         schedule="cosine",
