@@ -239,6 +239,17 @@ def test_a_lower_reverse_layer_is_reached_through_the_layer_above() -> None:
     assert bool(reached.norms[0, T - 5].gt(0).all())
 
 
+def test_a_call_whose_output_is_thrown_away_is_passed_over() -> None:
+    class Twice(LastStep):
+        def forward(self, x: Tensor) -> Tensor:
+            self.encoder(x)
+            return super().forward(x)
+
+    once, twice = (diagnose(kind(layer("LSTM")))["encoder.l0"] for kind in (LastStep, Twice))
+    assert twice.verdict == once.verdict
+    assert len(twice.curve) == len(once.curve)
+
+
 def test_the_samples_followed_may_all_be_shorter_than_the_longest() -> None:
     class Packed(nn.Module):
         def __init__(self) -> None:

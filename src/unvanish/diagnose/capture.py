@@ -55,6 +55,12 @@ class _Call:
     error: Tensor | None = None
     final_error: dict[int, Tensor] = field(default_factory=dict)
 
+    @property
+    def reached(self) -> bool:
+        """Whether an error came back to it."""
+        came = (*self.final_error.values(), *(() if self.error is None else (self.error,)))
+        return any(bool((error != 0).any()) for error in came)
+
     def full_error(self) -> Tensor:
         """[T, B, D·R]"""
         if self.error is None:
@@ -151,12 +157,12 @@ def _rows(h: Tensor) -> Tensor:
 
 
 def _joined(path: str, module: nn.RNNBase, calls: list[_Call]) -> Given:
-    """Calls that go on from each other's last state, as one sequence: the longest such chain."""
+    """Calls that go on from each other's last state, as one sequence: the longest such chain that an error reaches."""
     chains: list[list[_Call]] = []
     for call in calls:
         goes_on = chains and call.hx is not None and _same(call.hx, chains[-1][-1].final) and not module.bidirectional
         (chains[-1].append if goes_on else lambda c: chains.append([c]))(call)
-    chain = max(chains, key=lambda c: sum(len(call.x) for call in c))
+    chain = max(chains, key=lambda c: (any(call.reached for call in c), sum(len(call.x) for call in c)))
     D = 2 if module.bidirectional else 1
     errors, elsewhere, cuts, t = [], False, [], 0
     for number, call in enumerate(chain):

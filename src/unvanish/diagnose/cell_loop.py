@@ -85,7 +85,8 @@ class CellLoop:
 
     @property
     def longest(self) -> Chain:
-        return max(self.chains, key=lambda chain: len(chain.steps))
+        """Of those that an error reaches, if it reaches any."""
+        return max(self.chains, key=lambda chain: (any(step.errors for step in chain.steps), len(chain.steps)))
 
     @property
     def unseen(self) -> str:

@@ -110,7 +110,9 @@ def _measure_place(
     evidence["sensitivity"] = _sensitivity(given, place, fed, hx, error, sources[-1 if not place.reverse else 0])
     evidence["step_change"] = evidence["sensitivity"] * step
     last_layer = place.layer == layer.num_layers - 1
-    return Measured(place, last_layer, curve, slopes, wanted if lag is None else lag, asked or lag is None, decay, evidence)
+    return Measured(
+        place, last_layer, curve, slopes, wanted if lag is None else lag, asked or lag is None, decay, evidence
+    )
 
 
 def _spread(steps: list[int]) -> list[int]:
