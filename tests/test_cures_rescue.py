@@ -106,6 +106,16 @@ def test_target_is_reached_and_no_uniform_shift_is_smaller(kind, H, T, lag, targ
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize(("seed", "target"), [(4, 0.02), (3, 0.1)])
+def test_solutions_that_take_turns_come_to_rest(seed, target):
+    torch.manual_seed(seed)
+    lstm, x = nn.LSTM(4, 16), torch.randn(60, 8, 4)
+    uniform, before = uniform_shift(lstm, x, 20, target), carry_bias(lstm).clone()
+    rescue_(lstm, x, 20, target)
+    assert survival(lstm, x, 20) == pytest.approx(target, rel=0.01)
+    assert float((carry_bias(lstm) - before).norm()) < uniform
+
+
 def test_no_change_nearby_is_smaller():
     """Every other change on the constraint, found by tangent steps that are driven back to it, is longer."""
     torch.manual_seed(1)

@@ -21,7 +21,7 @@ from unvanish.flow.record import LayerFlow
 TOLERANCE = 1e-3
 """|ln S − ln target| at which a solution is taken"""
 ROUNDS = 40
-"""measurements per layer at most"""
+"""measurements of a layer until one of several solutions is kept, and as many again until its size is found"""
 
 
 def rescue_(
@@ -40,7 +40,8 @@ def rescue_(
     Since the error needs *some* units to survive in, and those cost least whose gates are already most open, the
     smallest change opens a share of about target² of the units and leaves the others nearly alone: a division into
     long and short memory, where a uniform shift would make all units slow. States react to the biases; so the layer is
-    run again and the problem solved again until the measured S is within 0.1 % of the target.
+    run again and the problem solved again until the measured S is within 0.1 % of the target. Where that goes round in
+    circles among solutions that cost nearly the same, one of them is kept and scaled until S holds.
 
     Layers are rescued from the first to the last, each under the input that the rescued layers below give it. The
     change is added to `bias_ih`. For the GRU read h for c, z for f.
@@ -106,23 +107,37 @@ def rescue_(
 
 def _rescue_layer(lstm: nn.RNNBase, place: int, bias: Tensor, x: Any, lag: int, target: float, hx: Any) -> None:
     """Solve at the trajectories measured, apply, measure again, until S holds the target and the change has settled."""
-    start = bias.detach().double()
-    log_target = math.log(target)
-    shift, measured = torch.zeros_like(start), -math.inf
-    for round_ in range(ROUNDS):
+    start, log_target = bias.detach().double(), math.log(target)
+
+    def measure(shift: Tensor) -> tuple[Tensor, float]:
+        """(ln f, ln S) with the shift applied."""
+        bias.copy_(start + shift)
         window = windows(lstm, x, lag, hx)[place][1]
-        measured = log_survival(window, "carry")
-        if round_ == 0 and measured >= log_target:
-            return
-        new = smallest_shift(_logits(window.log_carry) - shift, 1.0, target, shift if round_ else None)
+        return window.log_carry, log_survival(window, "carry")
+
+    shift = torch.zeros_like(start)
+    log_carry, measured = measure(shift)
+    if measured >= log_target:
+        return
+    for round_ in range(ROUNDS):
+        new = smallest_shift(_logits(log_carry) - shift, 1.0, target, shift if round_ else None)
         moved = float((new - shift).norm() / new.norm())
         if round_ and abs(measured - log_target) < TOLERANCE and moved < 10 * TOLERANCE:
             return
         # States that answer strongly can make full steps oscillate.
         shift = new if round_ < 8 else 0.5 * (shift + new)
-        bias.copy_(start + shift)
+        log_carry, measured = measure(shift)
+    # Two sets of units may cost nearly the same, and each look cheaper at the trajectories to which the other leads.
+    # One is kept, and its size found; at size 0 S is below the target.
+    size, low, high = 1.0, 0.0, math.inf
+    for _ in range(ROUNDS):
+        measured = measure(size * new)[1]
+        if abs(measured - log_target) < TOLERANCE:
+            return
+        low, high = (size, high) if measured < log_target else (low, size)
+        size = 0.5 * (low + high) if high < math.inf else 1.25 * size
     raise ArithmeticError(
-        f"rescue_: after {ROUNDS} rounds layer {place} keeps {math.exp(measured):.4g}, not {target}, because the "
+        f"rescue_: after {2 * ROUNDS} rounds layer {place} keeps {math.exp(measured):.4g}, not {target}, because the "
         "states answer to every change of the biases; try another target, or chrono_"
     )
 
