@@ -206,7 +206,7 @@ def predict(
     told = {name: value for name, value in columns.items() if value is not None}
     # New data need not have the answers, in whose column they stood in training.
     if_there = {"target"} - told.keys()
-    given = training.read_data(data, kind, if_there=if_there, **(trained.config.get("columns", {}) | told))
+    given = training.read_data(data, kind, if_there, **(trained.config.get("columns", {}) | told))
     answers = trained.predict(given)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if not isinstance(given, training.Sequences):
