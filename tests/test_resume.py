@@ -173,6 +173,24 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, whole: Trained) -> 
         assert same(resumed(tmp_path / "m"), whole)
 
 
+def test_one_changed_bit_of_a_weight_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "update-000000001.ckpt"
+    SealedCheckpointIO().save_checkpoint({"weight": torch.full((64,), 1.5)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.full((64,), 1.5).numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged: its checksum is wrong"):
+        SealedCheckpointIO().load_checkpoint(path)
+
+
+def test_the_newest_checkpoint_is_the_latest(tmp_path: Path) -> None:
+    for update in (9, 10):
+        SealedCheckpointIO().save_checkpoint({"update": update}, tmp_path / f"update-{update:09d}.ckpt")
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.name == "update-000000010.ckpt"
+
+
 def test_a_sealed_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "update-000000001.ckpt"
     SealedCheckpointIO().save_checkpoint({"model": Path.home}, path)

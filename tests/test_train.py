@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from unvanish.train import (
     Settings,
 )
 from unvanish.train.data.sequences import split
-from unvanish.train.models import Shape
+from unvanish.train.models import SequenceModel, Shape
 
 
 def sines(n: int = 120, *, number: bool = False) -> Sequences:
@@ -178,3 +179,21 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         assert call(wrong, monkeypatch) == 2
         assert message in " ".join(capsys.readouterr().err.split())
     assert not Path("n").exists()
+
+
+def test_a_language_model_goes_on_from_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, left = [], []
+    step = SequenceModel.step
+
+    def listening(model: SequenceModel, x: Any, lengths: Any = None, state: Any = None) -> Any:
+        answer, after = step(model, x, lengths, state)
+        if model.training:
+            given.append(state)
+            left.append(after.detach())
+        return answer, after
+
+    monkeypatch.setattr(SequenceModel, "step", listening)
+    settings = Settings(cell="gru", hidden=6, steps=3, batch=4, tbptt=16, every=3)
+    train.train_on(LanguageModel(TEXT), settings, out=tmp_path / "m")
+    assert given[0] is None
+    assert all(torch.equal(now, before) for now, before in zip(given[1:3], left, strict=False))

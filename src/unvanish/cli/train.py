@@ -66,7 +66,7 @@ def train(
     steps: Annotated[int | None, _option(TRAINING, "Updates, instead of epochs; by default 600 for a task.")] = None,
     batch: Annotated[int, _option(TRAINING, "Samples per update, over all processes.")] = 32,
     lr: Annotated[float, _option(TRAINING, "Learning rate.")] = 1e-2,
-    optimizer: Annotated[str, _option(TRAINING, "adam, adamw, sgd or rmsprop.")] = "adam",
+    optimizer: Annotated[str, _option(TRAINING, "adam, adamw, sgd or rmsprop (decay 0.9).")] = "adam",
     weight_decay: Annotated[float, _option(TRAINING, "The optimizer's.")] = 0.0,
     schedule: Annotated[str, _option(TRAINING, "Of the learning rate: constant or cosine.")] = "constant",
     clip: Annotated[float, _option(TRAINING, "Global gradient norm, at most.")] = 1.0,
@@ -206,7 +206,7 @@ def predict(
     told = {name: value for name, value in columns.items() if value is not None}
     # New data need not have the answers, in whose column they stood in training.
     if_there = {"target"} - told.keys()
-    given = training.read_data(data, kind, if_there=if_there, **(trained.config.get("columns", {}) | told))
+    given = training.read_data(data, kind, if_there, **(trained.config.get("columns", {}) | told))
     answers = trained.predict(given)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if not isinstance(given, training.Sequences):

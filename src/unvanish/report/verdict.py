@@ -43,7 +43,7 @@ def fate(reach: Reach) -> str:
 
 def survival(task: TaskResult) -> str:
     """Whose gradient survives the length of the task, before training."""
-    lag = task.length - 1
+    lag = task.runs[0].before.lag[-1]
     parts = [f"{run.title}: {power_of_ten(run.before.log_norm[-1])}" for run in task.runs]
     return f"Of the last step's error, {lag} steps earlier there is left, before training: {'; '.join(parts)}."
 
@@ -72,7 +72,8 @@ def explanation(task: TaskResult) -> str:
     failed_kept = [run for run in kept if not run.solved]
     if not lost:
         return "No model's gradient vanishes over this length: what separates them is something else."
-    text = [f"At the start the gradient of {_and([run.title for run in lost])} vanishes over {task.length - 1} steps."]
+    lag = lost[0].before.lag[-1]
+    text = [f"At the start the gradient of {_and([run.title for run in lost])} vanishes over {lag} steps."]
     if learnt_lost:
         names = [f"{run.title} ({reached(run)})" for run in learnt_lost]
         verb = "solves" if len(names) == 1 else "solve"

@@ -23,7 +23,7 @@ USED: dict[str, tuple[str, ...]] = {
 }
 
 
-def read_data(path: Path, kind: Kind, *, if_there: Collection[str] = (), **options: Any) -> Sequences | Series | str:
+def read_data(path: Path, kind: Kind, if_there: Collection[str] = (), /, **options: Any) -> Sequences | Series | str:
     """What a file holds, for a kind of problem.
 
     Args:
