@@ -97,6 +97,8 @@ def test_spread_and_negative_sources() -> None:
         ({"sources": [10]}, "sources: expected different steps from 0 to 9"),
         ({"sources": [3, 3]}, "sources: expected different steps"),
         ({"sources": [5, 3]}, "sources: expected steps in increasing order"),
+        ({"sources": [9, -1]}, "sources: expected different steps"),
+        ({"sources": [1.5]}, "sources: expected whole numbers"),
         ({"sources": []}, "sources: expected different steps"),
         ({"sources": 11}, "sources: expected a count from 1 to 10"),
         ({"sources": "last"}, "sources: expected 'all'"),

@@ -128,6 +128,11 @@ def test_a_wrong_tree_is_refused(tree: str, tmp_path: Path) -> None:
         uv.flow.load(tmp_path / "f")
 
 
+def test_a_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=r"expected a flow file, got a folder"):
+        uv.flow.load(tmp_path)
+
+
 def test_another_schema_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "f", {"unvanish.flow": "99", "record": "{}"})
     with pytest.raises(ValueError, match=f"expected a flow file of schema {SCHEMA}, found schema '99'"):

@@ -234,6 +234,28 @@ def test_wrong_models_are_refused() -> None:
         uv.mark(torch.zeros(2), "h")
 
 
+@pytest.mark.parametrize("option", ["every", "keep"])
+@pytest.mark.parametrize("value", [0, 1.5, True, "2"])
+def test_counts_are_whole_numbers(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{option}: expected a whole number, at least 1"):
+        uv.watch(nn.LSTM(2, 3), **{option: value})
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, uv.nn.LSTM])
+def test_watches_within_each_other_see_the_same(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": kind(3, 4), "b": kind(3, 4)})
+    x = torch.randn(5, 2, 3)
+    with uv.watch(model) as outer, uv.watch(model["a"]) as inner:
+        model["a"](x)[0].sum().backward()
+        with uv.watch(model["b"]) as other:
+            model["b"](x)[0].sum().backward()
+    assert outer != inner
+    for seen, name in ((inner, "a"), (other, "b")):
+        torch.testing.assert_close(seen["l0"].dh, outer[f"{name}.l0"].dh)
+        torch.testing.assert_close(seen["l0"].dgates, outer[f"{name}.l0"].dgates)
+
+
 def test_frozen_weights_and_autograd_grad() -> None:
     lstm = nn.LSTM(2, 3, dtype=torch.float64)
     x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)

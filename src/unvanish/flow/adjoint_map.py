@@ -9,7 +9,8 @@ where the norm itself has left the range of floating point numbers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from operator import index
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ def adjoint_map(
         layer: nn.RNN, nn.LSTM or nn.GRU of torch or unvanish. Dropout between layers is off.
         x: the input in the layer's own layout: padded, unbatched or packed.
         hx: the initial state; None: zeros.
-        sources: steps k; a count, spread evenly with the last step among them; or "all".
+        sources: steps k, negative ones from the end; a count, spread evenly with the last step among them; or "all".
         state: "c" or "h"; by default c for the LSTM and h for the others.
         cotangent: `[K, B, D·R]` ∂E_k/∂h_k, samples in the user's order; `[K, B, R]` with D = 2 is the error of `at`'s
             direction. None: one random unit vector per direction, from `seed`, the same for all sources and samples.
@@ -146,10 +147,14 @@ def _sources(sources: Literal["all"] | int | Sequence[int], T: int) -> list[int]
         return sorted({round(T - 1 - i * T / sources) for i in range(sources)})
     if isinstance(sources, str):
         raise ValueError(f"sources: expected 'all', a count or a list of steps, got {sources!r}")
-    steps = [int(k) for k in sources]
-    if not steps or len(set(steps)) < len(steps) or not all(-T <= k < T for k in steps):
-        raise ValueError(f"sources: expected different steps from 0 to {T - 1}, got {list(sources)}")
-    steps = [k % T for k in steps]
+    if not all(isinstance(k, SupportsIndex) for k in sources):
+        raise ValueError(f"sources: expected whole numbers, got {list(sources)}")
+    given = [index(k) for k in sources]
+    steps = [k % T for k in given]
+    if not steps or len(set(steps)) < len(steps) or not all(-T <= k < T for k in given):
+        raise ValueError(
+            f"sources: expected different steps from 0 to {T - 1} (or −1 to −{T} from the end), got {list(sources)}"
+        )
     if steps != sorted(steps):
         raise ValueError(f"sources: expected steps in increasing order, got {list(sources)}")
     return steps

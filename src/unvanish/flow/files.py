@@ -90,6 +90,8 @@ def load(path: str | os.PathLike[str]) -> Any:
     """
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path}: expected a flow file, got a folder")
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}

@@ -60,7 +60,7 @@ def jacobian(layer: nn.RNNBase, x: Tensor | PackedSequence, t: int, hx: Any = No
     tr = stack.traces[stack.index(at)]
     T = tr.x.shape[0]
     if not -T <= t < T:
-        raise ValueError(f"t: expected a step from 0 to {T - 1}, got {t}")
+        raise ValueError(f"t: expected a step from 0 to {T - 1} (or −1 to −{T} from the end), got {t}")
     return stack.in_user_order(full_jacobians(tr, t % T), 0)
 
 

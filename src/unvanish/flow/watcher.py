@@ -61,8 +61,8 @@ class Watch(Flow):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         for name, value, what in (("keep", keep, "pass"), ("every", every, "step")):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1 {what}, got {value}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a whole number, at least 1 {what}, got {value!r}")
         self._every = every
         self._stream = None if stream is None else Stream(Path(stream))
         self._model = model
