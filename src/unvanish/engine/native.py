@@ -221,31 +221,20 @@ def _gradient_shapes(
     return out
 
 
-@torch.library.custom_op("unvanish::backward", mutates_args=())
-def backward_operator(
-    dy: Tensor | None,
-    dh: Tensor | None,
-    dc: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    lengths: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    cell: int,
-    reverse: bool,
-    clip: float,
-    want_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `backward`, as many as there are: for a list of them torch would know no way to batch it."""
-    saved = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, y, gates, cells)
-    return tuple(backward(dy, dh, dc, *saved, cell, reverse, clip, want_dx, False, False))  # type: ignore[return-value]
+def _gradients(*given: Any) -> tuple[Tensor, ...]:
+    """The gradients of `backward`, as many as there always are: for a list of them torch knows no way to batch it."""
+    return tuple(backward(*given, want_delta=False, want_norms=False))
+
+
+backward_operator = torch.library.custom_op(
+    "unvanish::backward",
+    _gradients,
+    mutates_args=(),
+    schema="(Tensor? dy, Tensor? dh, Tensor? dc, Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, "
+    "Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? lengths, Tensor y, Tensor gates, Tensor cells, "
+    "int cell, bool reverse, float clip, bool want_dx) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @backward_operator.register_fake
