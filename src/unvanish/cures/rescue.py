@@ -115,7 +115,7 @@ def _rescue_layer(lstm: nn.RNNBase, place: int, bias: Tensor, x: Any, lag: int, 
         window = windows(lstm, x, lag, hx)[place][1]
         return window.log_carry, log_survival(window, "carry")
 
-    shift = torch.zeros_like(start)
+    shift = new = torch.zeros_like(start)
     log_carry, measured = measure(shift)
     if measured >= log_target:
         return

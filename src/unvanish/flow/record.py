@@ -108,10 +108,6 @@ class Flow(Record, Mapping[str, LayerFlow]):
     """Layer name → LayerFlow."""
 
     _picture = "flow"
-    # Not the Mapping's: a watch that has measured nothing yet can't be asked for its layers.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
     def __init__(self, layers: Mapping[str, LayerFlow]) -> None:
         self._layers = dict(layers)
 
@@ -131,6 +127,13 @@ class Flow(Record, Mapping[str, LayerFlow]):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    # Not the Mapping's: a watch that has measured nothing yet can't be asked for its layers.
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.layers.values()))
