@@ -108,6 +108,7 @@ class Flow(Record, Mapping[str, LayerFlow]):
     """Layer name → LayerFlow."""
 
     _picture = "flow"
+
     def __init__(self, layers: Mapping[str, LayerFlow]) -> None:
         self._layers = dict(layers)
 
