@@ -3,6 +3,7 @@
 IPython's own `!` goes on after a failure, and runs commands in a terminal, so that progress bars fill the page.
 """
 
+import os
 import subprocess
 
 from IPython.core.getipython import get_ipython
@@ -13,7 +14,11 @@ def system(command: str) -> None:
     shell = get_ipython()
     assert shell is not None
     line = shell.var_expand(command, depth=1)
-    done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    # The kernel sets it; a program that obeys it fills the page with its progress bars in a pipe too.
+    env = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}
+    done = subprocess.run(
+        line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=env
+    )
     print(done.stdout, end="")
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode}: {line}")
