@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unvanish.cells import CELLS, Cell, State, Weights
 from unvanish.engine import manual, reference
-from unvanish.engine.sequence import active_steps, transform
+from unvanish.engine.sequence import Sorted, active_steps, sort, transform
 
 try:
     from unvanish import _native
@@ -278,32 +278,10 @@ torch.library.register_autograd("unvanish::forward", _autograd, setup_context=_s
 class _Kept(NamedTuple):
     """A forward pass as the kernels left it."""
 
-    given: "Sorted"
+    given: Sorted
     y: Tensor
     gates: Tensor
     cells: Tensor
-
-
-class Sorted(NamedTuple):
-    """A ragged batch with its longest samples first, as the kernels want it."""
-
-    x: Tensor
-    state: State
-    lengths: Tensor | None
-    back: Tensor | None
-    """index of each sample's place among the sorted; None when nothing moved"""
-
-
-def sort(x: Tensor, state: State, lengths: Tensor | None) -> Sorted:
-    """Longest samples first, where they are not."""
-    if lengths is None:
-        return Sorted(x, state, None, None)
-    lengths = lengths.to("cpu", torch.int64)
-    if bool((lengths[:-1] >= lengths[1:]).all()):
-        return Sorted(x, state, lengths.contiguous(), None)
-    sorted_lengths, order = lengths.sort(descending=True, stable=True)
-    back = torch.argsort(order)
-    return Sorted(x.index_select(1, order), tuple(s.index_select(0, order) for s in state), sorted_lengths, back)
 
 
 def _apply(

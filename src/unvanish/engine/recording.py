@@ -12,6 +12,7 @@ from torch._C import _autograd
 
 from unvanish.cells import Cell, State, Weights
 from unvanish.engine import manual, native, reference
+from unvanish.engine.sequence import sort
 
 SATURATED = 0.05
 """A unit counts as saturated where φ'(a) is below this share of its maximum."""
@@ -69,7 +70,7 @@ class Pass:
     def __init__(self, cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None, reverse: bool) -> None:
         self.cell, self.x, self.state, self.weights = cell, x, state, w
         self.lengths, self.reverse = lengths, reverse
-        self._given = native.sort(x, state, lengths)
+        self._given = sort(x, state, lengths)
         h0, c0 = (*self._given.state, None)[:2]
         self._inputs: Any = [None if v is None else v.contiguous() for v in (self._given.x, h0, c0, *w)]
         self._inputs.append(self._given.lengths)
@@ -192,7 +193,7 @@ def run_recorded(
     clip: float | None = None,
 ) -> tuple[Tensor, State]:
     """`native.run`, bit for bit, and `record` hears of both ways."""
-    given = native.sort(x, state, lengths)
+    given = sort(x, state, lengths)
     h0, c0 = (*given.state, None)[:2]
     inputs = [None if v is None else v.contiguous() for v in (given.x, h0, c0, *w)]
     y, *final = _Recorded.apply(record, cell, given.back, reverse, clip, *inputs, given.lengths)

@@ -5,10 +5,13 @@ its state is held, so the final state is the one after its last step and a rever
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from unvanish.cells import State
 
 
 def active_steps(lengths: Tensor | None, T: int, device: torch.device) -> Tensor | None:
@@ -29,6 +32,28 @@ def clip_rows(d: Tensor, limit: float) -> Tensor:
     at 1e19."""
     norm = torch.linalg.vector_norm(d, dim=-1, keepdim=True, dtype=torch.float64)
     return d * torch.where(norm > limit, limit / norm, 1.0).to(d.dtype)
+
+
+class Sorted(NamedTuple):
+    """A ragged batch with its longest samples first, as the kernels want it."""
+
+    x: Tensor
+    state: State
+    lengths: Tensor | None
+    back: Tensor | None
+    """index of each sample's place among the sorted; None when nothing moved"""
+
+
+def sort(x: Tensor, state: State, lengths: Tensor | None) -> Sorted:
+    """Longest samples first, where they are not."""
+    if lengths is None:
+        return Sorted(x, state, None, None)
+    lengths = lengths.to("cpu", torch.int64)
+    if bool((lengths[:-1] >= lengths[1:]).all()):
+        return Sorted(x, state, lengths.contiguous(), None)
+    sorted_lengths, order = lengths.sort(descending=True, stable=True)
+    back = torch.argsort(order)
+    return Sorted(x.index_select(1, order), tuple(s.index_select(0, order) for s in state), sorted_lengths, back)
 
 
 def transform() -> str | None:
