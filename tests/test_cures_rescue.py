@@ -75,6 +75,7 @@ def test_survival_of_packed_samples_counts_their_own_last_steps():
             assert math.isclose(packed, math.sqrt(sum(alone) / 3), rel_tol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("kind", "H", "T", "lag", "target", "prepare"),
     [
@@ -89,9 +90,9 @@ def test_survival_of_packed_samples_counts_their_own_last_steps():
         (nn.LSTM, 1, 30, 30, 0.5, None),
     ],
 )
-def test_target_is_reached_and_no_uniform_shift_is_smaller(kind, H, T, lag, target, prepare):
+def test_target_is_reached_and_no_uniform_shift_is_smaller(kind, H, T, lag, target, prepare, dtype):
     torch.manual_seed(0)
-    layer, x = kind(4, H), torch.randn(T, 4, 4)
+    layer, x = kind(4, H).to(dtype), torch.randn(T, 4, 4).to(dtype)
     if prepare is not None:
         prepare(layer)
     before = {k: v.clone() for k, v in layer.state_dict().items()}

@@ -107,7 +107,7 @@ def rescue_(
 
 def _rescue_layer(lstm: nn.RNNBase, place: int, bias: Tensor, x: Any, lag: int, target: float, hx: Any) -> None:
     """Solve at the trajectories measured, apply, measure again, until S holds the target and the change has settled."""
-    start, log_target = bias.detach().double(), math.log(target)
+    start, log_target = bias.detach().to(torch.float64, copy=True), math.log(target)
 
     def measure(shift: Tensor) -> tuple[Tensor, float]:
         """(ln f, ln S) with the shift applied."""
