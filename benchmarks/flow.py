@@ -2,6 +2,7 @@
 
     python benchmarks/flow.py                # all
     python benchmarks/flow.py watch map      # some of: watch, map, memory, growth
+    python benchmarks/flow.py watch --device cuda
 
 watch   a training step (forward and backward) watched, against the same step unwatched: our layer, torch's layer, and
         the usual alternative, torch's cell in a loop with retain_grad on every state
@@ -13,6 +14,7 @@ growth  resident memory of a watched loop after 100, 2,000 and 10,000 steps
 """
 
 import argparse
+import functools
 import gc
 import multiprocessing
 import resource
@@ -36,14 +38,17 @@ Step = Callable[[], object]
 
 def interleaved(runs: dict[str, Step], rounds: int) -> dict[str, float]:
     """Median seconds of each, every round running all of them in turn."""
+    finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             gc.collect()
+            finish()
             start = time.perf_counter()
             run()
+            finish()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(found) for name, found in seconds.items()}
 
@@ -78,18 +83,19 @@ def cell_loop_step(kind: str, cell: nn.RNNCellBase, x: Tensor) -> Step:
         for v in (*outputs, *measured):
             v.retain_grad()
         torch.stack(outputs).square().mean().backward()
-        _ = [(h.grad.norm(dim=-1), c.grad.norm(dim=-1)) for h, c in zip(outputs, measured, strict=True)]
+        _ = [v.grad.norm(dim=-1) for v in (*outputs, *measured) if v.grad is not None]
 
     return step
 
 
-def watch(rounds: int) -> None:
+def watch(rounds: int, device: str = "cpu") -> None:
     print("watch: seconds of the unwatched step, and ratios to it")
     for T, B, n_in, H in SIZES:
-        x = torch.randn(T, B, n_in)
+        x = torch.randn(T, B, n_in, device=device)
         for kind in CELLS:
             torch.manual_seed(0)
-            stock, ours, cell = (family(n_in, H) for family in (getattr(nn, kind), getattr(uv.nn, kind), CELLS[kind]))
+            families = (getattr(nn, kind), getattr(uv.nn, kind), CELLS[kind])
+            stock, ours, cell = (family(n_in, H).to(device) for family in families)
             s = interleaved(
                 {
                     "stock": training_step(stock, x, False),
@@ -102,8 +108,8 @@ def watch(rounds: int) -> None:
             )
             print(
                 f"  {kind:4} T={T:<4} B={B:<2} I={n_in:<3} H={H:<3}  "
-                f"ours {s['ours']:.3f} s, watched {s['ours watched'] / s['ours']:5.2f}×   "
-                f"torch {s['stock']:.3f} s, watched {s['stock watched'] / s['stock']:5.2f}×   "
+                f"ours {s['ours']:.4f} s, watched {s['ours watched'] / s['ours']:5.2f}×   "
+                f"torch {s['stock']:.4f} s, watched {s['stock watched'] / s['stock']:5.2f}×   "
                 f"cell loop with retain_grad against ours watched {s['cell loop'] / s['ours watched']:5.1f}×, "
                 f"torch watched {s['cell loop'] / s['stock watched']:5.1f}×",
                 flush=True,
@@ -205,12 +211,17 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(parts)}; default: all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="for watch; the others are about the CPU")
     arguments = parser.parse_args()
     unknown = set(arguments.parts) - set(parts)
     if unknown:
         parser.error(f"parts: expected some of {', '.join(parts)}, got {', '.join(sorted(unknown))}")
+    if arguments.device != "cpu":
+        if arguments.parts != ["watch"]:
+            parser.error(f"--device: expected the part watch alone with {arguments.device}")
+        parts["watch"] = functools.partial(watch, device=arguments.device)
     torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {arguments.threads} threads, {arguments.rounds} rounds")
+    print(f"torch {torch.__version__}, {arguments.device}, {arguments.threads} threads, {arguments.rounds} rounds")
     for name in arguments.parts or parts:
         parts[name](arguments.rounds)
 

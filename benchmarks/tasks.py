@@ -5,6 +5,7 @@
 
 `run` does the trainings that the folder lacks and appends each to PART.jsonl in it; with `--seconds` it starts no
 further one after that time, and goes on with the next call. One thread: on two cores let two parts run side by side.
+`--accelerator gpu` trains on a CUDA device.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from unvanish.train.budget import Budget, Optimizer, Schedule
+from unvanish.train.budget import Budget, Machines, Optimizer, Schedule
 from unvanish.train.fit import answers, evaluate, fit
 from unvanish.train.models import SequenceModel, recipe
 from unvanish.train.tasks import Task, make_task
@@ -153,7 +154,7 @@ class StopAtGoal(lightning.Callback):
         trainer.should_stop |= len(self.since) >= self.patience
 
 
-def train(part: Part, side: Side, seed: int) -> dict[str, Any]:
+def train(part: Part, side: Side, seed: int, accelerator: str) -> dict[str, Any]:
     """One training, and what came of it."""
     start = time.perf_counter()
     task = make_task(part.task, part.length, seed)
@@ -173,7 +174,8 @@ def train(part: Part, side: Side, seed: int) -> dict[str, Any]:
 
     stop = StopAtGoal(reached, part.patience)
     try:
-        progress = fit(model, task, part.budget(side, seed), callbacks=[stop])
+        machines = Machines(accelerator=accelerator)
+        progress = fit(model, task, part.budget(side, seed), callbacks=[stop], machines=machines)
     except ArithmeticError as error:
         return found | {"failed": str(error), "test_error": math.inf, "learnt_at": None}
     found |= {
@@ -202,7 +204,7 @@ def read(out: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run(out: Path, names: list[str], seconds: float) -> None:
+def run(out: Path, names: list[str], seconds: float, accelerator: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     for name in names:
@@ -214,7 +216,7 @@ def run(out: Path, names: list[str], seconds: float) -> None:
                     continue
                 if time.perf_counter() - start > seconds:
                     return
-                found = train(part, side, seed)
+                found = train(part, side, seed, accelerator)
                 with (out / f"{name}.jsonl").open("a") as file:
                     file.write(json.dumps(found) + "\n")
                 print(
@@ -265,10 +267,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--accelerator", default="cpu")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.what == "run":
-        run(given.out, given.only, given.seconds)
+        run(given.out, given.only, given.seconds, given.accelerator)
     else:
         report(given.out, given.only)
 

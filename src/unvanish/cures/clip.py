@@ -189,7 +189,7 @@ class _ClipRead:
         if not hx.requires_grad:
             return hx
         read, limit = hx.view_as(hx), self.limit
-        read.register_hook(lambda d: clip_rows(d, limit))
+        read.register_hook(lambda d: None if d is None else clip_rows(d, limit))
         return read
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from unvanish.diagnose.cell_loop import CellLoop
+from unvanish.diagnose.cell_loop import CellLoop, defined
 from unvanish.nn.modules import LayerDirection, evaluating, layer_directions, time_major
 
 
@@ -144,9 +144,9 @@ def _listen(calls: list[_Call]) -> Any:
             call.packed = PackedSequence(y.data.detach(), y.batch_sizes, y.sorted_indices, y.unsorted_indices)
         calls.append(call)
         tensor = y.data if packed is not None else y
-        tensor.register_hook(lambda grad: setattr(call, "error", grad.detach()))
+        tensor.register_hook(defined(lambda grad: setattr(call, "error", grad)))
         for i, state in enumerate(states):
-            state.register_hook(lambda grad, i=i: call.final_error.__setitem__(i, _rows(grad.detach())))
+            state.register_hook(defined(lambda grad, i=i: call.final_error.__setitem__(i, _rows(grad))))
 
     return hook
 

@@ -74,8 +74,14 @@ class Sequence(ABC):
 
     def listen(self, tensor: Tensor, key: Hashable) -> None:
         """Hear of the error that reaches `tensor`."""
+
+        def hear(grad: Tensor | None) -> None:
+            # A fused step (CUDA) leaves the gradient of an output that nothing read undefined.
+            if grad is not None:
+                self._catch(self, key, grad)
+
         if tensor.requires_grad:
-            self.handles.append(tensor.register_hook(lambda grad: self._catch(self, key, grad)))
+            self.handles.append(tensor.register_hook(hear))
 
     def close(self) -> None:
         """Stop listening."""

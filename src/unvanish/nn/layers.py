@@ -256,6 +256,11 @@ class RNN(EngineSequence, nn.RNN):
         else:
             super().__init__(*args, **kwargs)
 
+    def flatten_parameters(self) -> None:
+        """As torch's; cuDNN, for which it arranges the weights, knows no sigmoid."""
+        if self.nonlinearity != "sigmoid":
+            super().flatten_parameters()
+
     def _needs_torch(self, x: Tensor | PackedSequence) -> bool:
         return self.nonlinearity != "sigmoid" and super()._needs_torch(x)
 

@@ -130,10 +130,11 @@ def fit(
 
 @torch.no_grad()
 def answers(model: nn.Module, problem: Problem, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    """(answer, y) of a split, batch by batch, in order."""
+    """(answer, y) of a split, batch by batch, in order, on the CPU."""
     model.eval()
+    device = next(model.parameters()).device
     for x, lengths, y in DataLoader(problem.dataset(split), batch_size=256, collate_fn=together):  # type: ignore[arg-type]
-        yield model(x, lengths), y
+        yield model(x.to(device), lengths).cpu(), y
 
 
 def evaluate(model: nn.Module, problem: Problem) -> float:
