@@ -27,7 +27,10 @@ from unvanish.train.data.ucr import read_ts
 from unvanish.train.estimators import SequenceClassifier
 
 SUNSPOTS = "--kind forecasting --target SUNACTIVITY --time YEAR --season 11 --window 33"
-REVIEWS = "--text text --target label --cell lstm --bidirectional --hidden 64 --dropout 0.5 --lr 2e-3 --epochs 8"
+REVIEWS = (
+    "--text text --target label --cell lstm --bidirectional --hidden 64 --dropout 0.5 "
+    "--lr 2e-3 --epochs 10 --optimizer adamw --weight-decay 0.1"
+)
 
 
 def shipped(package: str, *place: str) -> Path:

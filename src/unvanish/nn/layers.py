@@ -17,11 +17,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-from torch.utils.checkpoint import checkpoint
 
 from unvanish import engine
 from unvanish.cells import State
 from unvanish.nn.modules import LayerDirection, TimeMajor, initial_states, layer_directions, time_major
+from unvanish.nn.pieces import run_in_pieces
 
 
 class LayerStates(NamedTuple):
@@ -202,13 +202,13 @@ class EngineSequence(nn.RNNBase):
         every = self.checkpoint_every
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"checkpoint_every: expected None or a whole number of steps, at least 1, got {every!r}")
-        starts = range(0, x.shape[0], every)
-        pieces: dict[int, Tensor] = {}
-        for start in reversed(starts) if d.reverse else starts:
-            part = x[start : start + every]
-            here = None if lengths is None else (lengths - start).clamp(0, len(part))
-            pieces[start], state = checkpoint(  # type: ignore[misc]
-                engine.run,
+        return run_in_pieces(
+            every,
+            x,
+            state,
+            lengths,
+            d.reverse,
+            lambda start, part, state, here: engine.run(
                 d.cell,
                 part,
                 state,
@@ -217,10 +217,8 @@ class EngineSequence(nn.RNNBase):
                 d.reverse,
                 self.clip,
                 record=None if recorders is None else recorders(inputs, d, start),
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        return torch.cat([pieces[start] for start in starts]), state
+            ),
+        )
 
     def _in_layout(self, given: Tensor | PackedSequence, inputs: TimeMajor, y: Tensor, final: State) -> tuple[Any, Any]:
         """As the user gave the input."""
