@@ -99,12 +99,12 @@ def killed_training(folder: Path, repeats: int) -> Counter[str]:
     whole = (folder / "first" / "model.safetensors").read_bytes()
     stops, number = 0, 0
     while stops < repeats:
-        number += 1
+        number, before = number + 1, stops
         out = folder / f"run{number}"
         while True:
             child = started(folder, "train", *TRAIN, "--out", str(out), "--resume")
             try:
-                _, said = child.communicate(timeout=random.uniform(0.3, 1.3) * seconds)
+                _, said = child.communicate(timeout=random.uniform(0.3, 1.3 + (stops - before) / 5) * seconds)
                 break
             except subprocess.TimeoutExpired:
                 ends = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)[stops % 3]
