@@ -1,8 +1,8 @@
 """What is left after a process is killed, interrupted, or out of room: figures for docs/faults.md.
 
-python benchmarks/faults.py [killed_records|killed_compare|interrupted|full] [repeats]
+python benchmarks/faults.py [killed_records|killed_compare|killed_training|interrupted|terminated|full] [repeats]
 
-`full` mounts small file systems and needs root.
+`full` mounts small file systems and needs root. benchmarks/fuzz.py looks for malformed input.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import torch
 import unvanish as uv
 
 COMPARE = ["--task", "adding", "--length", "20", "--cells", "rnn", "--steps", "40", "--hidden", "8", "--batch", "8"]
+TRAIN = ["--task", "adding", "--length", "10", "--hidden", "4", "--steps", "200", "--every", "5", "--flow-every", "0"]
 WRITE = """
 import itertools, sys, torch, unvanish as uv
 gates = uv.flow.gate_statistics(torch.nn.LSTM(64, 256), torch.randn(3, 2, 64))
@@ -33,14 +34,16 @@ for _ in itertools.count():
 
 
 def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`unvanish compare`, small."""
-    command = [sys.executable, "-c", "from unvanish.cli import main; main()", "compare", *COMPARE, *arguments]
+    """`unvanish compare`, small; or what the arguments begin with."""
+    if arguments[0].startswith("-"):
+        arguments = ("compare", *COMPARE, *arguments)
+    command = [sys.executable, "-c", "from unvanish.cli import main; main()", *arguments]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def how_long(folder: Path) -> float:
+def how_long(folder: Path, *arguments: str) -> float:
     start = time.perf_counter()
-    assert started(folder, "--out", "first").wait() == 0
+    assert started(folder, *arguments, "--out", "first").wait() == 0
     return time.perf_counter() - start
 
 
@@ -89,7 +92,44 @@ def killed_compare(folder: Path, repeats: int) -> Counter[str]:
     return seen
 
 
-def interrupted(folder: Path, repeats: int) -> Counter[str]:
+def killed_training(folder: Path, repeats: int) -> Counter[str]:
+    """`unvanish train`, ended again and again at random moments by SIGKILL, Ctrl-C or SIGTERM, gone on with by
+    --resume until it ends well, against the weights of one that nothing happened to."""
+    seconds, seen = how_long(folder, "train", *TRAIN), Counter[str]()
+    whole = (folder / "first" / "model.safetensors").read_bytes()
+    stops, number = 0, 0
+    while stops < repeats:
+        number, before = number + 1, stops
+        out = folder / f"run{number}"
+        while True:
+            child = started(folder, "train", *TRAIN, "--out", str(out), "--resume")
+            try:
+                _, said = child.communicate(timeout=random.uniform(0.3, 1.3 + (stops - before) / 5) * seconds)
+                break
+            except subprocess.TimeoutExpired:
+                ends = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)[stops % 3]
+                stops += 1
+                child.send_signal(ends)
+                _, said = child.communicate()
+                trace = ", traceback" if "Traceback" in said else ""
+                seen[f"{ends.name}: code {child.returncode}{trace}"] += 1
+                if trace:
+                    print(said[-1500:], file=sys.stderr)
+        if child.returncode:
+            print(said[-1500:], file=sys.stderr)
+        same = (out / "model.safetensors").exists() and (out / "model.safetensors").read_bytes() == whole
+        left = [str(p) for p in out.rglob(".*")]
+        weights = "the same" if same else "OTHER"
+        seen[f"resumed to the end: code {child.returncode}, {weights} weights, left {left}"] += 1
+    return seen
+
+
+def terminated(folder: Path, repeats: int) -> Counter[str]:
+    """SIGTERM at a random moment of `unvanish compare`."""
+    return interrupted(folder, repeats, signal.SIGTERM)
+
+
+def interrupted(folder: Path, repeats: int, ends: signal.Signals = signal.SIGINT) -> Counter[str]:
     """Ctrl-C at a random moment of `unvanish compare`."""
     seconds, seen = how_long(folder), Counter[str]()
     for number in range(repeats):
@@ -97,7 +137,7 @@ def interrupted(folder: Path, repeats: int) -> Counter[str]:
         child = started(folder, "--out", str(out))
         after = random.uniform(0.02, 1.0) * seconds
         time.sleep(after)
-        child.send_signal(signal.SIGINT)
+        child.send_signal(ends)
         _, said = child.communicate()
         last = said.strip().splitlines()[-1] if said.strip() else ""
         trace = ", traceback" if "Traceback" in said else ""
@@ -127,6 +167,9 @@ def full(folder: Path, repeats: int) -> Counter[str]:
             _, said = child.communicate()
             left = sorted(os.listdir(folder))
             seen[f"compare, {size}: code {child.returncode}, left {left}, {said.strip().splitlines()[-1:]}"] += 1
+            child = started(folder, "train", *TRAIN, "--out", "trained")
+            _, said = child.communicate()
+            seen[f"train, {size}: code {child.returncode}, {said.strip().splitlines()[-1:]}"] += 1
             if size == "16k":
                 for _ in range(repeats):
                     with contextlib.suppress(OSError):
@@ -134,14 +177,16 @@ def full(folder: Path, repeats: int) -> Counter[str]:
                         seen["record written"] += 1
                 seen[f"records, 16k: left {sorted(os.listdir(folder))}"] += 1
     with mounted(folder, "size=9m,ro"):
-        child = started(Path("/"), "--out", str(folder / "out"))
-        _, said = child.communicate()
-        seen[f"read-only: code {child.returncode}, {said.strip()}"] += 1
+        for command in ([], ["train", *TRAIN]):
+            child = started(Path("/"), *command, "--out", str(folder / "out"))
+            _, said = child.communicate()
+            seen[f"read-only: code {child.returncode}, {said.strip()}"] += 1
     return seen
 
 
 MEASURED: dict[str, Callable[[Path, int], Counter[str]]] = {
-    "killed_records": killed_records, "killed_compare": killed_compare, "interrupted": interrupted, "full": full,
+    "killed_records": killed_records, "killed_compare": killed_compare, "killed_training": killed_training,
+    "interrupted": interrupted, "terminated": terminated, "full": full,
 }  # fmt: skip
 
 if __name__ == "__main__":

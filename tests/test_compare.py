@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -15,7 +16,7 @@ import torch
 from unvanish import engine, flow, train
 from unvanish.cli import main
 from unvanish.cli.installed import installed
-from unvanish.cli.interrupt import Commands
+from unvanish.cli.interrupt import Commands, ended_like_ctrl_c
 from unvanish.train.anatomy import ending_together
 from unvanish.train.budget import Budget
 from unvanish.train.compare import measure
@@ -281,6 +282,30 @@ def test_ctrl_c_ends_with_a_line_and_130(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_sigterm_ends_like_ctrl_c_and_other_handlers_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(*args: Any, **kwargs: Any) -> None:
+        (kwargs["flows"] / "half").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "compare", ended)
+    own: list[int] = []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert call(["compare"], monkeypatch) == 130
+    assert capsys.readouterr().err == "error: interrupted; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signal.signal(signal.SIGTERM, lambda number, frame: own.append(number))
+    try:
+        with ended_like_ctrl_c():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert own == [signal.SIGTERM]
+
+
 def test_help_imports_nothing_heavy() -> None:
     heavy = ["torch", "lightning", "matplotlib", "numpy", "pandas", "plotly", "jinja2", "safetensors", "sklearn"]
     code = (
@@ -291,6 +316,9 @@ def test_help_imports_nothing_heavy() -> None:
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert "Usage: " in done.stdout
         assert done.stdout.splitlines()[-1] == "[]"
+    done = subprocess.run([sys.executable, "-c", code, "report", "gone"], capture_output=True, text=True)
+    assert "FOLDER: gone has no results.json" in done.stderr
+    assert done.stdout == "[]\n"
 
 
 def test_measuring_and_curing_import_torch_alone() -> None:

@@ -7,12 +7,14 @@ import copy
 import io
 import os
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +27,8 @@ from unvanish import report, train
 from unvanish.cli import main
 from unvanish.cli.diagnose import _load
 from unvanish.cli.output import UserError
+from unvanish.train import memory
+from unvanish.train.data import parquet, table, ucr
 
 REFUSALS = (UserError, ValueError, ArithmeticError, OSError)
 """what `unvanish` ends with one line and exit code 2 for"""
@@ -148,3 +152,70 @@ def test_any_command_line_is_done_or_refused(words: list[str], tmp_path_factory:
     finally:
         sys.stderr, sys.stdout, sys.argv = errors, output, argv
         os.chdir(cwd)
+
+
+@pytest.mark.parametrize("kind", ["csv", "ts", "parquet"])
+def test_what_a_file_takes_is_estimated_and_refused_before_it_is_read(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [[f"{(i * 37 + j) % 9973 / 7:.6f}" for j in range(20)] + ["ab"[i % 2]] for i in range(1500)]
+    path = tmp_path / f"d.{kind}"
+    columns = [f"c{j}" for j in range(20)]
+    if kind == "ts":
+        path.write_text("@classlabel true a b\n@data\n" + "\n".join(f"{','.join(r[:-1])}:{r[-1]}" for r in rows))
+    elif kind == "csv":
+        path.write_text("\n".join([",".join([*columns, "y"]), *(",".join(row) for row in rows)]))
+    else:
+        numbers = {name: [float(row[j]) for row in rows] for j, name in enumerate(columns)}
+        pd.DataFrame(numbers | {"y": [row[-1] for row in rows]}).to_parquet(path)
+    options = {} if kind == "ts" else {"target": "y"}
+    asked: list[int] = []
+    monkeypatch.setattr(memory, "available", lambda: asked.append(1) or 2**40)
+    needed: list[int] = []
+    for module in (table, ucr, parquet):
+        monkeypatch.setattr(module, "require", lambda n, *told: (needed.append(n), memory.require(n, *told)))
+    train.read_data(path, "classification", **options)  # what is imported late is no part of it
+    tracemalloc.start()
+    train.read_data(path, "classification", **options)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert asked
+    assert most / 2 <= max(needed) <= 3 * most
+    monkeypatch.setattr(memory, "available", lambda: max(needed) - 1)
+    with pytest.raises(ValueError, match=rf"d\.{kind}: needs about .* GiB, .* are available; free some, or split"):
+        train.read_data(path, "classification", **options)
+
+
+def test_a_training_that_has_no_room_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda: 2**30)
+    for problem in (
+        train.TaskProblem(train.make_task("adding", 200_000, 0)),
+        train.LanguageModel("to be or not to be " * 300),
+    ):
+        big = train.Settings(hidden=100_000, layers=2, steps=1, batch=8)
+        with pytest.raises(ValueError, match=r"hidden 100000, layers 2, batch 8, length \d+: needs about .* lower one"):
+            train.train_on(problem, big, out=tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(("layers", "both", "every"), [(1, False, None), (3, True, None), (2, False, 16)])
+def test_what_a_training_step_takes_is_estimated(layers: int, both: bool, every: int | None) -> None:
+    T, B, I, H, O, D = 256, 8, 6, 32, 4, 1 + both
+    shape = train.models.Shape("lstm", I, O, H, layers, both, checkpoint_every=every, read="all", symbols=11)
+    model = shape.build(T)
+    weights = sum(p.numel() for p in model.parameters())
+
+    def estimate(length: int) -> int:
+        return memory.estimated(
+            I, H, O, length, B, layers=layers, directions=D, checkpoint_every=every, symbols=11, answered=length
+        )  # fmt: skip
+
+    assert estimate(0) == 16 * weights
+    saved: dict[int, int] = {}
+    pack = lambda t: saved.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) or t  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(torch.zeros(B, T, dtype=torch.long)).square().mean()
+    kept = sum(saved.values()) - 4 * weights
+    assert kept / 2 <= estimate(T) - 16 * weights <= 4 * kept

@@ -1,6 +1,7 @@
 """A training that is interrupted, killed, or runs out of disk goes on to the same weights, bit for bit."""
 
 import errno
+import hashlib
 import multiprocessing
 import os
 import random
@@ -18,7 +19,7 @@ from tests.test_train import TEXT, sines
 from unvanish import train
 from unvanish.cli import main
 from unvanish.train import Classification, LanguageModel, Settings, Trained
-from unvanish.train.checkpoints import SealedCheckpointIO, newest
+from unvanish.train.checkpoints import SEAL, SealedCheckpointIO, newest
 
 WITH_ALL = Settings(
     cell="gru",
@@ -196,6 +197,10 @@ def test_a_sealed_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> N
     SealedCheckpointIO().save_checkpoint({"model": Path.home}, path)
     with pytest.raises(ValueError, match="holds more than plain data and is refused"):
         SealedCheckpointIO().load_checkpoint(path)
+    for body in (b"", b"PK\3\4", b"\x80\2."):
+        path.with_suffix(".forged").write_bytes(body + hashlib.sha256(body).digest() + SEAL)
+        with pytest.raises(ValueError, match=r"holds (no checkpoint of torch|more than plain data)"):
+            SealedCheckpointIO().load_checkpoint(path.with_suffix(".forged"))
     with pytest.warns(UserWarning, match="going on from the one before"):
         assert newest(tmp_path) is None
 

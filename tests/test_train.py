@@ -172,7 +172,11 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         ([*base, "--out", "n", "--kind", "guess"], "--kind: expected"),
         ([*base, "--out", "n", "--missing", "drop"], "missing: expected"),
         ([*base, "--out", "n", "--cell", "nope"], "cells: expected names"),
-        (["predict", ".", "--data", "d.csv", "--target", "y"], "not a folder that `unvanish train` finished"),
+        (
+            ["predict", ".", "--data", "d.csv", "--target", "y"],
+            "model: . has no config.json; name a folder that `unvanish train` finished",
+        ),
+        (["predict", "gone", "--data", "d.csv"], "model: gone has no config.json; name a folder"),
         (["predict", "m", "--data", "none.csv"], "--data: none.csv can't be read: No such file or directory"),
         (["train", "--data", "d.csv", "--out", "n"], "--target: expected the column of the answers"),
     ):

@@ -256,6 +256,7 @@ def test_predict(
     for wrong, message in (
         ([language], "--prompt: expected the text"),
         ([language, "--prompt", ""], "prompt, length, temperature: expected"),
+        ([language, "--prompt", "aß"], "prompt: character 2 is 'ß', which the training text does not hold"),
         ([language, "--prompt", "a", "--data", "s.csv"], "--data: a model of kind language has no use for it"),
         ([ahead, "--data", "s.csv", "--target", "sales", "--length", "3"], "--length: a model of kind forecasting"),
         ([ahead], "--data: expected a file"),

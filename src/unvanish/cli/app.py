@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 from unvanish.cli.diagnose import diagnose
 from unvanish.cli.export import export
 from unvanish.cli.installed import installed
-from unvanish.cli.interrupt import Commands
+from unvanish.cli.interrupt import Commands, ended_like_ctrl_c
 from unvanish.cli.output import MARKER, OutputFolder, UserError
 from unvanish.cli.train import predict, train
 
@@ -96,8 +96,6 @@ def report(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Make report.html and the figures again from a folder's results.json."""
-    from unvanish import report, train
-
     path = folder / MARKER
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -105,6 +103,8 @@ def report(
         raise UserError(f"FOLDER: {folder} has no {MARKER}; name a folder that `unvanish compare` wrote") from error
     except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
         raise UserError(f"{path}: not JSON that `unvanish compare` wrote: {error}") from error
+    from unvanish import report, train
+
     result = train.Comparison.from_json(data)
     report.save_figures(result, folder)
     report.write_comparison(result, folder / "report.html")
@@ -165,9 +165,10 @@ app.command()(export)
 
 
 def main() -> None:
-    """Run the command line; a user's error ends with one line and exit code 2, Ctrl-C with 130."""
+    """Run the command line; a user's error ends with one line and exit code 2, Ctrl-C or SIGTERM with 130."""
     try:
-        app(standalone_mode=False)
+        with ended_like_ctrl_c():
+            app(standalone_mode=False)
     except (UserError, ValueError, ArithmeticError, OSError) as error:
         _fail(str(error), USER_ERROR)
     except KeyboardInterrupt as stop:

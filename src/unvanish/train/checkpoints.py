@@ -39,7 +39,7 @@ class SealedCheckpointIO(CheckpointIO):
         """Read what `save_checkpoint` wrote.
 
         Raises:
-            ValueError: the checksum is wrong, or it holds more than plain data.
+            ValueError: the checksum is wrong, it holds more than plain data, or what is sealed is no checkpoint.
         """
         data = Path(path).read_bytes()
         body = len(data) - len(SEAL) - 32
@@ -49,6 +49,8 @@ class SealedCheckpointIO(CheckpointIO):
             return torch.load(io.BytesIO(data[:body]), map_location=map_location or "cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(f"checkpoint: {path} holds more than plain data and is refused: {error}") from error
+        except Exception as error:  # torch documents none; the seal is right, so it was not damaged by chance
+            raise ValueError(f"checkpoint: {path} holds no checkpoint of torch: {error!r}") from error
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete it."""

@@ -22,6 +22,9 @@ from unvanish.train.models import SequenceModel
 from unvanish.train.supervised import Problem, Progress, Supervised, Tell, judged, together
 from unvanish.train.tasks.base import Split
 
+JUDGED = 256
+"""samples that are judged at once"""
+
 
 class _At(lightning.Callback):
     """Calls `act(update)` when training has done these updates."""
@@ -133,7 +136,7 @@ def answers(model: nn.Module, problem: Problem, split: Split) -> Iterator[tuple[
     """(answer, y) of a split, batch by batch, in order, on the CPU."""
     model.eval()
     device = next(model.parameters()).device
-    for x, lengths, y in DataLoader(problem.dataset(split), batch_size=256, collate_fn=together):  # type: ignore[arg-type]
+    for x, lengths, y in DataLoader(problem.dataset(split), batch_size=JUDGED, collate_fn=together):  # type: ignore[arg-type]
         yield model(x.to(device), lengths).cpu(), y
 
 

@@ -51,7 +51,9 @@ def _read(path: Path, kind: Kind, given: dict[str, Any], if_there: Collection[st
         if suffix in (".csv", ".parquet"):
             if "text" not in given:
                 raise ValueError(f"--text: expected the column of {path} that holds the texts")
-            return "\n".join(read_table(path).text(given["text"]))
+            table = read_table(path)
+            table.require(text=given["text"])
+            return "\n".join(table.text(given["text"]))
         if given:
             raise ValueError(f"--text: {path} is a text as it is and has no columns; leave it out")
         return read_text(path)

@@ -131,7 +131,7 @@ class LanguageModel(DataProblem):
         """A continuation of a text, drawn character by character from softmax(answer / temperature).
 
         Raises:
-            ValueError: an empty text, or a number out of range.
+            ValueError: an empty text, one with a character that training did not hold, or a number out of range.
         """
         if not data or length < 1 or not temperature > 0:
             raise ValueError(
@@ -139,10 +139,15 @@ class LanguageModel(DataProblem):
                 f"{temperature}"
             )
         vocabulary = Vocabulary.from_json(config["input"]["vocabulary"])
+        read = vocabulary(data)
+        for place in (read == 0).nonzero().flatten().tolist()[:1]:
+            raise ValueError(
+                f"prompt: character {place + 1} is {data[place]!r}, which the training text does not hold; leave it out"
+            )
         generator, found = torch.Generator().manual_seed(seed), []
         model.eval()
         with torch.no_grad():
-            answer, state = model.step(vocabulary(data)[None])
+            answer, state = model.step(read[None])
             for _ in range(length):
                 share = (answer[0, -1].double() / temperature).softmax(-1)
                 # Nothing is written by the sign for what training did not hold.

@@ -12,8 +12,10 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from unvanish.flow.callback import GradientFlow
-from unvanish.train.budget import Machines
-from unvanish.train.fit import fit
+from unvanish.train.budget import Budget, Machines
+from unvanish.train.fit import JUDGED, fit
+from unvanish.train.memory import estimated, require
+from unvanish.train.models import Shape
 from unvanish.train.problems import DataProblem
 from unvanish.train.run_folder import RunFolder, fingerprint
 from unvanish.train.settings import Settings
@@ -53,15 +55,18 @@ def train_on(
         tell: hears of every update.
 
     Raises:
-        ValueError: the settings don't fit the problem; `out` holds something else, or another training.
+        ValueError: the settings don't fit the problem, or need more memory than there is; `out` holds something else,
+            or another training.
         FileExistsError: `out` holds a training, and `resume` is off.
         ArithmeticError: the loss became NaN or infinite.
         KeyboardInterrupt: Ctrl-C; the last good checkpoint is kept.
         OSError: `out` can't be written; the last good checkpoint is kept.
     """
-    machines = machines or Machines()
     shape = problem.begin(settings)
     budget = settings.budget(problem.size("train"), problem.steps, problem.patience)
+    machines = machines or Machines()
+    if machines.accelerator == "cpu":
+        _check_memory(problem, shape, budget)
     folder = None
     if out is not None:
         run = {"kind": problem.kind, "budget": asdict(budget), "shape": asdict(shape), "data": fingerprint(problem)}
@@ -102,6 +107,28 @@ def train_on(
         if folder is not None:
             folder.finish(trained)
     return trained
+
+
+def _check_memory(problem: DataProblem, shape: Shape, budget: Budget) -> None:
+    batch, length, judged = min(budget.batch, problem.size("train")), problem.length, 0
+    if problem.size("validation"):
+        # A language model's is longer than what an update sees.
+        longest = max(length, len(problem.dataset("validation")[0][0]))
+        judged = min(JUDGED, problem.size("validation")) * longest
+    needed = estimated(
+        shape.inputs,
+        shape.hidden,
+        shape.outputs,
+        length,
+        batch,
+        layers=shape.layers,
+        directions=2 if shape.bidirectional else 1,
+        checkpoint_every=shape.checkpoint_every,
+        symbols=shape.symbols or 0,
+        answered=length if shape.read == "all" else shape.answers,
+        judged=judged,
+    )
+    require(needed, f"hidden {shape.hidden}, layers {shape.layers}, batch {batch}, length {length}")
 
 
 def _plain(found: Any) -> dict[str, float | None]:

@@ -1,20 +1,62 @@
-"""What a training will hold in memory, estimated before it begins: a machine that swaps tells nobody why."""
+"""What a training, or a file that is read, will hold in memory, estimated before it begins: a machine that swaps tells
+nobody why."""
 
 from pathlib import Path
 
 FLOAT = 4
 GATES = 4
 """of the largest cell"""
+CELL, LINE = 80, 100
+"""bytes of a cell of text as a Python string, in its row's and its column's list; of a row's own list and number"""
 
 
-def estimated(inputs: int, hidden: int, outputs: int, length: int, batch: int) -> int:
-    """Bytes of one layer and its read-out in training, in float32, to about a factor of 2.
+def estimated(
+    inputs: int,
+    hidden: int,
+    outputs: int,
+    length: int,
+    batch: int,
+    *,
+    layers: int = 1,
+    directions: int = 1,
+    checkpoint_every: int | None = None,
+    symbols: int = 0,
+    answered: int = 1,
+    judged: int = 0,
+) -> int:
+    """Bytes of recurrent layers and their read-out in training, in float32, to about a factor of 2:
 
-    Weights 4 times (gradient, Adam's two averages), and per step and sample the gates, states and input, twice: kept
-    from the forward pass, and worked on in the backward.
+        4 (4 P + max(2 B (K L D (G + 2) H + T I + A O), J (2 D H + I + O)))    G = 4 gates
+
+    P weights 4 times (gradient, Adam's two averages); per sample and kept step the gates and states, and the input and
+    the answers, twice: kept from the forward pass, and worked on in the backward. K = T, or T/n + n where one state in
+    n is kept. J steps are judged at once, of which only states, input and answers are held.
+
+    Args:
+        inputs, hidden, outputs, length, batch, layers, directions: I, H, O, T, B, L, D.
+        checkpoint_every: n.
+        symbols: rows of an embedding of width I.
+        answered: A, steps that are answered.
+        judged: J, steps of all samples judged at once, together.
     """
-    weights = GATES * hidden * (inputs + hidden + 2) + outputs * (hidden + 1)
-    return FLOAT * (4 * weights + 2 * length * batch * ((GATES + 2) * hidden + inputs))
+    T, D, H = length, directions, hidden
+    deeper = (layers - 1) * D * GATES * H * (D * H + H + 2)
+    weights = D * GATES * H * (inputs + H + 2) + deeper + outputs * (D * H + 1) + symbols * inputs
+    kept = T if checkpoint_every is None else min(T, T // checkpoint_every + checkpoint_every)
+    trained = 2 * batch * (kept * layers * D * (GATES + 2) * H + T * inputs + answered * outputs)
+    return FLOAT * (4 * weights + max(trained, judged * (2 * D * H + inputs + outputs)))
+
+
+def of_csv(text: str) -> int:
+    """Bytes that a text takes as a table of strings, and then of numbers, at most: 4 a character while it is parted."""
+    rows = text.count("\n") + 1
+    return 5 * len(text) + CELL * (text.count(",") + rows) + LINE * rows
+
+
+def of_ts(text: str) -> int:
+    """Bytes that the series of a .ts file take: its lines, and two float64 a value."""
+    rows = text.count("\n") + 1
+    return len(text) + LINE * rows + 16 * (text.count(",") + text.count(":") + rows)
 
 
 def available() -> int | None:
@@ -26,14 +68,14 @@ def available() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def require(needed: int, advice: str) -> None:
+def require(needed: int, what: str, remedy: str = "lower one") -> None:
     """Check that there is room.
 
     Raises:
-        ValueError: there is not; `advice` says what to lower.
+        ValueError: there is not; `remedy` says what to do about it.
     """
     free = available()
     if free is not None and needed > free:
         raise ValueError(
-            f"{advice}: needs about {needed / 2**30:,.3g} GiB, {free / 2**30:,.3g} GiB are available; lower one"
+            f"{what}: needs about {needed / 2**30:,.3g} GiB, {free / 2**30:,.3g} GiB are available; {remedy}"
         )

@@ -87,6 +87,9 @@ class Trained:
         Raises:
             ValueError: it is not one, or its weights are damaged.
         """
+        missing = next((name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()), None)
+        if missing is not None:
+            raise ValueError(f"model: {folder} has no {missing}; name a folder that `unvanish train` finished")
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             if config.get("schema") != SCHEMA:
@@ -96,6 +99,8 @@ class Trained:
                 raise ValueError(f"{WEIGHTS} is damaged: its checksum is wrong")
             model = Shape(**config["shape"]).build(2)
             model.load_state_dict(load(weights))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+        except OSError as error:
+            raise ValueError(f"model: {folder} can't be read: {error.strerror}") from error
+        except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"model: {folder} is not a folder that `unvanish train` finished: {error}") from error
         return cls(model, config)

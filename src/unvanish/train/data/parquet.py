@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from unvanish.train.data.table import EXACT, MAX_BYTES, DataError, Table, check_header
+from unvanish.train.data.table import EXACT, MAX_BYTES, SMALLER, DataError, Table, check_header
+from unvanish.train.memory import CELL, require
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,7 +30,7 @@ def read_parquet(path: Path) -> Table:
         try:
             with pq.ParquetFile(stream) as file:
                 schema = file.schema_arrow
-                _check_size(path, file.metadata)
+                _check_size(path, schema, file.metadata)
                 check_header(path, [str(name) for name in schema.names])
                 for field in schema:
                     if not _readable(field.type):
@@ -49,13 +50,19 @@ def read_parquet(path: Path) -> Table:
     return Table(path, columns, list(range(1, table.num_rows + 1)))
 
 
-def _check_size(path: Path, meta: "FileMetaData") -> None:
+def _check_size(path: Path, schema: "pa.Schema", meta: "FileMetaData") -> None:
+    from pyarrow import types
+
     unpacked = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
     if max(unpacked, 8 * meta.num_rows * meta.num_columns) > MAX_BYTES:
         raise DataError(
             f"{path}: {meta.num_rows} rows of {meta.num_columns} columns unpack to more than "
             f"{MAX_BYTES / 2**30:.0f} GiB"
         )
+    plain = sum(types.is_floating(kind) or types.is_integer(kind) for kind in schema.types)
+    # Unpacked; a column at a time as Python's objects; then float64, or strings.
+    held = unpacked + meta.num_rows * (CELL + 16 * plain + CELL * (meta.num_columns - plain))
+    require(held, str(path), SMALLER)
 
 
 def _is_text(kind: "pa.DataType") -> bool:

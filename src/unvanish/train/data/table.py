@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from unvanish.train.memory import of_csv, require
+
 MISSING = {"", "na", "nan", "null"}
 MAX_COLUMNS = 100_000
 MAX_BYTES = 4 * 2**30
 """of a file, and of what a compressed file unpacks to"""
+SMALLER = "free some, or split the file"
 EXACT = 2**53
 """whole numbers up to here are exact in float64"""
 
@@ -153,6 +156,7 @@ def read_text(path: Path) -> str:
     """
     if path.stat().st_size > MAX_BYTES:
         raise DataError(f"{path}: {path.stat().st_size / 2**30:.1f} GiB; expected at most {MAX_BYTES / 2**30:.0f} GiB")
+    require(2 * path.stat().st_size, str(path), SMALLER)
     data = path.read_bytes()
     if b"\0" in data:
         line = data[: data.index(b"\0")].count(b"\n") + 1
@@ -168,6 +172,7 @@ def _read_csv(path: Path) -> Table:
     text = read_text(path)
     if not text:
         raise DataError(f"{path}: row 1: the file is empty; expected a header and rows")
+    require(of_csv(text), str(path), SMALLER)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     cells: list[list[str]] = []

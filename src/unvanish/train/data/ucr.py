@@ -8,7 +8,8 @@ import numpy as np
 
 from unvanish.train.data.missing import Missing, check_missing, filled, refuse
 from unvanish.train.data.sequences import Sequences
-from unvanish.train.data.table import MAX_COLUMNS, DataError, numbers, read_text
+from unvanish.train.data.table import MAX_COLUMNS, SMALLER, DataError, numbers, read_text
+from unvanish.train.memory import of_ts, require
 
 UNKNOWN = ("?", "nan", "")
 """missing values"""
@@ -38,7 +39,9 @@ def read_ts(path: Path, *, missing: Missing = "error") -> Sequences:
         OSError: the file can't be read.
     """
     check_missing(missing)
-    lines = re.split("\r\n|\r|\n", read_text(path))
+    text = read_text(path)
+    require(of_ts(text), str(path), SMALLER)
+    lines = re.split("\r\n|\r|\n", text)
     header, data_from = _header(path, lines)
     x, y, names, places = [], [], [], []
     for number, line in enumerate(lines[data_from:], data_from + 1):
