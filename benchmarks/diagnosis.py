@@ -180,7 +180,7 @@ def judge(out: Path, runs: list[Run]) -> None:
             told = time.process_time()
             first = next((p.cure for p in diagnosis.prescriptions if p.act is not None), None)
             found[when] = {
-                "survival": min(d.evidence["survival"] for d in diagnosis.values()),
+                "survival": min(d.evidence["median_survival"] for d in diagnosis.values()),
                 "readable": diagnosis.readable,
                 "chance": diagnosis.chance,
                 "cure": first,

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
+import unvanish as uv
 from tests.test_diagnose import LastStep, T, data, diagnose, layer, relu
 from unvanish import cures
 
@@ -91,3 +93,68 @@ def test_large_recurrent_weights_that_do_no_harm_are_named_all_the_same() -> Non
             assert told.evidence["lyapunov"] < 0.05
         else:
             assert "held" not in told.cause
+
+
+class Read(nn.Module):
+    """The last step of any stack."""
+
+    def __init__(self, rnn: nn.RNNBase) -> None:
+        super().__init__()
+        self.rnn, self.head = rnn, nn.Linear(rnn.hidden_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def integrator(features: int, layers: int, seed: int, H: int = 24) -> Read:
+    torch.manual_seed(seed)
+    return Read(cures.identity_(nn.RNN(features, H, layers, batch_first=True, nonlinearity="relu")))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_an_error_that_some_samples_lose_and_others_keep_arrives(scale: float, seed: int) -> None:
+    """Relu units that are off lose it exactly; what arrives in the others is what the weights learn from. Against
+    autograd, sample by sample."""
+    model, batch = integrator(2, 1, seed), (8, 60, 2)
+    x, y = scale * torch.randn(batch), torch.randn(8, 1)
+    found = uv.diagnose(model, x, y, loss=mse_loss)["rnn.l0"]
+    rnn, head = model.rnn.double(), model.head.weight.double().detach()
+    first = rnn(x[:, :1].double())[1].detach().requires_grad_()
+    last = rnn(x[:, 1:].double(), first)[1][0]
+    (error,) = torch.autograd.grad((last @ head.mT).sum(), first)
+    own = error[0].norm(dim=-1) / head.norm()
+    arriving = float((own > 0).double().mean())
+    assert found.evidence["arriving"] == arriving
+    assert arriving < 1
+    assert found.evidence["survival"] == pytest.approx(float(own[own > 0].median()) * arriving**0.5, rel=1e-6)
+    assert found.verdict == "healthy"
+    assert f"of {1 - arriving:.0%} of the errors followed exactly nothing" in found.cause
+
+
+def test_an_error_that_every_sample_loses_vanishes_with_the_units_off() -> None:
+    model = integrator(1, 1, 0)
+    x = torch.randn(8, 60, 1)
+    x[:, 30] = 1e3 * torch.tensor([-1.0, 1.0]).repeat(4)[:, None]
+    x[:, 31] = -2 * x[:, 30]
+    found = uv.diagnose(model, x, torch.randn(8, 1), loss=mse_loss)["rnn.l0"]
+    assert found.verdict == "vanishes"
+    assert found.cause.startswith("relu units off")
+    assert "of 100% of the errors followed exactly nothing" in found.cause
+    assert found.evidence["half_arriving"] <= 29
+
+
+def test_an_error_that_layers_above_hand_down_at_every_step_does_not_explode() -> None:
+    """Over a lag ℓ a layer under m others is reached along C(ℓ + m, m) ways: a polynomial, whatever the lag."""
+    found = uv.diagnose(integrator(3, 3, 0), torch.randn(8, 100, 3), torch.randn(8, 1), loss=mse_loss)
+    assert [d.verdict for d in found.values()] == ["healthy"] * 3
+    assert found["rnn.l0"].evidence["survival"] > 100
+    assert "along 5e+03 ways" in found["rnn.l0"].cause
+    torch.manual_seed(0)
+    stretching = nn.RNN(3, 24, 2, batch_first=True, nonlinearity="relu")
+    cures.identity_(stretching, 0.5)
+    with torch.no_grad():
+        stretching.weight_hh_l0.copy_(1.2 * torch.eye(24))  # type: ignore[union-attr]
+    below = uv.diagnose(Read(stretching), torch.randn(8, 60, 3).abs(), torch.randn(8, 1), loss=mse_loss)
+    assert below["rnn.l0"].verdict == "explodes"
+    assert below["rnn.l1"].verdict == "vanishes"

@@ -98,7 +98,7 @@ def diagnose(
     answer = checked_target(given, target[0] if target else None)
 
     def odds(changed: nn.Module, layers: dict[str, LayerDiagnosis]) -> Odds:
-        survival = min(d.evidence["survival"] for d in layers.values())
+        survival = min(d.evidence["median_survival"] for d in layers.values())
         return Odds(readable_after(changed, inputs, answer, loss, lr, seed), survival)
 
     own = odds(model, found)

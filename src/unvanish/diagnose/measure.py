@@ -22,10 +22,10 @@ class Measured:
     """One layer and direction."""
 
     place: LayerDirection
-    last: bool
-    """whether it is of the last layer, at whose output the errors are made"""
+    above: int
+    """layers between it and the output, at which the errors are made"""
     curve: Tensor
-    """[ℓ] median over sources and samples of ln‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0"""
+    """[ℓ] ln‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0 over sources and samples, see `_together`"""
     slopes: Tensor
     """[B] nats per step, each sample's own"""
     lag: int
@@ -90,7 +90,8 @@ def _measure_place(
         else:
             inside = torch.arange(k, k + relative.shape[1])[None, :] < lengths[:, None]
             curves[i, :, : relative.shape[1]] = torch.where(inside, relative, torch.nan)
-    curve = curves.flatten(0, 1).nanmedian(0).values[: wanted + 1]
+    over_lags = curves.flatten(0, 1)[:, : wanted + 1]
+    curve, arriving = _together(over_lags)
     decay = flow.decay(curve, FRACTION) if bool(curve[0].isfinite()) else flow.Decay(-math.inf, 0.0, 0)
     slopes = torch.tensor([_slope(row[: wanted + 1]) for row in curves.nanmedian(0).values], dtype=torch.float64)
     evidence = _evidence(given, place, x, fed, hx, made, wanted, slopes)
@@ -99,6 +100,9 @@ def _measure_place(
         "steps": float(T),
         "lag": float(wanted),
         "survival": math.exp(min(float(curve[-1]), 700.0)),
+        "median_survival": math.exp(min(float(over_lags[:, -1].nanmedian()), 700.0)),
+        "arriving": float(arriving[-1]),
+        "half_arriving": float((arriving >= 0.5).nonzero().max()) if bool((arriving >= 0.5).any()) else 0.0,
         "offered": float(offered),
     }
     evidence["uninterrupted"] = float(max(k - max((c for c in given.cuts if c <= k), default=0) for k in sources) + 1)
@@ -109,10 +113,21 @@ def _measure_place(
     )
     evidence["sensitivity"] = _sensitivity(given, place, fed, hx, error, sources[-1 if not place.reverse else 0])
     evidence["step_change"] = evidence["sensitivity"] * step
-    last_layer = place.layer == layer.num_layers - 1
-    return Measured(
-        place, last_layer, curve, slopes, wanted if lag is None else lag, asked or lag is None, decay, evidence
-    )
+    above = layer.num_layers - 1 - place.layer
+    return Measured(place, above, curve, slopes, wanted if lag is None else lag, asked or lag is None, decay, evidence)
+
+
+def _together(curves: Tensor) -> tuple[Tensor, Tensor]:
+    """(curve, arriving) `[ℓ]` of the followed errors' own `[N, ℓ]`: ln √p + the median of those that are not 0, and p.
+
+    p is the share of the errors that are not exactly 0 at the lag: relu units that are off lose an error in one sample
+    and pass it on in another, and a weight's gradient is the mean over samples. √p is what their root mean square
+    loses. Where none is 0 the curve is the median.
+    """
+    there, alive = (~curves.isnan()).sum(0), curves.isfinite()
+    p = alive.sum(0) / there
+    median = curves.where(alive, torch.nan).nanmedian(0).values
+    return torch.where(p > 0, median + 0.5 * p.log(), torch.where(there > 0, -torch.inf, torch.nan)), p
 
 
 def _spread(steps: list[int]) -> list[int]:

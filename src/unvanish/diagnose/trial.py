@@ -4,7 +4,7 @@ What arrives at the lag at this moment does not settle that: the weights move, a
 `UPDATES` steps on the batch, and a linear read-out is asked what it finds in the states at which the error arrives:
 
     R = 1 − Σ‖y − ŷ(h)‖² / Σ‖y − ȳ‖²       ŷ: ridge regression, judged on samples it was not fitted on (4 folds)
-    s = ln of the worst layer's survival at the lag, before the trial, kept in [−20, 0]
+    s = ln of the worst layer's survival at the lag (the median of samples), before the trial, kept in [−20, 0]
     chance = σ(w₀ + w_R R + w_s s)
 
 Neither R nor s knows units: the loss is divided by the norm of its first gradient, and so may be scaled at will. The

@@ -3,6 +3,8 @@
 import math
 from typing import Literal
 
+import torch
+
 from unvanish.diagnose.measure import FRACTION, Measured
 
 Verdict = Literal["vanishes", "healthy", "explodes", "chaotic", "saturated", "dead", "undecided"]
@@ -19,7 +21,7 @@ def judge(m: Measured) -> tuple[Verdict, str]:
     if e["offered"] < 2 and m.place.reverse and e["steps"] > 2:
         where = (
             "the error enters where this direction starts, so there is nothing to travel"
-            if m.last
+            if not m.above
             else "the error is made where this direction starts, and comes to its other steps through the layer above "
             "alone, whose verdict covers that way"
         )
@@ -40,16 +42,54 @@ def judge(m: Measured) -> tuple[Verdict, str]:
             f"recurrent weights too large: neighbouring states drift apart by {e['lyapunov']:.3f} nats per step "
             f"(Lyapunov exponent){radius}"
         )
-    if float(m.curve[-1]) > -math.log(FRACTION) or float(m.curve.max()) > -2 * math.log(FRACTION):
+    if _explodes(m):
         return _grows(m)
     if m.decay.reach >= lag:
+        arrives = f"the error arrives over {lag} steps: {_left(e)}{_lost(m)}{_handed_down(m)}{_held(e, lag)}"
         if e["step_change"] > TOO_SENSITIVE:
             return "healthy", (
-                f"the gradient reaches, but the state is too sensitive: one step of Adam changes it by up to "
+                f"{arrives}; but the state is too sensitive: one step of Adam changes it by up to "
                 f"{e['step_change']:.2g} times its size; take a smaller learning rate, or shorter memories"
             )
-        return "healthy", f"the error arrives over {lag} steps: {e['survival']:.2g} of it is left{_held(e, lag)}"
+        return "healthy", arrives
     return _fades(m)
+
+
+def _explodes(m: Measured) -> bool:
+    """More than a hundredfold at the lag, or its square on the way; by stretching, not by the number of ways.
+
+    A layer with m layers above it is reached over a lag ℓ along C(ℓ + m, m) ways, over lag 0 along one.
+    """
+    hundredfold = -math.log(FRACTION)
+    each = m.curve - torch.tensor([_log_ways(lag, m.above) for lag in range(len(m.curve))])
+    own = m.evidence.get("lyapunov", -math.inf) * (len(m.curve) - 1)
+    stretched = float(each[-1]) > hundredfold or float(each.max()) > 2 * hundredfold
+    return stretched or (float(m.curve[-1]) > hundredfold and own > hundredfold)
+
+
+def _log_ways(lag: int, above: int) -> float:
+    return math.log(math.comb(lag + above, above))
+
+
+def _left(e: dict[str, float]) -> str:
+    return f"{e['survival']:.2g} of it is left" if e["survival"] <= 1 else f"{e['survival']:.2g} times as large"
+
+
+def _lost(m: Measured) -> str:
+    """Of how many errors nothing arrives."""
+    lost = 1 - m.evidence["arriving"]
+    if lost == 0:
+        return ""
+    why = ", as each relu unit that carried them was off at some step" if m.place.cell.name == "rnn_relu" else ""
+    return f"; of {lost:.0%} of the errors followed exactly nothing{why}"
+
+
+def _handed_down(m: Measured) -> str:
+    """Growth that no path has, but their number."""
+    if float(m.curve[-1]) <= -math.log(FRACTION):
+        return ""
+    ways = math.exp(_log_ways(len(m.curve) - 1, m.above))
+    return f", because the layers above hand it down at every step, along {ways:.2g} ways in all"
 
 
 def _held(e: dict[str, float], lag: int) -> str:
@@ -101,6 +141,12 @@ def _fades(m: Measured) -> tuple[Verdict, str]:
             f"{e['longest_carry_half_life']:.3g}), the lag is {lag}.{last}"
         )
     radius, norm = e.get("spectral_radius", math.nan), e["spectral_norm"]
+    if cell == "rnn_relu" and radius >= 1:
+        return "vanishes", (
+            f"relu units off: W_hh keeps an error (spectral radius {radius:.2f}), but over {lag} steps "
+            f"{_left(e)}{_lost(m)}; half of the errors followed get over {e['half_arriving']:.0f} steps. "
+            f"{e['saturated']:.0%} of the units are off.{last}"
+        )
     if radius >= 1:
         return "vanishes", (
             f"activation slopes: W_hh keeps an error (spectral radius {radius:.2f}), φ' takes it: "
