@@ -67,6 +67,16 @@ def test_the_rate_is_the_rate() -> None:
     assert found.curve[10] == pytest.approx(10 * math.log(0.9), rel=1e-6)
 
 
+def test_the_verdict_turns_where_the_reach_ends() -> None:
+    rnn = cures.orthogonal_(layer("RNN", bias=False), gain=0.9)
+    x, y = data(scale=1e-6)
+    reach = int(math.log(0.01) / math.log(0.9))
+    verdicts = [
+        uv.diagnose(LastStep(rnn), x, y, loss=mse_loss, lag=lag)["encoder.l0"].verdict for lag in (reach, reach + 1)
+    ]
+    assert verdicts == ["healthy", "vanishes"]
+
+
 def test_separate_sources_are_followed_where_the_error_enters_everywhere() -> None:
     class EveryStep(nn.Module):
         def __init__(self) -> None:
