@@ -119,11 +119,11 @@ MNIST = (
 PARTS = {
     "adding-200": Part("adding", 200, sides(64, 2, *LSTMS), steps=1500, lr=1e-2, goal=0.06),
     "adding-750": Part("adding", 750, sides(32, 1, *LSTMS), steps=1500, lr=1e-2, goal=0.06),
-    "copy-200": Part("copy", 200, COPY, steps=4000, lr=1e-3, goal=0.5, rounds=40, optimizer="rmsprop"),
-    "copy-500": Part("copy", 500, COPY, steps=4000, lr=1e-3, goal=0.5, rounds=40, optimizer="rmsprop"),
-    "order-50": Part("temporal-order", 50, ORDER, steps=1500, lr=1e-3, goal=0.01 / 0.75),
-    "order-100": Part("temporal-order", 100, ORDER, steps=1500, lr=1e-3, goal=0.01 / 0.75),
-    "order-150": Part("temporal-order", 150, ORDER, steps=1500, lr=1e-3, goal=0.01 / 0.75),
+    "copy-200": Part("copy", 200, COPY, steps=10000, lr=1e-3, goal=0.5, rounds=40, optimizer="rmsprop"),
+    "copy-500": Part("copy", 500, COPY, steps=10000, lr=1e-3, goal=0.5, rounds=40, optimizer="rmsprop"),
+    "order-50": Part("temporal-order", 50, ORDER, steps=6000, lr=1e-3, goal=0.01 / 0.75, rounds=40),
+    "order-100": Part("temporal-order", 100, ORDER, steps=6000, lr=1e-3, goal=0.01 / 0.75, rounds=40),
+    "order-150": Part("temporal-order", 150, ORDER, steps=6000, lr=1e-3, goal=0.01 / 0.75, rounds=40),
     "reber": Part(
         "embedded-reber",
         None,
