@@ -140,3 +140,12 @@ def test_one_layer_used_twice_in_one_loss() -> None:
         a, b = (lstm(torch.randn(4, 2, 2, dtype=torch.float64))[0][-1] for _ in range(2))
         (a * b).sum().backward()
     assert [record.residual <= 1e-12 for record in flow.passes("l0")] == [True, True]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, uv.nn.LSTM])
+def test_passes_stand_in_the_order_of_the_calls(kind: type[nn.RNNBase]) -> None:
+    layer = kind(3, 4)
+    with uv.watch(layer) as flow:
+        sum(layer(torch.randn(T, 2, 3))[0].sum() for T in (5, 9, 7)).backward()  # type: ignore[union-attr]
+    assert [len(record.dh) for record in flow.passes("l0")] == [5, 9, 7]
+    assert len(flow["l0"].dh) == 7

@@ -336,7 +336,8 @@ class Watch(Flow):
             measured.append((sequence, found))
         if not measured:
             return
-        for sequence, found in measured:
+        # Errors arrive at the last call first; records stand in the order of the calls.
+        for sequence, found in sorted(measured, key=lambda m: m[0].number):
             for index, part in enumerate(found):
                 residual = _residual({key: ours[key] for key in part.gradients}, run.gradients)
                 record = replace(part.flow, residual=residual, step=self._epoch)
