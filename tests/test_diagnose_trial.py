@@ -135,3 +135,16 @@ def test_a_trial_that_can_not_be_is_an_error_and_one_that_diverges_has_no_chance
     diverging = LastStep(cures.spectral_radius_(nn.RNN(2, H, batch_first=True, nonlinearity="relu"), 1.0))
     found = uv.diagnose(diverging, x, y, loss=mse_loss, trial=True, lr=1e12)
     assert found.readable == 0.0
+
+
+def test_a_read_out_is_judged_on_samples_it_was_not_fitted_on() -> None:
+    """Targets of pure noise: nothing can be read, although a fit to so few samples explains a fifth of them."""
+    torch.manual_seed(0)
+    layer, samples = nn.RNN(2, 2 * H), 4 * trial.PER_FEATURE * 2 * H // 3 + 8
+    x, noise = torch.randn(T, samples, 2), torch.randn(samples, 1)
+    states = layer(x)[0][-1].detach()
+    left, total = trial._judged(states, noise, states, noise)
+    assert 1 - left / total > 0.1
+    model = LastStep(layer)
+    given, _ = trial.capture(model, (x,), lambda output: mse_loss(output, noise), 0)
+    assert trial._readable(given[0], noise) < 0.05
