@@ -171,7 +171,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         ([*base, "--out", "d.csv/n"], "--out: d.csv/n"),
         ([*base, "--out", "n", "--kind", "guess"], "--kind: expected"),
         ([*base, "--out", "n", "--missing", "drop"], "missing: expected"),
-        ([*base, "--out", "n", "--cell", "nope"], "cells: expected names"),
+        ([*base, "--out", "n", "--cell", "nope"], "cell: expected one of rnn"),
         (["predict", ".", "--data", "d.csv", "--target", "y"], "not a folder that `unvanish train` finished"),
         (["predict", "m", "--data", "none.csv"], "--data: none.csv can't be read: No such file or directory"),
         (["train", "--data", "d.csv", "--out", "n"], "--target: expected the column of the answers"),
