@@ -28,6 +28,9 @@ def factory():
 
 def wrong():
     return Model()
+
+def broken():
+    return nn.Linear(2, 2)(torch.zeros(3, 5))
 """
 
 
@@ -95,10 +98,8 @@ def test_a_trained_folder_on_the_users_file(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["layers"]["recurrent.l0"]
     assert (found["cell"], found["lag"]) == ("lstm", 7)
-    for arguments, message in (
-        ((folder, "--data", str(file)), "--target: expected the column of the answers"),
-        ((str(tmp_path), *given), "not a folder that `unvanish train` finished"),
-    ):
+    assert unvanish(folder, *given[:2], "--json").stdout == done.stdout, "the folder tells the columns"
+    for arguments, message in (((str(tmp_path), *given), "not a folder that `unvanish train` finished"),):
         refused = unvanish(*arguments)
         assert refused.returncode == 2
         assert message in refused.stderr
@@ -112,9 +113,13 @@ def test_a_trained_folder_on_the_users_file(tmp_path: Path) -> None:
         ("{mine}:nothing", "has no function 'nothing'"),
         ("{mine}:wrong", "expected wrong() to return (model, batch, loss), got Model"),
         ("{folder}/other.py:factory", "there is no file"),
+        ("{mine}:broken", "broken() raised RuntimeError: mat1 and mat2 shapes"),
+        ("{mine}:broken", "return nn.Linear(2, 2)(torch.zeros(3, 5))"),
+        ("{folder}/raises.py:factory", "raises.py, line 2: 1 / 0"),
     ],
 )
 def test_wrong_sources_are_refused(source: str, message: str, mine: Path) -> None:
+    (mine.parent / "raises.py").write_text("# runs on import\n1 / 0\n")
     done = unvanish(source.format(mine=mine, folder=mine.parent))
     assert done.returncode == 2
     assert done.stderr.startswith("error:")

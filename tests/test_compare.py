@@ -166,7 +166,7 @@ def test_command_writes_report_figures_results_and_flows(tmp_path: Path) -> None
     ("arguments", "message"),
     [
         (["--task", "nope"], "task: expected one of adding, copy"),
-        (["--cells", "nope"], "cells: expected names out of rnn"),
+        (["--cells", "nope"], "cells: expected one of rnn"),
         (["--cells", ","], "--cells: expected names"),
         (["--length", "1"], "length: expected at least 2"),
         (["--task", "digits", "--length", "65"], "length: an image of digits has 64 pixels"),

@@ -281,14 +281,74 @@ def test_a_constrained_layer_is_diagnosed_and_only_advice_is_given() -> None:
     assert [p.act for p in found.prescriptions] == [None]
 
 
-def test_too_little_evidence_is_undecided() -> None:
+@pytest.mark.parametrize(("samples", "steps"), [(B, 1), (B, 2), (1, T), (1, 1)])
+@pytest.mark.parametrize("kind", ["LSTM", "RNN"])
+def test_too_little_evidence_is_undecided_and_gives_no_rate(samples: int, steps: int, kind: str) -> None:
+    model, (x, y) = LastStep(layer(kind)), data()
+    diagnosis = uv.diagnose(model, x[:samples, :steps], y[:samples], loss=mse_loss)
+    found = diagnosis["encoder.l0"]
+    assert found.verdict == "undecided"
+    assert ("at least 2 are needed" if steps < 3 else "hand in at least two") in found.cause
+    assert math.isnan(found.rate)
+    assert all(map(math.isnan, found.rate_interval))
+    assert found.half_life is None
+    assert not diagnosis.healthy
+    assert not diagnosis.prescriptions
+    assert "nats" not in repr(diagnosis)
+
+
+def test_an_empty_batch_and_a_nan_are_named() -> None:
     model, (x, y) = LastStep(layer("LSTM")), data()
-    assert uv.diagnose(model, x[:1], y[:1], loss=mse_loss)["encoder.l0"].verdict == "undecided"
-    for steps in (1, 2):
-        found = uv.diagnose(model, x[:, :steps], y, loss=mse_loss)["encoder.l0"]
-        assert found.verdict == "undecided"
-        assert "at least 2 are needed" in found.cause
-    assert not uv.diagnose(model, x[:1], y[:1], loss=mse_loss).prescriptions
+    for empty in (x[:0], x[:, :0], x[:, :, :0]):
+        with pytest.raises(ValueError, match="batch: expected at least one sample and one step, got a tensor of shape"):
+            uv.diagnose(model, empty, y[: len(empty)], loss=mse_loss)
+    spoilt = x.clone()
+    spoilt[1, 2, 0] = math.nan
+    with pytest.raises(ValueError, match="got nan; item 0 of the batch, its input, holds a NaN"):
+        uv.diagnose(model, spoilt, y, loss=mse_loss)
+    with pytest.raises(ValueError, match="got nan; item 1 of the batch, its target, holds a NaN"):
+        uv.diagnose(model, x, y * math.nan, loss=mse_loss)
+    with pytest.raises(TypeError, match="loss: expected a function"):
+        uv.diagnose(model, x, y, loss="mse")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="lr: expected a number, got str"):
+        uv.diagnose(model, x, y, loss=mse_loss, lr="fast")  # type: ignore[arg-type]
+
+
+def test_a_cure_that_does_not_heal_says_so_and_comes_after_those_that_do() -> None:
+    rnn = cures.spectral_radius_(layer("RNN", H=48), 2.0)
+    found = diagnose(LastStep(rnn), data()[0])
+    heals = [p.heals for p in found.prescriptions]
+    assert heals == sorted(heals, reverse=True)
+    assert not all(heals)
+    for line, p in zip([row for row in repr(found).splitlines() if row[0].isdigit()], found.prescriptions, strict=True):
+        assert ("; does not cure; predicted:" in line) is not p.heals
+
+
+def test_undo_takes_the_training_back_too_and_a_cure_is_applied_once() -> None:
+    model = LastStep(layer("LSTM"))
+    first = diagnose(model).prescriptions[0]
+    before = copy.deepcopy(model.state_dict())
+    first.apply(model)
+    with pytest.raises(ValueError, match="was applied to this model already"):
+        first.apply(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    first.undo(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) is name.startswith("encoder"), name
+
+
+def test_a_module_in_two_places_is_replaced_in_both() -> None:
+    model = LastStep(cures.spectral_radius_(layer("RNN"), 0.5))
+    model.also = model.encoder
+    replace = next(p for p in diagnose(model).prescriptions if "GRU" in p.cure)
+    replace.apply(model)
+    assert isinstance(model.encoder, nn.GRU)
+    assert model.also is model.encoder
+    replace.undo(model)
+    assert isinstance(model.also, nn.RNN)
+    assert model.also is model.encoder
 
 
 def test_what_can_not_be_diagnosed_is_an_error() -> None:

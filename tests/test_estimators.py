@@ -159,7 +159,7 @@ NAN = np.array([[1.0, np.nan, 3.0], [1, 2, 3]])
             r"X\[1\]: expected 2 channels as in X\[0\]",
         ),
         (lambda: SequenceClassifier().fit(np.zeros((2, 2, 2, 2)), [0, 1]), "an array of 4 dimensions"),
-        (lambda: SequenceClassifier(cell="nope").fit(np.eye(20), [0, 1] * 10), "cells: expected names out of"),
+        (lambda: SequenceClassifier(cell="nope").fit(np.eye(20), [0, 1] * 10), "cell: expected one of rnn"),
         (lambda: SequenceClassifier(read="all").fit(np.eye(20), [0, 1] * 10), "read: expected last or mean"),
         (lambda: SequenceRegressor().fit(np.eye(20), ["a", "b"] * 10), "could not convert string"),
         (lambda: SequenceRegressor().fit(np.eye(20), [1.0, np.nan] * 10), r"y\[1\]: expected no NaN"),

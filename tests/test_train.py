@@ -171,7 +171,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         ([*base, "--out", "d.csv/n"], "--out: d.csv/n"),
         ([*base, "--out", "n", "--kind", "guess"], "--kind: expected"),
         ([*base, "--out", "n", "--missing", "drop"], "missing: expected"),
-        ([*base, "--out", "n", "--cell", "nope"], "cells: expected names"),
+        ([*base, "--out", "n", "--cell", "nope"], "cell: expected one of rnn"),
         (
             ["predict", ".", "--data", "d.csv", "--target", "y"],
             "model: . has no config.json; name a folder that `unvanish train` finished",

@@ -1,7 +1,9 @@
 """`unvanish diagnose FILE.py:factory`, or of a folder that `unvanish train` wrote."""
 
 import json
+import math
 import runpy
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,9 +29,11 @@ def diagnose(
     data: Annotated[
         Path | None, typer.Option(help="A file as `unvanish train` reads it; its first 512 sequences.")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="With --data: column of the answers.")] = None,
-    id: Annotated[str | None, typer.Option(help="With --data: column that tells sequences apart.")] = None,
-    text: Annotated[str | None, typer.Option(help="With --data: column of texts.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="With --data: column of the answers. [default: as the model was trained]")
+    ] = None,
+    id: Annotated[str | None, typer.Option(help="With --data: column that tells sequences apart, likewise.")] = None,
+    text: Annotated[str | None, typer.Option(help="With --data: column of texts, likewise.")] = None,
     missing: Annotated[str | None, typer.Option(help="With --data: as in `unvanish train`.")] = None,
     lag: Annotated[int | None, typer.Option(help="Steps that the task needs. [default: what the batch offers]")] = None,
     checkpoint: Annotated[
@@ -65,7 +69,7 @@ def diagnose(
         _load(model, checkpoint)
     found = uv.diagnose(model, *batch, loss=loss, lag=lag, samples=samples, trial=trial, lr=lr, seed=seed)
     if as_json:
-        typer.echo(json.dumps(_plain(found)))
+        typer.echo(json.dumps(_strict(_plain(found))))
     else:
         _print(found, Console(quiet=quiet, highlight=False, emoji=False))
 
@@ -73,10 +77,11 @@ def diagnose(
 def _trained(folder: str, data: Path, **columns: str | None) -> tuple[Any, tuple[Any, ...], Any]:
     from unvanish import train as training
 
-    if columns["target"] is None and data.suffix.lower() != ".ts":
-        raise UserError("--target: expected the column of the answers, which --data needs")
     trained = training.Trained.load(Path(folder))
-    given = training.read_data(data, trained.config["kind"], **columns)
+    told = trained.config.get("columns", {}) | {name: value for name, value in columns.items() if value is not None}
+    if "target" not in told and data.suffix.lower() != ".ts":
+        raise UserError("--target: expected the column of the answers, which this model's folder does not tell")
+    given = training.read_data(data, trained.config["kind"], **told)
     if not isinstance(given, training.Sequences):
         raise UserError(
             f"SOURCE: expected a model for classification or regression, got one for {trained.config['kind']}"
@@ -97,12 +102,17 @@ def _made(source: str) -> tuple[Any, tuple[Any, ...], Any]:
     sys.path.insert(0, str(Path(file).parent.absolute()))
     try:
         names = runpy.run_path(file, run_name=Path(file).stem)
+    except Exception as error:
+        raise UserError(f"FILE.py:FACTORY: running {file} raised {_raised(error, file)}") from error
     finally:
         sys.path[:] = before
     factory = names.get(name)
     if not callable(factory):
         raise UserError(f"FILE.py:FACTORY: {file} has no function {name!r}")
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:
+        raise UserError(f"FILE.py:FACTORY: {name}() raised {_raised(error, file)}") from error
     if not isinstance(made, tuple) or len(made) != 3 or not callable(made[2]):
         raise UserError(
             f"FILE.py:FACTORY: expected {name}() to return (model, batch, loss), got {type(made).__name__}"
@@ -110,6 +120,15 @@ def _made(source: str) -> tuple[Any, tuple[Any, ...], Any]:
         )
     model, batch, loss = made
     return model, batch if isinstance(batch, tuple) else (batch,), loss
+
+
+def _raised(error: Exception, file: str) -> str:
+    """What was raised, and the last line of the user's own file on the way there."""
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError):  # it tells its place itself
+        return what
+    own = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).absolute() == Path(file).absolute()]
+    return f"{what}; at {file}, line {own[-1].lineno}: {own[-1].line}" if own else what
 
 
 def _load(model: Any, path: Path) -> None:
@@ -162,6 +181,15 @@ def _plain(found: "Diagnosis") -> dict[str, Any]:
     }
 
 
+def _strict(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {k: _strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 _COLOUR = {"healthy": "green", "undecided": "yellow"}
 
 
@@ -171,10 +199,8 @@ def _print(found: "Diagnosis", console: Console) -> None:
         colour = _COLOUR.get(d.verdict, "red")
         console.print(f"[bold]{escape(name)}[/bold] ({d.cell}): [{colour}]{d.verdict}[/{colour}]")
         half = "" if d.half_life is None else f", half-life {d.half_life:.3g} steps"
-        console.print(
-            f"  {d.rate:+.3g} nats per step [{low:+.2g}, {high:+.2g}]{half}, reach {d.reach} of {d.lag} steps",
-            markup=False,
-        )
+        rate = "no rate" if math.isnan(d.rate) else f"{d.rate:+.3g} nats per step [{low:+.2g}, {high:+.2g}]{half}"
+        console.print(f"  {rate}, reach {d.reach} of {d.lag} steps", markup=False)
         console.print(f"  {d.cause}", markup=False)
     for note in found.notes:
         console.print(note, markup=False)
@@ -186,8 +212,9 @@ def _print(found: "Diagnosis", console: Console) -> None:
         if number == 1:
             console.print("\n[bold]What to do[/bold], the most promising first:")
         where = f" on {p.path}" if p.path else ""
-        console.print(f"  {number}. {p.cure}{where}: {p.reason}", markup=False)
+        console.print(f"  {number}. {p.cure}{where}: {p.reason}{p.limit}", markup=False)
         for name, d in p.predicted.items():
-            console.print(f"     {name} then: {d.verdict}, {d.rate:+.3g} nats per step, reach {d.reach}", markup=False)
+            rate = "" if math.isnan(d.rate) else f", {d.rate:+.3g} nats per step"
+            console.print(f"     {name} then: {d.verdict}{rate}, reach {d.reach}", markup=False)
         if p.chance is not None:
             console.print(f"     chance of learning then: {p.chance:.0%}", markup=False)

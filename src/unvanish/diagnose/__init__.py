@@ -67,10 +67,10 @@ def diagnose(
         seed: of dropout, of drawn cures and of the trial's order.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: it has no recurrent layer; a weight or the loss is not finite; the loss depends on no recurrent
-            layer; lag, samples or lr is out of range; a trial's target is no tensor of one row per sample, or the
-            batch is too small for it.
+        TypeError: model is no module, loss no function, or lr no number.
+        ValueError: it has no recurrent layer; the batch is empty; a weight or the loss is not finite; the loss depends
+            on no recurrent layer; lag, samples or lr is out of range; a trial's target is no tensor of one row per
+            sample, or the batch is too small for it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -79,6 +79,16 @@ def diagnose(
     for name, number, what in (("lag", lag, "step"), ("samples", samples, "")):
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise ValueError(f"{name}: expected a whole number of at least 1{f' {what}' if what else ''}, got {number}")
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function (output, target) → scalar, got {type(loss).__name__}")
+    for number, item in enumerate(batch):
+        if isinstance(item, Tensor) and item.numel() == 0:
+            raise ValueError(
+                f"batch: expected at least one sample and one step, got a tensor of shape {tuple(item.shape)} as item "
+                f"{number}"
+            )
+    if isinstance(lr, bool) or not isinstance(lr, int | float):
+        raise TypeError(f"lr: expected a number, got {type(lr).__name__}")
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr: expected a positive number, got {lr}")
     inputs, target = (batch[:-1], batch[-1:]) if len(batch) > 1 else (batch, ())
@@ -87,7 +97,7 @@ def diagnose(
         return _layers(changed)[1]
 
     def _layers(changed: nn.Module) -> tuple[list[Given], dict[str, LayerDiagnosis], tuple[str, ...]]:
-        given, notes = capture(changed, inputs, lambda output: loss(output, *target), seed)
+        given, notes = capture(changed, inputs, lambda output: loss(output, *target), seed, target)
         records = [_record(g.name(m.place), m) for g in given for m in measure(g, lag, samples, seed, lr)]
         return given, {record.name: record for record in records}, notes
 
@@ -110,12 +120,18 @@ def diagnose(
 
 def _record(name: str, m: Measured) -> LayerDiagnosis:
     verdict, cause = judge(m)
+    curve = tuple(m.curve.tolist())
+    # One step or one sample gives no rate: none is made up.
+    if m.evidence["offered"] < 2 or len(m.slopes) < 2:
+        return LayerDiagnosis(
+            name, m.place.cell.name, verdict, cause, math.nan, (math.nan, math.nan), None, m.decay.reach, m.lag,
+            m.evidence, curve,
+        )  # fmt: skip
     finite = m.slopes[m.slopes.isfinite()]
     # Student's t: the samples that are followed are few.
     n = len(finite)
     half = float(stdtrit(n - 1, 0.975)) * float(finite.std()) / math.sqrt(n) if n > 1 else math.nan
     interval = (m.decay.rate - half, m.decay.rate + half)
-    curve = tuple(m.curve.tolist())
     return LayerDiagnosis(
         name, m.place.cell.name, verdict, cause, m.decay.rate, interval, m.decay.half_life, m.decay.reach, m.lag,
         m.evidence, curve,

@@ -73,9 +73,11 @@ class _Call:
 
 
 def capture(
-    model: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Tensor], seed: int
+    model: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Tensor], seed: int, target: tuple[Any, ...] = ()
 ) -> tuple[list[Given], tuple[str, ...]]:
     """Run `loss(model(*inputs))` forward and backward, and listen at every nn.RNN, nn.LSTM and nn.GRU, and their cells.
+
+    The target is only looked at to say where a NaN came from.
 
     Returns:
         What was found, and notes on what recurs and could not be followed.
@@ -104,7 +106,7 @@ def capture(
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(f"loss: expected a scalar tensor, got {getattr(value, 'shape', type(value).__name__)}")
         if not bool(value.isfinite()):
-            raise ValueError(f"loss: expected a finite number, got {value.item()}")
+            raise ValueError(f"loss: expected a finite number, got {value.item()}{_not_finite(inputs, target)}")
         if not value.requires_grad:
             raise ValueError("loss: it does not depend on the model's weights; was the graph detached?")
         value.backward()
@@ -113,9 +115,22 @@ def capture(
         found += [_looped(loop) for loop in loops if loop.chains and not loop.unseen]
     found = [given for given in found if given.elsewhere or bool((given.error != 0).any())]
     if not found:
-        raise ValueError("; ".join(notes) or "loss: no error comes back to any recurrent layer; it does not depend on "
-                         "them")  # fmt: skip
+        raise ValueError(
+            "; ".join(notes)
+            or "loss: expected one that depends on a recurrent layer, but no error comes back to any; it does not "
+            "depend on them: was a state detached, or its output left unused?"
+        )
     return found, notes
+
+
+def _not_finite(inputs: tuple[Any, ...], target: tuple[Any, ...]) -> str:
+    """Where a NaN or infinity came in, as far as the batch shows it."""
+    for number, item in enumerate((*inputs, *target)):
+        data = item.data if isinstance(item, PackedSequence) else item
+        if isinstance(data, Tensor) and not bool(data.isfinite().all()):
+            what = "input" if number < len(inputs) else "target"
+            return f"; item {number} of the batch, its {what}, holds a NaN or infinity"
+    return ""
 
 
 def _listen(calls: list[_Call]) -> Any:

@@ -78,15 +78,15 @@ def _predicted(
 
 
 def _best_first(measured: Iterator[Prescription]) -> Iterator[Prescription]:
-    """Those that heal, then by how far the worst layer reaches; among equals the order stays. No more are measured
-    than are taken."""
+    """Those that heal, then those that cure their own module, then the others; each by how far the worst layer reaches,
+    and among equals the order stays. No more are measured than are taken."""
     others: list[Prescription] = []
     for p in measured:
         if p.heals:
             yield p
         else:
             others.append(p)
-    yield from sorted(others, key=lambda p: -_left(p))
+    yield from sorted(others, key=lambda p: (not p.cures_its_module, -_left(p)))
 
 
 def _tried(

@@ -29,7 +29,8 @@ class LayerDiagnosis:
     cause: str
     """why, in words"""
     rate: float
-    """nats per step of ‖∂E_k/∂s_{k−ℓ}‖ over the lag; −∞ where it is zero after one step"""
+    """nats per step of ‖∂E_k/∂s_{k−ℓ}‖ over the lag; −∞ where it is zero after one step; NaN where one sample or fewer
+    than two steps can't tell it"""
     rate_interval: tuple[float, float]
     """95 %, over samples; NaN for one sample"""
     half_life: float | None
@@ -40,7 +41,8 @@ class LayerDiagnosis:
     """what was asked for, or the longest that the data offer"""
     evidence: dict[str, float]
     curve: tuple[float, ...] = field(repr=False, default=())
-    """ln‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0, median over sources and samples"""
+    """ln‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0: the median over sources and samples of those that are not 0, times the root
+    of their share"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,21 @@ class Prescription:
         return bool(self.told) and all(d.verdict == "healthy" for d in self.told)
 
     @property
+    def cures_its_module(self) -> bool:
+        """Whether every layer of its own module that can be judged was healthy afterwards."""
+        own = [d for d in self.told if not self.path or d.name == self.path or d.name.startswith(f"{self.path}.")]
+        return bool(own) and all(d.verdict == "healthy" for d in own)
+
+    @property
+    def limit(self) -> str:
+        """What it leaves undone, to be put behind its reason; "" if it heals, or nothing could be told."""
+        if self.heals or not self.told:
+            return ""
+        if self.cures_its_module:
+            return "; cures this module alone"
+        return "; does not cure" if self.chance is None else "; does not cure, but is likelier to learn"
+
+    @property
     def told(self) -> list[LayerDiagnosis]:
         """The layers of the copy about which something could be told."""
         return [d for d in self.predicted.values() if d.verdict != "undecided"]
@@ -75,8 +92,11 @@ class Prescription:
         """Cure the model in place, and return it; where the module itself is `model` and is replaced, its successor.
 
         Raises:
-            ValueError: this is advice that no code can follow, or the model has no such module.
+            ValueError: this is advice that no code can follow, the model has no such module, or it has been applied to
+                this model and not been taken back.
         """
+        if id(model) in self._undo:
+            raise ValueError(f"{self.cure}: was applied to this model already; take it back with undo first")
         if self.act is None:
             raise ValueError(f"{self.cure}: nothing to apply to a model; {self.reason}")
         try:
@@ -90,13 +110,13 @@ class Prescription:
             return model
         if not self.path:
             return cured
-        parent, _, name = self.path.rpartition(".")
-        setattr(model.get_submodule(parent), name, cured)
-        self._undo[id(model)] = model, lambda: setattr(model.get_submodule(parent), name, module)
+        _exchange(model, module, cured)
+        self._undo[id(model)] = model, lambda: _exchange(model, cured, module)
         return model
 
     def undo(self, model: nn.Module) -> nn.Module:
-        """Take the cure back: the weights are what they were before `apply`, whatever was trained since.
+        """Take the cure back: the module's weights are bitwise what they were before `apply`, whatever was trained
+        since; the other modules keep what they have learnt. The optimizer's own state is left as it is.
 
         Raises:
             ValueError: it was not applied to this model.
@@ -109,6 +129,14 @@ class Prescription:
 
 def _restore(module: nn.Module, before: Mapping[str, Tensor]) -> None:
     module.load_state_dict(before)
+
+
+def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """In every place, as a module may stand in several."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
 
 
 @dataclass(frozen=True)
@@ -239,8 +267,10 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
 def _effect(p: Prescription) -> str:
     if not p.told:
         return ""
-    worst = min(p.told, key=lambda d: d.reach / max(d.lag, 1))
-    return f"; predicted: {_brief(worst)}" + ("" if p.chance is None else f", chance of learning {p.chance:.0%}")
+    worst = min(p.told, key=lambda d: (d.verdict == "healthy", d.reach / max(d.lag, 1)))
+    return f"{p.limit}; predicted: {_brief(worst)}" + (
+        "" if p.chance is None else f", chance of learning {p.chance:.0%}"
+    )
 
 
 def _brief(d: LayerDiagnosis | None) -> str:

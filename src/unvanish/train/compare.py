@@ -157,7 +157,7 @@ def compare(
     if hidden < 1:
         raise ValueError(f"hidden: expected at least 1, got {hidden}")
     for name in cells:
-        recipe(name)
+        recipe(name, "cells")
     chosen = [make_task(name, length if name != "digits" or len(tasks) == 1 else None, seed) for name in tasks]
     budgets = [
         Budget(steps if steps is not None else DEFAULT_STEPS.get(task.name, STEPS), batch, lr, CLIP, seed)

@@ -138,14 +138,14 @@ REMEDIES: dict[str, tuple[str, ...]] = {
 """Plain recipe → the recipes that cure it, the one to prefer first."""
 
 
-def recipe(name: str) -> Recipe:
-    """The recipe called `name`.
+def recipe(name: str, argument: str = "cell") -> Recipe:
+    """The recipe called `name`, which the caller was given as `argument`.
 
     Raises:
         ValueError: there is none.
     """
     if name not in RECIPES:
-        raise ValueError(f"cells: expected names out of {', '.join(RECIPES)}, got {name!r}")
+        raise ValueError(f"{argument}: expected one of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name]
 
 
