@@ -266,7 +266,10 @@ def test_ctrl_c_says_what_is_kept_and_ends_with_130(
 
 def test_only_the_same_training_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resumed(tmp_path / "m")
+    other = sines()
+    other.x[0][0] += 1
     for settings, data, message in (
+        (SHORT, other, "--resume: data: "),
         (replace(SHORT, lr=0.5), sines(), r"--resume: lr: .* was begun with 0.02, got 0.5"),
         (replace(SHORT, seed=1), sines(), r"--resume: (data|seed): "),
         (SHORT, sines(121), "--resume: data: "),
