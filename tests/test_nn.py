@@ -366,14 +366,6 @@ def test_accelerate_refuses_what_it_would_break() -> None:
         uv.accelerate(nn.Linear(2, 2))
 
 
-@given(case=module_cases(), every=st.integers(1, 8), seed=st.integers(0, 99))
-def test_a_sequence_in_pieces_is_the_same_sequence(case: ModuleCase, every: int, seed: int) -> None:
-    module = uv.accelerate(case.module)
-    expected = outcome(module, case, seed)
-    module.checkpoint_every = every  # type: ignore[assignment]
-    torch.testing.assert_close(outcome(module, case, seed), expected, rtol=1e-12, atol=1e-13)
-
-
 def test_second_derivatives_go_through_the_pieces() -> None:
     torch.manual_seed(0)
     layer = uv.nn.LSTM(2, 3, num_layers=2, bidirectional=True, dtype=torch.float64)

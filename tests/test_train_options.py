@@ -124,10 +124,10 @@ def test_an_option_has_its_effect(option: str, run: Callable) -> None:
 
 def test_checkpoints_of_the_states_are_used_in_training(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    from unvanish.nn import layers
+    from unvanish.nn import pieces
 
-    real = layers.checkpoint
-    monkeypatch.setattr(layers, "checkpoint", lambda *a, **k: called.append(1) or real(*a, **k))
+    real = pieces.checkpoint
+    monkeypatch.setattr(pieces, "checkpoint", lambda *a, **k: called.append(1) or real(*a, **k))
     a, b = run(SMALL), run(SMALL | {"--checkpoint-every": "5"})
     assert called
     for v, w in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True):
