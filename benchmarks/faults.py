@@ -22,8 +22,36 @@ import torch
 
 import unvanish as uv
 
-COMPARE = ["--task", "adding", "--length", "20", "--cells", "rnn", "--steps", "40", "--hidden", "8", "--batch", "8"]
-TRAIN = ["--task", "adding", "--length", "10", "--hidden", "4", "--steps", "200", "--every", "5", "--flow-every", "0"]
+COMPARE = [
+    "compare",
+    "--task",
+    "adding",
+    "--length",
+    "20",
+    "--cells",
+    "rnn",
+    "--steps",
+    "40",
+    "--hidden",
+    "8",
+    "--batch",
+    "8",
+]
+TRAIN = [
+    "train",
+    "--task",
+    "adding",
+    "--length",
+    "10",
+    "--hidden",
+    "4",
+    "--steps",
+    "200",
+    "--every",
+    "5",
+    "--flow-every",
+    "0",
+]
 WRITE = """
 import itertools, sys, torch, unvanish as uv
 gates = uv.flow.gate_statistics(torch.nn.LSTM(64, 256), torch.randn(3, 2, 64))
@@ -34,9 +62,7 @@ for _ in itertools.count():
 
 
 def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`unvanish compare`, small; or what the arguments begin with."""
-    if arguments[0].startswith("-"):
-        arguments = ("compare", *COMPARE, *arguments)
+    """`unvanish ARGUMENTS`."""
     command = [sys.executable, "-c", "from unvanish.cli import main; main()", *arguments]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -81,10 +107,10 @@ def killed_records(folder: Path, repeats: int) -> Counter[str]:
 
 def killed_compare(folder: Path, repeats: int) -> Counter[str]:
     """SIGKILL at a random moment of `unvanish compare`, the second half over an earlier run."""
-    seconds, seen = how_long(folder), Counter[str]()
+    seconds, seen = how_long(folder, *COMPARE), Counter[str]()
     for number in range(repeats):
         out = folder / ("first" if number % 2 else f"new{number}")
-        child = started(folder, "--out", str(out))
+        child = started(folder, *COMPARE, "--out", str(out))
         time.sleep(random.uniform(0.3, 1.05) * seconds)
         child.kill()
         child.communicate()
@@ -95,14 +121,14 @@ def killed_compare(folder: Path, repeats: int) -> Counter[str]:
 def killed_training(folder: Path, repeats: int) -> Counter[str]:
     """`unvanish train`, ended again and again at random moments by SIGKILL, Ctrl-C or SIGTERM, gone on with by
     --resume until it ends well, against the weights of one that nothing happened to."""
-    seconds, seen = how_long(folder, "train", *TRAIN), Counter[str]()
+    seconds, seen = how_long(folder, *TRAIN), Counter[str]()
     whole = (folder / "first" / "model.safetensors").read_bytes()
     stops, number = 0, 0
     while stops < repeats:
         number, before = number + 1, stops
         out = folder / f"run{number}"
         while True:
-            child = started(folder, "train", *TRAIN, "--out", str(out), "--resume")
+            child = started(folder, *TRAIN, "--out", str(out), "--resume")
             try:
                 _, said = child.communicate(timeout=random.uniform(0.3, 1.3 + (stops - before) / 5) * seconds)
                 break
@@ -131,10 +157,10 @@ def terminated(folder: Path, repeats: int) -> Counter[str]:
 
 def interrupted(folder: Path, repeats: int, ends: signal.Signals = signal.SIGINT) -> Counter[str]:
     """Ctrl-C at a random moment of `unvanish compare`."""
-    seconds, seen = how_long(folder), Counter[str]()
+    seconds, seen = how_long(folder, *COMPARE), Counter[str]()
     for number in range(repeats):
         out = folder / f"new{number}"
-        child = started(folder, "--out", str(out))
+        child = started(folder, *COMPARE, "--out", str(out))
         after = random.uniform(0.02, 1.0) * seconds
         time.sleep(after)
         child.send_signal(ends)
@@ -163,11 +189,11 @@ def full(folder: Path, repeats: int) -> Counter[str]:
     gates = uv.flow.gate_statistics(torch.nn.LSTM(64, 256), torch.randn(3, 2, 64))
     for size in ("16k", "1m", "4m"):
         with mounted(folder, f"size={size}"):
-            child = started(folder, "--out", "out")
+            child = started(folder, *COMPARE, "--out", "out")
             _, said = child.communicate()
             left = sorted(os.listdir(folder))
             seen[f"compare, {size}: code {child.returncode}, left {left}, {said.strip().splitlines()[-1:]}"] += 1
-            child = started(folder, "train", *TRAIN, "--out", "trained")
+            child = started(folder, *TRAIN, "--out", "trained")
             _, said = child.communicate()
             seen[f"train, {size}: code {child.returncode}, {said.strip().splitlines()[-1:]}"] += 1
             if size == "16k":
@@ -177,7 +203,7 @@ def full(folder: Path, repeats: int) -> Counter[str]:
                         seen["record written"] += 1
                 seen[f"records, 16k: left {sorted(os.listdir(folder))}"] += 1
     with mounted(folder, "size=9m,ro"):
-        for command in ([], ["train", *TRAIN]):
+        for command in (COMPARE, TRAIN):
             child = started(Path("/"), *command, "--out", str(folder / "out"))
             _, said = child.communicate()
             seen[f"read-only: code {child.returncode}, {said.strip()}"] += 1

@@ -149,6 +149,7 @@ REFUSED = [
     (["--kind", "language", "--data", "book.txt", "--batch", "4000"], "too few for 4000 streams"),
     (["--kind", "language", "--data", "book.txt", "--bidirectional"], "a language model reads all states"),
     (["--kind", "language", "--data", "d.csv"], "--text: expected the column"),
+    (["--kind", "language", "--data", "d.csv", "--text", "nope"], "d.csv: row 1: no column 'nope' (--text)"),
     (["--kind", "forecasting", "--data", "s.csv"], "--target: expected the column that is forecast"),
     ([*line(AHEAD), "--season", "100"], "season: expected at most the window"),
     ([*line(AHEAD), "--horizon", "0"], "horizon: expected at least 1"),

@@ -12,7 +12,15 @@ from unvanish import engine
 from unvanish.cells import LSTM, Cell, State, Weights
 from unvanish.cures.layers import layers_of, recurrent_modules
 from unvanish.flow.stack import reading_order
-from unvanish.nn.modules import LayerDirection, TimeMajor, dropout_masks, initial_states, layer_directions, time_major
+from unvanish.nn.modules import (
+    LayerDirection,
+    TimeMajor,
+    dropout_masks,
+    hear_gradient,
+    initial_states,
+    layer_directions,
+    time_major,
+)
 
 
 @dataclass
@@ -35,13 +43,11 @@ class _Call:
     def listen(self, outputs: tuple[Tensor, ...]) -> None:
         for i, output in enumerate(outputs):
             if output.requires_grad:
-                output.register_hook(self._catcher(i))
+                hear_gradient(output, self._catcher(i))
 
-    def _catcher(self, i: int) -> Callable[[Tensor | None], None]:
-        def catch(d: Tensor | None) -> None:
-            # An operator may leave the gradient of an output it did not need undefined.
-            if d is not None:
-                self.errors[i] = self.errors[i] + d.detach() if i in self.errors else d.detach()
+    def _catcher(self, i: int) -> Callable[[Tensor], None]:
+        def catch(d: Tensor) -> None:
+            self.errors[i] = self.errors[i] + d.detach() if i in self.errors else d.detach()
 
         return catch
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from unvanish.diagnose.cell_loop import CellLoop, defined
-from unvanish.nn.modules import LayerDirection, evaluating, layer_directions, time_major
+from unvanish.diagnose.cell_loop import CellLoop
+from unvanish.nn.modules import LayerDirection, evaluating, hear_gradient, layer_directions, time_major
 
 
 @dataclass
@@ -159,9 +159,9 @@ def _listen(calls: list[_Call]) -> Any:
             call.packed = PackedSequence(y.data.detach(), y.batch_sizes, y.sorted_indices, y.unsorted_indices)
         calls.append(call)
         tensor = y.data if packed is not None else y
-        tensor.register_hook(defined(lambda grad: setattr(call, "error", grad)))
+        hear_gradient(tensor, lambda grad: setattr(call, "error", grad.detach()))
         for i, state in enumerate(states):
-            state.register_hook(defined(lambda grad, i=i: call.final_error.__setitem__(i, _rows(grad))))
+            hear_gradient(state, lambda grad, i=i: call.final_error.__setitem__(i, _rows(grad.detach())))
 
     return hook
 

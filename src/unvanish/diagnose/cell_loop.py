@@ -5,7 +5,6 @@ exactly, the caller gets a view of it, and where that comes back as the next sta
 the error at the view is then what comes from outside.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unvanish import nn as layers
+from unvanish.nn.modules import hear_gradient
 
 
 @dataclass
@@ -80,7 +80,7 @@ class CellLoop:
         step = Step(_rows(x), state, tuple(s.view_as(s) for s in state))
         for i, shown in enumerate(step.shown):
             if shown.requires_grad:
-                shown.register_hook(defined(lambda grad, i=i: step.errors.__setitem__(i, _rows(grad))))
+                hear_gradient(shown, lambda grad, i=i: step.errors.__setitem__(i, _rows(grad.detach())))
         chain.steps.append(step)
         return step.shown if isinstance(output, tuple) else step.shown[0]
 
@@ -124,11 +124,6 @@ class CellLoop:
         start = self.longest.start
         at_c = any(bool((step.errors[1] != 0).any()) for step in steps if 1 in step.errors)
         return x, error, None if start is None else tuple(s.double().unsqueeze(0) for s in start), at_c
-
-
-def defined(hear: Callable[[Tensor], None]) -> Callable[[Tensor | None], None]:
-    """A hook that hears of the gradients there are: of several outputs of one node, some may get none."""
-    return lambda grad: None if grad is None else hear(grad.detach())
 
 
 def _rows(v: Tensor) -> Tensor:

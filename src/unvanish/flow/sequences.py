@@ -20,7 +20,7 @@ from unvanish.cells import CELLS, LSTM, State, Weights
 from unvanish.flow.nonfinite import birthplace
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.summary import healthy, summarise
-from unvanish.nn.modules import LayerDirection, evaluating
+from unvanish.nn.modules import LayerDirection, evaluating, hear_gradient
 
 Errors = dict[Hashable, Any]
 """where an error arrived (segment and output) → ∂E/∂(that output), or what was measured of it on the way"""
@@ -74,14 +74,8 @@ class Sequence(ABC):
 
     def listen(self, tensor: Tensor, key: Hashable) -> None:
         """Hear of the error that reaches `tensor`."""
-
-        def hear(grad: Tensor | None) -> None:
-            # A fused step (CUDA) leaves the gradient of an output that nothing read undefined.
-            if grad is not None:
-                self._catch(self, key, grad)
-
         if tensor.requires_grad:
-            self.handles.append(tensor.register_hook(hear))
+            self.handles.append(hear_gradient(tensor, lambda grad: self._catch(self, key, grad)))
 
     def close(self) -> None:
         """Stop listening."""

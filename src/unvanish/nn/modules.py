@@ -1,6 +1,6 @@
 """A torch recurrent module as the layers and directions it consists of, and its input as a time-major sequence."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.utils.hooks import RemovableHandle
 
 from unvanish.cells import CELLS, Cell, State, Weights
 
@@ -153,3 +154,14 @@ def dropout_masks(module: nn.RNNBase, inputs: TimeMajor, rng: Tensor | None) -> 
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(rng)
         return [inputs.dropout_mask(width, module.dropout) for _ in range(module.num_layers - 1)]
+
+
+def hear_gradient(tensor: Tensor, hear: Callable[[Tensor], None]) -> RemovableHandle:
+    """`hear` is called with every gradient that reaches `tensor`."""
+
+    def hook(d: Tensor | None) -> None:
+        # Of several outputs of one node, that of one nothing read may be undefined.
+        if d is not None:
+            hear(d)
+
+    return tensor.register_hook(hook)
