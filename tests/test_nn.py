@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import unvanish as uv
 from tests.strategies import ModuleCase, module_cases
+from unvanish.nn.modules import hear_gradient
 
 
 def flat(output: Any) -> list[Tensor]:
@@ -372,3 +373,22 @@ def test_second_derivatives_go_through_the_pieces() -> None:
     x = torch.randn(5, 2, 2, dtype=torch.float64, requires_grad=True)
     layer.checkpoint_every = 2
     assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], (x,))
+
+
+def test_a_gradient_that_is_undefined_is_not_heard() -> None:
+    class Two(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+            ctx.set_materialize_grads(False)
+            return x.clone(), 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return grads[0]
+
+    read, unread = Two.apply(torch.ones(3, requires_grad=True))
+    heard: list[Tensor] = []
+    for output in (read, unread):
+        hear_gradient(output, heard.append)
+    read.sum().backward()
+    assert [d.tolist() for d in heard] == [[1.0] * 3]
