@@ -306,3 +306,10 @@ def test_permuted_pixels_are_the_same_pixels_in_another_order(plain: str, permut
 def test_wrong_tasks_are_named(name: str, length: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_task(name, length)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if not name.startswith("mnist-full")])
+def test_levels_are_plain_numbers(name: str) -> None:
+    """Numpy's are not: compared they give a bool that JSON, and so a report, can't hold."""
+    task = make_task(name)
+    assert (type(task.chance), type(task.solved_below)) == (float, float)

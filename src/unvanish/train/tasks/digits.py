@@ -60,7 +60,7 @@ class PixelDigits(Task):
             split: (torch.as_tensor(some[:, pixels].astype(np.uint8)), torch.as_tensor(digits, dtype=torch.int64))
             for split, (some, digits) in parts.items()
         }
-        self.chance = 1 - np.bincount(labels).max() / len(labels)
+        self.chance = float(1 - np.bincount(labels).max() / len(labels))
 
     def size(self, split: Split) -> int:
         return len(self._data[split][1])
