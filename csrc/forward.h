@@ -153,7 +153,7 @@ class Forward {
 
   void step(const Walk<Real>& walk, int64_t t, int64_t n, const Real* projected, const Work& w, const Member& me) const {
     const int64_t at = t * l.B + walk.first;
-    Real* gates = l.gates == nullptr ? nullptr : l.gates + at * s.saved;
+    Real* gates = l.gates == nullptr || l.gates == l.y ? nullptr : l.gates + at * s.saved;
     Real* cells = l.cells == nullptr ? nullptr : l.cells + at * s.Hp;
     Real* y = l.y + at * l.R;
     const Rows<Real> now{w.now, s.Rp};

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -70,6 +71,7 @@ class Workers {
 };
 
 constexpr size_t kAlign = 64, kHeader = 64;
+constexpr size_t kHugePage = size_t{1} << 21;
 constexpr size_t kKept = size_t{1} << 30;  // bytes of freed blocks to hold on to
 
 struct Cache {
@@ -197,8 +199,13 @@ void* acquire(size_t bytes) {
       return block;
     }
   }
-  char* raw = static_cast<char*>(std::aligned_alloc(kAlign, bytes + kHeader));
+  const bool large = bytes >= kHugePage;
+  const size_t all = large ? (bytes + kHeader + kHugePage - 1) / kHugePage * kHugePage : bytes + kHeader;
+  char* raw = static_cast<char*>(std::aligned_alloc(large ? kHugePage : kAlign, all));
   if (raw == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (large) madvise(raw, all, MADV_HUGEPAGE);  // a step walks through all of it, and looking up small pages takes a part of its time
+#endif
   *reinterpret_cast<size_t*>(raw) = bytes;
   return raw + kHeader;
 }

@@ -114,6 +114,7 @@ struct Run {
     Layer<Real> l{s.cell, s.reverse, s.T, B, s.I, s.H, s.R, s.ragged ? lengths.get() : nullptr, x.get(), h0.get(), lstm ? c0.get() : nullptr,
                   w_ih.get(), w_hh.get(), s.bias ? b_ih.get() : nullptr, s.bias ? b_hh.get() : nullptr,
                   s.projected ? w_hr.get() : nullptr, out(s.T * B * s.R), gates.get(), lstm ? cells.get() : nullptr};
+    if (G == 1 && k.saved_width(s.cell, s.H) == s.H) l.gates = l.y;
     const Final<Real> final{out(B * s.R), lstm ? out(B * s.H) : nullptr};
     auto doubles = [&](int64_t count) {
       Edge<double> made(count);

@@ -60,6 +60,11 @@ def layout(cell: Cell, H: int, dtype: torch.dtype) -> Layout:
     return Layout(*_call("layout", dtype)(NUMBER[cell.name], H, _forced_isa()))
 
 
+def _keeps_gates(cell: Cell, H: int, kept: Layout) -> bool:
+    """A plain RNN's gate is its state: where H fills whole blocks, y lies as the kernels would keep it."""
+    return len(cell.gates) > 1 or kept.saved != H
+
+
 def _forced_isa() -> str | None:
     return os.environ.get("UNVANISH_ISA")
 
@@ -112,10 +117,11 @@ def forward(
     has_c, kept = c0 is not None, layout(_cell(cell), H, x.dtype)
     y, h = _pooled(x, T, B, R), x.new_empty(B, R)
     c = x.new_empty(B, H) if has_c else x.new_empty(0)
-    gates = _pooled(x, T, B, kept.saved) if save else x.new_empty(0)
+    apart = _keeps_gates(_cell(cell), H, kept)
+    gates = _pooled(x, T, B, kept.saved) if save and apart else x.new_empty(0)
     cells = _pooled(x, T, B, kept.padded) if save and has_c else x.new_empty(0)
     inputs = [_address(v) for v in (lengths, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y)]
-    states = [_address(gates if save else None), _address(cells if save and has_c else None)]
+    states = [_address((gates if apart else y) if save else None), _address(cells if save and has_c else None)]
     outs = [_address(h), _address(c if has_c else None)]
     statistics = _statistics_shapes(x, T, B, H, cell, closed)
     wanted = [_address(v if v.numel() else None) for v in statistics]
@@ -143,7 +149,7 @@ def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, clip, sav
     kept = layout(_cell(cell), H, x.dtype)
     nothing = x.new_empty(0)
     c = x.new_empty(B, H) if c0 is not None else nothing
-    gates = x.new_empty(T, B, kept.saved) if save else nothing.clone()
+    gates = x.new_empty(T, B, kept.saved) if save and _keeps_gates(_cell(cell), H, kept) else nothing.clone()
     cells = x.new_empty(T, B, kept.padded) if save and c0 is not None else nothing.clone()
     return x.new_empty(T, B, R), x.new_empty(B, R), c, gates, cells, *_statistics_shapes(x, T, B, H, cell, closed)
 
@@ -180,6 +186,8 @@ def backward(
     present = [v if v.numel() else None for v in out]
     dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *rest = present
     delta, norms = rest[: 4 * want_delta], rest[4 * want_delta :]
+    if not _keeps_gates(_cell(cell), sizes[3], layout(_cell(cell), sizes[3], x.dtype)):
+        gates = y
     kept = [_address(v) for v in (lengths, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates)]
     kept.append(_address(cells if c0 is not None else None))
     wanted = [dy, dh, dc, dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0, *(delta or [None] * 4)]
@@ -320,10 +328,12 @@ def trace(
     y, h, c, gates, cells, *_ = _apply(forward, cell, given, w, reverse, None, True)
     T, B, H = *x.shape[:2], w.w_ih.shape[0] // len(cell.gates)
     kept = layout(cell, H, x.dtype)
-    values = gates.view(T, B, kept.padded // kept.lanes, -1, kept.lanes).transpose(2, 3).reshape(T, B, -1, kept.padded)
-    if cell.name.startswith("rnn"):
-        values = gates.view(T, B, 1, kept.padded)
-    values, states = values[..., :H], [y, cells[..., :H]][: len(cell.states)]
+    if len(cell.gates) == 1:
+        values = y.unsqueeze(2)
+    else:
+        blocks = gates.view(T, B, kept.padded // kept.lanes, -1, kept.lanes)
+        values = blocks.transpose(2, 3).reshape(T, B, -1, kept.padded)[..., :H]
+    states = [y, cells[..., :H]][: len(cell.states)]
     final = (h, c)[: len(cell.states)]
     if given.back is not None:
         values, states = values.index_select(1, given.back), [s.index_select(1, given.back) for s in states]
@@ -337,8 +347,6 @@ def trace(
     fields = list(values.unbind(2))
     if cell.name == "lstm":
         fields.append(states[1])
-    elif cell.name.startswith("rnn"):
-        fields = [states[0]]
     saved = cell.Saved(*before, *fields)  # type: ignore[attr-defined]
     return manual.Trace(cell, w, x, states[0], final, saved, active, reverse, _Kept(given, y, gates, cells))
 
