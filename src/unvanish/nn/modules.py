@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils.hooks import RemovableHandle
 
 from unvanish.cells import CELLS, Cell, State, Weights
+from unvanish.engine.checks import whole_lengths
 
 
 class LayerDirection(NamedTuple):
@@ -110,18 +111,7 @@ def time_major(
         x = x.transpose(0, 1)
     if x.shape[0] == 0:
         raise ValueError("x: expected at least one step, got a sequence of length 0")
-    return TimeMajor(x, None if lengths is None else _whole_lengths(lengths, x), None)
-
-
-def _whole_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
-    given, (T, B) = torch.as_tensor(lengths), x.shape[:2]
-    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool or given.shape != (B,):
-        found = f"{tuple(given.shape)} of {given.dtype}"
-        raise ValueError(f"lengths: expected {B} whole numbers, one per sample, got {found}")
-    given = given.to(torch.int64)  # unsigned types have no comparisons
-    if B and not bool(((given >= 0) & (given <= T)).all()):
-        raise ValueError(f"lengths: expected 0 to {T}, the steps of the input, got {given.tolist()}")
-    return given.to(x.device)
+    return TimeMajor(x, None if lengths is None else whole_lengths(lengths, x), None)
 
 
 def initial_states(module: nn.RNNBase, hx: Any, inputs: TimeMajor) -> list[State]:
