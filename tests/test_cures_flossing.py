@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from unvanish import cures, flow
+from unvanish import nn as unn
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -90,6 +91,25 @@ def test_packed_samples_average_over_their_own_steps():
     alone = floss.exponents(x[:3, 1:])
     for name in ("l0", "l0.reverse"):
         torch.testing.assert_close(packed[name][1], alone[name][0])
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_lengths_count_as_packing_does(kind):
+    torch.manual_seed(3)
+    layer, x = getattr(unn, kind)(2, 4).double(), torch.randn(6, 2, 2).double()
+    floss, lengths = cures.GradientFlossing(layer, n=2), torch.tensor([6, 3])
+    expected = floss.exponents(pack_padded_sequence(x, lengths))
+    torch.testing.assert_close(floss.exponents(x, lengths=lengths), expected)
+
+
+def test_autocast_does_not_round_the_exponents():
+    torch.manual_seed(3)
+    gru, x = nn.GRU(2, 4), torch.randn(6, 2, 2).bfloat16()
+    floss = cures.GradientFlossing(gru, n=2)
+    expected = floss.exponents(x.float())["l0"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = floss.exponents(x)["l0"]
+    torch.testing.assert_close(found, expected)
 
 
 def test_flossing_errors():

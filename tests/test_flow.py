@@ -279,6 +279,8 @@ def test_source_gradients_equal_autograd() -> None:
         (lambda g, x: uv.flow.source_gradients(g, x, torch.zeros(4, 2, 3)), "error: expected a non-zero error"),
         (lambda g, x: uv.flow.decompose(g, x.double()), "x: expected the layer's dtype"),
         (lambda g, x: uv.flow.decompose(g, x[..., :1]), "x: expected 2 features"),
+        (lambda g, x: uv.flow.adjoint_map(g, x[:, :0]), "x: expected one sample at least, got an empty batch"),
+        (lambda g, x: uv.flow.lyapunov(g, x, torch.zeros(1, 2, 3).double()), "hx: expected the layer's dtype"),
     ],
 )
 def test_wrong_arguments_are_named(call: Any, message: str) -> None:

@@ -47,7 +47,7 @@ def test_sources_add_up_to_the_total_flow(case: ModuleCase, data: Any) -> None:
     tr, y = stack.traces[place], outputs(case)
     T, error = len(y), torch.randn_like(y)
     total = flow_at(stack, place, error)
-    internal = stack.in_internal_order(error, 1)
+    internal = stack.inputs.in_internal_order(error, 1)
     entering = arriving_at(stack, place, T, made_at(list(range(T)), internal))
     for step in backwards(tr, T, entering):
         for apart, whole in zip(step.adjoint.state, total.flow.dstate, strict=True):

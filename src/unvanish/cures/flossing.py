@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from unvanish import engine
 from unvanish.cures.layers import recurrent_modules
+from unvanish.flow.singular import orthonormal
 from unvanish.flow.stack import full_jacobians, reading_order
-from unvanish.nn.modules import initial_states, layer_directions, time_major
+from unvanish.nn.modules import evaluating, full_precision, initial_states, layer_directions, time_major
 
 
 class GradientFlossing:
@@ -90,7 +91,7 @@ class GradientFlossing:
         Raises:
             ValueError: no recurrent layer ran, n exceeds its state, or warmup its steps.
         """
-        calls: list[tuple[str, Any, Any]] = []
+        calls: list[tuple[str, Any, Any, Any]] = []
         handles = [
             module.register_forward_pre_hook(self._listener(path, calls), with_kwargs=True)
             for path, module in self._modules.items()
@@ -103,23 +104,30 @@ class GradientFlossing:
         if not calls:
             raise ValueError("model: none of its recurrent layers ran on this input")
         found: dict[str, list[Tensor]] = {}
-        for path, x, hx in calls:
-            for name, value in self._spectra(self._modules[path], x, hx).items():
+        for path, *given in calls:
+            with full_precision():
+                spectra = self._spectra(self._modules[path], *given)
+            for name, value in spectra.items():
                 found.setdefault(f"{path}.{name}".removeprefix("."), []).append(value)
         return {name: torch.stack(values).mean(0) if len(values) > 1 else values[0] for name, values in found.items()}
 
-    def _listener(self, path: str, calls: list[tuple[str, Any, Any]]) -> Any:
+    def _listener(self, path: str, calls: list[tuple[str, Any, Any, Any]]) -> Any:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = args[0] if args else kwargs["input"]
-            calls.append((path, x, args[1] if len(args) > 1 else kwargs.get("hx")))
+            hx = args[1] if len(args) > 1 else kwargs.get("hx")
+            calls.append((path, x, hx, kwargs.get("lengths")))
 
         return before
 
-    def _spectra(self, module: nn.RNNBase, x: Any, hx: Any) -> dict[str, Tensor]:
-        inputs = time_major(module, x)
-        layers, states = layer_directions(module), initial_states(module, hx, inputs)
+    def _spectra(self, module: nn.RNNBase, x: Any, hx: Any, lengths: Any) -> dict[str, Tensor]:
+        inputs = time_major(module, x, lengths)
+        with evaluating(module):
+            layers = layer_directions(module)
+        # Autocast may have been given another dtype.
+        dtype = layers[0].weights.w_ih.dtype
+        states = [tuple(s.to(dtype) for s in state) for state in initial_states(module, hx, inputs)]
         D = 2 if module.bidirectional else 1
-        below, found = inputs.x, {}
+        below, found = inputs.x.to(dtype), {}
         for first in range(0, len(layers), D):
             traces = [
                 engine.trace(d.cell, below, state, d.weights, inputs.lengths, d.reverse)
@@ -136,8 +144,7 @@ class GradientFlossing:
             raise ValueError(f"n: expected at most {S}, the size of the state of this layer, got {self.n}")
         if self.warmup >= T:
             raise ValueError(f"warmup: expected fewer than the {T} steps of the input, got {self.warmup}")
-        start = torch.randn(S, self.n, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
-        q = torch.linalg.qr(start)[0].to(tr.x).expand(B, S, self.n)
+        q = orthonormal(B, S, self.n, self.seed, tr.x)
         total, counted, pending = q.new_zeros(B, self.n), q.new_zeros(B, 1), q.new_zeros(B, 1)
         for number, t in enumerate(reading_order(tr)):
             q = full_jacobians(tr, t) @ q

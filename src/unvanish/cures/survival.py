@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
-from unvanish.cells import GRU, LSTM, Weights
-from unvanish.flow.stack import saved_at
-from unvanish.nn.modules import LayerDirection, TimeMajor, initial_states, layer_directions, time_major
+from unvanish.cells import GRU, LSTM
+from unvanish.flow.stack import check_input, saved_at
+from unvanish.nn.modules import LayerDirection, TimeMajor, evaluating, initial_states, layer_directions, time_major
 
 Paths = Literal["carry", "exact"]
 
@@ -140,18 +140,16 @@ def _checked(layer: nn.RNNBase, x: Any, lag: int, hx: Any) -> tuple[TimeMajor, l
     if not isinstance(layer, nn.LSTM | nn.GRU):
         raise TypeError(f"layer: expected nn.LSTM or nn.GRU, whose state has a carry, got {type(layer).__name__}")
     inputs = time_major(layer, x)
-    if inputs.x.shape[-1] != layer.input_size:
-        raise ValueError(f"x: expected {layer.input_size} features, got {inputs.x.shape[-1]}")
+    check_input(layer, inputs)
+    if not bool(inputs.x.isfinite().all()):
+        raise ValueError("x: expected finite numbers, got a NaN or infinity, after which no state survives")
     shortest = inputs.x.shape[0] if inputs.lengths is None else int(inputs.lengths.min())
     if isinstance(lag, bool) or not isinstance(lag, int) or not 1 <= lag <= shortest:
         raise ValueError(f"lag: expected 1 to {shortest} steps, those of the shortest sample of x, got {lag!r}")
     states = [tuple(s.detach().double() for s in state) for state in initial_states(layer, hx, inputs)]
-    directions = [d._replace(weights=_double(d.weights)) for d in layer_directions(layer)]
+    with evaluating(layer):
+        directions = [d._replace(weights=d.weights.detach().to(torch.float64)) for d in layer_directions(layer)]
     for d in directions:
         if not all(bool(w.isfinite().all()) for w in d.weights if w is not None):
             raise ValueError(f"layer: a weight of {d.name} holds NaN or infinity")
     return inputs._replace(x=inputs.x.detach().double()), states, directions
-
-
-def _double(w: Weights) -> Weights:
-    return Weights(*(None if v is None else v.detach().double() for v in w))  # type: ignore[arg-type]

@@ -125,7 +125,7 @@ def adjoint_map(
         measure = log_norms_collapsed if K >= MANY and tr.weights.w_hr is None else log_norms_directly
         parts.append(measure(tr, K, entering, tr.cell.states.index(chosen)))
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    log_norms = stack.in_user_order(whole, 2)
+    log_norms = stack.inputs.in_user_order(whole, 2)
     return AdjointMap(log_norms.cpu(), tuple(steps), chosen, stack.layers[place].name)
 
 
@@ -175,4 +175,4 @@ def _cotangents(stack: Stack, given: Tensor | None, K: int, B: int, place: int, 
         given = torch.cat([zero, given] if direction else [given, zero], dim=-1)
     if given.shape != (K, B, D * R):
         raise ValueError(f"cotangent: expected [K, B, D·R] = {(K, B, D * R)}, got {tuple(given.shape)}")
-    return stack.in_internal_order(given.detach(), 1)
+    return stack.inputs.in_internal_order(given.detach(), 1)

@@ -61,7 +61,7 @@ def jacobian(layer: nn.RNNBase, x: Tensor | PackedSequence, t: int, hx: Any = No
     T = tr.x.shape[0]
     if not -T <= t < T:
         raise ValueError(f"t: expected a step from 0 to {T - 1} (or −1 to −{T} from the end), got {t}")
-    return stack.in_user_order(full_jacobians(tr, t % T), 0)
+    return stack.inputs.in_user_order(full_jacobians(tr, t % T), 0)
 
 
 @overload
@@ -151,7 +151,7 @@ def lyapunov(
     if not history:
         return exponents.cpu()
     shown = torch.stack(estimates)[:, order].cpu()
-    return LyapunovHistory(exponents.cpu(), shown, stack.in_user_order(per_sample, 0)[:, order].cpu())
+    return LyapunovHistory(exponents.cpu(), shown, stack.inputs.in_user_order(per_sample, 0)[:, order].cpu())
 
 
 def _orthonormalised(v: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ def singular_values(
             RuntimeWarning,
             stacklevel=3,
         )
-    return stack.in_user_order(logs, 0)
+    return stack.inputs.in_user_order(logs, 0)
 
 
 def _through(tr: engine.Trace, steps: list[int], q: Tensor, back: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,6 +35,8 @@ def dweight(da: Tensor, da_hh: Tensor, x: Tensor, h_prev: Tensor) -> Tensor:
     about 1 by a power of two first, so that its squares neither underflow nor overflow.
     """
     da, x, h_prev = da.double(), x.double(), h_prev.double()
+    if da.shape[1] == 0:
+        return da.new_zeros(len(da))
     pairs = [(da, x @ x.mT + h_prev @ h_prev.mT)]
     if da_hh is not da:
         pairs = [(da, x @ x.mT), (da_hh.double(), h_prev @ h_prev.mT)]

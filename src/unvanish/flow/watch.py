@@ -48,7 +48,8 @@ def watch(
     - `torch.autograd.grad`, and frozen weights: recorded; `residual` is NaN where autograd computed no ∂E/∂W.
 
     `residual` compares the record with autograd's ∂E/∂W of the same backward pass. It is large if a weight takes part
-    elsewhere in the loss too (tied weights, a penalty): then it measures that part.
+    elsewhere in the loss too (tied weights, a penalty): then it measures that part. Under autocast a layer of torch's
+    is replayed in its weights' own dtype, and `residual` is what autocast rounded.
 
     Args:
         model: any module; not one returned by torch.compile.
