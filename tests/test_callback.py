@@ -107,6 +107,29 @@ def test_a_dead_layer_reaches_nowhere() -> None:
     assert callback.latest["encoder.l0"] == (-math.inf, 0.0, 0)
 
 
+def test_a_sample_that_no_error_enters_is_left_out() -> None:
+    torch.manual_seed(0)
+    layer = nn.RNN(2, 3, num_layers=2, nonlinearity="relu", batch_first=True)
+    with torch.no_grad():
+        for name in ("weight_ih_l0", "weight_ih_l1", "weight_hh_l0", "weight_hh_l1"):
+            getattr(layer, name).abs_()
+        layer.weight_ih_l1.neg_()
+        layer.bias_ih_l1.fill_(20.0)
+    # The longest sample drives the upper layer dead, so that no error enters the lower one.
+    x = torch.zeros(2, 6, 2)
+    x[0] = 1e3
+    lengths = torch.tensor([6, 3])
+    module, callback = Module(layer, packed=True), uv.flow.GradientFlow()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lightning.Trainer(
+            accelerator="cpu", max_steps=1, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, logger=False, callbacks=[callback],
+        ).fit(module, DataLoader(TensorDataset(x, lengths), batch_size=2))  # fmt: skip
+    alone = uv.flow.adjoint_map(layer, x[1:, :3], sources=[-1], at="l0").over_lag(0)[:, 0]
+    assert callback.latest["encoder.l0"].rate == pytest.approx(uv.flow.decay(alone).rate, rel=1e-5)
+
+
 def test_wrong_options_and_models_are_refused() -> None:
     with pytest.raises(ValueError, match="every, samples: expected at least 1"):
         uv.flow.GradientFlow(every=0)

@@ -88,7 +88,7 @@ class GradientFlow(lightning.Callback):
         self._measured = trainer.global_step
         curves = _gather({name: curve for layer in self._heard for name, curve in self._measure(layer)})
         self._heard.clear()
-        middle = {name: curve.nanmedian(1).values for name, curve in curves.items()}
+        middle = {name: _middle(curve) for name, curve in curves.items()}
         self.latest = {name: _decay(curve, self.fraction) for name, curve in middle.items()}
         if trainer.is_global_zero:
             self._log(trainer, middle)
@@ -216,6 +216,13 @@ def _gather(curves: dict[str, Tensor]) -> dict[str, Tensor]:
         name: torch.cat([pad(c[name], (0, 0, 0, T[name] - len(c[name])), value=torch.nan) for c in everyone], dim=1)
         for name in curves
     }
+
+
+def _middle(curves: Tensor) -> Tensor:
+    """The median over the samples that an error enters, `[T]`, as far as the longest of these reaches."""
+    middle = curves.nanmedian(1).values
+    reached = int((~middle.isnan()).sum())
+    return middle[:reached] if reached else middle
 
 
 def _decay(curve: Tensor, fraction: float) -> Decay:
