@@ -105,6 +105,40 @@ def test_without_recurrent_weights_only_the_carry_remains() -> None:
     assert terms.article.apart.max() < 1e-12
 
 
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, -70.0), (torch.float64, -500.0)])
+def test_shares_and_maps_are_right_where_squares_underflow(dtype: torch.dtype, bias: float) -> None:
+    lstm = nn.LSTM(2, 3, dtype=dtype)
+    with torch.no_grad():
+        for p in lstm.parameters():
+            p.zero_()
+        lstm.bias_ih_l0[3:6] = bias
+    x = torch.randn(40, 1, 2, dtype=dtype)
+    terms = uv.flow.decompose(lstm, x)
+    assert terms.carry.share[:-1].flatten().tolist() == [1.0] * 39
+    torch.testing.assert_close(terms.log_total[:-1].diff(dim=0), torch.full((38, 1), -bias, dtype=torch.float64))
+    for sources in ([-1], "all"):
+        log_norms = uv.flow.adjoint_map(lstm, x, sources=sources).log_norms[-1]
+        torch.testing.assert_close(log_norms.diff(dim=0), torch.full((39, 1), -bias, dtype=torch.float64))
+
+
+def test_autocast_rounds_nothing_that_is_measured() -> None:
+    torch.manual_seed(0)
+    lstm, x = nn.LSTM(2, 3), torch.randn(6, 2, 2)
+    measures = (
+        lambda: uv.flow.adjoint_map(lstm, x, sources=3).log_norms,
+        lambda: uv.flow.decompose(lstm, x).carry.share[:-1],
+        lambda: uv.flow.lyapunov(lstm, x),
+        lambda: uv.flow.jacobian(lstm, x, 3),
+        lambda: uv.flow.singular_values(lstm, x, 0, 4),
+        lambda: uv.flow.source_gradients(lstm, x, torch.ones(6, 2, 3)).log_norms,
+        lambda: uv.flow.gate_statistics(lstm, x).mean,
+    )
+    for measure in measures:
+        expected = measure()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(measure(), expected)
+
+
 def test_the_textbook_product_is_exact_over_one_step_and_not_over_more() -> None:
     torch.manual_seed(0)
     lstm, x = nn.LSTM(2, 3, dtype=torch.float64), torch.randn(5, 1, 2, dtype=torch.float64)

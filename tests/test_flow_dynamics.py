@@ -189,6 +189,17 @@ def test_unfinished_singular_values_say_so() -> None:
         uv.flow.singular_values(rnn, x, 0, 1, n=4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exponents_in_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gru, x = nn.GRU(2, 3), torch.randn(20, 2, 2)
+    expected = uv.flow.lyapunov(gru, x, n=2)
+    floss = uv.cures.GradientFlossing(gru, n=2)(x)
+    torch.testing.assert_close(uv.flow.lyapunov(gru.to(dtype), x.to(dtype), n=2), expected, rtol=0, atol=0.05)
+    found = uv.cures.GradientFlossing(gru, n=2)(x.to(dtype))
+    torch.testing.assert_close(found.float(), floss, rtol=0.1, atol=0)
+
+
 def test_held_samples_keep_their_exponents() -> None:
     torch.manual_seed(0)
     gru, x = nn.GRU(2, 3, dtype=torch.float64), torch.randn(20, 2, 2, dtype=torch.float64)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from unvanish import engine
 from unvanish.cures.layers import recurrent_modules
-from unvanish.flow.singular import orthonormal
+from unvanish.flow.singular import orthonormal, orthonormalised
 from unvanish.flow.stack import full_jacobians, reading_order
 from unvanish.nn.modules import evaluating, full_precision, initial_states, layer_directions, time_major
 
@@ -152,7 +152,7 @@ class GradientFlossing:
             # Averaging starts with a freshly orthonormal Q, so the step before it is one of the decompositions.
             if (number + 1) % self.every and number + 1 not in (self.warmup, T):
                 continue
-            q, r = torch.linalg.qr(q)
+            q, r = orthonormalised(q)
             if number >= self.warmup:
                 total = total + r.diagonal(dim1=-2, dim2=-1).abs().log()
                 counted = counted + pending

@@ -21,6 +21,7 @@ from unvanish.flow.backwards import HELD_ELEMENTS, arriving_at, log_norms_direct
 from unvanish.flow.collapsed import log_norms_collapsed
 from unvanish.flow.files import Record
 from unvanish.flow.stack import Stack, run_stack
+from unvanish.nn.modules import full_precision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,6 +73,7 @@ class AdjointMap(Record):
 
 
 @torch.no_grad()
+@full_precision()
 def adjoint_map(
     layer: nn.RNNBase,
     x: Tensor | PackedSequence,

@@ -73,5 +73,8 @@ def renormalisation(parts: tuple[Tensor, ...], exponent: Tensor) -> tuple[Tensor
 
 
 def log_norms(v: Tensor, exponent: Tensor) -> Tensor:
-    """ln‖v · 2^exponent‖₂ over the last axis, accumulated in float64, where squares of float32 do not underflow."""
+    """ln‖v · 2^exponent‖₂ over the last axis; squares are added up in float64, those of float64 itself near 1."""
+    if v.dtype == torch.float64:
+        shift, exponent = renormalisation((v,), exponent)
+        v = times_power_of_two(v, -shift)
     return torch.linalg.vector_norm(v, dim=-1, dtype=torch.float64).log() + exponent * math.log(2)

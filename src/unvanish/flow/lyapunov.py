@@ -9,8 +9,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.flow import tangents
 from unvanish.flow.files import Record
-from unvanish.flow.singular import orthonormal, singular_values
+from unvanish.flow.singular import orthonormal, orthonormalised, singular_values
 from unvanish.flow.stack import full_jacobians, reading_order, run_stack
+from unvanish.nn.modules import full_precision
 
 __all__ = ["LyapunovHistory", "jacobian", "lyapunov", "singular_values"]
 
@@ -47,6 +48,7 @@ class LyapunovHistory(Record):
 
 
 @torch.no_grad()
+@full_precision()
 def jacobian(layer: nn.RNNBase, x: Tensor | PackedSequence, t: int, hx: Any = None, *, at: str | None = None) -> Tensor:
     """∂s_t/∂s_{t−1} `[B, S, S]` of one layer: s = h (S = H), or (h, c) (S = R + H) for the LSTM.
 
@@ -93,6 +95,7 @@ def lyapunov(
 
 
 @torch.no_grad()
+@full_precision()
 def lyapunov(
     layer: nn.RNNBase,
     x: Tensor | PackedSequence,
@@ -157,7 +160,7 @@ def lyapunov(
 def _orthonormalised(v: Tensor) -> tuple[Tensor, Tensor]:
     """(Q `[B, S, n]`, |R_ii| `[B, n]`) of v = Q R; a single column needs no LAPACK call per sample."""
     if v.shape[-1] > 1:
-        q, r = torch.linalg.qr(v)
+        q, r = orthonormalised(v)
         return q, r.diagonal(dim1=-2, dim2=-1).abs()
     length = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
     # A column contracted to zero has no direction left: any unit vector will do, as in a QR decomposition.

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from unvanish import engine
 from unvanish.flow import tangents
 from unvanish.flow.stack import reading_order, run_stack
+from unvanish.nn.modules import full_precision
 
 WINDOW = 1e4
 """Values further apart than this have separated within a few turns."""
@@ -31,6 +32,7 @@ MARGIN = 8
 
 
 @torch.no_grad()
+@full_precision()
 def singular_values(
     layer: nn.RNNBase,
     x: Tensor | PackedSequence,
@@ -86,7 +88,7 @@ def singular_values(
             f"singular_values: after {iterations} turns the logarithms still move by {moved:.1e} per turn; "
             "raise iterations or n, unless the product has fewer than n values above rounding",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return stack.inputs.in_user_order(logs, 0)
 
@@ -101,7 +103,7 @@ def _through(tr: engine.Trace, steps: list[int], q: Tensor, back: bool) -> tuple
     unit = torch.eye(q.shape[-1], dtype=torch.float64, device=q.device).expand(*q.shape[:1], -1, -1)
     dead = torch.zeros_like(logs, dtype=torch.bool)
     for t in steps:
-        q, r = torch.linalg.qr(advance(tr, t, q))
+        q, r = orthonormalised(advance(tr, t, q))
         diagonal = r.diagonal(dim1=-2, dim2=-1)
         sign = torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype)
         q, r = q * sign.unsqueeze(-2), (r * sign.unsqueeze(-1)).double()
@@ -130,6 +132,12 @@ def _graded_values(logs: Tensor, unit: Tensor, n: int) -> Tensor:
             values = torch.linalg.svdvals(block)
             found[b, i] = values[i - first].log() + d[i]
     return found.sort(dim=-1, descending=True).values
+
+
+def orthonormalised(v: Tensor) -> tuple[Tensor, Tensor]:
+    """v = Q R; LAPACK has no half precision."""
+    q, r = torch.linalg.qr(v if v.dtype in (torch.float32, torch.float64) else v.float())
+    return q.to(v.dtype), r
 
 
 def orthonormal(B: int, S: int, n: int, seed: int, like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from unvanish.flow.backwards import HELD_ELEMENTS, Step, arriving_at, backwards,
 from unvanish.flow.exponents import EMPTY, log_norms, times_power_of_two
 from unvanish.flow.files import Record
 from unvanish.flow.stack import run_stack
+from unvanish.nn.modules import full_precision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -110,6 +111,7 @@ class SourceGradients(Record):
 
 
 @torch.no_grad()
+@full_precision()
 def source_gradients(
     layer: nn.RNNBase,
     x: Tensor | PackedSequence,
