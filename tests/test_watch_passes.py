@@ -123,6 +123,13 @@ def test_marks_in_a_custom_cell() -> None:
     assert uv.mark(x, "outside") is x
 
 
+@pytest.mark.parametrize("name", ["rnn", "rnn.l0"])
+def test_a_mark_may_not_take_a_layers_name(name: str) -> None:
+    model = nn.ModuleDict({"rnn": nn.RNN(2, 3)})
+    with uv.watch(model), pytest.raises(ValueError, match=f"name: '{name}' is that of a layer of the model"):
+        uv.mark(model["rnn"](torch.zeros(4, 1, 2))[0][-1], name)
+
+
 def test_several_backwards_add_up() -> None:
     torch.manual_seed(0)
     lstm, x = nn.LSTM(2, 3, dtype=torch.float64), torch.randn(4, 2, 2, dtype=torch.float64)

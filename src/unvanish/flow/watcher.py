@@ -291,6 +291,8 @@ class Watch(Flow):
 
     def mark(self, h: Tensor, name: str) -> None:
         """See `unvanish.mark`."""
+        if name in self._modules or name in self._names:
+            raise ValueError(f"name: {name!r} is that of a layer of the model; mark the state under another")
         if not self._awake():
             return
         sequence = self._current.get(name)
