@@ -155,7 +155,7 @@ def decompose(
         log_norm = stack.inputs.in_user_order(log_norms(part, exponent), 1).cpu()
         scaled = times_power_of_two(part, -unit.exponent.unsqueeze(-1))
         share = (scaled.double() * unit.v.double()).sum(-1) / torch.where(square > 0, square, torch.nan)
-        shown = None if form is None else stack.inputs.in_user_order(_one_step_earlier(form, tr), 1)
+        shown = None if form is None else stack.inputs.in_user_order(_one_step_earlier(form, tr), 1).cpu()
         terms[name] = Term(name, log_norm, stack.inputs.in_user_order(share, 1).cpu(), shown)
     log_total = stack.inputs.in_user_order(log_norms(total, exponent), 1).cpu()
     product = article_product(stack, tr, probes, seed) if article else None

@@ -41,11 +41,11 @@ class TimeMajor(NamedTuple):
 
     def in_user_order(self, v: Tensor, dim: int) -> Tensor:
         """Samples back into the order in which the user gave them."""
-        return v if self.order is None else v.index_select(dim, torch.argsort(self.order))
+        return v if self.order is None else v.index_select(dim, torch.argsort(self.order).to(v.device))
 
     def in_internal_order(self, v: Tensor, dim: int) -> Tensor:
         """The user's samples in the order in which they are run."""
-        return v if self.order is None else v.index_select(dim, self.order)
+        return v if self.order is None else v.index_select(dim, self.order.to(v.device))
 
     def dropout_mask(self, width: int, p: float) -> Tensor:
         """What torch's dropout between layers multiplies `[T, B, width]` with: 0 or 1/(1 − p), drawn as torch draws
