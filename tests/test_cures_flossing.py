@@ -83,10 +83,11 @@ def test_a_model_is_run_and_its_embedding_gets_a_gradient():
     assert not model.rnn._forward_pre_hooks
 
 
-def test_packed_samples_average_over_their_own_steps():
+@pytest.mark.parametrize(("every", "warmup"), [(1, 0), (1, 2), (3, 2)])
+def test_packed_samples_average_over_their_own_steps(every, warmup):
     torch.manual_seed(3)
     rnn, x = nn.RNN(2, 4, bidirectional=True).double(), torch.randn(6, 2, 2).double()
-    floss = cures.GradientFlossing(rnn, n=2)
+    floss = cures.GradientFlossing(rnn, n=2, every=every, warmup=warmup)
     packed = floss.exponents(pack_padded_sequence(x, [6, 3]))
     alone = floss.exponents(x[:3, 1:])
     for name in ("l0", "l0.reverse"):
@@ -122,6 +123,8 @@ def test_flossing_errors():
         cures.GradientFlossing(nn.RNN(2, 3), n=4)(x)
     with pytest.raises(ValueError, match=r"^warmup"):
         cures.GradientFlossing(nn.RNN(2, 3), warmup=4)(x)
+    with pytest.raises(ValueError, match="warmup: expected fewer than the 2 steps of the shortest sample, got 3"):
+        cures.GradientFlossing(nn.RNN(2, 3), warmup=3)(pack_padded_sequence(torch.zeros(4, 2, 2), [4, 2]))
     dead = cures.identity_(nn.RNN(2, 3, nonlinearity="relu"))
     with pytest.raises(ArithmeticError, match=r"^l0: exponent 1 of 1 is not finite"):
         cures.GradientFlossing(dead)(x)

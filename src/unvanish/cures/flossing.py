@@ -34,7 +34,7 @@ class GradientFlossing:
         n: how many exponents, from the largest; at most the size of the state. An LSTM's H smallest exponents are
             often −∞ or nearly so (h has no memory of its own): keep n ≤ H.
         every: steps between two QR decompositions; more is cheaper, until the columns of the product grow parallel.
-        warmup: steps read before averaging begins, in which Q turns towards the leading directions.
+        warmup: steps of each sample read before averaging begins, in which Q turns towards the leading directions.
         seed: of the first Q.
 
     Raises:
@@ -72,7 +72,7 @@ class GradientFlossing:
         """L for model(*args, **kwargs), a differentiable scalar.
 
         Raises:
-            ValueError: no recurrent layer ran, n exceeds its state, or warmup its steps.
+            ValueError: no recurrent layer ran, n exceeds its state, or a sample has no more than `warmup` steps.
             ArithmeticError: an exponent is −∞ or NaN: the Jacobians' product has no n directions left.
         """
         found = self.exponents(*args, **kwargs)
@@ -89,7 +89,7 @@ class GradientFlossing:
         """λ `[B, n]` in nats per step, by layer name ("encoder.lstm.l0"), differentiable; samples in internal order.
 
         Raises:
-            ValueError: no recurrent layer ran, n exceeds its state, or warmup its steps.
+            ValueError: no recurrent layer ran, n exceeds its state, or a sample has no more than `warmup` steps.
         """
         calls: list[tuple[str, Any, Any, Any]] = []
         handles = [
@@ -142,19 +142,24 @@ class GradientFlossing:
         S = sum(s.shape[-1] for s in tr.final)
         if self.n > S:
             raise ValueError(f"n: expected at most {S}, the size of the state of this layer, got {self.n}")
-        if self.warmup >= T:
-            raise ValueError(f"warmup: expected fewer than the {T} steps of the input, got {self.warmup}")
+        lengths = [T] if tr.active is None else tr.active.sum(0).flatten().tolist()
+        if self.warmup >= min(lengths):
+            raise ValueError(
+                f"warmup: expected fewer than the {min(lengths)} steps of the shortest sample, got {self.warmup}"
+            )
+        # Averaging starts with a freshly orthonormal Q, so the step before it is one of the decompositions.
+        decomposed = {T, *(self.warmup + (T - length if tr.reverse else 0) for length in lengths)}
         q = orthonormal(B, S, self.n, self.seed, tr.x)
-        total, counted, pending = q.new_zeros(B, self.n), q.new_zeros(B, 1), q.new_zeros(B, 1)
-        for number, t in enumerate(reading_order(tr)):
+        total, counted = q.new_zeros(B, self.n), q.new_zeros(B, 1)
+        read, pending = torch.zeros_like(counted), torch.zeros_like(counted)
+        for number, t in enumerate(reading_order(tr), start=1):
             q = full_jacobians(tr, t) @ q
             pending = pending + (1.0 if tr.active is None else tr.active[t].to(q))
-            # Averaging starts with a freshly orthonormal Q, so the step before it is one of the decompositions.
-            if (number + 1) % self.every and number + 1 not in (self.warmup, T):
+            if number % self.every and number not in decomposed:
                 continue
             q, r = orthonormalised(q)
-            if number >= self.warmup:
-                total = total + r.diagonal(dim1=-2, dim2=-1).abs().log()
-                counted = counted + pending
-            pending = torch.zeros_like(pending)
-        return total / counted.clamp_min(1)
+            warm = read >= self.warmup
+            total = total + torch.where(warm, r.diagonal(dim1=-2, dim2=-1).abs(), 1.0).log()
+            counted = counted + torch.where(warm, pending, 0.0)
+            read, pending = read + pending, torch.zeros_like(pending)
+        return total / counted
