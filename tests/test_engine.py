@@ -106,6 +106,7 @@ def test_torch_func_goes_to_the_reference() -> None:
         (torch.zeros(2, 3, 5), None, "x: expected 2 features"),
         (torch.zeros(2, 3, 2), -1.0, "clip: expected a positive norm"),
         (torch.zeros(2, 3, 2), "1", "clip: expected a positive norm"),
+        (torch.zeros(2, 3, 2), True, "clip: expected a positive norm"),
         (torch.zeros(2, 4, 2), None, r"h_0: expected \(4, 2\), got \(3, 2\)"),
     ],
 )

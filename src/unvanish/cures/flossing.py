@@ -6,10 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from unvanish import engine
+from unvanish.cells import State
 from unvanish.cures.layers import recurrent_modules
 from unvanish.flow.singular import orthonormal, orthonormalised
 from unvanish.flow.stack import full_jacobians, reading_order
-from unvanish.nn.modules import evaluating, full_precision, initial_states, layer_directions, time_major
+from unvanish.nn.modules import (
+    LayerDirection,
+    evaluating,
+    full_precision,
+    initial_states,
+    layer_directions,
+    run_layers,
+    time_major,
+)
 
 
 class GradientFlossing:
@@ -126,16 +135,12 @@ class GradientFlossing:
         # Autocast may have been given another dtype.
         dtype = layers[0].weights.w_ih.dtype
         states = [tuple(s.to(dtype) for s in state) for state in initial_states(module, hx, inputs)]
-        D = 2 if module.bidirectional else 1
-        below, found = inputs.x.to(dtype), {}
-        for first in range(0, len(layers), D):
-            traces = [
-                engine.trace(d.cell, below, state, d.weights, inputs.lengths, d.reverse)
-                for d, state in zip(layers[first : first + D], states[first : first + D], strict=True)
-            ]
-            below = torch.cat([tr.y for tr in traces], dim=-1)
-            found |= {d.name: self._spectrum(tr) for d, tr in zip(layers[first : first + D], traces, strict=True)}
-        return found
+
+        def run(d: LayerDirection, x: Tensor, state: State) -> engine.Trace:
+            return engine.trace(d.cell, x, state, d.weights, inputs.lengths, d.reverse)
+
+        traces = run_layers(layers, inputs.x.to(dtype), states, run)
+        return {d.name: self._spectrum(tr) for d, tr in zip(layers, traces, strict=True)}
 
     def _spectrum(self, tr: engine.Trace) -> Tensor:
         T, B = tr.x.shape[:2]

@@ -14,7 +14,6 @@ from unvanish.cures.layers import layers_of, recurrent_modules
 from unvanish.flow.stack import reading_order
 from unvanish.nn.modules import (
     LayerDirection,
-    TimeMajor,
     as_states,
     detached_call,
     dropout_masks,
@@ -24,6 +23,7 @@ from unvanish.nn.modules import (
     hear_gradient,
     layer_directions,
     output_error,
+    run_layers,
 )
 
 
@@ -198,7 +198,11 @@ class Omega:
         with torch.no_grad():
             inputs, states = detached_call(module, call.x, call.hx, call.lengths)
             masks = dropout_masks(module, inputs, call.rng)
-            traces = _forward(layers, inputs, states, masks)
+
+            def run(layer: LayerDirection, x: Tensor, state: State) -> engine.Trace:
+                return engine.trace(layer.cell, x, state, layer.weights.detach(), inputs.lengths, layer.reverse)
+
+            traces = run_layers(layers, inputs.x, states, run, masks)
         D = 2 if module.bidirectional else 1
         dy = output_error(module, inputs, call.errors.get(0))
         dfinal = [final_error(inputs, call.errors.get(i + 1)) for i in range(len(traces[0].final))]
@@ -260,20 +264,3 @@ def _counted(tr: engine.Trace) -> Tensor:
         return on & (torch.arange(T, device=on.device)[:, None] < lengths - 1)
     on[next(reading_order(tr))] = False
     return on
-
-
-def _forward(
-    layers: list[LayerDirection], inputs: TimeMajor, states: list[State], masks: list[Tensor]
-) -> list[engine.Trace]:
-    D = 2 if any(layer.reverse for layer in layers) else 1
-    x, traces = inputs.x, []
-    for first in range(0, len(layers), D):
-        if first and masks:
-            x = x * masks[first // D - 1]
-        here = [
-            engine.trace(layer.cell, x, state, layer.weights.detach(), inputs.lengths, layer.reverse)
-            for layer, state in zip(layers[first : first + D], states[first : first + D], strict=True)
-        ]
-        traces += here
-        x = torch.cat([tr.y for tr in here], dim=-1)
-    return traces

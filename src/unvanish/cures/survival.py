@@ -8,9 +8,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
-from unvanish.cells import GRU, LSTM
+from unvanish.cells import GRU, LSTM, State
 from unvanish.flow.stack import check_input, saved_at
-from unvanish.nn.modules import LayerDirection, TimeMajor, evaluating, initial_states, layer_directions, time_major
+from unvanish.nn.modules import (
+    LayerDirection,
+    TimeMajor,
+    evaluating,
+    initial_states,
+    layer_directions,
+    run_layers,
+    time_major,
+)
 
 Paths = Literal["carry", "exact"]
 
@@ -114,26 +122,16 @@ def windows(layer: nn.RNNBase, x: Tensor | PackedSequence, lag: int, hx: Any) ->
         TypeError, ValueError: as `survival`.
     """
     inputs, states, directions = _checked(layer, x, lag, hx)
-    D = 2 if layer.bidirectional else 1
-    below, found = inputs.x, []
-    for first in range(0, len(directions), D):
-        here = [
-            traced(d, inputs._replace(x=below), states[first + i], lag)
-            for i, d in enumerate(directions[first : first + D])
-        ]
-        below = torch.cat([window.trace.y for window in here], dim=-1)
-        found += zip(directions[first : first + D], here, strict=True)
-    return found
-
-
-def traced(d: LayerDirection, inputs: TimeMajor, state: Any, lag: int) -> Window:
-    """One layer and direction over its input `inputs.x`."""
-    tr = engine.trace(d.cell, inputs.x, state, d.weights, inputs.lengths, d.reverse)
     T, B = inputs.x.shape[:2]
     lengths = torch.full((B,), T, device=inputs.x.device) if inputs.lengths is None else inputs.lengths
     steps = torch.arange(T, device=inputs.x.device)[:, None]
-    inside = steps < lag if d.reverse else (steps >= lengths - lag) & (steps < lengths)
-    return Window(tr, inside.expand(T, B))
+    first, last = (steps < lag).expand(T, B), ((steps >= lengths - lag) & (steps < lengths)).expand(T, B)
+
+    def run(d: LayerDirection, x: Tensor, state: State) -> engine.Trace:
+        return engine.trace(d.cell, x, state, d.weights, inputs.lengths, d.reverse)
+
+    traces = run_layers(directions, inputs.x, states, run)
+    return [(d, Window(tr, first if d.reverse else last)) for d, tr in zip(directions, traces, strict=True)]
 
 
 def _checked(layer: nn.RNNBase, x: Any, lag: int, hx: Any) -> tuple[TimeMajor, list[Any], list[LayerDirection]]:

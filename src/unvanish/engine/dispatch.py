@@ -118,7 +118,7 @@ def run(
     """
     check_layer(cell, x, state, w)
     lengths = None if lengths is None else whole_lengths(lengths, x)
-    if clip is not None and not (isinstance(clip, int | float) and clip > 0):
+    if clip is not None and (isinstance(clip, bool) or not (isinstance(clip, int | float) and clip > 0)):
         raise ValueError(f"clip: expected a positive norm or None, got {clip!r}")
     runs = explain(x, rung).rung
     if record is None:

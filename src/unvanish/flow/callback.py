@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from unvanish.flow.adjoint_map import adjoint_map
 from unvanish.flow.reach import Decay, decay
-from unvanish.nn.modules import layer_directions
+from unvanish.nn.modules import layer_directions, time_major
 
 
 class _Heard(NamedTuple):
@@ -126,13 +126,12 @@ class GradientFlow(lightning.Callback):
         """Of each layer and direction: its name and ln‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0, `[T, B]`, T each sample's own
         last step; NaN beyond its length."""
         layer, (x, hx) = self._layers[name], self._heard[name]
-        lengths = _lengths(layer, x)
-        found = []
+        lengths, unit, found = _lengths(layer, x), self._error(layer), []
         for place in layer_directions(layer):
             last = torch.zeros_like(lengths) if place.reverse else lengths - 1
             sources = sorted(set(last.tolist()))
             made = torch.tensor(sources)[:, None] == last[None, :]
-            error = self._error(layer).expand(*made.shape, -1) * made.unsqueeze(-1).to(self._error(layer))
+            error = unit * made.unsqueeze(-1).to(unit)
             found_map = adjoint_map(layer, x, hx, sources=sources, at=place.name, cotangent=error)
             curves = torch.full((int(lengths.max()), len(lengths)), torch.nan, dtype=torch.float64)
             for b, (k, length) in enumerate(zip(last.tolist(), lengths.tolist(), strict=True)):
@@ -200,7 +199,7 @@ def _lengths(layer: nn.RNNBase, x: Tensor | PackedSequence) -> Tensor:
     """[B] in the user's order."""
     if isinstance(x, PackedSequence):
         return pad_packed_sequence(x)[1]
-    T, B = (len(x), 1) if x.dim() == 2 else x.transpose(0, 1).shape[:2] if layer.batch_first else x.shape[:2]
+    T, B = time_major(layer, x).x.shape[:2]
     return torch.full((B,), T)
 
 

@@ -22,6 +22,7 @@ from unvanish.nn.modules import (
     final_error,
     layer_directions,
     output_error,
+    run_layers,
     used_weights,
 )
 
@@ -92,23 +93,13 @@ class ModuleSequence(Sequence):
 
     def _forward(self, call: _Call) -> list[engine.Pass | engine.Trace]:
         """A pass of each layer and direction: `engine.Pass` where the engine can measure by itself, else a trace."""
-        n_dir = 2 if self.module.bidirectional else 1
-        x = call.inputs.x
-        passes: list[engine.Pass | engine.Trace] = []
-        native = engine.explain(x).rung == "native" and not self.want_partial
-        run = engine.Pass if native else engine.trace
-        for first in range(0, len(call.layers), n_dir):
-            here = [
-                run(layer.cell, x, state, layer.weights, call.inputs.lengths, layer.reverse)
-                for layer, state in zip(
-                    call.layers[first : first + n_dir], call.states[first : first + n_dir], strict=True
-                )
-            ]
-            passes += here
-            x = torch.cat([ran.y for ran in here], dim=-1)
-            if call.masks and first + n_dir < len(call.layers):
-                x = x * call.masks[first // n_dir]
-        return passes
+        native = engine.explain(call.inputs.x).rung == "native" and not self.want_partial
+        make = engine.Pass if native else engine.trace
+
+        def run(layer: LayerDirection, x: Tensor, state: State) -> engine.Pass | engine.Trace:
+            return make(layer.cell, x, state, layer.weights, call.inputs.lengths, layer.reverse)
+
+        return run_layers(call.layers, call.inputs.x, call.states, run, call.masks)
 
     def _back(
         self,

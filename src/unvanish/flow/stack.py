@@ -9,8 +9,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
+from unvanish.cells import State
 from unvanish.engine.sequence import steps
-from unvanish.nn.modules import LayerDirection, TimeMajor, evaluating, initial_states, layer_directions, time_major
+from unvanish.nn.modules import (
+    LayerDirection,
+    TimeMajor,
+    evaluating,
+    initial_states,
+    layer_directions,
+    run_layers,
+    time_major,
+)
 
 
 @dataclass(frozen=True)
@@ -55,16 +64,13 @@ def run_stack(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None) -> 
     for name, v in (("x", inputs.x), *(("hx", s) for s in states[0])):
         if v.dtype != layers[0].weights.w_ih.dtype:
             raise ValueError(f"{name}: expected the layer's dtype {layers[0].weights.w_ih.dtype}, got {v.dtype}")
-    n_dir = 2 if layer.bidirectional else 1
-    below, traces = inputs.x.detach(), []
-    for first in range(0, len(layers), n_dir):
-        here = [
-            engine.trace(d.cell, below, tuple(s.detach() for s in state), d.weights.detach(), inputs.lengths, d.reverse)
-            for d, state in zip(layers[first : first + n_dir], states[first : first + n_dir], strict=True)
-        ]
-        traces += here
-        below = torch.cat([tr.y for tr in here], dim=-1)
-    return Stack(inputs, layers, traces)
+
+    def run(d: LayerDirection, below: Tensor, state: State) -> engine.Trace:
+        return engine.trace(
+            d.cell, below, tuple(s.detach() for s in state), d.weights.detach(), inputs.lengths, d.reverse
+        )
+
+    return Stack(inputs, layers, run_layers(layers, inputs.x.detach(), states, run))
 
 
 def check_input(layer: nn.RNNBase, inputs: TimeMajor) -> None:

@@ -26,6 +26,7 @@ from unvanish.nn.modules import (
     evaluating,
     initial_states,
     layer_directions,
+    run_layers,
     time_major,
     used_weights,
 )
@@ -117,22 +118,19 @@ class EngineSequence(nn.RNNBase):
             return self._states(*_in_float32(layers, inputs, hx))
 
     def _states(self, layers: list[LayerDirection], inputs: TimeMajor, hx: Any) -> dict[str, LayerStates]:
-        x, found = inputs.x, {}
-        active = engine.active_steps(inputs.lengths, x.shape[0], x.device)
+        def run(d: LayerDirection, x: Tensor, state: State) -> engine.Trace:
+            return engine.trace(d.cell, x, state, d.weights, inputs.lengths, d.reverse)
+
+        active = engine.active_steps(inputs.lengths, len(inputs.x), inputs.x.device)
 
         def arrange(v: Tensor) -> Tensor:
             return inputs.in_user_order(v if active is None else torch.where(active, v, 0.0), 1)
 
-        for here, initial in _by_layer(layers, initial_states(self, hx, inputs)):
-            traces = [
-                engine.trace(d.cell, x, s, d.weights, inputs.lengths, d.reverse)
-                for d, s in zip(here, initial, strict=True)
-            ]
-            x = torch.cat([tr.y for tr in traces], dim=-1)
-            for d, tr in zip(here, traces, strict=True):
-                gates = dict(zip(d.cell.gates, d.cell.activations(tr.saved).unbind(-2), strict=True))
-                c = arrange(tr.saved.c) if "c" in tr.saved._fields else None
-                found[d.name] = LayerStates(arrange(tr.y), c, {gate: arrange(v) for gate, v in gates.items()})
+        found = {}
+        for d, tr in zip(layers, run_layers(layers, inputs.x, initial_states(self, hx, inputs), run), strict=True):
+            gates = dict(zip(d.cell.gates, d.cell.activations(tr.saved).unbind(-2), strict=True))
+            c = arrange(tr.saved.c) if "c" in tr.saved._fields else None
+            found[d.name] = LayerStates(arrange(tr.y), c, {gate: arrange(v) for gate, v in gates.items()})
         return found
 
     def extra_repr(self) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +155,38 @@ def time_major(
     if x.shape[0] == 0:
         raise ValueError("x: expected at least one step, got a sequence of length 0")
     return TimeMajor(x, None if lengths is None else whole_lengths(lengths, x), None)
+
+
+class Ran(Protocol):
+    """A layer and direction that ran."""
+
+    @property
+    def y(self) -> Tensor:
+        """[T, B, R]"""
+        ...
+
+
+R = TypeVar("R", bound=Ran)
+
+
+def run_layers(
+    layers: list[LayerDirection],
+    x: Tensor,
+    states: list[State],
+    run: Callable[[LayerDirection, Tensor, State], R],
+    masks: Sequence[Tensor] = (),
+) -> list[R]:
+    """`run(layer, x, state)` of each layer and direction in torch's order, each layer under what the one below put out,
+    which `masks`, one between any two layers, is multiplied with."""
+    D, ran = 2 if any(layer.reverse for layer in layers) else 1, []
+    for first in range(0, len(layers), D):
+        if first and masks:
+            x = x * masks[first // D - 1]
+        places = zip(layers[first : first + D], states[first : first + D], strict=True)
+        here = [run(layer, x, state) for layer, state in places]
+        ran += here
+        x = torch.cat([one.y for one in here], dim=-1) if D > 1 else here[0].y
+    return ran
 
 
 def as_states(hx: Any) -> tuple[Tensor, ...]:
