@@ -128,3 +128,5 @@ def test_flossing_errors():
     dead = cures.identity_(nn.RNN(2, 3, nonlinearity="relu"))
     with pytest.raises(ArithmeticError, match=r"^l0: exponent 1 of 1 is not finite"):
         cures.GradientFlossing(dead)(x)
+    with pytest.raises(ArithmeticError, match="l0: an exponent is NaN, since input"):
+        cures.GradientFlossing(nn.RNN(2, 3))(x * math.nan)

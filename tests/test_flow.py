@@ -305,7 +305,11 @@ def test_source_gradients_equal_autograd() -> None:
     ("call", "message"),
     [
         (lambda g, x: uv.flow.jacobian(g, x, 9), "t: expected a step from 0 to 3"),
+        (lambda g, x: uv.flow.jacobian(g, x, 1.5), "t: expected a step from 0 to 3"),
         (lambda g, x: uv.flow.lyapunov(g, x, n=4), "n: expected 1 to 3"),
+        (lambda g, x: uv.flow.lyapunov(g, x, n=1.5), "n: expected 1 to 3"),
+        (lambda g, x: uv.flow.singular_values(g, x, 0, 1, n=1.5), "n: expected 1 to 3"),
+        (lambda g, x: uv.flow.singular_values(g, x, 0, 1, iterations=0), "iterations: expected one turn at least"),
         (lambda g, x: uv.flow.lyapunov(g, x, warmup=4), "warmup: expected 0 to 3"),
         (lambda g, x: uv.flow.singular_values(g, x, 3, 1), "j read before k"),
         (lambda g, x: uv.flow.decompose(g, x, article=True), "article: its product is of the LSTM"),

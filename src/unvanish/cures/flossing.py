@@ -86,6 +86,11 @@ class GradientFlossing:
         """
         found = self.exponents(*args, **kwargs)
         for name, value in found.items():
+            if bool(value.isnan().any()):
+                raise ArithmeticError(
+                    f"{name}: an exponent is NaN, since input, weights or states are not finite; find where that was "
+                    "born with uv.watch"
+                )
             if not bool(value.isfinite().all()):
                 i = int((~value.isfinite()).any(0).nonzero()[0])
                 raise ArithmeticError(

@@ -7,7 +7,7 @@ All sources are rows of one matrix product per step. Each row carries its own ex
 where the norm itself has left the range of floating point numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
@@ -141,13 +141,14 @@ def _state(state: str | None, tr: engine.Trace) -> str:
 
 
 def _sources(sources: Literal["all"] | int | Sequence[int], T: int) -> list[int]:
-    if sources == "all":
+    if isinstance(sources, str) and sources == "all":
         return list(range(T))
-    if isinstance(sources, int):
-        if not 1 <= sources <= T:
-            raise ValueError(f"sources: expected a count from 1 to {T}, the steps, got {sources}")
-        return sorted({round(T - 1 - i * T / sources) for i in range(sources)})
-    if isinstance(sources, str):
+    if isinstance(sources, SupportsIndex) and not isinstance(sources, Iterable):
+        count = index(sources)
+        if not 1 <= count <= T:
+            raise ValueError(f"sources: expected a count from 1 to {T}, the steps, got {count}")
+        return sorted({round(T - 1 - i * T / count) for i in range(count)})
+    if isinstance(sources, str) or not isinstance(sources, Iterable):
         raise ValueError(f"sources: expected 'all', a count or a list of steps, got {sources!r}")
     if not all(isinstance(k, SupportsIndex) for k in sources):
         raise ValueError(f"sources: expected whole numbers, got {list(sources)}")

@@ -1,7 +1,7 @@
 """The dynamics of the full state s = h or (h, c) under the real input: Jacobians and Lyapunov spectrum."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def jacobian(layer: nn.RNNBase, x: Tensor | PackedSequence, t: int, hx: Any = No
     stack = run_stack(layer, x, hx)
     tr = stack.traces[stack.index(at)]
     T = tr.x.shape[0]
-    if not -T <= t < T:
+    if not isinstance(t, SupportsIndex) or not -T <= t < T:
         raise ValueError(f"t: expected a step from 0 to {T - 1} (or −1 to −{T} from the end), got {t}")
     return stack.inputs.in_user_order(full_jacobians(tr, t % T), 0)
 
@@ -133,7 +133,7 @@ def lyapunov(
     T, B = tr.x.shape[:2]
     S = sum(s.shape[-1] for s in tr.final)
     n = S if n is None else n
-    if not 1 <= n <= S:
+    if not isinstance(n, SupportsIndex) or not 1 <= n <= S:
         raise ValueError(f"n: expected 1 to {S}, the size of the state, got {n}")
     if not 0 <= warmup < T:
         raise ValueError(f"warmup: expected 0 to {T - 1} steps, got {warmup}")
@@ -170,5 +170,6 @@ def _orthonormalised(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean(total: Tensor, steps: Tensor) -> Tensor:
-    """Mean over the samples that have steps `[B, 1]` of total / steps, `[n]`; NaN where none has."""
-    return torch.where(steps > 0, total / steps, torch.nan).nanmean(0)
+    """Mean over the samples that have steps `[B, 1]` of total / steps, `[n]`; NaN where none has, or where one is."""
+    there = steps > 0
+    return torch.where(there, total / steps, 0.0).sum(0) / there.sum(0)

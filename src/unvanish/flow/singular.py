@@ -13,7 +13,7 @@ Source: Benettin et al. 1980 for the triangular products; Rayleigh–Ritz with s
 """
 
 import warnings
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def singular_values(
     Args:
         layer, x, hx, at: as in `adjoint_map`.
         j, k: steps; the layer reads j before k. Where a sample has no input its state is held.
-        n: how many singular values.
+        n: how many singular values; NaN for a sample whose states are not finite.
         iterations: turns there and back, at most; it stops where the values stand still, to 1e-9 (float32: 1e-4).
         seed: of the first V.
 
@@ -68,8 +68,10 @@ def singular_values(
     if not (0 <= j < T and 0 <= k < T and order.index(j) < order.index(k)):
         raise ValueError(f"j, k: expected steps from 0 to {T - 1}, j read before k, got {j} and {k}")
     S = sum(s.shape[-1] for s in tr.final)
-    if not 1 <= n <= S:
+    if not isinstance(n, SupportsIndex) or not 1 <= n <= S:
         raise ValueError(f"n: expected 1 to {S}, the size of the state, got {n}")
+    if iterations < 1:
+        raise ValueError(f"iterations: expected one turn at least, got {iterations}")
     between = order[order.index(j) + 1 : order.index(k) + 1]
     tolerance = 1e-9 if tr.x.dtype == torch.float64 else 1e-4
     width = n + MARGIN if n + MARGIN < S / 2 else S
@@ -79,7 +81,7 @@ def singular_values(
         u, _, _ = _through(tr, between, v, back=False)
         v, d, unit = _through(tr, between[::-1], u, back=True)
         before, logs = logs, _graded_values(d.cpu(), unit.double().cpu(), n)
-        same = logs == before
+        same = (logs == before) | (logs.isnan() & before.isnan())
         moved = float(torch.where(same, 0.0, (logs - before).abs()).amax().nan_to_num(torch.inf))
         if moved <= tolerance:
             break
@@ -124,6 +126,9 @@ def _graded_values(logs: Tensor, unit: Tensor, n: int) -> Tensor:
     for b, (d, place) in enumerate(zip(logs, order, strict=True)):
         near = unit[b][place][:, place]
         for i in range(n):
+            if bool(d.isnan().any()):
+                found[b] = torch.nan
+                break
             if d[i] == -torch.inf:
                 break
             inside = ((d - d[i]).abs() < torch.tensor(WINDOW).log()).nonzero().flatten()

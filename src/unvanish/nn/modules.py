@@ -201,7 +201,11 @@ def initial_states(module: nn.RNNBase, hx: Any, inputs: TimeMajor) -> list[State
     sizes = (module.proj_size or module.hidden_size, module.hidden_size)[: 2 if module.mode == "LSTM" else 1]
     if hx is None:
         return [tuple(x.new_zeros(B, n) for n in sizes)] * rows
-    given = tuple(h.unsqueeze(1) if h.dim() == 2 else h for h in as_states(hx))
+    given = as_states(hx)
+    if len(given) != len(sizes) or not all(isinstance(h, Tensor) for h in given):
+        expected, found = ("h_0", "(h_0, c_0)")[len(sizes) - 1], ", ".join(type(h).__name__ for h in given)
+        raise ValueError(f"hx: expected {expected}, {len(sizes)} of tensors, got {len(given)}: {found}")
+    given = tuple(h.unsqueeze(1) if h.dim() == 2 else h for h in given)
     for h, n in zip(given, sizes, strict=True):
         if h.shape != (rows, B, n):
             raise ValueError(f"hx: expected {(rows, B, n)}, got {tuple(h.shape)}")
