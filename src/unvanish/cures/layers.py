@@ -35,11 +35,6 @@ class Layer:
         """How an error names this layer."""
         return f"{self.path or type(self.module).__name__}{self.suffix}"
 
-    @property
-    def reverse(self) -> bool:
-        """Whether it reads from the last step to the first."""
-        return self.suffix.endswith("_reverse")
-
     def has(self, name: str) -> bool:
         """Whether the module has `name`, one of "weight_hh", "bias_ih", …, for this layer."""
         return getattr(self.module, name + self.suffix, None) is not None

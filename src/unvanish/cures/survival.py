@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
 from unvanish.cells import GRU, LSTM, State
-from unvanish.flow.stack import check_input, saved_at
+from unvanish.flow.stack import check_input, reading_order, saved_at
 from unvanish.nn.modules import (
     LayerDirection,
     TimeMajor,
@@ -93,14 +93,14 @@ def log_survival(window: Window, paths: Paths) -> float:
         log_square = 2 * window.log_carry.sum(0)
         return 0.5 * float(log_square.flatten().logsumexp(0) - math.log(log_square.numel()))
     tr = window.trace
-    T, B = window.inside.shape
+    B = window.inside.shape[1]
     sizes = [s.shape[-1] for s in tr.final]
     H, dtype = sizes[-1], tr.x.dtype
     # One error per unit of c_k, all carried back at once: rows [H, B, ·].
     start = torch.eye(H, dtype=dtype, device=tr.x.device).unsqueeze(1).expand(H, B, H)
     d = (start,) if isinstance(tr.cell, GRU) else (start.new_zeros(H, B, sizes[0]), start)
     log_scale = torch.zeros(B, dtype=dtype, device=tr.x.device)
-    for t in range(T) if tr.reverse else reversed(range(T)):
+    for t in reversed(list(reading_order(tr))):
         inside = window.inside[t].view(1, B, 1)
         if not bool(inside.any()):
             continue

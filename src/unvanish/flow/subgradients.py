@@ -19,9 +19,6 @@ from unvanish.nn.modules import full_precision
 if TYPE_CHECKING:
     import pandas as pd
 
-CHUNK_ELEMENTS = 2**22
-"""Float64 copies are made of so many elements at a time."""
-
 BLOCK = 32
 """Steps whose subgradients are added in one matrix product."""
 
