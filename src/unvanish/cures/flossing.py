@@ -100,7 +100,7 @@ class GradientFlossing:
         return torch.stack([value.square().mean() for value in found.values()]).mean()
 
     def exponents(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """λ `[B, n]` in nats per step, by layer name ("encoder.lstm.l0"), differentiable; samples in internal order.
+        """λ `[B, n]` in nats per step, by layer name ("encoder.lstm.l0"), differentiable; samples in the user's order.
 
         Raises:
             ValueError: no recurrent layer ran, n exceeds its state, or a sample has no more than `warmup` steps.
@@ -145,7 +145,8 @@ class GradientFlossing:
             return engine.trace(d.cell, x, state, d.weights, inputs.lengths, d.reverse)
 
         traces = run_layers(layers, inputs.x.to(dtype), states, run)
-        return {d.name: self._spectrum(tr) for d, tr in zip(layers, traces, strict=True)}
+        spectra = [inputs.in_user_order(self._spectrum(tr), 0) for tr in traces]
+        return {d.name: spectrum for d, spectrum in zip(layers, spectra, strict=True)}
 
     def _spectrum(self, tr: engine.Trace) -> Tensor:
         T, B = tr.x.shape[:2]
