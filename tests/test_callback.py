@@ -85,13 +85,16 @@ def test_samples_of_different_length_end_at_their_own_last_step() -> None:
     assert callback.latest["encoder.l0"].rate == pytest.approx(right.rate, rel=1e-5)
 
 
-def test_no_number_of_the_training_changes() -> None:
+@pytest.mark.parametrize("parametrised", [False, True])
+def test_no_number_of_the_training_changes(parametrised: bool) -> None:
     def gradients(callbacks: list[lightning.Callback]) -> list[Tensor]:
         torch.manual_seed(0)
         layer = nn.LSTM(2, 5, num_layers=2, dropout=0.5, batch_first=True)
+        if parametrised:
+            nn.utils.parametrizations.spectral_norm(layer, "weight_hh_l0")
         for callback in callbacks or [lightning.Callback()]:
             fit(layer, callback, steps=3)
-        return [p.grad for p in layer.parameters() if p.grad is not None]
+        return [*(p.grad for p in layer.parameters() if p.grad is not None), *layer.buffers()]
 
     for watched, plain in zip(gradients([uv.flow.GradientFlow(every=1)]), gradients([]), strict=True):
         assert torch.equal(watched, plain)

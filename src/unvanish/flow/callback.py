@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from unvanish.flow.adjoint_map import adjoint_map
 from unvanish.flow.reach import Decay, decay
-from unvanish.nn.modules import layer_directions, time_major
+from unvanish.nn.modules import evaluating, layer_directions, time_major
 
 
 class _Heard(NamedTuple):
@@ -127,7 +127,9 @@ class GradientFlow(lightning.Callback):
         last step; NaN beyond its length."""
         layer, (x, hx) = self._layers[name], self._heard[name]
         lengths, unit, found = _lengths(layer, x), self._error(layer), []
-        for place in layer_directions(layer):
+        with evaluating(layer):
+            places = layer_directions(layer)
+        for place in places:
             last = torch.zeros_like(lengths) if place.reverse else lengths - 1
             sources = sorted(set(last.tolist()))
             made = torch.tensor(sources)[:, None] == last[None, :]
