@@ -256,6 +256,19 @@ def test_watches_within_each_other_see_the_same(kind: Any) -> None:
         torch.testing.assert_close(seen["l0"].dgates, outer[f"{name}.l0"].dgates)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, uv.nn.LSTM, nn.LSTMCell])
+def test_a_copy_made_within_the_block_is_not_the_model(kind: Any) -> None:
+    model, x = nn.Sequential(kind(3, 4)), torch.randn(2, 3)
+    with uv.watch(model) as flow:
+        copy.deepcopy(model)(x)[0].sum().backward()
+        with pytest.raises(NoBackwardError):
+            flow.layers  # noqa: B018
+        model(x)[0].sum().backward()
+    (name,) = flow
+    assert len(flow.passes(name)) == 1
+    assert flow[name].step == 1
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, uv.nn.LSTM])
 def test_each_watch_records_what_it_was_asked_for(kind: Any) -> None:
     lstm = kind(3, 4)

@@ -190,10 +190,15 @@ class Watch(Flow):
         return f"{what}: a backward pass ran, but no error came back to it: the loss does not depend on it"
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        if _graph_task() < 0 and torch.is_grad_enabled():
+        if module is self._model and _graph_task() < 0 and torch.is_grad_enabled():
             self._epoch += 1
             # What an aborted backward pass left behind.
             self._runs.clear()
+
+    def _mine(self, name: str, module: nn.Module) -> bool:
+        """Whether a call of `module` is one of the model's own: a copy that is made within the block takes the hooks
+        along. nn.DataParallel runs replicas."""
+        return (module is self._modules[name] or getattr(module, "_is_replica", False)) and self._awake()
 
     def _awake(self) -> bool:
         """Whether a call is to be recorded."""
@@ -206,7 +211,7 @@ class Watch(Flow):
 
     def _before_module(self, name: str) -> Any:
         def hook(module: nn.RNNBase, args: Any, kwargs: Any) -> None:
-            if not self._awake():
+            if not self._mine(name, module):
                 return
             if isinstance(module, EngineSequence) and not self._partial:
                 module._recording = RecordedCall(module)
@@ -224,7 +229,7 @@ class Watch(Flow):
         def hook(module: nn.RNNBase, args: Any, kwargs: Any, output: Any) -> None:
             # A watch with `partial` replays; what another within it records is not its own.
             call = None if self._partial else module.__dict__.pop("_recording", None)
-            if output is None or not self._awake():
+            if output is None or not self._mine(name, module):
                 return
             x = args[0] if args else kwargs["input"]
             hx = args[1] if len(args) > 1 else kwargs.get("hx")
@@ -247,7 +252,7 @@ class Watch(Flow):
 
     def _after_cell(self, name: str) -> Any:
         def hook(module: nn.RNNCellBase, args: Any, kwargs: Any, output: Any) -> None:
-            if not self._awake():
+            if not self._mine(name, module):
                 return
             x = args[0] if args else kwargs["input"]
             hx = args[1] if len(args) > 1 else kwargs.get("hx")
