@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -86,6 +87,8 @@ def test_sources_add_up_to_the_total_flow() -> None:
 def test_spread_and_negative_sources() -> None:
     gru, x = nn.GRU(2, 3), torch.randn(10, 2, 2)
     assert uv.flow.adjoint_map(gru, x, sources=3).sources == (2, 6, 9)
+    assert uv.flow.adjoint_map(gru, x, sources=np.int64(3)).sources == (2, 6, 9)  # type: ignore[arg-type]
+    assert uv.flow.adjoint_map(gru, x, sources=np.arange(2)).sources == (0, 1)  # type: ignore[arg-type]
     assert uv.flow.adjoint_map(gru, x, sources=[-1]).sources == (9,)
     assert uv.flow.adjoint_map(gru, x).sources == tuple(range(10))
     assert uv.flow.adjoint_map(gru, x, sources=[5]).over_lag(0).shape == (6, 2)
@@ -102,6 +105,9 @@ def test_spread_and_negative_sources() -> None:
         ({"sources": []}, "sources: expected different steps"),
         ({"sources": 11}, "sources: expected a count from 1 to 10"),
         ({"sources": "last"}, "sources: expected 'all'"),
+        ({"sources": 1.5}, "sources: expected 'all'"),
+        ({"hx": (torch.zeros(1, 2, 3),) * 2}, "hx: expected h_0, 1 of tensors, got 2: Tensor, Tensor"),
+        ({"hx": 0}, "hx: expected h_0, 1 of tensors, got 1: int"),
         ({"state": "c"}, "state: expected h for gru"),
         ({"at": "l3"}, "at: expected one of l0"),
         ({"cotangent": torch.zeros(1, 1, 1)}, r"cotangent: expected \[K, B, D·R\] = \(10, 2, 3\)"),

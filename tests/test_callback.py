@@ -85,13 +85,16 @@ def test_samples_of_different_length_end_at_their_own_last_step() -> None:
     assert callback.latest["encoder.l0"].rate == pytest.approx(right.rate, rel=1e-5)
 
 
-def test_no_number_of_the_training_changes() -> None:
+@pytest.mark.parametrize("parametrised", [False, True])
+def test_no_number_of_the_training_changes(parametrised: bool) -> None:
     def gradients(callbacks: list[lightning.Callback]) -> list[Tensor]:
         torch.manual_seed(0)
         layer = nn.LSTM(2, 5, num_layers=2, dropout=0.5, batch_first=True)
+        if parametrised:
+            nn.utils.parametrizations.spectral_norm(layer, "weight_hh_l0")
         for callback in callbacks or [lightning.Callback()]:
             fit(layer, callback, steps=3)
-        return [p.grad for p in layer.parameters() if p.grad is not None]
+        return [*(p.grad for p in layer.parameters() if p.grad is not None), *layer.buffers()]
 
     for watched, plain in zip(gradients([uv.flow.GradientFlow(every=1)]), gradients([]), strict=True):
         assert torch.equal(watched, plain)
@@ -105,6 +108,29 @@ def test_a_dead_layer_reaches_nowhere() -> None:
     callback = uv.flow.GradientFlow()
     fit(layer, callback, steps=1)
     assert callback.latest["encoder.l0"] == (-math.inf, 0.0, 0)
+
+
+def test_a_sample_that_no_error_enters_is_left_out() -> None:
+    torch.manual_seed(0)
+    layer = nn.RNN(2, 3, num_layers=2, nonlinearity="relu", batch_first=True)
+    with torch.no_grad():
+        for name in ("weight_ih_l0", "weight_ih_l1", "weight_hh_l0", "weight_hh_l1"):
+            getattr(layer, name).abs_()
+        layer.weight_ih_l1.neg_()
+        layer.bias_ih_l1.fill_(20.0)
+    # The longest sample drives the upper layer dead, so that no error enters the lower one.
+    x = torch.zeros(2, 6, 2)
+    x[0] = 1e3
+    lengths = torch.tensor([6, 3])
+    module, callback = Module(layer, packed=True), uv.flow.GradientFlow()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lightning.Trainer(
+            accelerator="cpu", max_steps=1, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, logger=False, callbacks=[callback],
+        ).fit(module, DataLoader(TensorDataset(x, lengths), batch_size=2))  # fmt: skip
+    alone = uv.flow.adjoint_map(layer, x[1:, :3], sources=[-1], at="l0").over_lag(0)[:, 0]
+    assert callback.latest["encoder.l0"].rate == pytest.approx(uv.flow.decay(alone).rate, rel=1e-5)
 
 
 def test_wrong_options_and_models_are_refused() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from unvanish import cures, flow
+from unvanish import nn as unn
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -82,14 +83,34 @@ def test_a_model_is_run_and_its_embedding_gets_a_gradient():
     assert not model.rnn._forward_pre_hooks
 
 
-def test_packed_samples_average_over_their_own_steps():
+@pytest.mark.parametrize(("every", "warmup"), [(1, 0), (1, 2), (3, 2)])
+def test_packed_samples_average_over_their_own_steps(every, warmup):
     torch.manual_seed(3)
     rnn, x = nn.RNN(2, 4, bidirectional=True).double(), torch.randn(6, 2, 2).double()
-    floss = cures.GradientFlossing(rnn, n=2)
+    floss = cures.GradientFlossing(rnn, n=2, every=every, warmup=warmup)
     packed = floss.exponents(pack_padded_sequence(x, [6, 3]))
     alone = floss.exponents(x[:3, 1:])
     for name in ("l0", "l0.reverse"):
         torch.testing.assert_close(packed[name][1], alone[name][0])
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_lengths_count_as_packing_does(kind):
+    torch.manual_seed(3)
+    layer, x = getattr(unn, kind)(2, 4).double(), torch.randn(6, 2, 2).double()
+    floss, lengths = cures.GradientFlossing(layer, n=2), torch.tensor([3, 6])
+    expected = floss.exponents(pack_padded_sequence(x, lengths, enforce_sorted=False))
+    torch.testing.assert_close(floss.exponents(x, lengths=lengths), expected)
+
+
+def test_autocast_does_not_round_the_exponents():
+    torch.manual_seed(3)
+    gru, x = nn.GRU(2, 4), torch.randn(6, 2, 2).bfloat16()
+    floss = cures.GradientFlossing(gru, n=2)
+    expected = floss.exponents(x.float())["l0"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = floss.exponents(x)["l0"]
+    torch.testing.assert_close(found, expected)
 
 
 def test_flossing_errors():
@@ -102,6 +123,10 @@ def test_flossing_errors():
         cures.GradientFlossing(nn.RNN(2, 3), n=4)(x)
     with pytest.raises(ValueError, match=r"^warmup"):
         cures.GradientFlossing(nn.RNN(2, 3), warmup=4)(x)
+    with pytest.raises(ValueError, match="warmup: expected fewer than the 2 steps of the shortest sample, got 3"):
+        cures.GradientFlossing(nn.RNN(2, 3), warmup=3)(pack_padded_sequence(torch.zeros(4, 2, 2), [4, 2]))
     dead = cures.identity_(nn.RNN(2, 3, nonlinearity="relu"))
     with pytest.raises(ArithmeticError, match=r"^l0: exponent 1 of 1 is not finite"):
         cures.GradientFlossing(dead)(x)
+    with pytest.raises(ArithmeticError, match="l0: an exponent is NaN, since input"):
+        cures.GradientFlossing(nn.RNN(2, 3))(x * math.nan)

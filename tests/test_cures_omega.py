@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from unvanish import cures
+from unvanish import nn as unn
 
 
 def unrolled(cell, x, h0, error):
@@ -144,6 +146,63 @@ def test_packed_bidirectional_layers_are_the_samples_apart():
             (y.sum() + h.sin().sum()).backward()
         total += float(alone.penalty().detach()) / 3
     assert math.isclose(float(together.penalty().detach()), total, rel_tol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_lengths_count_as_packing_does(kind):
+    torch.manual_seed(3)
+    layer = getattr(unn, kind)(2, 3, bidirectional=True).double()
+    x, lengths = torch.randn(7, 3, 2).double(), torch.tensor([4, 7, 2])
+    x[6, 0] = math.nan
+    found = []
+    for packed in (True, False):
+        with cures.Omega(layer) as omega:
+            if packed:
+                y, final = layer(pack_padded_sequence(x, lengths, enforce_sorted=False))
+                y = y.data
+            else:
+                y, final = layer(x, lengths=lengths)
+            (y.sum() + (final[0] if kind == "LSTM" else final).sin().sum()).backward()
+        found.append(float(omega.penalty().detach()))
+    assert math.isclose(*found, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "RNNCell", "LSTMCell"])
+def test_under_autocast_it_is_that_of_the_weights_own_dtype(kind):
+    torch.manual_seed(0)
+    layer, x = getattr(nn, kind)(2, 3), torch.randn(6, 3, 2)
+
+    def penalty(x):
+        with cures.Omega(layer) as omega:
+            if kind.endswith("Cell"):
+                h = None
+                for row in x:
+                    h = layer(row, h)
+                h = h[0] if isinstance(h, tuple) else h
+            else:
+                h = layer(x)[0][-1]
+            h.float().sum().backward()
+        return float(omega.penalty().detach())
+
+    right = penalty(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert math.isclose(penalty(x), right, rel_tol=2e-2)
+        assert math.isclose(penalty(x.bfloat16()), right, rel_tol=2e-2)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.RNNCell])
+def test_weights_of_the_pass_are_read_and_left_alone(kind):
+    torch.manual_seed(0)
+    layer = kind(2, 3).double()
+    parametrizations.spectral_norm(layer, "weight_hh" if kind is nn.RNNCell else "weight_hh_l0")
+    x, h = torch.randn(5, 2, 2).double(), None
+    with cures.Omega(layer) as omega:
+        for row in x if kind is nn.RNNCell else ():
+            h = layer(row, h)
+        (layer(x)[0] if h is None else h).sum().backward()
+    before = [v.clone() for v in layer.state_dict().values()]
+    omega.penalty().backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, layer.state_dict().values(), strict=True))
 
 
 def test_dropout_between_layers_is_drawn_again_as_it_was():

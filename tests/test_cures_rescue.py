@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import unvanish as uv
-from unvanish.cures import chrono_, rescue_, survival
+from unvanish.cures import chrono_, rescue, rescue_, survival
 from unvanish.cures.smallest_shift import kept, smallest_shift
+from unvanish.cures.survival import windows
 
 
 def carry_bias(layer, suffix="l0"):
@@ -185,6 +186,29 @@ def test_every_layer_and_direction_is_rescued():
         assert math.isclose(survival(lstm, x, 25, at=at), 0.4, rel_tol=0.01)
 
 
+def test_measuring_leaves_a_parametrised_layer_alone():
+    lstm = nn.utils.parametrizations.spectral_norm(nn.LSTM(2, 4), "weight_hh_l0")
+    before = [v.clone() for v in lstm.state_dict().values()]
+    survival(lstm, torch.randn(10, 2, 2), 5)
+    assert all(torch.equal(a, b) for a, b in zip(before, lstm.state_dict().values(), strict=True))
+
+
+def test_a_rescue_that_is_interrupted_leaves_the_biases_as_they_were(monkeypatch):
+    lstm, calls = nn.LSTM(2, 4), []
+    before = lstm.bias_ih_l0.clone()
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return windows(*args)
+
+    monkeypatch.setattr(rescue, "windows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rescue_(lstm, torch.randn(30, 2, 2), 20, 0.9)
+    assert torch.equal(lstm.bias_ih_l0, before)
+
+
 def test_what_survives_is_left_alone():
     lstm, x = uv.cures.forget_bias_(nn.LSTM(2, 4), 12.0), torch.randn(20, 2, 2)
     before = lstm.bias_ih_l0.clone()
@@ -228,6 +252,12 @@ def test_rescue_errors():
         survival(lstm, x, 5, paths="all")
     with pytest.raises(ValueError, match=r"^x: expected 2 features"):
         survival(lstm, torch.zeros(9, 1, 3), 5)
+    with pytest.raises(ValueError, match="x: expected one sample at least"):
+        survival(lstm, x[:, :0], 5)
+    hole = torch.where(torch.arange(10)[:, None, None] == 7, math.nan, x)
+    for call in (survival, rescue_):
+        with pytest.raises(ValueError, match="x: expected finite numbers"):
+            call(lstm, hole, 5)
     bad = nn.LSTM(2, 4)
     nn.init.constant_(bad.weight_ih_l0, math.nan)
     with pytest.raises(ValueError, match="NaN"):

@@ -106,6 +106,7 @@ def test_torch_func_goes_to_the_reference() -> None:
         (torch.zeros(2, 3, 5), None, "x: expected 2 features"),
         (torch.zeros(2, 3, 2), -1.0, "clip: expected a positive norm"),
         (torch.zeros(2, 3, 2), "1", "clip: expected a positive norm"),
+        (torch.zeros(2, 3, 2), True, "clip: expected a positive norm"),
         (torch.zeros(2, 4, 2), None, r"h_0: expected \(4, 2\), got \(3, 2\)"),
     ],
 )
@@ -127,3 +128,65 @@ def test_no_rung_reads_what_does_not_fit(rung: str, name: str) -> None:
                 continue  # from W_ih the others take their shape
             with pytest.raises(kind, match=f"{(*cell.states, 'w_i', 'w_h')[k - 1][:1]}.*: expected"):
                 engine.run(cell, x, tuple(rest[:n]), Weights(*rest[n:]), rung=rung)
+
+
+@pytest.mark.parametrize("rung", list(engine.RUNGS))
+@pytest.mark.parametrize(
+    ("name", "shapes", "message"),
+    [
+        ("gru", [(10, 2), (10, 3)], r"w_ih: expected \[G·H, I\] with G = 3 gates of a gru, got \(10, 2\)"),
+        ("rnn_tanh", [(4, 2), (4, 3)], r"w_hh: expected \(4, 4\), as there is no w_hr, got \(4, 3\)"),
+        ("gru", [(12, 2), (12, 3), None, None, (3, 4)], "w_hr: expected None, a gru has no projection"),
+    ],
+)
+def test_weights_that_do_not_fit_each_other(rung: str, name: str, shapes: list[Any], message: str) -> None:
+    weights = Weights(*(None if s is None else torch.zeros(s) for s in shapes))
+    state = tuple(torch.zeros(3, shapes[1][1]) for _ in CELLS[name].states)
+    with pytest.raises(ValueError, match=message):
+        engine.run(CELLS[name], torch.zeros(2, 3, 2), state, weights, rung=rung)
+
+
+@pytest.mark.parametrize("rung", list(engine.RUNGS))
+@pytest.mark.parametrize("lengths", [[3], [3.0, 2.0, 1.0], [3, -2, 1], [3, 6, 1]])
+def test_lengths_that_do_not_fit_are_not_read(rung: str, lengths: list[float]) -> None:
+    cell, x, state = CELLS["rnn_tanh"], torch.zeros(5, 3, 2), (torch.zeros(3, 4),)
+    w, given = Weights(torch.zeros(4, 2), torch.zeros(4, 4)), torch.tensor(lengths)
+    calls = [lambda: engine.run(cell, x, state, w, given, rung=rung), lambda: engine.trace(cell, x, state, w, given)]
+    for call in [*calls, lambda: engine.Pass(cell, x, state, w, given, False)]:
+        with pytest.raises(ValueError, match="lengths: expected"):
+            call()
+
+
+@pytest.mark.parametrize("name", list(CELLS))
+def test_errors_that_do_not_fit_are_not_read(name: str) -> None:
+    cell = CELLS[name]
+    G, n = len(cell.gates), len(cell.states)
+    x, state, w = torch.zeros(5, 3, 2), (torch.zeros(3, 4),) * n, Weights(torch.zeros(G * 4, 2), torch.zeros(G * 4, 4))
+    none = (None,) * n
+    tr, ran = engine.trace(cell, x, state, w), engine.Pass(cell, x, state, w, None, False)
+    for dy, dfinal, kind, label in (
+        (torch.zeros(5, 3, 4, dtype=torch.bfloat16), none, RuntimeError, "dy"),
+        (torch.zeros(4, 3, 4), none, ValueError, "dy"),
+        (None, (torch.zeros(3, 5), *none[1:]), ValueError, "dh"),
+    ):
+        with pytest.raises(kind, match=f"{label}: expected"):
+            engine.adjoint(tr, dy, dfinal)
+        with pytest.raises(kind, match=f"{label}: expected"):
+            ran.back(dy, dfinal, None, False)
+
+
+@pytest.mark.parametrize("rung", list(engine.RUNGS))
+@given(case=layer_cases(), seed=st.integers(0, 99))
+def test_what_stands_beyond_a_samples_end_is_not_read(rung: str, case: LayerCase, seed: int) -> None:
+    T, B = case.x.shape[:2]
+    case.lengths = torch.randint(0, T + 1, (B,), generator=torch.Generator().manual_seed(seed))
+    inside = torch.arange(T)[:, None] < case.lengths
+    found = []
+    for padding in (0.0, torch.nan):
+        case.x = torch.where(inside.unsqueeze(-1), case.x.detach(), padding).requires_grad_()
+        found.append(outcome(case, rung, None, seed))
+        tr = engine.trace(case.cell, case.x.detach(), tuple(s.detach() for s in case.state), case.weights.detach(),
+                          case.lengths, case.reverse)  # fmt: skip
+        found[-1] += [tr.x, tr.y, *tr.final, *tr.saved]
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

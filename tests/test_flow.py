@@ -105,6 +105,40 @@ def test_without_recurrent_weights_only_the_carry_remains() -> None:
     assert terms.article.apart.max() < 1e-12
 
 
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, -70.0), (torch.float64, -500.0)])
+def test_shares_and_maps_are_right_where_squares_underflow(dtype: torch.dtype, bias: float) -> None:
+    lstm = nn.LSTM(2, 3, dtype=dtype)
+    with torch.no_grad():
+        for p in lstm.parameters():
+            p.zero_()
+        lstm.bias_ih_l0[3:6] = bias
+    x = torch.randn(40, 1, 2, dtype=dtype)
+    terms = uv.flow.decompose(lstm, x)
+    assert terms.carry.share[:-1].flatten().tolist() == [1.0] * 39
+    torch.testing.assert_close(terms.log_total[:-1].diff(dim=0), torch.full((38, 1), -bias, dtype=torch.float64))
+    for sources in ([-1], "all"):
+        log_norms = uv.flow.adjoint_map(lstm, x, sources=sources).log_norms[-1]
+        torch.testing.assert_close(log_norms.diff(dim=0), torch.full((39, 1), -bias, dtype=torch.float64))
+
+
+def test_autocast_rounds_nothing_that_is_measured() -> None:
+    torch.manual_seed(0)
+    lstm, x = nn.LSTM(2, 3), torch.randn(6, 2, 2)
+    measures = (
+        lambda: uv.flow.adjoint_map(lstm, x, sources=3).log_norms,
+        lambda: uv.flow.decompose(lstm, x).carry.share[:-1],
+        lambda: uv.flow.lyapunov(lstm, x),
+        lambda: uv.flow.jacobian(lstm, x, 3),
+        lambda: uv.flow.singular_values(lstm, x, 0, 4),
+        lambda: uv.flow.source_gradients(lstm, x, torch.ones(6, 2, 3)).log_norms,
+        lambda: uv.flow.gate_statistics(lstm, x).mean,
+    )
+    for measure in measures:
+        expected = measure()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(measure(), expected)
+
+
 def test_the_textbook_product_is_exact_over_one_step_and_not_over_more() -> None:
     torch.manual_seed(0)
     lstm, x = nn.LSTM(2, 3, dtype=torch.float64), torch.randn(5, 1, 2, dtype=torch.float64)
@@ -271,7 +305,11 @@ def test_source_gradients_equal_autograd() -> None:
     ("call", "message"),
     [
         (lambda g, x: uv.flow.jacobian(g, x, 9), "t: expected a step from 0 to 3"),
+        (lambda g, x: uv.flow.jacobian(g, x, 1.5), "t: expected a step from 0 to 3"),
         (lambda g, x: uv.flow.lyapunov(g, x, n=4), "n: expected 1 to 3"),
+        (lambda g, x: uv.flow.lyapunov(g, x, n=1.5), "n: expected 1 to 3"),
+        (lambda g, x: uv.flow.singular_values(g, x, 0, 1, n=1.5), "n: expected 1 to 3"),
+        (lambda g, x: uv.flow.singular_values(g, x, 0, 1, iterations=0), "iterations: expected one turn at least"),
         (lambda g, x: uv.flow.lyapunov(g, x, warmup=4), "warmup: expected 0 to 3"),
         (lambda g, x: uv.flow.singular_values(g, x, 3, 1), "j read before k"),
         (lambda g, x: uv.flow.decompose(g, x, article=True), "article: its product is of the LSTM"),
@@ -279,6 +317,8 @@ def test_source_gradients_equal_autograd() -> None:
         (lambda g, x: uv.flow.source_gradients(g, x, torch.zeros(4, 2, 3)), "error: expected a non-zero error"),
         (lambda g, x: uv.flow.decompose(g, x.double()), "x: expected the layer's dtype"),
         (lambda g, x: uv.flow.decompose(g, x[..., :1]), "x: expected 2 features"),
+        (lambda g, x: uv.flow.adjoint_map(g, x[:, :0]), "x: expected one sample at least, got an empty batch"),
+        (lambda g, x: uv.flow.lyapunov(g, x, torch.zeros(1, 2, 3).double()), "hx: expected the layer's dtype"),
     ],
 )
 def test_wrong_arguments_are_named(call: Any, message: str) -> None:

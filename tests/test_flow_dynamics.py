@@ -189,6 +189,30 @@ def test_unfinished_singular_values_say_so() -> None:
         uv.flow.singular_values(rnn, x, 0, 1, n=4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exponents_in_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gru, x = nn.GRU(2, 3), torch.randn(20, 2, 2)
+    expected = uv.flow.lyapunov(gru, x, n=2)
+    floss = uv.cures.GradientFlossing(gru, n=2)(x)
+    torch.testing.assert_close(uv.flow.lyapunov(gru.to(dtype), x.to(dtype), n=2), expected, rtol=0, atol=0.05)
+    found = uv.cures.GradientFlossing(gru, n=2)(x.to(dtype))
+    torch.testing.assert_close(found.float(), floss, rtol=0.1, atol=0)
+
+
+def test_a_sample_that_is_not_finite_is_not_left_out() -> None:
+    torch.manual_seed(0)
+    gru, x = nn.GRU(2, 3, dtype=torch.float64), torch.randn(6, 2, 2, dtype=torch.float64)
+    expected = uv.flow.lyapunov(gru, x, history=True).per_sample, uv.flow.singular_values(gru, x, 0, 5, n=2)
+    x[2, 0, 0] = math.nan
+    found = uv.flow.lyapunov(gru, x, history=True)
+    assert found.exponents.isnan().all()
+    assert torch.equal(found.per_sample[1].sort().values, expected[0][1].sort().values)
+    values = uv.flow.singular_values(gru, x, 0, 5, n=2)
+    assert values[0].isnan().all()
+    torch.testing.assert_close(values[1], expected[1][1], rtol=0, atol=1e-8)
+
+
 def test_held_samples_keep_their_exponents() -> None:
     torch.manual_seed(0)
     gru, x = nn.GRU(2, 3, dtype=torch.float64), torch.randn(20, 2, 2, dtype=torch.float64)

@@ -282,6 +282,12 @@ def test_without_dynamos_setting_compiled_code_leaves_the_layer_outside_its_grap
     torch.testing.assert_close(torch.compile(total, backend="eager")(x), total(x), rtol=1e-13, atol=0)
 
 
+def test_without_kernels_there_is_no_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "MISSING", "the extension is not built")
+    with pytest.raises(RuntimeError, match="isa: no kernels run here, the extension is not built"):
+        uv.engine.isa()
+
+
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNVANISH_ISA", "sse9")
     with pytest.raises(ValueError, match="this machine has no 'sse9'"):

@@ -158,6 +158,8 @@ def test_sigmoid_rnn_and_cell() -> None:
         uv.restore(rnn)
     with pytest.raises(ValueError, match="nonlinearity"):
         uv.nn.RNN(2, 3, nonlinearity="selu")
+    with pytest.raises(RuntimeError, match="input: expected 2 features, got 5"):
+        cell(torch.zeros(4, 5, dtype=torch.float64))
 
 
 @given(case=module_cases())
@@ -204,7 +206,9 @@ def test_double_backward_pickle_deepcopy_state_dict_and_functional_call(kind: st
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
-@pytest.mark.parametrize("register", [parametrizations.weight_norm, parametrizations.orthogonal])
+@pytest.mark.parametrize(
+    "register", [parametrizations.weight_norm, parametrizations.orthogonal, parametrizations.spectral_norm]
+)
 def test_parametrised_layers_are_swapped_and_trained_as_torchs(kind: str, register: Any) -> None:
     def build() -> nn.RNNBase:
         torch.manual_seed(0)
@@ -365,6 +369,44 @@ def test_accelerate_refuses_what_it_would_break() -> None:
         uv.accelerate(nn.Sequential(Own(2, 3)))
     with pytest.raises(ValueError, match="has none"):
         uv.accelerate(nn.Linear(2, 2))
+    for call in (uv.accelerate, uv.restore):
+        with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
+            call(3)  # type: ignore[type-var]
+
+
+def test_layers_derived_from_ours_stay_as_they_are() -> None:
+    class Own(uv.nn.LSTM):
+        pass
+
+    model = nn.Sequential(Own(2, 3), nn.GRU(3, 2))
+    for swap, other in ((uv.accelerate, uv.nn.GRU), (uv.restore, nn.GRU)):
+        assert [type(layer) for layer in swap(model)] == [Own, other]
+    assert uv.cures.clip_recurrence_(model, 1.0)[0].clip == 1.0
+
+
+def test_a_nonlinearity_given_twice_is_refused() -> None:
+    for family in (nn.RNN, uv.nn.RNN):
+        with pytest.raises(TypeError):
+            family(2, 3, 1, "tanh", nonlinearity="relu")
+
+
+def test_states_leave_parametrised_layers_alone() -> None:
+    layer = parametrizations.spectral_norm(uv.nn.LSTM(2, 3), "weight_hh_l0")
+    before = [v.clone() for v in layer.state_dict().values()]
+    layer.states(torch.randn(4, 2, 2))
+    assert all(torch.equal(a, b) for a, b in zip(before, layer.state_dict().values(), strict=True))
+    assert layer.training
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_autocast_does_not_round_the_states(kind: str) -> None:
+    torch.manual_seed(0)
+    layer, x = getattr(uv.nn, kind)(2, 3), torch.randn(4, 2, 2).bfloat16()
+    expected = layer.states(x.float())["l0"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer.states(x)["l0"]
+    assert torch.equal(found.h, expected.h)
+    assert all(torch.equal(found.gates[gate], value) for gate, value in expected.gates.items())
 
 
 def test_second_derivatives_go_through_the_pieces() -> None:

@@ -256,6 +256,72 @@ def test_watches_within_each_other_see_the_same(kind: Any) -> None:
         torch.testing.assert_close(seen["l0"].dgates, outer[f"{name}.l0"].dgates)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, uv.nn.LSTM, nn.LSTMCell])
+def test_a_copy_made_within_the_block_is_not_the_model(kind: Any) -> None:
+    model, x = nn.Sequential(kind(3, 4)), torch.randn(2, 3)
+    with uv.watch(model) as flow:
+        copy.deepcopy(model)(x)[0].sum().backward()
+        with pytest.raises(NoBackwardError):
+            flow.layers  # noqa: B018
+        model(x)[0].sum().backward()
+    (name,) = flow
+    assert len(flow.passes(name)) == 1
+    assert flow[name].step == 1
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, uv.nn.LSTM])
+def test_each_watch_records_what_it_was_asked_for(kind: Any) -> None:
+    lstm = kind(3, 4)
+    with uv.watch(lstm, partial=True) as outer, uv.watch(lstm) as inner:
+        lstm(torch.randn(5, 2, 3))[0].sum().backward()
+    assert outer["l0"].partial is not None
+    assert inner["l0"].partial is None
+
+
+@pytest.mark.parametrize("family", [nn, uv.nn])
+@pytest.mark.parametrize("kind", ["RNN", "GRU"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_under_autocast_the_record_is_that_of_the_weights_own_dtype(family: Any, kind: str, inside: bool) -> None:
+    torch.manual_seed(0)
+    for made in (kind, f"{kind}Cell"):
+        layer, x = getattr(family, made)(3, 4), torch.randn(5, 2, 3)
+
+        def loss(x: Tensor, layer: nn.Module = layer) -> Tensor:
+            if isinstance(layer, nn.RNNBase):
+                return layer(x)[0].float().square().sum()
+            h = None
+            for row in x:
+                h = layer(row, h)
+            return h.float().square().sum()  # type: ignore[union-attr]
+
+        for options in ({}, {"partial": True}):
+            for mine in (x, x.bfloat16()):
+                with uv.watch(layer, **options) as flow, torch.autocast("cpu", torch.bfloat16):
+                    value = loss(mine)
+                    if inside:
+                        value.backward()
+                    else:
+                        with torch.autocast("cpu", enabled=False):
+                            value.backward()
+                with uv.watch(layer) as right:
+                    loss(mine.float()).backward()
+                name = next(iter(flow))
+                torch.testing.assert_close(flow[name].dh, right[name].dh, rtol=3e-2, atol=1e-3)
+                assert flow[name].residual < 2e-2
+
+
+@pytest.mark.parametrize("family", [nn, uv.nn])
+def test_a_batch_of_no_samples_is_no_error(family: Any) -> None:
+    layer, cell = family.LSTM(3, 4, 2), family.LSTMCell(3, 4)
+    with uv.watch(nn.ModuleDict({"layer": layer, "cell": cell}), partial=True) as flow:
+        layer(torch.zeros(5, 0, 3))[0].sum().backward()
+        cell(torch.zeros(0, 3))[0].sum().backward()
+    assert flow["layer.l0"].dh.shape == (5, 0)
+    assert flow["layer.l1"].dweight.tolist() == [0.0] * 5
+    assert flow["cell"].dh.shape == (1, 0)
+    assert "B=0" in repr(flow)
+
+
 def test_frozen_weights_and_autograd_grad() -> None:
     lstm = nn.LSTM(2, 3, dtype=torch.float64)
     x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)

@@ -1,6 +1,7 @@
 """What a watch takes for one pass: cells in a loop, calls that follow one another, marks, several backwards."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,29 @@ def test_cells_in_a_loop(kind: Callable[..., nn.RNNCellBase], detach_every: int 
     assert record.detached == ((2, 4) if detach_every else ())
 
 
+@pytest.mark.parametrize("family", [nn, uv.nn])
+def test_states_may_come_in_a_list(family: Any) -> None:
+    torch.manual_seed(0)
+    whole, cell = family.LSTM(3, 4), family.LSTMCell(3, 4)
+    x = torch.randn(6, 2, 3)
+
+    def run(form: Any) -> None:
+        y, hx = whole(x[:3])
+        (y.sum() + whole(x[3:], form(hx))[0].sum()).backward()
+        hx = cell(x[0])
+        for row in x[1:]:
+            hx = cell(row, form(hx))
+        hx[0].sum().backward()
+
+    records = []
+    for form in (tuple, list):
+        with uv.watch(nn.ModuleList([whole, cell])) as flow:
+            run(form)
+        records.append([flow[name].dh for name in ("0.l0", "1")])
+    assert [len(dh) for dh in records[1]] == [6, 6]
+    assert all(torch.equal(a, b) for a, b in zip(*records, strict=True))
+
+
 def test_a_module_called_step_by_step_is_one_pass() -> None:
     torch.manual_seed(0)
     whole = nn.LSTM(3, 4, num_layers=2, dtype=torch.float64)
@@ -97,6 +121,13 @@ def test_marks_in_a_custom_cell() -> None:
         rnn(x)[1].sum().backward()
     torch.testing.assert_close(flow["mine"].dh, expected["l0"].dh, rtol=1e-12, atol=1e-15)
     assert uv.mark(x, "outside") is x
+
+
+@pytest.mark.parametrize("name", ["rnn", "rnn.l0"])
+def test_a_mark_may_not_take_a_layers_name(name: str) -> None:
+    model = nn.ModuleDict({"rnn": nn.RNN(2, 3)})
+    with uv.watch(model), pytest.raises(ValueError, match=f"name: '{name}' is that of a layer of the model"):
+        uv.mark(model["rnn"](torch.zeros(4, 1, 2))[0][-1], name)
 
 
 def test_several_backwards_add_up() -> None:

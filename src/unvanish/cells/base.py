@@ -35,9 +35,9 @@ class Weights(NamedTuple):
         """The same numbers, outside any graph."""
         return Weights(*(None if v is None else v.detach() for v in self))  # type: ignore[arg-type]
 
-    def float(self) -> "Weights":
-        """In float32, as parts of the same graph."""
-        return Weights(*(None if v is None else v.float() for v in self))  # type: ignore[arg-type]
+    def to(self, dtype: torch.dtype) -> "Weights":
+        """In another dtype, as parts of the same graph."""
+        return Weights(*(None if v is None else v.to(dtype) for v in self))  # type: ignore[arg-type]
 
 
 class Adjoint(NamedTuple):

@@ -3,6 +3,7 @@
 a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh        h_t = φ(a_t),  φ ∈ {tanh, relu, σ}
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -26,9 +27,9 @@ class RNN(Cell):
         h_prev: Tensor
         h: Tensor
 
+    @abstractmethod
     def derivative(self, h: Tensor) -> Tensor:
         """φ'(a), given h = φ(a)."""
-        raise NotImplementedError
 
     def step(self, p: Tensor, state: State, w: Weights) -> tuple[State, Saved]:
         """h_t = φ(p_t + W_hh h_{t-1} + b_hh)"""

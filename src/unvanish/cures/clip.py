@@ -151,8 +151,8 @@ def clip_recurrence_(module: M, limit: float | None) -> M:
 
     Raises:
         TypeError: module is no module, or limit no number.
-        ValueError: there is no recurrent layer, one is of a subclass with its own forward or is parametrized (clip
-            first, constrain afterwards), or limit is not finite and positive.
+        ValueError: there is no recurrent layer, one is of a subclass with its own forward, or limit is not finite and
+            positive.
 
     >>> rnn = clip_recurrence_(nn.RNN(3, 4), 1.0)
     >>> rnn.clip

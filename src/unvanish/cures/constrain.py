@@ -85,8 +85,7 @@ def constrain(module: M, kind: Literal["orthogonal", "spectral"] = "orthogonal",
 
     Returns:
         module, changed in place: its recurrent modules' classes become torch's Parametrized… ones. state_dict and
-        deepcopy work; pickling the whole module does not, as for every torch parametrization. Call `accelerate` or
-        `clip_recurrence_` first, `constrain` afterwards.
+        deepcopy work; pickling the whole module does not, as for every torch parametrization.
 
     Raises:
         TypeError: module is no module, or scale no number.

@@ -6,9 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from unvanish import engine
+from unvanish.cells import State
 from unvanish.cures.layers import recurrent_modules
+from unvanish.flow.singular import orthonormal, orthonormalised
 from unvanish.flow.stack import full_jacobians, reading_order
-from unvanish.nn.modules import initial_states, layer_directions, time_major
+from unvanish.nn.modules import (
+    LayerDirection,
+    evaluating,
+    full_precision,
+    initial_states,
+    layer_directions,
+    run_layers,
+    time_major,
+)
 
 
 class GradientFlossing:
@@ -33,7 +43,7 @@ class GradientFlossing:
         n: how many exponents, from the largest; at most the size of the state. An LSTM's H smallest exponents are
             often −∞ or nearly so (h has no memory of its own): keep n ≤ H.
         every: steps between two QR decompositions; more is cheaper, until the columns of the product grow parallel.
-        warmup: steps read before averaging begins, in which Q turns towards the leading directions.
+        warmup: steps of each sample read before averaging begins, in which Q turns towards the leading directions.
         seed: of the first Q.
 
     Raises:
@@ -71,11 +81,16 @@ class GradientFlossing:
         """L for model(*args, **kwargs), a differentiable scalar.
 
         Raises:
-            ValueError: no recurrent layer ran, n exceeds its state, or warmup its steps.
+            ValueError: no recurrent layer ran, n exceeds its state, or a sample has no more than `warmup` steps.
             ArithmeticError: an exponent is −∞ or NaN: the Jacobians' product has no n directions left.
         """
         found = self.exponents(*args, **kwargs)
         for name, value in found.items():
+            if bool(value.isnan().any()):
+                raise ArithmeticError(
+                    f"{name}: an exponent is NaN, since input, weights or states are not finite; find where that was "
+                    "born with uv.watch"
+                )
             if not bool(value.isfinite().all()):
                 i = int((~value.isfinite()).any(0).nonzero()[0])
                 raise ArithmeticError(
@@ -85,12 +100,12 @@ class GradientFlossing:
         return torch.stack([value.square().mean() for value in found.values()]).mean()
 
     def exponents(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """λ `[B, n]` in nats per step, by layer name ("encoder.lstm.l0"), differentiable; samples in internal order.
+        """λ `[B, n]` in nats per step, by layer name ("encoder.lstm.l0"), differentiable; samples in the user's order.
 
         Raises:
-            ValueError: no recurrent layer ran, n exceeds its state, or warmup its steps.
+            ValueError: no recurrent layer ran, n exceeds its state, or a sample has no more than `warmup` steps.
         """
-        calls: list[tuple[str, Any, Any]] = []
+        calls: list[tuple[str, Any, Any, Any]] = []
         handles = [
             module.register_forward_pre_hook(self._listener(path, calls), with_kwargs=True)
             for path, module in self._modules.items()
@@ -103,51 +118,59 @@ class GradientFlossing:
         if not calls:
             raise ValueError("model: none of its recurrent layers ran on this input")
         found: dict[str, list[Tensor]] = {}
-        for path, x, hx in calls:
-            for name, value in self._spectra(self._modules[path], x, hx).items():
+        for path, *given in calls:
+            with full_precision():
+                spectra = self._spectra(self._modules[path], *given)
+            for name, value in spectra.items():
                 found.setdefault(f"{path}.{name}".removeprefix("."), []).append(value)
         return {name: torch.stack(values).mean(0) if len(values) > 1 else values[0] for name, values in found.items()}
 
-    def _listener(self, path: str, calls: list[tuple[str, Any, Any]]) -> Any:
+    def _listener(self, path: str, calls: list[tuple[str, Any, Any, Any]]) -> Any:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = args[0] if args else kwargs["input"]
-            calls.append((path, x, args[1] if len(args) > 1 else kwargs.get("hx")))
+            hx = args[1] if len(args) > 1 else kwargs.get("hx")
+            calls.append((path, x, hx, kwargs.get("lengths")))
 
         return before
 
-    def _spectra(self, module: nn.RNNBase, x: Any, hx: Any) -> dict[str, Tensor]:
-        inputs = time_major(module, x)
-        layers, states = layer_directions(module), initial_states(module, hx, inputs)
-        D = 2 if module.bidirectional else 1
-        below, found = inputs.x, {}
-        for first in range(0, len(layers), D):
-            traces = [
-                engine.trace(d.cell, below, state, d.weights, inputs.lengths, d.reverse)
-                for d, state in zip(layers[first : first + D], states[first : first + D], strict=True)
-            ]
-            below = torch.cat([tr.y for tr in traces], dim=-1)
-            found |= {d.name: self._spectrum(tr) for d, tr in zip(layers[first : first + D], traces, strict=True)}
-        return found
+    def _spectra(self, module: nn.RNNBase, x: Any, hx: Any, lengths: Any) -> dict[str, Tensor]:
+        inputs = time_major(module, x, lengths)
+        with evaluating(module):
+            layers = layer_directions(module)
+        # Autocast may have been given another dtype.
+        dtype = layers[0].weights.w_ih.dtype
+        states = [tuple(s.to(dtype) for s in state) for state in initial_states(module, hx, inputs)]
+
+        def run(d: LayerDirection, x: Tensor, state: State) -> engine.Trace:
+            return engine.trace(d.cell, x, state, d.weights, inputs.lengths, d.reverse)
+
+        traces = run_layers(layers, inputs.x.to(dtype), states, run)
+        spectra = [inputs.in_user_order(self._spectrum(tr), 0) for tr in traces]
+        return {d.name: spectrum for d, spectrum in zip(layers, spectra, strict=True)}
 
     def _spectrum(self, tr: engine.Trace) -> Tensor:
         T, B = tr.x.shape[:2]
         S = sum(s.shape[-1] for s in tr.final)
         if self.n > S:
             raise ValueError(f"n: expected at most {S}, the size of the state of this layer, got {self.n}")
-        if self.warmup >= T:
-            raise ValueError(f"warmup: expected fewer than the {T} steps of the input, got {self.warmup}")
-        start = torch.randn(S, self.n, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
-        q = torch.linalg.qr(start)[0].to(tr.x).expand(B, S, self.n)
-        total, counted, pending = q.new_zeros(B, self.n), q.new_zeros(B, 1), q.new_zeros(B, 1)
-        for number, t in enumerate(reading_order(tr)):
+        lengths = [T] if tr.active is None else tr.active.sum(0).flatten().tolist()
+        if self.warmup >= min(lengths):
+            raise ValueError(
+                f"warmup: expected fewer than the {min(lengths)} steps of the shortest sample, got {self.warmup}"
+            )
+        # Averaging starts with a freshly orthonormal Q, so the step before it is one of the decompositions.
+        decomposed = {T, *(self.warmup + (T - length if tr.reverse else 0) for length in lengths)}
+        q = orthonormal(B, S, self.n, self.seed, tr.x)
+        total, counted = q.new_zeros(B, self.n), q.new_zeros(B, 1)
+        read, pending = torch.zeros_like(counted), torch.zeros_like(counted)
+        for number, t in enumerate(reading_order(tr), start=1):
             q = full_jacobians(tr, t) @ q
             pending = pending + (1.0 if tr.active is None else tr.active[t].to(q))
-            # Averaging starts with a freshly orthonormal Q, so the step before it is one of the decompositions.
-            if (number + 1) % self.every and number + 1 not in (self.warmup, T):
+            if number % self.every and number not in decomposed:
                 continue
-            q, r = torch.linalg.qr(q)
-            if number >= self.warmup:
-                total = total + r.diagonal(dim1=-2, dim2=-1).abs().log()
-                counted = counted + pending
-            pending = torch.zeros_like(pending)
-        return total / counted.clamp_min(1)
+            q, r = orthonormalised(q)
+            warm = read >= self.warmup
+            total = total + torch.where(warm, r.diagonal(dim1=-2, dim2=-1).abs(), 1.0).log()
+            counted = counted + torch.where(warm, pending, 0.0)
+            read, pending = read + pending, torch.zeros_like(pending)
+        return total / counted

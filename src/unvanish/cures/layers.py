@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unvanish.cells import CELLS, Cell, Weights
-
-RecurrentModule = nn.RNNBase | nn.RNNCellBase
+from unvanish.nn.modules import RecurrentModule, cell_of
 
 M = TypeVar("M", bound=nn.Module)
 """A cure returns the very module it was given."""
@@ -35,11 +34,6 @@ class Layer:
     def label(self) -> str:
         """How an error names this layer."""
         return f"{self.path or type(self.module).__name__}{self.suffix}"
-
-    @property
-    def reverse(self) -> bool:
-        """Whether it reads from the last step to the first."""
-        return self.suffix.endswith("_reverse")
 
     def has(self, name: str) -> bool:
         """Whether the module has `name`, one of "weight_hh", "bias_ih", …, for this layer."""
@@ -71,21 +65,6 @@ class Layer:
     def blocks(self, tensor: Tensor) -> dict[str, Tensor]:
         """Gate name → its rows of a stacked weight or bias; views."""
         return dict(zip(self.cell.gates, tensor.chunk(len(self.cell.gates), dim=0), strict=True))
-
-
-def cell_of(module: RecurrentModule) -> Cell:
-    """The mathematics of a recurrent module.
-
-    Raises:
-        TypeError: it is none of torch's RNN, LSTM, GRU and their cells.
-    """
-    if isinstance(module, nn.LSTM | nn.LSTMCell):
-        return CELLS["lstm"]
-    if isinstance(module, nn.GRU | nn.GRUCell):
-        return CELLS["gru"]
-    if isinstance(module, nn.RNN | nn.RNNCell):
-        return CELLS[f"rnn_{module.nonlinearity}"]
-    raise TypeError(f"module: expected torch's RNN, LSTM, GRU or one of their cells, got {type(module).__name__}")
 
 
 def recurrent_modules(model: nn.Module, cure: str) -> dict[str, RecurrentModule]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
 from unvanish.cells import LSTM, Cell, State, Weights
@@ -14,12 +14,16 @@ from unvanish.cures.layers import layers_of, recurrent_modules
 from unvanish.flow.stack import reading_order
 from unvanish.nn.modules import (
     LayerDirection,
-    TimeMajor,
+    as_states,
+    detached_call,
     dropout_masks,
+    evaluating,
+    final_error,
+    full_precision,
     hear_gradient,
-    initial_states,
     layer_directions,
-    time_major,
+    output_error,
+    run_layers,
 )
 
 
@@ -30,6 +34,7 @@ class _Call:
     module: Any
     x: Any
     hx: Any
+    lengths: Any
     rng: Tensor | None
     """the generator before the call, where it drew dropout"""
     attached: bool
@@ -136,7 +141,8 @@ class Omega:
                 "Omega: no error came back to a recurrent layer; call the model and loss.backward() inside the `with`"
             )
         # The sum of many small numbers: in float64, then in the weights' own dtype.
-        parts = [self._of_cell(c) if isinstance(c.module, nn.RNNCellBase) else self._of_module(c) for c in heard]
+        with full_precision():
+            parts = [self._of_cell(c) if isinstance(c.module, nn.RNNCellBase) else self._of_module(c) for c in heard]
         return torch.stack(parts).sum().to(next(heard[0].module.parameters()).dtype)
 
     def _before(self, module: Any, args: Any, kwargs: Any) -> None:
@@ -144,12 +150,12 @@ class Omega:
             return
         x = args[0] if args else kwargs["input"]
         hx = args[1] if len(args) > 1 else kwargs.get("hx")
-        given = () if hx is None else hx if isinstance(hx, tuple | list) else (hx,)
         draws = isinstance(module, nn.RNNBase) and module.training and module.dropout > 0 and module.num_layers > 1
         if draws and next(module.parameters()).device.type != "cpu":
             raise RuntimeError("Omega: dropout drawn inside cuDNN can't be drawn again; use one module per layer")
         rng = torch.get_rng_state() if draws else None
-        self._calls.append(_Call(module, _detached(x), _detached(hx), rng, any(s.requires_grad for s in given)))
+        attached = any(s.requires_grad for s in as_states(hx))
+        self._calls.append(_Call(module, _detached(x), _detached(hx), kwargs.get("lengths"), rng, attached))
 
     def _after(self, module: Any, args: Any, output: Any) -> None:
         if not torch.is_grad_enabled():
@@ -157,27 +163,27 @@ class Omega:
         call = next(c for c in reversed(self._calls) if c.module is module)
         call.output = _detached(output)
         if isinstance(module, nn.RNNCellBase):
-            states = output if isinstance(output, tuple) else (output,)
+            states = as_states(output)
             call.fused = len(states) == 2 and states[0].grad_fn is states[1].grad_fn
             call.listen(states)
         else:
             y, final = output
             y = y.data if isinstance(y, PackedSequence) else y
-            call.listen((y, *final) if isinstance(final, tuple) else (y, final))
+            call.listen((y, *as_states(final)))
 
     def _of_cell(self, call: _Call) -> Tensor:
         """One step of a loop. Its δ are the outputs' own: autograd has summed every use of them."""
-        (layer,) = layers_of(call.module)
-        w, zero = layer.weights(), torch.zeros((), dtype=torch.float64, device=call.x.device)
         if not call.attached:
-            return zero
-        batched = [s.unsqueeze(0) if s.dim() == 1 else s for s in _states(call.hx)]
-        x = call.x.unsqueeze(0) if call.x.dim() == 1 else call.x
+            return torch.zeros((), dtype=torch.float64, device=call.x.device)
+        (layer,) = layers_of(call.module)
+        with evaluating(call.module):
+            w = layer.weights()
+        x, *batched = (v.to(w.w_ih.dtype).reshape(-1, v.shape[-1]) for v in (call.x, *as_states(call.hx)))
         with torch.no_grad():
             _, saved = layer.cell.step(layer.cell.project(x, w), tuple(batched), w)
             d = [
-                call.errors.get(i, torch.zeros_like(s)).reshape(batched[0].shape)
-                for i, s in enumerate(_states(call.output))
+                call.errors.get(i, torch.zeros_like(s)).to(x.dtype).reshape(batched[0].shape)
+                for i, s in enumerate(as_states(call.output))
             ]
             if isinstance(layer.cell, LSTM) and not call.fused:
                 d[1] = d[1] - d[0] * layer.cell.exposure(saved)
@@ -187,14 +193,19 @@ class Omega:
         """Every layer and direction of one call, from the last to the first."""
         module = call.module
         # With gradients enabled: a parametrized weight is computed here.
-        layers = layer_directions(module)
+        with evaluating(module):
+            layers = layer_directions(module)
         with torch.no_grad():
-            inputs = time_major(module, call.x)
+            inputs, states = detached_call(module, call.x, call.hx, call.lengths)
             masks = dropout_masks(module, inputs, call.rng)
-            traces = _forward(layers, inputs, initial_states(module, call.hx, inputs), masks)
+
+            def run(layer: LayerDirection, x: Tensor, state: State) -> engine.Trace:
+                return engine.trace(layer.cell, x, state, layer.weights.detach(), inputs.lengths, layer.reverse)
+
+            traces = run_layers(layers, inputs.x, states, run, masks)
         D = 2 if module.bidirectional else 1
-        dy = _output_error(module, call)
-        dfinal = [_final_error(inputs, call.errors.get(i + 1)) for i in range(len(traces[0].final))]
+        dy = output_error(module, inputs, call.errors.get(0))
+        dfinal = [final_error(inputs, call.errors.get(i + 1)) for i in range(len(traces[0].final))]
         total = torch.zeros((), dtype=torch.float64, device=inputs.x.device)
         for first in range(len(layers) - D, -1, -D):
             below = []
@@ -227,10 +238,6 @@ class Omega:
         return torch.where(present, deviation**2, 0.0).sum() / norm.shape[-1]
 
 
-def _states(hx: Any) -> tuple[Tensor, ...]:
-    return tuple(hx) if isinstance(hx, tuple | list) else (hx,)
-
-
 def _detached(value: Any) -> Any:
     if isinstance(value, PackedSequence):
         return value._replace(data=value.data.detach())
@@ -257,39 +264,3 @@ def _counted(tr: engine.Trace) -> Tensor:
         return on & (torch.arange(T, device=on.device)[:, None] < lengths - 1)
     on[next(reading_order(tr))] = False
     return on
-
-
-def _forward(
-    layers: list[LayerDirection], inputs: TimeMajor, states: list[State], masks: list[Tensor]
-) -> list[engine.Trace]:
-    D = 2 if any(layer.reverse for layer in layers) else 1
-    x, traces = inputs.x, []
-    for first in range(0, len(layers), D):
-        if first and masks:
-            x = x * masks[first // D - 1]
-        here = [
-            engine.trace(layer.cell, x, state, layer.weights.detach(), inputs.lengths, layer.reverse)
-            for layer, state in zip(layers[first : first + D], states[first : first + D], strict=True)
-        ]
-        traces += here
-        x = torch.cat([tr.y for tr in here], dim=-1)
-    return traces
-
-
-def _output_error(module: nn.RNNBase, call: _Call) -> Tensor | None:
-    """∂E/∂y `[T, B, D·R]` in internal order."""
-    dy = call.errors.get(0)
-    if dy is None:
-        return None
-    if isinstance(call.x, PackedSequence):
-        return pad_packed_sequence(PackedSequence(dy, call.x.batch_sizes))[0]
-    return time_major(module, dy).x
-
-
-def _final_error(inputs: TimeMajor, d: Tensor | None) -> Tensor | None:
-    """∂E/∂(final state) `[L·D, B, ·]` in internal order."""
-    if d is None:
-        return None
-    if d.dim() == 2:
-        return d.unsqueeze(1)
-    return d if inputs.order is None else d.index_select(1, inputs.order)

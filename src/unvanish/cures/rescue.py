@@ -98,7 +98,7 @@ def rescue_(
             try:
                 for place, b in enumerate(biases):
                     _rescue_layer(lstm, place, b, x, lag, target, hx)
-            except Exception:
+            except BaseException:
                 for b, old in zip(biases, before, strict=True):
                     b.copy_(old)
                 raise

@@ -8,9 +8,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
-from unvanish.cells import GRU, LSTM, Weights
-from unvanish.flow.stack import saved_at
-from unvanish.nn.modules import LayerDirection, TimeMajor, initial_states, layer_directions, time_major
+from unvanish.cells import GRU, LSTM, State
+from unvanish.flow.stack import check_input, reading_order, saved_at
+from unvanish.nn.modules import (
+    LayerDirection,
+    TimeMajor,
+    evaluating,
+    initial_states,
+    layer_directions,
+    run_layers,
+    time_major,
+)
 
 Paths = Literal["carry", "exact"]
 
@@ -85,14 +93,14 @@ def log_survival(window: Window, paths: Paths) -> float:
         log_square = 2 * window.log_carry.sum(0)
         return 0.5 * float(log_square.flatten().logsumexp(0) - math.log(log_square.numel()))
     tr = window.trace
-    T, B = window.inside.shape
+    B = window.inside.shape[1]
     sizes = [s.shape[-1] for s in tr.final]
     H, dtype = sizes[-1], tr.x.dtype
     # One error per unit of c_k, all carried back at once: rows [H, B, ·].
     start = torch.eye(H, dtype=dtype, device=tr.x.device).unsqueeze(1).expand(H, B, H)
     d = (start,) if isinstance(tr.cell, GRU) else (start.new_zeros(H, B, sizes[0]), start)
     log_scale = torch.zeros(B, dtype=dtype, device=tr.x.device)
-    for t in range(T) if tr.reverse else reversed(range(T)):
+    for t in reversed(list(reading_order(tr))):
         inside = window.inside[t].view(1, B, 1)
         if not bool(inside.any()):
             continue
@@ -114,44 +122,32 @@ def windows(layer: nn.RNNBase, x: Tensor | PackedSequence, lag: int, hx: Any) ->
         TypeError, ValueError: as `survival`.
     """
     inputs, states, directions = _checked(layer, x, lag, hx)
-    D = 2 if layer.bidirectional else 1
-    below, found = inputs.x, []
-    for first in range(0, len(directions), D):
-        here = [
-            traced(d, inputs._replace(x=below), states[first + i], lag)
-            for i, d in enumerate(directions[first : first + D])
-        ]
-        below = torch.cat([window.trace.y for window in here], dim=-1)
-        found += zip(directions[first : first + D], here, strict=True)
-    return found
-
-
-def traced(d: LayerDirection, inputs: TimeMajor, state: Any, lag: int) -> Window:
-    """One layer and direction over its input `inputs.x`."""
-    tr = engine.trace(d.cell, inputs.x, state, d.weights, inputs.lengths, d.reverse)
     T, B = inputs.x.shape[:2]
     lengths = torch.full((B,), T, device=inputs.x.device) if inputs.lengths is None else inputs.lengths
     steps = torch.arange(T, device=inputs.x.device)[:, None]
-    inside = steps < lag if d.reverse else (steps >= lengths - lag) & (steps < lengths)
-    return Window(tr, inside.expand(T, B))
+    first, last = (steps < lag).expand(T, B), ((steps >= lengths - lag) & (steps < lengths)).expand(T, B)
+
+    def run(d: LayerDirection, x: Tensor, state: State) -> engine.Trace:
+        return engine.trace(d.cell, x, state, d.weights, inputs.lengths, d.reverse)
+
+    traces = run_layers(directions, inputs.x, states, run)
+    return [(d, Window(tr, first if d.reverse else last)) for d, tr in zip(directions, traces, strict=True)]
 
 
 def _checked(layer: nn.RNNBase, x: Any, lag: int, hx: Any) -> tuple[TimeMajor, list[Any], list[LayerDirection]]:
     if not isinstance(layer, nn.LSTM | nn.GRU):
         raise TypeError(f"layer: expected nn.LSTM or nn.GRU, whose state has a carry, got {type(layer).__name__}")
     inputs = time_major(layer, x)
-    if inputs.x.shape[-1] != layer.input_size:
-        raise ValueError(f"x: expected {layer.input_size} features, got {inputs.x.shape[-1]}")
+    check_input(layer, inputs)
+    if not bool(inputs.x.isfinite().all()):
+        raise ValueError("x: expected finite numbers, got a NaN or infinity, after which no state survives")
     shortest = inputs.x.shape[0] if inputs.lengths is None else int(inputs.lengths.min())
     if isinstance(lag, bool) or not isinstance(lag, int) or not 1 <= lag <= shortest:
         raise ValueError(f"lag: expected 1 to {shortest} steps, those of the shortest sample of x, got {lag!r}")
     states = [tuple(s.detach().double() for s in state) for state in initial_states(layer, hx, inputs)]
-    directions = [d._replace(weights=_double(d.weights)) for d in layer_directions(layer)]
+    with evaluating(layer):
+        directions = [d._replace(weights=d.weights.detach().to(torch.float64)) for d in layer_directions(layer)]
     for d in directions:
         if not all(bool(w.isfinite().all()) for w in d.weights if w is not None):
             raise ValueError(f"layer: a weight of {d.name} holds NaN or infinity")
     return inputs._replace(x=inputs.x.detach().double()), states, directions
-
-
-def _double(w: Weights) -> Weights:
-    return Weights(*(None if v is None else v.detach().double() for v in w))  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
 from unvanish.engine import manual, native, recording, reference
+from unvanish.engine.checks import check_errors, check_layer, whole_lengths
 from unvanish.engine.sequence import transform
 
 RUNGS = {"native": native.run, "manual": manual.run, "reference": reference.run}
@@ -101,7 +102,8 @@ def run(
         state: initial (h `[B, R]`,) or (h, c `[B, H]`).
         w: the weights.
         lengths: `[B]`, the number of steps of each sample; None: T for all. After its last step a sample's state is
-        held and y is 0. reverse: read from the last step to the first; y stays in input order.
+            held and y is 0; what x holds there is not read.
+        reverse: read from the last step to the first; y stays in input order.
         clip: the largest 2-norm, per sample, of the error handed from one step to the one before; None: unbounded.
         rung: force "native", "manual" or "reference"; None: the fastest that supports the call.
         record: hears how the gates were and how large the error is; on the native rung, where gradients are enabled.
@@ -110,12 +112,13 @@ def run(
         y `[T, B, R]` and the final state.
 
     Raises:
-        ValueError: a shape does not fit, or `rung` or `clip` is not valid.
+        ValueError: a shape or `lengths` does not fit, or `rung` or `clip` is not valid.
         RuntimeError: states, weights and x differ in dtype or device; the forced rung can't run this input, or the one
             that runs can't record.
     """
-    _check(cell, x, state, w)
-    if clip is not None and not (isinstance(clip, int | float) and clip > 0):
+    check_layer(cell, x, state, w)
+    lengths = None if lengths is None else whole_lengths(lengths, x)
+    if clip is not None and (isinstance(clip, bool) or not (isinstance(clip, int | float) and clip > 0)):
         raise ValueError(f"clip: expected a positive norm or None, got {clip!r}")
     runs = explain(x, rung).rung
     if record is None:
@@ -125,33 +128,12 @@ def run(
     return recording.run_recorded(record, cell, x, state, w, lengths, reverse, clip)
 
 
-def _check(cell: Cell, x: Tensor, state: State, w: Weights) -> None:
-    """The kernels read raw memory, so nothing may differ from what they take it for."""
-    if x.dim() != 3 or x.shape[0] == 0:
-        raise ValueError(f"x: expected [T, B, I] with T ≥ 1, got {tuple(x.shape)}")
-    if x.shape[-1] != w.w_ih.shape[-1]:
-        raise ValueError(f"x: expected {w.w_ih.shape[-1]} features (w_ih is {tuple(w.w_ih.shape)}), got {x.shape[-1]}")
-    if len(state) != len(cell.states):
-        raise ValueError(f"state: expected {', '.join(cell.states)}, got {len(state)} tensors")
-    (_, B, I), GH, R = x.shape, w.w_ih.shape[0], w.w_hh.shape[1]
-    H = GH // len(cell.gates)
-    states = zip(("h_0", "c_0"), state, ((B, R), (B, H)), strict=False)
-    weights = zip(w._fields, w, ((GH, I), (GH, R), (GH,), (GH,), (R, H)), strict=True)
-    for name, v, shape in (*states, *weights):
-        if v is None:
-            continue
-        if v.shape != shape:
-            raise ValueError(f"{name}: expected {shape}, got {tuple(v.shape)}")
-        if v.dtype != x.dtype or v.device != x.device:
-            here, there = f"{x.dtype} on {x.device}", f"{v.dtype} on {v.device}"
-            raise RuntimeError(f"{name}: expected {here}, as the input, got {there}; convert one of them")
-
-
 def trace(
     cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None = None, reverse: bool = False
 ) -> manual.Trace:
     """`run` with every state and gate kept. Differentiable, on the manual rung, where an input requires gradients."""
-    _check(cell, x, state, w)
+    check_layer(cell, x, state, w)
+    lengths = None if lengths is None else whole_lengths(lengths, x)
     inputs = (x, *state, *w)
     differentiable = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
     if differentiable or explain(x).rung != "native":
@@ -162,5 +144,11 @@ def trace(
 def adjoint(
     tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None = None
 ) -> manual.Flow:
-    """δ at every step of a trace, from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero."""
+    """δ at every step of a trace, from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero.
+
+    Raises:
+        ValueError: a shape is not that of the output.
+        RuntimeError: a dtype or device is not that of the input.
+    """
+    check_errors(tr.x, tr.y, tr.final, dy, dfinal)
     return (manual if tr.kept is None else native).adjoint(tr, dy, dfinal, clip)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unvanish.cells import LSTM, Cell, State, Weights
 from unvanish.engine import reference
-from unvanish.engine.sequence import active_steps, clip_rows, steps
+from unvanish.engine.sequence import active_steps, clip_rows, steps, without_padding
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Trace:
     cell: Cell
     weights: Weights
     x: Tensor
-    """[T, B, I]"""
+    """[T, B, I], 0 at inactive steps"""
     y: Tensor
     """[T, B, R], 0 at inactive steps"""
     final: State
@@ -58,6 +58,7 @@ def trace(
     """Run forward and keep every state and gate."""
     T = x.shape[0]
     active = active_steps(lengths, T, x.device)
+    x = without_padding(x, active)
     projected = cell.project(x, w)
     y: list[Tensor] = [state[0]] * T
     saved: list[Any] = [None] * T
@@ -137,7 +138,7 @@ class _Manual(torch.autograd.Function):
             found = reference.gradients(cell, x, state, w, lengths, ctx.reverse, ctx.clip, dy, tuple(dfinal))
             return None, None, None, None, *found
         final = tuple(torch.empty_like(s) for s in state)
-        tr = Trace(cell, w, x, x, final, ctx.saved_type(*saved), active, ctx.reverse)
+        tr = Trace(cell, w, without_padding(x, active), x, final, ctx.saved_type(*saved), active, ctx.reverse)
         flow = adjoint(tr, dy, tuple(dfinal), ctx.clip)
         dx = flow.da @ w.w_ih if ctx.needs_input_grad[4] else None
         return None, None, None, None, dx, *flow.dinitial, *weight_gradients(tr, flow)

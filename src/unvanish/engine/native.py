@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unvanish.cells import CELLS, Cell, State, Weights
 from unvanish.engine import manual, reference
-from unvanish.engine.sequence import Sorted, active_steps, sort, transform
+from unvanish.engine.sequence import Sorted, active_steps, sort, transform, without_padding
 
 try:
     from unvanish import _native
@@ -43,8 +43,14 @@ def obstacle(x: Tensor) -> str | None:
 
 
 def isa(dtype: torch.dtype = torch.float32) -> str:
-    """The instruction set whose kernels run here: "avx512", "avx2" or "baseline"; UNVANISH_ISA forces one."""
-    return os.environ.get("UNVANISH_ISA") or getattr(_native, f"isa_{_SUFFIX[dtype]}")()
+    """The instruction set whose kernels run here: "avx512", "avx2" or "baseline"; UNVANISH_ISA forces one.
+
+    Raises:
+        RuntimeError: the kernels are not built.
+    """
+    if MISSING:
+        raise RuntimeError(f"isa: no kernels run here, {MISSING}")
+    return _forced_isa() or _call("isa", dtype)()
 
 
 class Layout(NamedTuple):
@@ -348,6 +354,7 @@ def trace(
     if cell.name == "lstm":
         fields.append(states[1])
     saved = cell.Saved(*before, *fields)  # type: ignore[attr-defined]
+    x = without_padding(x, active)
     return manual.Trace(cell, w, x, states[0], final, saved, active, reverse, _Kept(given, y, gates, cells))
 
 

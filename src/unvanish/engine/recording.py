@@ -12,6 +12,7 @@ from torch._C import _autograd
 
 from unvanish.cells import Cell, State, Weights
 from unvanish.engine import manual, native, reference
+from unvanish.engine.checks import check_errors, check_layer, whole_lengths
 from unvanish.engine.sequence import sort
 
 SATURATED = 0.05
@@ -68,6 +69,8 @@ class Pass:
     """One layer and direction run forward, outside any graph, ready to be measured on the way back."""
 
     def __init__(self, cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None, reverse: bool) -> None:
+        check_layer(cell, x, state, w)
+        lengths = None if lengths is None else whole_lengths(lengths, x)
         self.cell, self.x, self.state, self.weights = cell, x, state, w
         self.lengths, self.reverse = lengths, reverse
         self._given = sort(x, state, lengths)
@@ -87,6 +90,7 @@ class Pass:
         self, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None, want_dx: bool
     ) -> tuple[Tensor | None, Norms, Weights]:
         """(∂E/∂x, norms, ∂E/∂W) from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero."""
+        check_errors(self.x, self.y, self.final, dy, dfinal)
         order = None if self._back is None else torch.argsort(self._back)
         dh, dc = (*(_contiguous(d, 0, order) for d in dfinal), None)[:2]
         saved: Any = (*self._inputs, self._y, *self._kept)

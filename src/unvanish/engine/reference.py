@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine.sequence import active_steps, clip_rows, steps
+from unvanish.engine.sequence import active_steps, clip_rows, steps, without_padding
 
 
 class _ClipError(torch.autograd.Function):
@@ -35,7 +35,7 @@ def run(
     """(y, final state) for x `[T, B, I]`; see `unvanish.engine.run`."""
     T = x.shape[0]
     active = active_steps(lengths, T, x.device)
-    projected = cell.project(x, w)
+    projected = cell.project(without_padding(x, active), w)
     y: list[Tensor] = [state[0]] * T
     for t in steps(T, reverse):
         previous = state

@@ -22,6 +22,11 @@ def active_steps(lengths: Tensor | None, T: int, device: torch.device) -> Tensor
     return (steps[:, None] < lengths.to(device)[None, :]).unsqueeze(-1)
 
 
+def without_padding(x: Tensor, active: Tensor | None) -> Tensor:
+    """x `[T, B, I]`, 0 where a sample has no input: a NaN that stands there would come back as 0 · NaN."""
+    return x if active is None else torch.where(active, x, 0.0)
+
+
 def steps(T: int, reverse: bool) -> Iterator[int]:
     """0 … T−1 in the order in which the layer reads them."""
     return iter(range(T - 1, -1, -1) if reverse else range(T))
@@ -48,7 +53,7 @@ def sort(x: Tensor, state: State, lengths: Tensor | None) -> Sorted:
     """Longest samples first, where they are not."""
     if lengths is None:
         return Sorted(x, state, None, None)
-    lengths = lengths.to("cpu", torch.int64)
+    lengths = lengths.cpu()
     if bool((lengths[:-1] >= lengths[1:]).all()):
         return Sorted(x, state, lengths.contiguous(), None)
     sorted_lengths, order = lengths.sort(descending=True, stable=True)

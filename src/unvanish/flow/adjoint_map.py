@@ -7,7 +7,7 @@ All sources are rows of one matrix product per step. Each row carries its own ex
 where the norm itself has left the range of floating point numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
@@ -21,6 +21,7 @@ from unvanish.flow.backwards import HELD_ELEMENTS, arriving_at, log_norms_direct
 from unvanish.flow.collapsed import log_norms_collapsed
 from unvanish.flow.files import Record
 from unvanish.flow.stack import Stack, run_stack
+from unvanish.nn.modules import full_precision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,6 +73,7 @@ class AdjointMap(Record):
 
 
 @torch.no_grad()
+@full_precision()
 def adjoint_map(
     layer: nn.RNNBase,
     x: Tensor | PackedSequence,
@@ -125,7 +127,7 @@ def adjoint_map(
         measure = log_norms_collapsed if K >= MANY and tr.weights.w_hr is None else log_norms_directly
         parts.append(measure(tr, K, entering, tr.cell.states.index(chosen)))
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    log_norms = stack.in_user_order(whole, 2)
+    log_norms = stack.inputs.in_user_order(whole, 2)
     return AdjointMap(log_norms.cpu(), tuple(steps), chosen, stack.layers[place].name)
 
 
@@ -139,13 +141,14 @@ def _state(state: str | None, tr: engine.Trace) -> str:
 
 
 def _sources(sources: Literal["all"] | int | Sequence[int], T: int) -> list[int]:
-    if sources == "all":
+    if isinstance(sources, str) and sources == "all":
         return list(range(T))
-    if isinstance(sources, int):
-        if not 1 <= sources <= T:
-            raise ValueError(f"sources: expected a count from 1 to {T}, the steps, got {sources}")
-        return sorted({round(T - 1 - i * T / sources) for i in range(sources)})
-    if isinstance(sources, str):
+    if isinstance(sources, SupportsIndex) and not isinstance(sources, Iterable):
+        count = index(sources)
+        if not 1 <= count <= T:
+            raise ValueError(f"sources: expected a count from 1 to {T}, the steps, got {count}")
+        return sorted({round(T - 1 - i * T / count) for i in range(count)})
+    if isinstance(sources, str) or not isinstance(sources, Iterable):
         raise ValueError(f"sources: expected 'all', a count or a list of steps, got {sources!r}")
     if not all(isinstance(k, SupportsIndex) for k in sources):
         raise ValueError(f"sources: expected whole numbers, got {list(sources)}")
@@ -175,4 +178,4 @@ def _cotangents(stack: Stack, given: Tensor | None, K: int, B: int, place: int, 
         given = torch.cat([zero, given] if direction else [given, zero], dim=-1)
     if given.shape != (K, B, D * R):
         raise ValueError(f"cotangent: expected [K, B, D·R] = {(K, B, D * R)}, got {tuple(given.shape)}")
-    return stack.in_internal_order(given.detach(), 1)
+    return stack.inputs.in_internal_order(given.detach(), 1)

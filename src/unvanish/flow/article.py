@@ -83,7 +83,7 @@ def article_product(stack: Stack, tr: engine.Trace, probes: int | None, seed: in
         later = t
     if tr.active is not None:
         out = torch.where(tr.active.squeeze(-1), out, torch.nan)
-    return Article(*stack.in_user_order(out, 2).cpu())
+    return Article(*stack.inputs.in_user_order(out, 2).cpu())
 
 
 def _rows(H: int, probes: int | None, seed: int, like: Tensor) -> Tensor:

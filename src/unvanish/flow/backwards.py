@@ -218,4 +218,4 @@ def checked_error(stack: Stack, error: Tensor) -> Tensor:
         raise ValueError(f"error: expected [T, B, D·R] = {expected}, got {tuple(error.shape)}")
     if error.dtype != y.dtype:
         raise ValueError(f"error: expected the layer's dtype {y.dtype}, got {error.dtype}")
-    return stack.in_internal_order(error.detach(), 1)
+    return stack.inputs.in_internal_order(error.detach(), 1)

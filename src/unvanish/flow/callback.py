@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from unvanish.flow.adjoint_map import adjoint_map
 from unvanish.flow.reach import Decay, decay
-from unvanish.nn.modules import layer_directions
+from unvanish.nn.modules import evaluating, layer_directions, time_major
 
 
 class _Heard(NamedTuple):
@@ -88,7 +88,7 @@ class GradientFlow(lightning.Callback):
         self._measured = trainer.global_step
         curves = _gather({name: curve for layer in self._heard for name, curve in self._measure(layer)})
         self._heard.clear()
-        middle = {name: curve.nanmedian(1).values for name, curve in curves.items()}
+        middle = {name: _middle(curve) for name, curve in curves.items()}
         self.latest = {name: _decay(curve, self.fraction) for name, curve in middle.items()}
         if trainer.is_global_zero:
             self._log(trainer, middle)
@@ -126,13 +126,14 @@ class GradientFlow(lightning.Callback):
         """Of each layer and direction: its name and ln‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0, `[T, B]`, T each sample's own
         last step; NaN beyond its length."""
         layer, (x, hx) = self._layers[name], self._heard[name]
-        lengths = _lengths(layer, x)
-        found = []
-        for place in layer_directions(layer):
+        lengths, unit, found = _lengths(layer, x), self._error(layer), []
+        with evaluating(layer):
+            places = layer_directions(layer)
+        for place in places:
             last = torch.zeros_like(lengths) if place.reverse else lengths - 1
             sources = sorted(set(last.tolist()))
             made = torch.tensor(sources)[:, None] == last[None, :]
-            error = self._error(layer).expand(*made.shape, -1) * made.unsqueeze(-1).to(self._error(layer))
+            error = unit * made.unsqueeze(-1).to(unit)
             found_map = adjoint_map(layer, x, hx, sources=sources, at=place.name, cotangent=error)
             curves = torch.full((int(lengths.max()), len(lengths)), torch.nan, dtype=torch.float64)
             for b, (k, length) in enumerate(zip(last.tolist(), lengths.tolist(), strict=True)):
@@ -200,7 +201,7 @@ def _lengths(layer: nn.RNNBase, x: Tensor | PackedSequence) -> Tensor:
     """[B] in the user's order."""
     if isinstance(x, PackedSequence):
         return pad_packed_sequence(x)[1]
-    T, B = (len(x), 1) if x.dim() == 2 else x.transpose(0, 1).shape[:2] if layer.batch_first else x.shape[:2]
+    T, B = time_major(layer, x).x.shape[:2]
     return torch.full((B,), T)
 
 
@@ -216,6 +217,13 @@ def _gather(curves: dict[str, Tensor]) -> dict[str, Tensor]:
         name: torch.cat([pad(c[name], (0, 0, 0, T[name] - len(c[name])), value=torch.nan) for c in everyone], dim=1)
         for name in curves
     }
+
+
+def _middle(curves: Tensor) -> Tensor:
+    """The median over the samples that an error enters, `[T]`, as far as the longest of these reaches."""
+    middle = curves.nanmedian(1).values
+    reached = int((~middle.isnan()).sum())
+    return middle[:reached] if reached else middle
 
 
 def _decay(curve: Tensor, fraction: float) -> Decay:

@@ -19,7 +19,7 @@ from torch import Tensor
 from unvanish import engine
 from unvanish.cells import LSTM
 from unvanish.flow.backwards import Entering, Some, hull, masked
-from unvanish.flow.exponents import EMPTY, renormalisation, scale_by_power_of_two_, times_power_of_two
+from unvanish.flow.exponents import EMPTY, log_norms, renormalisation, scale_by_power_of_two_, times_power_of_two
 from unvanish.flow.stack import reading_order
 
 BLOCK_ELEMENTS = 2**19
@@ -61,7 +61,7 @@ def log_norms_collapsed(tr: engine.Trace, K: int, entering: Entering, state: int
     T, B, H = *tr.x.shape[:2], tr.y.shape[-1]
     h, spare, *c = tr.x.new_zeros(1 + len(tr.final), B, K, H).unbind()
     exponent = torch.full((B, K), EMPTY, dtype=torch.float64, device=tr.x.device)
-    norms, exponents = torch.zeros(2, T, B, K, dtype=torch.float64, device=tr.x.device).unbind()
+    logs = torch.full((T, B, K), -torch.inf, dtype=torch.float64, device=tr.x.device)
     begun: slice | None = None
     for number, (t, step) in enumerate(_transfers(tr)):
         new = entering(t)
@@ -73,8 +73,7 @@ def log_norms_collapsed(tr: engine.Trace, K: int, entering: Entering, state: int
         rows, after, parts = h[:, begun], spare[:, begun], [v[:, begun] for v in c]
         for part, path in zip(parts, step.cell, strict=True):
             part.addcmul_(rows, path.exposure)
-        norm, tame = _norms((rows, *parts)[state])
-        norms[t, :, begun], exponents[t, :, begun] = norm, exponent[:, begun]
+        logs[t, :, begun], tame = _log_norms((rows, *parts)[state], exponent[:, begun])
         if not tame or number % SCALED_EVERY == 0:
             shift, exponent[:, begun] = renormalisation((rows, *parts), exponent[:, begun])
             for v in (rows, *parts):
@@ -84,12 +83,12 @@ def log_norms_collapsed(tr: engine.Trace, K: int, entering: Entering, state: int
             after.baddbmm_(part, path.into_h)
             part.mul_(path.carry)
         h, spare = spare, h
-    found = norms.log_().add_(exponents, alpha=math.log(2)).permute(2, 0, 1)
+    found = logs.permute(2, 0, 1)
     return found if tr.active is None else torch.where(tr.active.squeeze(-1), found, -torch.inf)
 
 
-def _norms(v: Tensor) -> tuple[Tensor, bool]:
-    """2-norms over the last axis, and whether all are tame.
+def _log_norms(v: Tensor, exponent: Tensor) -> tuple[Tensor, bool]:
+    """As `log_norms`, and whether all norms of v are tame.
 
     Tame norms have squares well inside v's own range; float64, which costs several times as much, is for the others.
     """
@@ -97,8 +96,8 @@ def _norms(v: Tensor) -> tuple[Tensor, bool]:
         norm = torch.linalg.vector_norm(v, dim=-1)
         low, high = norm.aminmax()
         if float(low) > 1 / TAME and float(high) < TAME:
-            return norm, True
-    return torch.linalg.vector_norm(v, dim=-1, dtype=torch.float64), False
+            return norm.double().log() + exponent * math.log(2), True
+    return log_norms(v, exponent), False
 
 
 def _enter(

@@ -21,9 +21,10 @@ from unvanish import engine
 from unvanish.cells import LSTM
 from unvanish.flow.article import Article, article_product
 from unvanish.flow.backwards import flow_at
-from unvanish.flow.exponents import log_norms
+from unvanish.flow.exponents import Rows, log_norms, times_power_of_two
 from unvanish.flow.files import Record
 from unvanish.flow.stack import Stack, run_stack
+from unvanish.nn.modules import full_precision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,6 +102,7 @@ class StateTerms(Record):
 
 
 @torch.no_grad()
+@full_precision()
 def decompose(
     layer: nn.RNNBase,
     x: Tensor | PackedSequence,
@@ -145,15 +147,17 @@ def decompose(
     parts = [_one_step_earlier(v, tr) for v in _terms(tr, flow)]
     exponent = _one_step_earlier(exponent, tr)
     total = torch.stack(parts).sum(0)
-    square = (total * total).sum(-1, dtype=torch.float64)
+    unit = Rows.of(total)
+    square = unit.v.double().square().sum(-1)
     forms = _matrices(tr) if matrices else [None] * len(parts)
     terms = {}
     for name, part, form in zip(names, parts, forms, strict=True):
-        log_norm = stack.in_user_order(log_norms(part, exponent), 1).cpu()
-        share = (part * total).sum(-1, dtype=torch.float64) / torch.where(square > 0, square, torch.nan)
-        shown = None if form is None else stack.in_user_order(_one_step_earlier(form, tr), 1)
-        terms[name] = Term(name, log_norm, stack.in_user_order(share, 1).cpu(), shown)
-    log_total = stack.in_user_order(log_norms(total, exponent), 1).cpu()
+        log_norm = stack.inputs.in_user_order(log_norms(part, exponent), 1).cpu()
+        scaled = times_power_of_two(part, -unit.exponent.unsqueeze(-1))
+        share = (scaled.double() * unit.v.double()).sum(-1) / torch.where(square > 0, square, torch.nan)
+        shown = None if form is None else stack.inputs.in_user_order(_one_step_earlier(form, tr), 1).cpu()
+        terms[name] = Term(name, log_norm, stack.inputs.in_user_order(share, 1).cpu(), shown)
+    log_total = stack.inputs.in_user_order(log_norms(total, exponent), 1).cpu()
     product = article_product(stack, tr, probes, seed) if article else None
     return StateTerms(tr.cell.name, stack.layers[place].name, terms, log_total, product)
 
@@ -169,7 +173,7 @@ def _last_step_error(stack: Stack, seed: int) -> Tensor:
         unit = torch.nn.functional.normalize(torch.randn(y.shape[-1], generator=generator, dtype=torch.float64), dim=0)
         step = torch.zeros_like(last) if d else (last - 1).clamp_min(0)
         dy[step, torch.arange(B, device=y.device), d * y.shape[-1] : (d + 1) * y.shape[-1]] = unit.to(y)
-    return stack.in_user_order(dy, 1)
+    return stack.inputs.in_user_order(dy, 1)
 
 
 def _terms(tr: engine.Trace, flow: engine.Flow) -> list[Tensor]:

@@ -57,10 +57,6 @@ class Rows:
         """v, as it reads with another exponent."""
         return times_power_of_two(self.v, (self.exponent - exponent).unsqueeze(-1))
 
-    def log_norms(self) -> Tensor:
-        """ln‖row‖₂ `[...]` float64; −inf for a zero row."""
-        return log_norms(self.v, self.exponent)
-
 
 def renormalisation(parts: tuple[Tensor, ...], exponent: Tensor) -> tuple[Tensor, Tensor]:
     """(shift `[..., 1]`, new exponent `[...]`): parts · 2^−shift has its largest component in [1/2, 1)."""
@@ -73,5 +69,9 @@ def renormalisation(parts: tuple[Tensor, ...], exponent: Tensor) -> tuple[Tensor
 
 
 def log_norms(v: Tensor, exponent: Tensor) -> Tensor:
-    """ln‖v · 2^exponent‖₂ over the last axis, accumulated in float64, where squares of float32 do not underflow."""
+    """ln‖v · 2^exponent‖₂ over the last axis, −inf for a zero row; squares are added up in float64, those of float64
+    itself near 1."""
+    if v.dtype == torch.float64:
+        shift, exponent = renormalisation((v,), exponent)
+        v = times_power_of_two(v, -shift)
     return torch.linalg.vector_norm(v, dim=-1, dtype=torch.float64).log() + exponent * math.log(2)

@@ -12,6 +12,7 @@ from unvanish.cells import CARRY
 from unvanish.engine import SATURATED
 from unvanish.flow.files import Record
 from unvanish.flow.stack import run_stack
+from unvanish.nn.modules import full_precision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,6 +80,7 @@ class GateStatistics(Record):
 
 
 @torch.no_grad()
+@full_precision()
 def gate_statistics(
     layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None, *, at: str | None = None
 ) -> GateStatistics:

@@ -1,7 +1,7 @@
 """The dynamics of the full state s = h or (h, c) under the real input: Jacobians and Lyapunov spectrum."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.flow import tangents
 from unvanish.flow.files import Record
-from unvanish.flow.singular import orthonormal, singular_values
+from unvanish.flow.singular import orthonormal, orthonormalised, singular_values
 from unvanish.flow.stack import full_jacobians, reading_order, run_stack
+from unvanish.nn.modules import full_precision
 
 __all__ = ["LyapunovHistory", "jacobian", "lyapunov", "singular_values"]
 
@@ -47,6 +48,7 @@ class LyapunovHistory(Record):
 
 
 @torch.no_grad()
+@full_precision()
 def jacobian(layer: nn.RNNBase, x: Tensor | PackedSequence, t: int, hx: Any = None, *, at: str | None = None) -> Tensor:
     """∂s_t/∂s_{t−1} `[B, S, S]` of one layer: s = h (S = H), or (h, c) (S = R + H) for the LSTM.
 
@@ -59,9 +61,9 @@ def jacobian(layer: nn.RNNBase, x: Tensor | PackedSequence, t: int, hx: Any = No
     stack = run_stack(layer, x, hx)
     tr = stack.traces[stack.index(at)]
     T = tr.x.shape[0]
-    if not -T <= t < T:
+    if not isinstance(t, SupportsIndex) or not -T <= t < T:
         raise ValueError(f"t: expected a step from 0 to {T - 1} (or −1 to −{T} from the end), got {t}")
-    return stack.in_user_order(full_jacobians(tr, t % T), 0)
+    return stack.inputs.in_user_order(full_jacobians(tr, t % T), 0)
 
 
 @overload
@@ -93,6 +95,7 @@ def lyapunov(
 
 
 @torch.no_grad()
+@full_precision()
 def lyapunov(
     layer: nn.RNNBase,
     x: Tensor | PackedSequence,
@@ -130,7 +133,7 @@ def lyapunov(
     T, B = tr.x.shape[:2]
     S = sum(s.shape[-1] for s in tr.final)
     n = S if n is None else n
-    if not 1 <= n <= S:
+    if not isinstance(n, SupportsIndex) or not 1 <= n <= S:
         raise ValueError(f"n: expected 1 to {S}, the size of the state, got {n}")
     if not 0 <= warmup < T:
         raise ValueError(f"warmup: expected 0 to {T - 1} steps, got {warmup}")
@@ -151,13 +154,13 @@ def lyapunov(
     if not history:
         return exponents.cpu()
     shown = torch.stack(estimates)[:, order].cpu()
-    return LyapunovHistory(exponents.cpu(), shown, stack.in_user_order(per_sample, 0)[:, order].cpu())
+    return LyapunovHistory(exponents.cpu(), shown, stack.inputs.in_user_order(per_sample, 0)[:, order].cpu())
 
 
 def _orthonormalised(v: Tensor) -> tuple[Tensor, Tensor]:
     """(Q `[B, S, n]`, |R_ii| `[B, n]`) of v = Q R; a single column needs no LAPACK call per sample."""
     if v.shape[-1] > 1:
-        q, r = torch.linalg.qr(v)
+        q, r = orthonormalised(v)
         return q, r.diagonal(dim1=-2, dim2=-1).abs()
     length = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
     # A column contracted to zero has no direction left: any unit vector will do, as in a QR decomposition.
@@ -167,5 +170,6 @@ def _orthonormalised(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean(total: Tensor, steps: Tensor) -> Tensor:
-    """Mean over the samples that have steps `[B, 1]` of total / steps, `[n]`; NaN where none has."""
-    return torch.where(steps > 0, total / steps, torch.nan).nanmean(0)
+    """Mean over the samples that have steps `[B, 1]` of total / steps, `[n]`; NaN where none has, or where one is."""
+    there = steps > 0
+    return torch.where(there, total / steps, 0.0).sum(0) / there.sum(0)

@@ -16,10 +16,14 @@ from unvanish.flow.summary import healthy, layer_flow, reorder, summarise
 from unvanish.nn.modules import (
     LayerDirection,
     TimeMajor,
+    as_states,
+    detached_call,
     dropout_masks,
-    initial_states,
+    final_error,
     layer_directions,
-    time_major,
+    output_error,
+    run_layers,
+    used_weights,
 )
 
 
@@ -33,7 +37,6 @@ class _Call:
     states: list[State]
     masks: list[Tensor]
     """dropout between layers: what the output of each layer but the last was multiplied with, `[T, B, D·R]`"""
-    packed: PackedSequence | None
 
 
 class ModuleSequence(Sequence):
@@ -53,18 +56,14 @@ class ModuleSequence(Sequence):
         """A call that has just returned `output`; `rng` is the generator's state before it, where it drew dropout."""
         module, index = self.module, len(self.calls)
         y, final = output
-        packed = isinstance(x, PackedSequence)
         with torch.no_grad():
-            inputs = time_major(module, x, lengths)
-            used = [w for w in module._flat_weights if w is not None]
-            layers = [d._replace(weights=d.weights.detach()) for d in layer_directions(module, used)]
-            states = [tuple(s.detach() for s in state) for state in initial_states(module, hx, inputs)]
+            inputs, states = detached_call(module, x, hx, lengths)
+            used = layer_directions(module, used_weights(module))
+            layers = [d._replace(weights=d.weights.detach()) for d in used]
             masks = dropout_masks(module, inputs, rng)
-        self.calls.append(
-            _Call(layers, inputs._replace(x=inputs.x.detach()), states, masks, _layout(x) if packed else None)
-        )
-        self.listen(y.data if packed else y, (index, "y"))
-        for i, state in enumerate(final if isinstance(final, tuple) else (final,)):
+        self.calls.append(_Call(layers, inputs, states, masks))
+        self.listen(y.data if isinstance(y, PackedSequence) else y, (index, "y"))
+        for i, state in enumerate(as_states(final)):
             self.listen(state, (index, i))
 
     def measure(self, errors: Errors) -> list[Measured]:
@@ -72,9 +71,9 @@ class ModuleSequence(Sequence):
         return [join(pieces, tuple(self.detached)) for pieces in zip(*parts, strict=True)]
 
     def _measure_call(self, index: int, call: _Call, errors: Errors) -> list[Measured]:
-        dy = self._output_error(call, errors.get((index, "y")))
+        dy = output_error(self.module, call.inputs, errors.get((index, "y")))
         passes = self._forward(call)
-        dfinal = [self._final_error(call, errors.get((index, i))) for i in range(len(call.states[0]))]
+        dfinal = [final_error(call.inputs, errors.get((index, i))) for i in range(len(call.states[0]))]
         n_dir = 2 if self.module.bidirectional else 1
         measured: list[Measured] = []
         for first in range(len(passes) - n_dir, -1, -n_dir):
@@ -94,23 +93,13 @@ class ModuleSequence(Sequence):
 
     def _forward(self, call: _Call) -> list[engine.Pass | engine.Trace]:
         """A pass of each layer and direction: `engine.Pass` where the engine can measure by itself, else a trace."""
-        n_dir = 2 if self.module.bidirectional else 1
-        x = call.inputs.x
-        passes: list[engine.Pass | engine.Trace] = []
-        native = engine.explain(x).rung == "native" and not self.want_partial
-        run = engine.Pass if native else engine.trace
-        for first in range(0, len(call.layers), n_dir):
-            here = [
-                run(layer.cell, x, state, layer.weights, call.inputs.lengths, layer.reverse)
-                for layer, state in zip(
-                    call.layers[first : first + n_dir], call.states[first : first + n_dir], strict=True
-                )
-            ]
-            passes += here
-            x = torch.cat([ran.y for ran in here], dim=-1)
-            if call.masks and first + n_dir < len(call.layers):
-                x = x * call.masks[first // n_dir]
-        return passes
+        native = engine.explain(call.inputs.x).rung == "native" and not self.want_partial
+        make = engine.Pass if native else engine.trace
+
+        def run(layer: LayerDirection, x: Tensor, state: State) -> engine.Pass | engine.Trace:
+            return make(layer.cell, x, state, layer.weights, call.inputs.lengths, layer.reverse)
+
+        return run_layers(call.layers, call.inputs.x, call.states, run, call.masks)
 
     def _back(
         self,
@@ -149,25 +138,3 @@ class ModuleSequence(Sequence):
             record = reorder(record, call.inputs.order.argsort())
         both = (grads.w_ih, grads.w_hh)
         return Measured(record, {key: both[i] for key, i in weight_keys(self.module, layer).items()}, born)
-
-    def _output_error(self, call: _Call, dy: Tensor | None) -> Tensor | None:
-        """∂E/∂y as [T, B, D·R] in internal order."""
-        if dy is None:
-            return None
-        if call.packed is not None:
-            return nn.utils.rnn.pad_packed_sequence(
-                call.packed._replace(data=dy, sorted_indices=None, unsorted_indices=None)
-            )[0]
-        return time_major(self.module, dy).x
-
-    def _final_error(self, call: _Call, d: Tensor | None) -> Tensor | None:
-        """∂E/∂(final state) as [L·D, B, ·] in internal order."""
-        if d is None:
-            return None
-        if d.dim() == 2:
-            return d.unsqueeze(1)
-        return d if call.inputs.order is None else d.index_select(1, call.inputs.order)
-
-
-def _layout(x: PackedSequence) -> PackedSequence:
-    return x._replace(data=x.data.new_empty(0))

@@ -34,8 +34,8 @@ class LayerFlow(Record):
     """The error's way back through one layer and direction, one forward pass.
 
     Steps are in input order, also for a reversed layer. Where a sample has no input (t ≥ its length) norms are 0 and
-    gate
-    statistics NaN. A field that does not exist for the cell is None: `dc` but for the LSTM, all but `dh` for `uv.mark`.
+    gate statistics NaN. A field that does not exist for the cell is None: `dc` but for the LSTM, all but `dh` for
+    `uv.mark`.
     """
 
     _picture = "flow"
@@ -84,8 +84,8 @@ class LayerFlow(Record):
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row per step and sample with input: layer, t, sample, dh, dc, dweight, and dgate_*, gate_*,
-        saturation_* per gate."""
+        """One row per step and sample with input: layer, t, sample, dh, dc, dweight, partial, and dgate_*, gate_*,
+        saturation_* per gate; fields that are None have no column."""
         import pandas as pd
 
         T, B = self.dh.shape

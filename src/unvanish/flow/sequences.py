@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from unvanish import engine
-from unvanish.cells import CELLS, LSTM, State, Weights
+from unvanish.cells import LSTM, State, Weights
 from unvanish.flow.nonfinite import birthplace
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.summary import healthy, summarise
-from unvanish.nn.modules import LayerDirection, evaluating, hear_gradient
+from unvanish.nn.modules import LayerDirection, as_states, cell_of, evaluating, hear_gradient
 
 Errors = dict[Hashable, Any]
 """where an error arrived (segment and output) → ∂E/∂(that output), or what was measured of it on the way"""
@@ -91,7 +91,7 @@ class CellSequence(Sequence):
         super().__init__(name, catch)
         self.want_partial = want_partial
         self.module = module
-        self.cell = CELLS[cell_name(module)]
+        self.cell = cell_of(module)
         self.x: list[Tensor] = []
         self.previous: list[State] = []
         self.weights: Weights | None = None
@@ -104,12 +104,14 @@ class CellSequence(Sequence):
     def add(self, x: Tensor, hx: Any, output: Any) -> None:
         """A step that has just returned `output`."""
         t, module = self.steps, self.module
-        states = output if isinstance(output, tuple) else (output,)
-        given = tuple(torch.zeros_like(s) for s in states) if hx is None else hx if isinstance(hx, tuple) else (hx,)
-        self.x.append(_batched(x.detach()))
-        self.previous.append(tuple(_batched(s.detach()) for s in given))
+        states = as_states(output)
+        given = as_states(hx) or tuple(torch.zeros_like(s) for s in states)
         with torch.no_grad(), evaluating(module):
             self.weights = Weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh).detach()
+        # Under autocast a step may be given another dtype than the weights'.
+        dtype = self.weights.w_ih.dtype
+        self.x.append(_batched(x.detach().to(dtype)))
+        self.previous.append(tuple(_batched(s.detach().to(dtype)) for s in given))
         # A fused step (CUDA) returns h_t and c_t from one node: its ∂E/∂c_t lacks the path through h_t.
         self.exposed.append(len(states) == 1 or states[0].grad_fn is not states[1].grad_fn)
         for i, state in enumerate(states):
@@ -125,7 +127,10 @@ class CellSequence(Sequence):
         previous = tuple(_stack(list(column), B) for column in zip(*self.previous, strict=True))
         state, saved = self.cell.step(self.cell.project(x, self.weights), previous, self.weights)
         d = tuple(
-            _stack([_batched(errors[t, i]) if (t, i) in errors else torch.zeros_like(s[t]) for t in range(T)], B)
+            _stack(
+                [_batched(errors[t, i]).to(s.dtype) if (t, i) in errors else torch.zeros_like(s[t]) for t in range(T)],
+                B,
+            )
             for i, s in enumerate(state)
         )
         if isinstance(self.cell, LSTM):
@@ -199,19 +204,6 @@ def weight_keys(module: nn.RNNBase, layer: LayerDirection) -> dict[Hashable, int
     heard, suffix = heard_weights(module), f"l{layer.layer}{'_reverse' if layer.reverse else ''}"
     names = (f"weight_ih_{suffix}", f"weight_hh_{suffix}")
     return {heard[name][0]: i for i, name in enumerate(names) if name in heard}
-
-
-def cell_name(module: nn.RNNCellBase) -> str:
-    """The cell of `unvanish.cells` that a torch cell steps."""
-    if isinstance(module, nn.LSTMCell):
-        return "lstm"
-    if isinstance(module, nn.GRUCell):
-        return "gru"
-    if isinstance(module, nn.RNNCell):
-        return f"rnn_{module.nonlinearity}"
-    raise TypeError(
-        f"module: expected nn.RNNCell, nn.LSTMCell or nn.GRUCell, got {type(module).__name__}; use uv.mark(h, name)"
-    )
 
 
 def _batched(v: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ Source: Benettin et al. 1980 for the triangular products; Rayleigh–Ritz with s
 """
 
 import warnings
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from unvanish import engine
 from unvanish.flow import tangents
 from unvanish.flow.stack import reading_order, run_stack
+from unvanish.nn.modules import full_precision
 
 WINDOW = 1e4
 """Values further apart than this have separated within a few turns."""
@@ -31,6 +32,7 @@ MARGIN = 8
 
 
 @torch.no_grad()
+@full_precision()
 def singular_values(
     layer: nn.RNNBase,
     x: Tensor | PackedSequence,
@@ -49,7 +51,7 @@ def singular_values(
     Args:
         layer, x, hx, at: as in `adjoint_map`.
         j, k: steps; the layer reads j before k. Where a sample has no input its state is held.
-        n: how many singular values.
+        n: how many singular values; NaN for a sample whose states are not finite.
         iterations: turns there and back, at most; it stops where the values stand still, to 1e-9 (float32: 1e-4).
         seed: of the first V.
 
@@ -66,8 +68,10 @@ def singular_values(
     if not (0 <= j < T and 0 <= k < T and order.index(j) < order.index(k)):
         raise ValueError(f"j, k: expected steps from 0 to {T - 1}, j read before k, got {j} and {k}")
     S = sum(s.shape[-1] for s in tr.final)
-    if not 1 <= n <= S:
+    if not isinstance(n, SupportsIndex) or not 1 <= n <= S:
         raise ValueError(f"n: expected 1 to {S}, the size of the state, got {n}")
+    if iterations < 1:
+        raise ValueError(f"iterations: expected one turn at least, got {iterations}")
     between = order[order.index(j) + 1 : order.index(k) + 1]
     tolerance = 1e-9 if tr.x.dtype == torch.float64 else 1e-4
     width = n + MARGIN if n + MARGIN < S / 2 else S
@@ -77,7 +81,7 @@ def singular_values(
         u, _, _ = _through(tr, between, v, back=False)
         v, d, unit = _through(tr, between[::-1], u, back=True)
         before, logs = logs, _graded_values(d.cpu(), unit.double().cpu(), n)
-        same = logs == before
+        same = (logs == before) | (logs.isnan() & before.isnan())
         moved = float(torch.where(same, 0.0, (logs - before).abs()).amax().nan_to_num(torch.inf))
         if moved <= tolerance:
             break
@@ -86,9 +90,9 @@ def singular_values(
             f"singular_values: after {iterations} turns the logarithms still move by {moved:.1e} per turn; "
             "raise iterations or n, unless the product has fewer than n values above rounding",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    return stack.in_user_order(logs, 0)
+    return stack.inputs.in_user_order(logs, 0)
 
 
 def _through(tr: engine.Trace, steps: list[int], q: Tensor, back: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +105,7 @@ def _through(tr: engine.Trace, steps: list[int], q: Tensor, back: bool) -> tuple
     unit = torch.eye(q.shape[-1], dtype=torch.float64, device=q.device).expand(*q.shape[:1], -1, -1)
     dead = torch.zeros_like(logs, dtype=torch.bool)
     for t in steps:
-        q, r = torch.linalg.qr(advance(tr, t, q))
+        q, r = orthonormalised(advance(tr, t, q))
         diagonal = r.diagonal(dim1=-2, dim2=-1)
         sign = torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype)
         q, r = q * sign.unsqueeze(-2), (r * sign.unsqueeze(-1)).double()
@@ -122,6 +126,9 @@ def _graded_values(logs: Tensor, unit: Tensor, n: int) -> Tensor:
     for b, (d, place) in enumerate(zip(logs, order, strict=True)):
         near = unit[b][place][:, place]
         for i in range(n):
+            if bool(d.isnan().any()):
+                found[b] = torch.nan
+                break
             if d[i] == -torch.inf:
                 break
             inside = ((d - d[i]).abs() < torch.tensor(WINDOW).log()).nonzero().flatten()
@@ -130,6 +137,12 @@ def _graded_values(logs: Tensor, unit: Tensor, n: int) -> Tensor:
             values = torch.linalg.svdvals(block)
             found[b, i] = values[i - first].log() + d[i]
     return found.sort(dim=-1, descending=True).values
+
+
+def orthonormalised(v: Tensor) -> tuple[Tensor, Tensor]:
+    """v = Q R; LAPACK has no half precision."""
+    q, r = torch.linalg.qr(v if v.dtype in (torch.float32, torch.float64) else v.float())
+    return q.to(v.dtype), r
 
 
 def orthonormal(B: int, S: int, n: int, seed: int, like: Tensor) -> Tensor:

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
-from unvanish.nn.modules import LayerDirection, TimeMajor, evaluating, initial_states, layer_directions, time_major
+from unvanish.cells import State
+from unvanish.engine.sequence import steps
+from unvanish.nn.modules import (
+    LayerDirection,
+    TimeMajor,
+    evaluating,
+    initial_states,
+    layer_directions,
+    run_layers,
+    time_major,
+)
 
 
 @dataclass(frozen=True)
@@ -38,15 +48,6 @@ class Stack:
             raise ValueError(f"at: expected one of {', '.join(names)}, got {at!r}")
         return names.index(at)
 
-    def in_user_order(self, v: Tensor, dim: int) -> Tensor:
-        """Samples back into the order in which the user gave them."""
-        order = self.inputs.order
-        return v if order is None else v.index_select(dim, torch.argsort(order))
-
-    def in_internal_order(self, v: Tensor, dim: int) -> Tensor:
-        """The user's samples in the order in which they were run."""
-        return v if self.inputs.order is None else v.index_select(dim, self.inputs.order)
-
 
 @torch.no_grad()
 def run_stack(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None) -> Stack:
@@ -58,21 +59,30 @@ def run_stack(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None) -> 
     with evaluating(layer):
         layers = layer_directions(layer)
     inputs = time_major(layer, x)
+    check_input(layer, inputs)
+    states = initial_states(layer, hx, inputs)
+    for name, v in (("x", inputs.x), *(("hx", s) for s in states[0])):
+        if v.dtype != layers[0].weights.w_ih.dtype:
+            raise ValueError(f"{name}: expected the layer's dtype {layers[0].weights.w_ih.dtype}, got {v.dtype}")
+
+    def run(d: LayerDirection, below: Tensor, state: State) -> engine.Trace:
+        return engine.trace(
+            d.cell, below, tuple(s.detach() for s in state), d.weights.detach(), inputs.lengths, d.reverse
+        )
+
+    return Stack(inputs, layers, run_layers(layers, inputs.x.detach(), states, run))
+
+
+def check_input(layer: nn.RNNBase, inputs: TimeMajor) -> None:
+    """There are samples to measure, of as many features as the layer reads.
+
+    Raises:
+        ValueError: there are not.
+    """
     if inputs.x.shape[-1] != layer.input_size:
         raise ValueError(f"x: expected {layer.input_size} features, got {inputs.x.shape[-1]}")
-    if inputs.x.dtype != layers[0].weights.w_ih.dtype:
-        raise ValueError(f"x: expected the layer's dtype {layers[0].weights.w_ih.dtype}, got {inputs.x.dtype}")
-    states = initial_states(layer, hx, inputs)
-    n_dir = 2 if layer.bidirectional else 1
-    below, traces = inputs.x.detach(), []
-    for first in range(0, len(layers), n_dir):
-        here = [
-            engine.trace(d.cell, below, tuple(s.detach() for s in state), d.weights.detach(), inputs.lengths, d.reverse)
-            for d, state in zip(layers[first : first + n_dir], states[first : first + n_dir], strict=True)
-        ]
-        traces += here
-        below = torch.cat([tr.y for tr in here], dim=-1)
-    return Stack(inputs, layers, traces)
+    if inputs.x.shape[1] == 0:
+        raise ValueError("x: expected one sample at least, got an empty batch")
 
 
 def saved_at(tr: engine.Trace, t: int) -> Any:
@@ -82,8 +92,7 @@ def saved_at(tr: engine.Trace, t: int) -> Any:
 
 def reading_order(tr: engine.Trace) -> Iterator[int]:
     """The steps as the layer reads them."""
-    T = tr.x.shape[0]
-    return iter(range(T - 1, -1, -1) if tr.reverse else range(T))
+    return steps(tr.x.shape[0], tr.reverse)
 
 
 def full_jacobians(tr: engine.Trace, t: int) -> Tensor:

@@ -14,12 +14,10 @@ from unvanish.flow.backwards import HELD_ELEMENTS, Step, arriving_at, backwards,
 from unvanish.flow.exponents import EMPTY, log_norms, times_power_of_two
 from unvanish.flow.files import Record
 from unvanish.flow.stack import run_stack
+from unvanish.nn.modules import full_precision
 
 if TYPE_CHECKING:
     import pandas as pd
-
-CHUNK_ELEMENTS = 2**22
-"""Float64 copies are made of so many elements at a time."""
 
 BLOCK = 32
 """Steps whose subgradients are added in one matrix product."""
@@ -35,6 +33,8 @@ def dweight(da: Tensor, da_hh: Tensor, x: Tensor, h_prev: Tensor) -> Tensor:
     about 1 by a power of two first, so that its squares neither underflow nor overflow.
     """
     da, x, h_prev = da.double(), x.double(), h_prev.double()
+    if da.shape[1] == 0:
+        return da.new_zeros(len(da))
     pairs = [(da, x @ x.mT + h_prev @ h_prev.mT)]
     if da_hh is not da:
         pairs = [(da, x @ x.mT), (da_hh.double(), h_prev @ h_prev.mT)]
@@ -108,6 +108,7 @@ class SourceGradients(Record):
 
 
 @torch.no_grad()
+@full_precision()
 def source_gradients(
     layer: nn.RNNBase,
     x: Tensor | PackedSequence,

@@ -31,7 +31,7 @@ def summarise(
 ) -> LayerFlow:
     """The record of a layer whose states and δ are known at every step; all `[T, B, ...]`."""
     T, B, width = da.shape
-    span = max(1, CHUNK_ELEMENTS // (B * max(width, B)))
+    span = max(1, CHUNK_ELEMENTS // max(1, B * max(width, B)))
     whole = (saved, dstate, da, da_hh, x, active)
     pieces = [_summarise_steps(cell, *_steps(whole, slice(t, t + span))) for t in range(0, T, span)]
     dh, dc, dgates, subgradients, gates, saturation, log_carry = (

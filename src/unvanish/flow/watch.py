@@ -25,19 +25,16 @@ def watch(
 
     δh_t = ∂E_t/∂h_t + W_hhᵀ δa_{t+1} and so on: exact total derivatives of whatever `backward` was called on, for every
     nn.RNN, nn.LSTM and nn.GRU in the model (layers, directions, packed, projected, with dropout between layers),
-    every nn.*Cell
-    stepped in a loop, and every state handed to `uv.mark`. Records name layers "path.l0", "path.l1.reverse"; a cell
-    by its path.
+    every nn.*Cell stepped in a loop, and every state handed to `uv.mark`. Records name layers "path.l0",
+    "path.l1.reverse"; a cell by its path.
 
     The model's outputs, gradients, hooks, generator state and attributes are what they would be without the watch,
     also when the block raises.
 
     What counts as a pass. Each forward call of a module under enabled gradients starts one; calls under
-    `torch.no_grad()` are not recorded.
-    Calls that start from the state the same module or cell returned last go on with the same pass (a decoder's loop,
-    a cell's loop), even
-    if that state was detached: `detached` then lists the steps. A backward pass ends all passes: what runs after it
-    is new. So truncated BPTT gives one pass per chunk.
+    `torch.no_grad()` are not recorded. Calls that start from the state the same module or cell returned last go on
+    with the same pass (a decoder's loop, a cell's loop), even if that state was detached: `detached` then lists the
+    steps. A backward pass ends all passes: what runs after it is new. So truncated BPTT gives one pass per chunk.
 
     - Several forwards: `flow[name]` is the latest pass that an error came back to; `flow.passes(name)` the last `keep`.
     - Several backwards through one forward (`retain_graph=True`): errors add, as `.grad` does; the record shows the
@@ -48,7 +45,8 @@ def watch(
     - `torch.autograd.grad`, and frozen weights: recorded; `residual` is NaN where autograd computed no ∂E/∂W.
 
     `residual` compares the record with autograd's ∂E/∂W of the same backward pass. It is large if a weight takes part
-    elsewhere in the loss too (tied weights, a penalty): then it measures that part.
+    elsewhere in the loss too (tied weights, a penalty): then it measures that part. Under autocast a layer of torch's
+    is replayed in its weights' own dtype, and `residual` is what autocast rounded.
 
     Args:
         model: any module; not one returned by torch.compile.
@@ -78,7 +76,8 @@ def mark(h: Tensor, name: str) -> Tensor:
 
     Raises:
         TypeError: h is no tensor.
-        ValueError: h does not require gradients inside a watch, so no error can come back to it.
+        ValueError: inside a watch, `name` is that of a layer of the model, or h does not require gradients, so that no
+            error can come back to it.
     """
     if not isinstance(h, Tensor):
         raise TypeError(f"h: expected a tensor, got {type(h).__name__}")

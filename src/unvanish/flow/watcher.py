@@ -31,6 +31,7 @@ from unvanish.flow.recorded_sequence import RecordedCall, RecordedSequence
 from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, Sequence, heard_weights
 from unvanish.flow.stream import Stream
 from unvanish.nn.layers import EngineSequence
+from unvanish.nn.modules import as_states, full_precision
 
 S = TypeVar("S", bound=Sequence)
 
@@ -189,10 +190,15 @@ class Watch(Flow):
         return f"{what}: a backward pass ran, but no error came back to it: the loss does not depend on it"
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        if _graph_task() < 0 and torch.is_grad_enabled():
+        if module is self._model and _graph_task() < 0 and torch.is_grad_enabled():
             self._epoch += 1
             # What an aborted backward pass left behind.
             self._runs.clear()
+
+    def _mine(self, name: str, module: nn.Module) -> bool:
+        """Whether a call of `module` is one of the model's own: a copy that is made within the block takes the hooks
+        along. nn.DataParallel runs replicas."""
+        return (module is self._modules[name] or getattr(module, "_is_replica", False)) and self._awake()
 
     def _awake(self) -> bool:
         """Whether a call is to be recorded."""
@@ -205,7 +211,7 @@ class Watch(Flow):
 
     def _before_module(self, name: str) -> Any:
         def hook(module: nn.RNNBase, args: Any, kwargs: Any) -> None:
-            if not self._awake():
+            if not self._mine(name, module):
                 return
             if isinstance(module, EngineSequence) and not self._partial:
                 module._recording = RecordedCall(module)
@@ -221,14 +227,14 @@ class Watch(Flow):
 
     def _after_module(self, name: str) -> Any:
         def hook(module: nn.RNNBase, args: Any, kwargs: Any, output: Any) -> None:
-            call = module.__dict__.pop("_recording", None)
-            if output is None or not self._awake():
+            # A watch with `partial` replays; what another within it records is not its own.
+            call = None if self._partial else module.__dict__.pop("_recording", None)
+            if output is None or not self._mine(name, module):
                 return
             x = args[0] if args else kwargs["input"]
             hx = args[1] if len(args) > 1 else kwargs.get("hx")
-            final = output[1] if isinstance(output[1], tuple) else (output[1],)
             stepwise = _steps(module, x) == 1
-            sequence = self._continued(name, hx, final, stepwise)
+            sequence = self._continued(name, hx, as_states(output[1]), stepwise)
             if module.bidirectional or self._partial:
                 sequence = None
             self._hear_weights(module)
@@ -246,13 +252,12 @@ class Watch(Flow):
 
     def _after_cell(self, name: str) -> Any:
         def hook(module: nn.RNNCellBase, args: Any, kwargs: Any, output: Any) -> None:
-            if not self._awake():
+            if not self._mine(name, module):
                 return
             x = args[0] if args else kwargs["input"]
             hx = args[1] if len(args) > 1 else kwargs.get("hx")
-            states = output if isinstance(output, tuple) else (output,)
             title = name or "cell"
-            sequence = self._continued(title, hx, states, stepwise=True)
+            sequence = self._continued(title, hx, as_states(output), stepwise=True)
             if sequence is None:
                 sequence = self._new(title, hx, CellSequence(title, module, self._catch, self._partial))
             assert isinstance(sequence, CellSequence)
@@ -264,7 +269,7 @@ class Watch(Flow):
     def _continued(self, name: str, hx: Any, output: tuple[Tensor, ...], stepwise: bool) -> Sequence | None:
         """The sequence that this call goes on with: the one whose last state it starts from, attached to the graph or
         not."""
-        given = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+        given = as_states(hx)
         last = self._last_state.get(name, ())
         self._last_state[name] = tuple(state.detach() for state in output)
         sequence = self._current.get(name)
@@ -283,7 +288,7 @@ class Watch(Flow):
     def _new(self, name: str, hx: Any, sequence: S) -> S:
         self._count += 1
         sequence.number, sequence.era, sequence.epoch = self._count, (self._cut, _graph_task()), self._epoch
-        sequence.start = None if hx is None else (hx[0] if isinstance(hx, tuple) else hx).data_ptr()
+        sequence.start = None if hx is None else as_states(hx)[0].data_ptr()
         self._current[name] = sequence
         self._sequences.add(sequence)
         self._seen[name] = None
@@ -291,6 +296,8 @@ class Watch(Flow):
 
     def mark(self, h: Tensor, name: str) -> None:
         """See `unvanish.mark`."""
+        if name in self._modules or name in self._names:
+            raise ValueError(f"name: {name!r} is that of a layer of the model; mark the state under another")
         if not self._awake():
             return
         sequence = self._current.get(name)
@@ -329,7 +336,8 @@ class Watch(Flow):
         ours: dict[Hashable, Tensor] = {}
         measured: list[tuple[Sequence, list[Measured]]] = []
         for sequence, errors in run.errors.items():
-            found = sequence.arrive(errors)
+            with full_precision():
+                found = sequence.arrive(errors)
             for part in found:
                 for key, gradient in part.gradients.items():
                     ours[key] = ours[key] + gradient if key in ours else gradient

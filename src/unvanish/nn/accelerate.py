@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from unvanish.nn.layers import GRU, LSTM, RNN
+from unvanish.nn.layers import GRU, LSTM, RNN, EngineSequence
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -20,7 +20,8 @@ def accelerate(model: M) -> M:
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: it has no nn.RNN, nn.LSTM or nn.GRU, or one of a subclass, whose own forward would be lost.
+        ValueError: it has no nn.RNN, nn.LSTM or nn.GRU, or one of a subclass, whose own forward would be lost; what is
+            derived from unvanish.nn stays as it is.
 
     >>> model = nn.Sequential(nn.LSTM(3, 4))
     >>> restore(accelerate(model))
@@ -28,13 +29,12 @@ def accelerate(model: M) -> M:
       (0): LSTM(3, 4)
     )
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check(model)
     found = {name: m for name, m in model.named_modules() if isinstance(m, nn.RNNBase)}
     if not found:
         raise ValueError(f"model: expected an nn.RNN, nn.LSTM or nn.GRU in it; {type(model).__name__} has none")
     for name, module in found.items():
-        if _kind(module) not in _OURS and _kind(module) not in _TORCHS:
+        if _kind(module) not in _OURS and not isinstance(module, EngineSequence):
             raise ValueError(
                 f"model: {name or 'it'} is a {type(module).__name__}, a subclass whose own forward would be lost; "
                 "derive it from unvanish.nn instead"
@@ -48,8 +48,10 @@ def restore(model: M) -> M:
     """Undo `accelerate`: our layers become torch's again; returns the model.
 
     Raises:
+        TypeError: model is no nn.Module.
         ValueError: a layer uses what torch's does not have: sigmoid, clip or checkpoint_every.
     """
+    _check(model)
     ours = {name: m for name, m in model.named_modules() if _kind(m) in _TORCHS}
     for name, module in ours.items():
         used = [k for k in ("clip", "checkpoint_every") if getattr(module, k) is not None]
@@ -63,6 +65,11 @@ def restore(model: M) -> M:
             vars(module).pop(k, None)
         _turn_into(module, _TORCHS[_kind(module)])
     return model
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:

@@ -25,6 +25,8 @@ class RNNCell(nn.RNNCell):
             return super().forward(input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if input.shape[-1] != self.input_size:
+            raise RuntimeError(f"input: expected {self.input_size} features, got {input.shape[-1]}")
         if hx is None:
             hx = input.new_zeros(*input.shape[:-1], self.hidden_size)
         if hx.shape != (*input.shape[:-1], self.hidden_size):

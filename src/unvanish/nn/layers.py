@@ -3,8 +3,7 @@ sequence runs otherwise.
 
 A subclass adds three things to how a sequence is run:
 
-    layer(x, hx, lengths=[...])     samples of different length without packing: any integer dtype or device, zero
-    allowed
+    layer(x, hx, lengths=[...])     samples of different length without packing; zero is allowed
     layer.clip = c                  the error handed from one step to the one before never exceeds 2-norm c per sample
     layer.checkpoint_every = n      keep one state in n, recompute the rest in the backward: memory for 10⁶ steps
 
@@ -20,7 +19,17 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from unvanish import engine
 from unvanish.cells import State
-from unvanish.nn.modules import LayerDirection, TimeMajor, initial_states, layer_directions, time_major
+from unvanish.nn.modules import (
+    LayerDirection,
+    TimeMajor,
+    as_states,
+    evaluating,
+    initial_states,
+    layer_directions,
+    run_layers,
+    time_major,
+    used_weights,
+)
 from unvanish.nn.pieces import run_in_pieces
 
 
@@ -64,8 +73,7 @@ class EngineSequence(nn.RNNBase):
             input: `[T, B, I]`, `[B, T, I]` with batch_first, `[T, I]`, or packed.
             hx: the initial state; None: zeros.
             lengths: `[B]` steps of each sample of a padded input, of any integer dtype, on any device, zero allowed.
-            Output is 0 from
-                there on, and the final state is the one at the sample's own end.
+                Output is 0 from there on, and the final state is the one at the sample's own end.
 
         Raises:
             ValueError, RuntimeError: as torch's, and for lengths that do not fit.
@@ -73,18 +81,14 @@ class EngineSequence(nn.RNNBase):
         if self._needs_torch(input) and lengths is None and self.clip is None and self.checkpoint_every is None:
             return self._torch_forward()(self, input, hx)
         self._check(input, hx)
-        inputs = time_major(self, input, lengths)
-        x, device = inputs.x, inputs.x.device.type
-        layers = layer_directions(self)
-        given = (x, layers[0].weights.w_ih, *(() if hx is None else self._initial(hx)))
-        # Autocast leaves float64 as it is.
-        if torch.is_autocast_enabled(device) and all(v.dtype != torch.float64 for v in given):
+        inputs, layers = time_major(self, input, lengths), layer_directions(self, used_weights(self))
+        if _autocasts(layers, inputs, hx):
+            device = inputs.x.device.type
             dtype = torch.get_autocast_dtype(device)
             if self._autocast_promotes:
-                dtype = torch.promote_types(dtype, x.dtype if hx is None else hx.dtype)
+                dtype = torch.promote_types(dtype, inputs.x.dtype if hx is None else hx.dtype)
             with torch.autocast(device, enabled=False):
-                layers = [d._replace(weights=d.weights.float()) for d in layers]
-                y, final = self._run(layers, inputs._replace(x=x.float()), _float(hx))
+                y, final = self._run(*_in_float32(layers, inputs, hx))
             y, final = y.to(dtype), tuple(s.to(dtype) for s in final)
         else:
             y, final = self._run(layers, inputs, hx)
@@ -100,32 +104,33 @@ class EngineSequence(nn.RNNBase):
         """Every state and gate of every layer: "l0", "l1.reverse", … → LayerStates; 0 where a sample has no input.
 
         Differentiable where gradients are enabled. Dropout between layers is not applied: these are the states of
-        evaluation.
+        evaluation. Autocast does not round them.
 
         Raises:
             ValueError, RuntimeError: as `forward`.
         """
-        self._check(input, hx)
-        inputs = time_major(self, input, lengths)
-        layers, states = layer_directions(self), initial_states(self, hx, inputs)
-        x, found = inputs.x, {}
-        order = None if inputs.order is None else torch.argsort(inputs.order)
-        active = engine.active_steps(inputs.lengths, x.shape[0], x.device)
+        with evaluating(self):
+            self._check(input, hx)
+            inputs, layers = time_major(self, input, lengths), layer_directions(self, used_weights(self))
+        if not _autocasts(layers, inputs, hx):
+            return self._states(layers, inputs, hx)
+        with torch.autocast(inputs.x.device.type, enabled=False):
+            return self._states(*_in_float32(layers, inputs, hx))
+
+    def _states(self, layers: list[LayerDirection], inputs: TimeMajor, hx: Any) -> dict[str, LayerStates]:
+        def run(d: LayerDirection, x: Tensor, state: State) -> engine.Trace:
+            return engine.trace(d.cell, x, state, d.weights, inputs.lengths, d.reverse)
+
+        active = engine.active_steps(inputs.lengths, len(inputs.x), inputs.x.device)
 
         def arrange(v: Tensor) -> Tensor:
-            v = v if active is None else torch.where(active, v, 0.0)
-            return v if order is None else v.index_select(1, order)
+            return inputs.in_user_order(v if active is None else torch.where(active, v, 0.0), 1)
 
-        for here, initial in _by_layer(layers, states):
-            traces = [
-                engine.trace(d.cell, x, s, d.weights, inputs.lengths, d.reverse)
-                for d, s in zip(here, initial, strict=True)
-            ]
-            x = torch.cat([tr.y for tr in traces], dim=-1)
-            for d, tr in zip(here, traces, strict=True):
-                gates = dict(zip(d.cell.gates, d.cell.activations(tr.saved).unbind(-2), strict=True))
-                c = arrange(tr.saved.c) if "c" in tr.saved._fields else None
-                found[d.name] = LayerStates(arrange(tr.y), c, {gate: arrange(v) for gate, v in gates.items()})
+        found = {}
+        for d, tr in zip(layers, run_layers(layers, inputs.x, initial_states(self, hx, inputs), run), strict=True):
+            gates = dict(zip(d.cell.gates, d.cell.activations(tr.saved).unbind(-2), strict=True))
+            c = arrange(tr.saved.c) if "c" in tr.saved._fields else None
+            found[d.name] = LayerStates(arrange(tr.y), c, {gate: arrange(v) for gate, v in gates.items()})
         return found
 
     def extra_repr(self) -> str:
@@ -225,8 +230,7 @@ class EngineSequence(nn.RNNBase):
         if isinstance(given, PackedSequence):
             lengths = torch.full((y.shape[1],), y.shape[0]) if inputs.lengths is None else inputs.lengths.cpu()
             data = pack_padded_sequence(y, lengths).data
-            if inputs.order is not None:
-                final = tuple(s.index_select(1, torch.argsort(inputs.order)) for s in final)
+            final = tuple(inputs.in_user_order(s, 1) for s in final)
             output: Any = PackedSequence(data, given.batch_sizes, given.sorted_indices, given.unsorted_indices)
         elif given.dim() == 2:
             output, final = y.squeeze(1), tuple(s.squeeze(1) for s in final)
@@ -246,7 +250,7 @@ class RNN(EngineSequence, nn.RNN):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if len(args) > 3:
+        if len(args) > 3 and "nonlinearity" not in kwargs:
             kwargs["nonlinearity"], args = args[3], (*args[:3], *args[4:])
         if kwargs.get("nonlinearity") == "sigmoid":
             super().__init__(*args, **{**kwargs, "nonlinearity": "tanh"})
@@ -292,7 +296,14 @@ def _by_layer(layers: list[LayerDirection], states: list[State]) -> list[tuple[l
     return [(layers[k : k + n_dir], states[k : k + n_dir]) for k in range(0, len(layers), n_dir)]
 
 
-def _float(hx: Any) -> Any:
-    if hx is None:
-        return None
-    return hx.float() if isinstance(hx, Tensor) else tuple(h.float() for h in hx)
+def _autocasts(layers: list[LayerDirection], inputs: TimeMajor, hx: Any) -> bool:
+    """Whether autocast is on; float64 it leaves as it is."""
+    given = (inputs.x, layers[0].weights.w_ih, *as_states(hx))
+    return torch.is_autocast_enabled(inputs.x.device.type) and all(v.dtype != torch.float64 for v in given)
+
+
+def _in_float32(
+    layers: list[LayerDirection], inputs: TimeMajor, hx: Any
+) -> tuple[list[LayerDirection], TimeMajor, Any]:
+    layers = [d._replace(weights=d.weights.to(torch.float32)) for d in layers]
+    return layers, inputs._replace(x=inputs.x.float()), None if hx is None else tuple(h.float() for h in as_states(hx))

@@ -1,8 +1,8 @@
 """A torch recurrent module as the layers and directions it consists of, and its input as a time-major sequence."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils.hooks import RemovableHandle
 
 from unvanish.cells import CELLS, Cell, State, Weights
+from unvanish.engine.checks import whole_lengths
+
+RecurrentModule = nn.RNNBase | nn.RNNCellBase
 
 
 class LayerDirection(NamedTuple):
@@ -36,6 +39,14 @@ class TimeMajor(NamedTuple):
     batch_sizes: Tensor | None = None
     """[T] of a packed input: how many samples are active at each step"""
 
+    def in_user_order(self, v: Tensor, dim: int) -> Tensor:
+        """Samples back into the order in which the user gave them."""
+        return v if self.order is None else v.index_select(dim, torch.argsort(self.order).to(v.device))
+
+    def in_internal_order(self, v: Tensor, dim: int) -> Tensor:
+        """The user's samples in the order in which they are run."""
+        return v if self.order is None else v.index_select(dim, self.order.to(v.device))
+
     def dropout_mask(self, width: int, p: float) -> Tensor:
         """What torch's dropout between layers multiplies `[T, B, width]` with: 0 or 1/(1 − p), drawn as torch draws
         it."""
@@ -59,8 +70,41 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Without autocast: what is measured is not rounded on the way."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def cell_of(module: RecurrentModule) -> Cell:
+    """The mathematics of a recurrent module.
+
+    Raises:
+        TypeError: it is none of torch's RNN, LSTM, GRU and their cells.
+    """
+    if isinstance(module, nn.LSTM | nn.LSTMCell):
+        return CELLS["lstm"]
+    if isinstance(module, nn.GRU | nn.GRUCell):
+        return CELLS["gru"]
+    if isinstance(module, nn.RNN | nn.RNNCell):
+        return CELLS[f"rnn_{module.nonlinearity}"]
+    raise TypeError(
+        f"module: expected torch's RNN, LSTM, GRU or one of their cells, got {type(module).__name__}; the state of a "
+        "cell of your own can be watched with uv.mark(h, name)"
+    )
+
+
+def used_weights(module: nn.RNNBase) -> list[Tensor]:
+    """The weights of its last forward pass, in torch's order; parametrized ones are not computed anew."""
+    return [w for w in module._flat_weights if w is not None]
+
+
 def layer_directions(module: nn.RNNBase, weights: Sequence[Tensor] | None = None) -> list[LayerDirection]:
-    """Its layers and directions in torch's order, with the weights that its last forward pass used.
+    """Its layers and directions in torch's order, with `weights`, or its own as they are now.
 
     Raises:
         TypeError: module is not one of torch's recurrent modules.
@@ -69,7 +113,7 @@ def layer_directions(module: nn.RNNBase, weights: Sequence[Tensor] | None = None
         raise TypeError(f"layer: expected torch.nn.RNN, LSTM or GRU, got {type(module).__name__}")
     if weights is None:
         module._update_flat_weights()
-        weights = [w for w in module._flat_weights if w is not None]
+        weights = used_weights(module)
     cell = CELLS[module.mode.lower()]
     directions = (False, True) if module.bidirectional else (False,)
     places = [(layer, reverse) for layer in range(module.num_layers) for reverse in directions]
@@ -110,18 +154,44 @@ def time_major(
         x = x.transpose(0, 1)
     if x.shape[0] == 0:
         raise ValueError("x: expected at least one step, got a sequence of length 0")
-    return TimeMajor(x, None if lengths is None else _whole_lengths(lengths, x), None)
+    return TimeMajor(x, None if lengths is None else whole_lengths(lengths, x), None)
 
 
-def _whole_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
-    given, (T, B) = torch.as_tensor(lengths), x.shape[:2]
-    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool or given.shape != (B,):
-        found = f"{tuple(given.shape)} of {given.dtype}"
-        raise ValueError(f"lengths: expected {B} whole numbers, one per sample, got {found}")
-    given = given.to(torch.int64)  # unsigned types have no comparisons
-    if B and not bool(((given >= 0) & (given <= T)).all()):
-        raise ValueError(f"lengths: expected 0 to {T}, the steps of the input, got {given.tolist()}")
-    return given.to(x.device)
+class Ran(Protocol):
+    """A layer and direction that ran."""
+
+    @property
+    def y(self) -> Tensor:
+        """[T, B, R]"""
+        ...
+
+
+R = TypeVar("R", bound=Ran)
+
+
+def run_layers(
+    layers: list[LayerDirection],
+    x: Tensor,
+    states: list[State],
+    run: Callable[[LayerDirection, Tensor, State], R],
+    masks: Sequence[Tensor] = (),
+) -> list[R]:
+    """`run(layer, x, state)` of each layer and direction in torch's order, each layer under what the one below put out,
+    which `masks`, one between any two layers, is multiplied with."""
+    D, ran = 2 if any(layer.reverse for layer in layers) else 1, []
+    for first in range(0, len(layers), D):
+        if first and masks:
+            x = x * masks[first // D - 1]
+        places = zip(layers[first : first + D], states[first : first + D], strict=True)
+        here = [run(layer, x, state) for layer, state in places]
+        ran += here
+        x = torch.cat([one.y for one in here], dim=-1) if D > 1 else here[0].y
+    return ran
+
+
+def as_states(hx: Any) -> tuple[Tensor, ...]:
+    """(h,) or (h, c) of what a module or cell was given or has returned; () of None."""
+    return () if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
 
 
 def initial_states(module: nn.RNNBase, hx: Any, inputs: TimeMajor) -> list[State]:
@@ -131,19 +201,43 @@ def initial_states(module: nn.RNNBase, hx: Any, inputs: TimeMajor) -> list[State
     sizes = (module.proj_size or module.hidden_size, module.hidden_size)[: 2 if module.mode == "LSTM" else 1]
     if hx is None:
         return [tuple(x.new_zeros(B, n) for n in sizes)] * rows
-    given = hx if isinstance(hx, tuple | list) else (hx,)
+    given = as_states(hx)
+    if len(given) != len(sizes) or not all(isinstance(h, Tensor) for h in given):
+        expected, found = ("h_0", "(h_0, c_0)")[len(sizes) - 1], ", ".join(type(h).__name__ for h in given)
+        raise ValueError(f"hx: expected {expected}, {len(sizes)} of tensors, got {len(given)}: {found}")
     given = tuple(h.unsqueeze(1) if h.dim() == 2 else h for h in given)
     for h, n in zip(given, sizes, strict=True):
         if h.shape != (rows, B, n):
             raise ValueError(f"hx: expected {(rows, B, n)}, got {tuple(h.shape)}")
-    if inputs.order is not None:
-        given = tuple(h.index_select(1, inputs.order) for h in given)
+    given = tuple(inputs.in_internal_order(h, 1) for h in given)
     return [tuple(h[k] for h in given) for k in range(rows)]
 
 
-def in_user_order(v: Tensor, inputs: TimeMajor, dim: int = 1) -> Tensor:
-    """Samples back from internal to the user's order, along `dim`."""
-    return v if inputs.order is None else v.index_select(dim, torch.argsort(inputs.order))
+def detached_call(
+    module: nn.RNNBase, x: Tensor | PackedSequence, hx: Any, lengths: Tensor | Sequence[int] | None = None
+) -> tuple[TimeMajor, list[State]]:
+    """A call's input and initial states, to run it again: outside any graph, and in the weights' dtype where autocast
+    had been given another."""
+    inputs, dtype = time_major(module, x, lengths), next(module.parameters()).dtype
+    inputs = inputs._replace(x=inputs.x.detach().to(dtype))
+    return inputs, [tuple(s.detach().to(dtype) for s in state) for state in initial_states(module, hx, inputs)]
+
+
+def output_error(module: nn.RNNBase, inputs: TimeMajor, d: Tensor | None) -> Tensor | None:
+    """∂E/∂y of a call as it came, as `[T, B, D·R]` in internal order and the input's dtype."""
+    if d is None:
+        return None
+    if inputs.batch_sizes is None:
+        return time_major(module, d).x.to(inputs.x.dtype)
+    return pad_packed_sequence(PackedSequence(d, inputs.batch_sizes))[0].to(inputs.x.dtype)
+
+
+def final_error(inputs: TimeMajor, d: Tensor | None) -> Tensor | None:
+    """∂E/∂(final state) of a call as it came, as `[L·D, B, ·]` in internal order and the input's dtype."""
+    if d is None:
+        return None
+    d = d.to(inputs.x.dtype)
+    return d.unsqueeze(1) if d.dim() == 2 else inputs.in_internal_order(d, 1)
 
 
 def dropout_masks(module: nn.RNNBase, inputs: TimeMajor, rng: Tensor | None) -> list[Tensor]:
