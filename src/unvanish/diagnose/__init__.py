@@ -47,6 +47,7 @@ def diagnose(
 
     With `trial=True` a copy is trained for 100 updates, which gives a chance that a short training learns (see
     `diagnose.trial`). Only where that is below one half something is prescribed, and only cures that raise it clearly.
+    Where every layer is undecided no chance is given.
 
     The cures are tried when `prescriptions` is asked for first, on a copy of the model kept from here, on the same
     batch.
@@ -103,13 +104,13 @@ def diagnose(
 
     given, found, notes = _layers(model)
     kept = copy.deepcopy(model)
-    if not trial:
+    answer = checked_target(given, target[0] if target else None) if trial else None
+    if answer is None or all(d.verdict == "undecided" for d in found.values()):
         return Diagnosis(found, lambda: prescribe(kept, given, found, again, seed), again, notes)
-    answer = checked_target(given, target[0] if target else None)
 
     def odds(changed: nn.Module, layers: dict[str, LayerDiagnosis]) -> Odds:
-        survival = min(d.evidence["median_survival"] for d in layers.values())
-        return Odds(readable_after(changed, inputs, answer, loss, lr, seed), survival)
+        told = [d.evidence["median_survival"] for d in layers.values() if d.verdict != "undecided"]
+        return Odds(readable_after(changed, inputs, answer, loss, lr, seed), min(told, default=0.0))
 
     own = odds(model, found)
     attempt = (own.chance, odds)

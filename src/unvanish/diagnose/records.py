@@ -188,9 +188,9 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
     notes: tuple[str, ...] = ()
     """what recurs in the model and could not be followed, and why"""
     chance: float | None = None
-    """of learning in the setting of benchmarks/diagnosis.py; None without a trial"""
+    """of learning in the setting of benchmarks/diagnosis.py; None without a trial, or if all layers are undecided"""
     readable: float | None = None
-    """share of the target's variance that a linear read-out finds in the states after the trial"""
+    """share of the target's variance that a linear read-out finds in the states after the trial; None as there"""
 
     @cached_property
     def prescriptions(self) -> tuple[Prescription, ...]:
