@@ -1,22 +1,28 @@
 """The main job, small: it measures what it says, and its command leaves a whole folder or none."""
 
+import inspect
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.main import get_command
 
 from unvanish import engine, flow, train
+from unvanish.cli import app as app_module
 from unvanish.cli import main
+from unvanish.cli.app import app
 from unvanish.cli.installed import installed
 from unvanish.cli.interrupt import Commands, ended_like_ctrl_c
+from unvanish.cli.train import train as train_command
 from unvanish.train.anatomy import ending_together
 from unvanish.train.budget import Budget
 from unvanish.train.compare import measure
@@ -332,6 +338,25 @@ def test_measuring_and_curing_import_torch_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("\n", "")
+
+
+def test_help_shows_all_of_what_it_says() -> None:
+    """Rich takes what stands in square brackets for markup, and leaves it out."""
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    said = [option.help or "" for command in commands.values() for option in command.params]
+    assert len(said) > 50
+    assert [text for text in said if "[" in text] == []
+
+
+def test_the_command_line_has_the_defaults_of_what_it_calls() -> None:
+    """They stand twice, as nothing heavy is imported for --help."""
+    for called, command in ((train.compare, app_module.compare), (train.Settings, train_command)):
+        given = inspect.signature(command).parameters
+        for name, parameter in inspect.signature(called).parameters.items():
+            if name in given and name != "cells":
+                assert given[name].default == parameter.default, name
+    assert inspect.signature(app_module.compare).parameters["cells"].default == ",".join(train.DEFAULT_CELLS)
+    assert {field.name for field in fields(train.Settings)} <= inspect.signature(train_command).parameters.keys()
 
 
 def test_the_shell_completes_commands_and_options() -> None:
