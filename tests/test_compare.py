@@ -108,6 +108,24 @@ def test_the_same_seed_gives_the_same_comparison() -> None:
     assert train.Comparison.from_json(json.loads(json.dumps(one.to_json()))) == one
 
 
+def test_images_keep_their_length_beside_other_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int | None]] = []
+    monkeypatch.setattr(
+        sys.modules["unvanish.train.compare"],
+        "make_task",
+        lambda name, length, seed: seen.append((name, length)) or make_task("adding", 5),
+    )
+    train.compare(["adding", "digits", "mnist"], ["rnn"], length=12, steps=1, hidden=2, batch=2)
+    assert seen == [("adding", 12), ("digits", None), ("mnist", None)]
+
+
+def test_nothing_to_compare_is_an_error() -> None:
+    with pytest.raises(ValueError, match="tasks: expected at least one name, got none"):
+        train.compare([], ["rnn"])
+    with pytest.raises(ValueError, match="cells: expected at least one name, got none"):
+        train.compare(["adding"], [])
+
+
 def test_memory_is_estimated_from_the_weights_up() -> None:
     task = make_task("adding", 30)
     model = recipe("lstm").build(task, 16)
@@ -176,6 +194,11 @@ def test_command_writes_report_figures_results_and_flows(tmp_path: Path) -> None
         (["--cells", ","], "--cells: expected names"),
         (["--length", "1"], "length: expected at least 2"),
         (["--task", "digits", "--length", "65"], "length: an image of digits has 64 pixels"),
+        (["--task", "mnist", "--task", "digits", "--length", "65"], "length: an image of mnist has 784 pixels"),
+        (["--task", "adding", "--task", "adding"], "tasks: expected each name once, got 'adding' 2 times"),
+        (["--cells", "gru,lstm,gru"], "cells: expected each name once, got 'gru' 2 times"),
+        (["--seed", "-1"], "seed: expected at least 0, got -1"),
+        (["--seed", "9223372036854775808"], "seed: expected 0 or more, and less than 2^63"),
         (["--steps", "0"], "steps: expected a positive number"),
         (["--lr", "-1"], "lr: expected a positive number"),
         (["--lr", "nan"], "lr: expected a positive number"),

@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict
@@ -19,7 +20,8 @@ from unvanish.train.memory import estimated, require
 from unvanish.train.models import REMEDIES, SequenceModel, recipe
 from unvanish.train.records import Comparison, Cured, Reach, Run, TaskResult
 from unvanish.train.supervised import Progress
-from unvanish.train.tasks import Task, make_task
+from unvanish.train.tasks import TASKS, Task, make_task
+from unvanish.train.tasks.digits import PixelDigits
 
 DEFAULT_TASKS = ("adding", "digits")
 DEFAULT_CELLS = ("rnn", "gru", "lstm", "lstm-chrono")
@@ -140,7 +142,7 @@ def compare(
     Args:
         tasks: names out of `unvanish.train.TASKS`.
         cells: names out of `unvanish.train.RECIPES`.
-        length: steps of the sequences; None: each task's own.
+        length: steps of the sequences; None: each task's own. Tasks of images keep theirs where there are others.
         hidden: H.
         steps: optimizer updates; None: each task's own.
         batch: samples per update.
@@ -151,14 +153,18 @@ def compare(
         tell: hears of every update.
 
     Raises:
-        ValueError: an unknown task or cell, a number out of range, or too little memory for them.
+        ValueError: no task or cell, an unknown one or one named twice, a number out of range, or too little memory.
         ArithmeticError: a loss became NaN or infinite.
     """
     if hidden < 1:
         raise ValueError(f"hidden: expected at least 1, got {hidden}")
+    _told_apart(tasks, "tasks")
+    _told_apart(cells, "cells")
     for name in cells:
         recipe(name, "cells")
-    chosen = [make_task(name, length if name != "digits" or len(tasks) == 1 else None, seed) for name in tasks]
+    images = {name for name in tasks if issubclass(TASKS.get(name, Task), PixelDigits)}
+    keep = images if images != set(tasks) else set()
+    chosen = [make_task(name, None if name in keep else length, seed) for name in tasks]
     budgets = [
         Budget(steps if steps is not None else DEFAULT_STEPS.get(task.name, STEPS), batch, lr, CLIP, seed)
         for task in chosen
@@ -186,6 +192,15 @@ def compare(
             )
         )
     return Comparison(results, environment(), command)
+
+
+def _told_apart(names: Sequence[str], argument: str) -> None:
+    """Raise where there is no name, or one stands twice: files and parts of the page are called by them."""
+    if not names:
+        raise ValueError(f"{argument}: expected at least one name, got none")
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise ValueError(f"{argument}: expected each name once, got {name!r} {times} times")
 
 
 def environment() -> dict[str, str]:
