@@ -257,8 +257,14 @@ def test_report_is_made_again_from_results_alone(
         (tmp_path / "results.json").write_text(content)
         assert call(["report", str(tmp_path)], monkeypatch) == 2
         assert message in " ".join(capsys.readouterr().err.split())
-    assert call(["report", str(tmp_path / "none")], monkeypatch) == 2
-    assert "has no results.json" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "odd" / "results.json").mkdir(parents=True)
+    for folder, message in (
+        ("none", "FOLDER: {} has no results.json; name a folder that `unvanish compare` wrote"),
+        ("results.json", "FOLDER: {} has no results.json; name a folder that `unvanish compare` wrote"),
+        ("odd", "FOLDER: {}/results.json can't be read: Is a directory"),
+    ):
+        assert call(["report", str(tmp_path / folder)], monkeypatch) == 2
+        assert message.format(tmp_path / folder) in " ".join(capsys.readouterr().err.split())
 
 
 def test_tasks_and_doctor_say_what_there_is(

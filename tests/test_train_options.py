@@ -38,7 +38,7 @@ CHANGED: dict[str, tuple[dict[str, str], dict[str, str], Effect]] = {
     "kind": (SMALL | {"--data": "n.csv"}, {"--kind": "regression"}, kept("kind")),
     "target": (SMALL | {"--data": "n.csv"}, {"--target": "q"}, weights),
     "id": (SMALL | {"--data": "long.csv"}, {"--id": "i"}, kept("split")),
-    "text": (SMALL | {"--data": "t.csv", "--missing": "mean"}, {"--text": "words"}, kept("input")),
+    "text": (SMALL | {"--data": "t.csv"}, {"--text": "words"}, kept("input")),
     "missing": (SMALL | {"--data": "holes.csv", "--missing": "mean"}, {"--missing": "previous"}, weights),
     "horizon": (AHEAD, {"--horizon": "2"}, kept("horizon")),
     "window": (AHEAD, {"--window": "7"}, weights),

@@ -104,8 +104,10 @@ def report(
     path = folder / MARKER
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"FOLDER: {folder} has no {MARKER}; name a folder that `unvanish compare` wrote") from error
+    except OSError as error:
+        raise UserError(f"FOLDER: {path} can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
         raise UserError(f"{path}: not JSON that `unvanish compare` wrote: {error}") from error
     from unvanish import report, train
