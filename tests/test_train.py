@@ -102,6 +102,17 @@ def test_other_channels_are_refused() -> None:
         trained.predict(other)
 
 
+@pytest.mark.parametrize("kind", list(PROBLEMS))
+def test_data_of_another_kind_are_refused(kind: str) -> None:
+    problem = PROBLEMS[kind]()
+    model = problem.begin(Settings(hidden=4, batch=4)).build(9)
+    trained = train.Trained(model, {"kind": kind, **problem.keep()})
+    for other, data in GIVEN.items():
+        if type(data) is not type(GIVEN[kind]):
+            with pytest.raises(DataError, match=f"data: expected .* for {kind}, got {type(data).__name__}"):
+                trained.predict(GIVEN[other])
+
+
 @pytest.mark.parametrize("read", ["last", "mean"])
 @pytest.mark.parametrize("lengths", [None, [10, 7, 3]])
 def test_truncation_stops_the_error_and_not_the_state(read: str, lengths: list[int] | None) -> None:

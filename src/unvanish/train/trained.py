@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unvanish.flow.files import write_atomically
 from unvanish.train.data.sequences import Sequences
+from unvanish.train.data.table import DataError
 from unvanish.train.forecasting import Forecasting
 from unvanish.train.language import LanguageModel
 from unvanish.train.models import SequenceModel, Shape
@@ -48,7 +49,11 @@ class Trained:
         """
         if self.config["kind"] not in KINDS:
             raise ValueError(f"model: expected one that was trained on data, got one of the {self.config['kind']}")
-        return KINDS[self.config["kind"]].apply(self.model, self.config, data, **options)
+        kind = KINDS[self.config["kind"]]
+        if not isinstance(data, kind.applied_to):
+            expected = "a text" if kind.applied_to is str else kind.applied_to.__name__
+            raise DataError(f"data: expected {expected} for {kind.kind}, got {type(data).__name__}")
+        return kind.apply(self.model, self.config, data, **options)
 
     def batch(self, data: Sequences, most: int = 512) -> tuple[tuple[Tensor, Tensor | None, Tensor], Loss]:
         """((x `[B, T, I]`, lengths `[B]` or None where all are equal, y `[B]`), loss) of the first `most` sequences,
