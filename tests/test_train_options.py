@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_trained(
     monkeypatch.chdir(files)
     assert call(["train", *options, "--out", str(tmp_path / "m")], monkeypatch) == 2
     assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "m" / "config.json").exists()
+    assert list(tmp_path.glob("m/*")) == [], "the same name serves for the command put right"
 
 
 def test_loggers_write_or_say_what_is_missing(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
