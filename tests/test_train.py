@@ -102,6 +102,18 @@ def test_other_channels_are_refused() -> None:
         trained.predict(other)
 
 
+def test_paths_may_be_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("d.csv"))
+    problem, data = train.read_problem("d.csv", target="y"), train.read_data("d.csv", "classification", target="y")
+    trained = train.train_on(
+        problem, Settings(hidden=2, steps=1), out="m", flow_every=None, loggers=train.make_loggers("csv", "m/logs")
+    )
+    trained.save("n")
+    assert train.Trained.load("m").predict(data) == train.Trained.load("n").predict(data)
+    assert train.export(trained, "m.pt2", steps=20) < 1e-4
+
+
 @pytest.mark.parametrize("kind", list(PROBLEMS))
 def test_data_of_another_kind_are_refused(kind: str) -> None:
     problem = PROBLEMS[kind]()

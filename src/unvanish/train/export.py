@@ -1,5 +1,6 @@
 """A trained model for other programs: ONNX, or torch.export; checked against the model before it counts as written."""
 
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def plain_state_dict(trained: Trained) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in trained.model.state_dict().items()}
 
 
-def export(trained: Trained, path: Path, *, steps: int | None = None) -> float:
+def export(trained: Trained, path: str | os.PathLike[str], *, steps: int | None = None) -> float:
     """Write `Exported` to a file: .onnx (ONNX), or .pt2 (torch.export).
 
     Batch and time are open. In a .pt2 they are by an operator of unvanish's, so that the program that loads it imports
@@ -139,6 +140,7 @@ def export(trained: Trained, path: Path, *, steps: int | None = None) -> float:
         ArithmeticError: the file does not answer as the model does.
         OSError: the file can't be written.
     """
+    path = Path(path)
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"OUT: expected a name that ends in .onnx or .pt2, got {path.name}")
     if steps is not None and (path.suffix == ".onnx" or steps < 1):

@@ -1,6 +1,7 @@
 """One training from settings: a task or the user's data in, a `Trained` out."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -32,7 +33,7 @@ def train_on(
     problem: DataProblem,
     settings: Settings,
     *,
-    out: Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     flow_every: int | None = 100,
     loggers: Sequence[Logger] = (),
@@ -76,7 +77,7 @@ def train_on(
     folder = None
     if out is not None:
         run = {"kind": problem.kind, "budget": asdict(budget), "shape": asdict(shape), "data": fingerprint(problem)}
-        folder = RunFolder(out, run, resume, machines.first)
+        folder = RunFolder(Path(out), run, resume, machines.first)
         if folder.finished:
             return Trained.load(out)
     with nullcontext() if folder is None else folder.in_its_words():

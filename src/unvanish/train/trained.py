@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +71,14 @@ class Trained:
         y = KINDS[kind].encode(self.config, first)
         return together(list(zip(inputs_of(self.config, first), y, strict=True))), KINDS[kind].minimised
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights, then config.json, which holds their SHA-256 and so seals the folder.
 
         Raises:
             FileExistsError: there is a model already.
             OSError: it can't be written.
         """
+        folder = Path(folder)
         if (folder / CONFIG).exists():
             raise FileExistsError(f"--out: {folder} holds a model already; name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,12 +88,13 @@ class Trained:
         write_atomically(folder / CONFIG, json.dumps(config, indent=1).encode())
 
     @classmethod
-    def load(cls, folder: Path) -> "Trained":
+    def load(cls, folder: str | os.PathLike[str]) -> "Trained":
         """A folder that `save` wrote.
 
         Raises:
             ValueError: it is not one, or its weights are damaged.
         """
+        folder = Path(folder)
         missing = next((name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()), None)
         if missing is not None:
             raise ValueError(f"model: {folder} has no {missing}; name a folder that `unvanish train` finished")
