@@ -227,12 +227,10 @@ _COLOUR = {"healthy": "green", "undecided": "yellow"}
 
 def _print(found: "Diagnosis", console: Console) -> None:
     for name, d in found.items():
-        low, high = d.rate_interval
         colour = _COLOUR.get(d.verdict, "red")
         console.print(f"[bold]{escape(name)}[/bold] ({d.cell}): [{colour}]{d.verdict}[/{colour}]")
         half = "" if d.half_life is None else f", half-life {d.half_life:.3g} steps"
-        rate = "no rate" if math.isnan(d.rate) else f"{d.rate:+.3g} nats per step [{low:+.2g}, {high:+.2g}]{half}"
-        console.print(f"  {rate}, reach {d.reach} of {d.lag} steps", markup=False)
+        console.print(f"  {d.rate_in_words}{half}, reach {d.reach} of {d.lag} steps", markup=False)
         console.print(f"  {d.cause}", markup=False)
     for note in found.notes:
         console.print(note, markup=False)

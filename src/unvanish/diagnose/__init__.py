@@ -7,11 +7,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from unvanish.diagnose.capture import Given, capture
-from unvanish.diagnose.measure import Measured, measure
+from unvanish.diagnose.measure import Measured, half_width, measure
 from unvanish.diagnose.prescribe import prescribe
 from unvanish.diagnose.records import Diagnosis, LayerDiagnosis, Prescription, Verification
 from unvanish.diagnose.trial import Odds, checked_target, readable_after
@@ -128,10 +127,7 @@ def _record(name: str, m: Measured) -> LayerDiagnosis:
             name, m.place.cell.name, verdict, cause, math.nan, (math.nan, math.nan), None, m.decay.reach, m.lag,
             m.evidence, curve,
         )  # fmt: skip
-    finite = m.slopes[m.slopes.isfinite()]
-    # Student's t: the samples that are followed are few.
-    n = len(finite)
-    half = float(stdtrit(n - 1, 0.975)) * float(finite.std()) / math.sqrt(n) if n > 1 else math.nan
+    half = half_width(m.slopes[m.slopes.isfinite()])
     interval = (m.decay.rate - half, m.decay.rate + half)
     return LayerDiagnosis(
         name, m.place.cell.name, verdict, cause, m.decay.rate, interval, m.decay.half_life, m.decay.reach, m.lag,

@@ -1,5 +1,6 @@
 """What a diagnosis says: facts per layer, what to do, and how it went."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,6 +44,14 @@ class LayerDiagnosis:
     curve: tuple[float, ...] = field(repr=False, default=())
     """ln‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0: the median over sources and samples of those that are not 0, times the root
     of their share"""
+
+    @property
+    def rate_in_words(self) -> str:
+        """The rate in words, with its interval if there is one; "no rate" if it is unknown."""
+        if math.isnan(self.rate):
+            return "no rate"
+        low, high = self.rate_interval
+        return f"{self.rate:+.3g} nats per step" + ("" if math.isnan(low) else f" [{low:+.2g}, {high:+.2g}]")
 
 
 @dataclass(frozen=True)
@@ -278,5 +287,4 @@ def _brief(d: LayerDiagnosis | None) -> str:
         return "not there"
     if d.verdict == "undecided":
         return d.verdict
-    low, high = d.rate_interval
-    return f"{d.verdict}, {d.rate:+.3g} nats per step [{low:+.2g}, {high:+.2g}], reach {d.reach}"
+    return f"{d.verdict}, {d.rate_in_words}, reach {d.reach}"
