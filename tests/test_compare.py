@@ -145,6 +145,12 @@ def test_an_explosion_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         fit(model, task, Budget(2, 4, 1e-2, 1.0, 0))
 
 
+def test_an_explosion_in_a_comparison_names_the_model() -> None:
+    options: dict[str, Any] = {"length": 50, "steps": 3, "hidden": 8, "batch": 4}
+    with pytest.raises(ArithmeticError, match=r"adding, irnn: the loss became (nan|inf) at update 1; try a smaller lr"):
+        train.compare(["adding"], ["irnn"], lr=1e10, **options)
+
+
 def test_command_writes_report_figures_results_and_flows(tmp_path: Path) -> None:
     done = command(
         "compare",

@@ -149,6 +149,8 @@ def test_a_validation_loss_that_is_never_finite_is_an_error(monkeypatch: pytest.
     monkeypatch.setattr(problem, "loss", lambda answer, y: answer.sum() * (1.0 if answer.requires_grad else torch.nan))
     with pytest.raises(ArithmeticError, match="the validation loss was never finite"):
         train.train_on(problem, Settings(hidden=4, epochs=1))
+    with pytest.raises(ArithmeticError, match="the validation loss became nan at update 3; try a smaller lr"):
+        train.train_on(problem, Settings(hidden=4, epochs=2, patience=0))
 
 
 def write(path: Path) -> None:

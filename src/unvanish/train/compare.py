@@ -41,12 +41,17 @@ def measure(model: SequenceModel, task: Task, update: int, fraction: float = 0.0
 
     The rows of the map are renormalised as they go, so `log_norm` is right far below what the training's float32 can
     hold.
+
+    Raises:
+        ArithmeticError: the error is NaN or infinite.
     """
     double = deepcopy(model).double().train(False)
     x, y = ending_together(task, PROBES)
     states, _ = double.recurrent(x)
     last = states[:, -1].detach().requires_grad_()
     error = task.loss(double.head(last), y) * len(y)
+    if not error.isfinite():
+        raise ArithmeticError(f"the loss became {error.item()} at update {update}; try a smaller lr")
     (source,) = torch.autograd.grad(error, last)
     found = flow.adjoint_map(double.recurrent, x, sources=[-1], cotangent=source.unsqueeze(0))
     log_norms = found.over_lag(0)
@@ -175,7 +180,12 @@ def compare(
     results = []
     folder = None if flows is None else Path(flows)
     for task, budget in zip(chosen, budgets, strict=True):
-        runs = [run_one(task, name, hidden, budget, tell, folder) for name in cells]
+        runs = []
+        for name in cells:
+            try:
+                runs.append(run_one(task, name, hidden, budget, tell, folder))
+            except ArithmeticError as error:
+                raise ArithmeticError(f"{task.name}, {name}: {error}") from error
         settings = {**asdict(budget), "hidden": hidden, "optimizer": "Adam", "probes": PROBES}
         results.append(
             TaskResult(
