@@ -363,6 +363,8 @@ def test_what_can_not_be_diagnosed_is_an_error() -> None:
         uv.diagnose(model, infinite, y, loss=mse_loss)
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         uv.diagnose("model", x, y, loss=mse_loss)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got OrderedDict"):
+        diagnose(model).verify(model.state_dict())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected the diagnosed one"):
         diagnose(model).prescriptions[0].apply(nn.Linear(1, 1))
 

@@ -72,8 +72,6 @@ def diagnose(
             on no recurrent layer; lag, samples or lr is out of range; a trial's target is no tensor of one row per
             sample, or the batch is too small for it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not batch:
         raise ValueError("batch: expected the model's input and its target")
     for name, number, what in (("lag", lag, "step"), ("samples", samples, "")):

@@ -230,7 +230,7 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         """Measure again, on the same batch.
 
         Raises:
-            ValueError: as `diagnose`.
+            TypeError, ValueError: as `diagnose`.
         """
         return Verification(self.layers, self.measure(model))
 
