@@ -151,6 +151,7 @@ REFUSED = [
     (["--kind", "language", "--data", "d.csv"], "--text: expected the column"),
     (["--kind", "language", "--data", "d.csv", "--text", "nope"], "d.csv: row 1: no column 'nope' (--text)"),
     (["--kind", "forecasting", "--data", "s.csv"], "--target: expected the column that is forecast"),
+    (["--kind", "forecasting", "--data", "v.ts", "--target", "y"], "--kind: v.ts holds sequences with a label each"),
     ([*line(AHEAD), "--season", "100"], "season: expected at most the window"),
     ([*line(AHEAD), "--horizon", "0"], "horizon: expected at least 1"),
     ([*line(AHEAD), "--time", "sales"], "must be different columns"),

@@ -62,6 +62,8 @@ def _read(path: Path, kind: Kind, given: dict[str, Any], if_there: Collection[st
         return read_text(path)
     missing: Missing = given.pop("missing", "error")
     if kind == "forecasting":
+        if suffix == ".ts":
+            raise ValueError(f"--kind: {path} holds sequences with a label each; expected classification or regression")
         if "target" not in given:
             raise ValueError("--target: expected the column that is forecast")
         return series(read_table(path), missing=missing, **given)
