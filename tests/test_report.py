@@ -74,6 +74,12 @@ def test_verdicts_say_what_the_records_say() -> None:
     lucky = comparison(run("A", -0.5, 0.001, after=0.0)).tasks[0]
     assert "Still A (reach 9 → 199 steps) solves the task" in verdict.explanation(lucky)
     assert verdict.explanation(comparison(run("A", 0.0, 0.1)).tasks[0]).startswith("No model's gradient vanishes")
+    wild = comparison(run("A", 0.1, 0.167), run("B", -0.5, 0.167)).tasks[0]
+    assert verdict.explanation(wild) == (
+        "At the start the gradient of B vanishes over 199 steps. "
+        "At the start the gradient of A explodes over 199 steps."
+    )
+    assert verdict.explanation(replace(wild, runs=wild.runs[:1])).endswith("gradient of A explodes over 199 steps.")
 
 
 @pytest.mark.parametrize(
