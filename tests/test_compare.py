@@ -119,6 +119,10 @@ def test_images_keep_their_length_beside_other_tasks(monkeypatch: pytest.MonkeyP
     assert seen == [("adding", 12), ("digits", None), ("mnist", None)]
 
 
+def test_the_shortest_task_can_be_cured() -> None:
+    assert recipe("gru-chrono").build(make_task("copy", 1), 2).recurrent.hidden_size == 2
+
+
 def test_nothing_to_compare_is_an_error() -> None:
     with pytest.raises(ValueError, match="tasks: expected at least one name, got none"):
         train.compare([], ["rnn"])
