@@ -2,6 +2,7 @@
 
     python benchmarks/diagnosis.py train  --out grid --half design   # trains the runs; goes on where it stopped
     python benchmarks/diagnosis.py judge  --out grid --half design   # diagnoses them before training and after 5 %
+    python benchmarks/diagnosis.py fit    --out grid                 # the weights of unvanish.diagnose.trial
     python benchmarks/diagnosis.py cure   --out grid --half design   # trains again after the first prescription
     python benchmarks/diagnosis.py report --out grid                 # AUC, calibration, cures, false alarms
 

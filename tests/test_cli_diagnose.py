@@ -31,6 +31,19 @@ def wrong():
 
 def broken():
     return nn.Linear(2, 2)(torch.zeros(3, 5))
+
+def number():
+    return 1, factory()[1], nn.functional.mse_loss
+
+def ends():
+    raise SystemExit(0)
+
+def unfit():
+    return Model(), (torch.randn(4, 40, 7), torch.randn(4, WIDTH)), nn.functional.mse_loss
+
+def loaded():
+    model, batch, loss = factory()
+    return model, list(batch), loss
 """
 
 
@@ -54,6 +67,12 @@ def test_says_what_is_wrong_and_what_to_do(mine: Path) -> None:
     assert "1. chrono_(max_lag=40) on encoder" in done.stdout
     assert "encoder.l0 then: healthy" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_a_batch_may_be_a_list_as_loaders_make_it(mine: Path) -> None:
+    done, listed = (unvanish(f"{mine}:{name}", "--json") for name in ("factory", "loaded"))
+    assert done.returncode == listed.returncode == 0
+    assert done.stdout == listed.stdout
 
 
 def test_json_and_a_checkpoint(mine: Path) -> None:
@@ -99,10 +118,17 @@ def test_a_trained_folder_on_the_users_file(tmp_path: Path) -> None:
     found = json.loads(done.stdout)["layers"]["recurrent.l0"]
     assert (found["cell"], found["lag"]) == ("lstm", 7)
     assert unvanish(folder, *given[:2], "--json").stdout == done.stdout, "the folder tells the columns"
-    refused = unvanish(str(tmp_path), *given)
-    assert refused.returncode == 2
-    assert "has no config.json; name a folder that `unvanish train` finished" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    task = train.TaskProblem(train.make_task("adding", 5))
+    train.train_on(task, train.Settings(hidden=2, steps=1), out=tmp_path / "task", flow_every=None)
+    for arguments, message in (
+        ((str(tmp_path), *given), "has no config.json; name a folder that `unvanish train` finished"),
+        ((str(tmp_path / "task"), *given), "expected a model that was trained on data, got one of the task adding"),
+        ((folder, *given, "--id", "label", "--time", "x0"), "--target 'label', --id 'label', --time 'x0' must be"),
+    ):
+        refused = unvanish(*arguments)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -114,6 +140,11 @@ def test_a_trained_folder_on_the_users_file(tmp_path: Path) -> None:
         ("{folder}/other.py:factory", "there is no file"),
         ("{mine}:broken", "broken() raised RuntimeError: mat1 and mat2 shapes"),
         ("{mine}:broken", "return nn.Linear(2, 2)(torch.zeros(3, 5))"),
+        ("{mine}:number", "expected number() to return a torch.nn.Module as model, got int"),
+        ("{mine}:ends", "ends() raised SystemExit: 0; at"),
+        ("{mine}:unfit", "loss(model(input), target) raised RuntimeError: input.size(-1) must be equal to input_size"),
+        ("{mine}:unfit", "mine.py, line 12: return self.encoder(x)[0][:, -1]"),
+        ("{folder}", "is a folder; of one that `unvanish train` wrote, add the file to --data"),
         ("{folder}/raises.py:factory", "raises.py, line 2: 1 / 0"),
     ],
 )

@@ -1,22 +1,28 @@
 """The main job, small: it measures what it says, and its command leaves a whole folder or none."""
 
+import inspect
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.main import get_command
 
 from unvanish import engine, flow, train
+from unvanish.cli import app as app_module
 from unvanish.cli import main
+from unvanish.cli.app import app
 from unvanish.cli.installed import installed
 from unvanish.cli.interrupt import Commands, ended_like_ctrl_c
+from unvanish.cli.train import train as train_command
 from unvanish.train.anatomy import ending_together
 from unvanish.train.budget import Budget
 from unvanish.train.compare import measure
@@ -102,6 +108,28 @@ def test_the_same_seed_gives_the_same_comparison() -> None:
     assert train.Comparison.from_json(json.loads(json.dumps(one.to_json()))) == one
 
 
+def test_images_keep_their_length_beside_other_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int | None]] = []
+    monkeypatch.setattr(
+        sys.modules["unvanish.train.compare"],
+        "make_task",
+        lambda name, length, seed: seen.append((name, length)) or make_task("adding", 5),
+    )
+    train.compare(["adding", "digits", "mnist"], ["rnn"], length=12, steps=1, hidden=2, batch=2)
+    assert seen == [("adding", 12), ("digits", None), ("mnist", None)]
+
+
+def test_the_shortest_task_can_be_cured() -> None:
+    assert recipe("gru-chrono").build(make_task("copy", 1), 2).recurrent.hidden_size == 2
+
+
+def test_nothing_to_compare_is_an_error() -> None:
+    with pytest.raises(ValueError, match="tasks: expected at least one name, got none"):
+        train.compare([], ["rnn"])
+    with pytest.raises(ValueError, match="cells: expected at least one name, got none"):
+        train.compare(["adding"], [])
+
+
 def test_memory_is_estimated_from_the_weights_up() -> None:
     task = make_task("adding", 30)
     model = recipe("lstm").build(task, 16)
@@ -119,6 +147,12 @@ def test_an_explosion_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         model.head.weight.fill_(math.nan)
     with pytest.raises(ArithmeticError, match="the training loss became nan at update 0"):
         fit(model, task, Budget(2, 4, 1e-2, 1.0, 0))
+
+
+def test_an_explosion_in_a_comparison_names_the_model() -> None:
+    options: dict[str, Any] = {"length": 50, "steps": 3, "hidden": 8, "batch": 4}
+    with pytest.raises(ArithmeticError, match=r"adding, irnn: the loss became (nan|inf) at update 1; try a smaller lr"):
+        train.compare(["adding"], ["irnn"], lr=1e10, **options)
 
 
 def test_command_writes_report_figures_results_and_flows(tmp_path: Path) -> None:
@@ -170,6 +204,11 @@ def test_command_writes_report_figures_results_and_flows(tmp_path: Path) -> None
         (["--cells", ","], "--cells: expected names"),
         (["--length", "1"], "length: expected at least 2"),
         (["--task", "digits", "--length", "65"], "length: an image of digits has 64 pixels"),
+        (["--task", "mnist", "--task", "digits", "--length", "65"], "length: an image of mnist has 784 pixels"),
+        (["--task", "adding", "--task", "adding"], "tasks: expected each name once, got 'adding' 2 times"),
+        (["--cells", "gru,lstm,gru"], "cells: expected each name once, got 'gru' 2 times"),
+        (["--seed", "-1"], "seed: expected at least 0, got -1"),
+        (["--seed", "9223372036854775808"], "seed: expected 0 or more, and less than 2^63"),
         (["--steps", "0"], "steps: expected a positive number"),
         (["--lr", "-1"], "lr: expected a positive number"),
         (["--lr", "nan"], "lr: expected a positive number"),
@@ -228,8 +267,14 @@ def test_report_is_made_again_from_results_alone(
         (tmp_path / "results.json").write_text(content)
         assert call(["report", str(tmp_path)], monkeypatch) == 2
         assert message in " ".join(capsys.readouterr().err.split())
-    assert call(["report", str(tmp_path / "none")], monkeypatch) == 2
-    assert "has no results.json" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "odd" / "results.json").mkdir(parents=True)
+    for folder, message in (
+        ("none", "FOLDER: {} has no results.json; name a folder that `unvanish compare` wrote"),
+        ("results.json", "FOLDER: {} has no results.json; name a folder that `unvanish compare` wrote"),
+        ("odd", "FOLDER: {}/results.json can't be read: Is a directory"),
+    ):
+        assert call(["report", str(tmp_path / folder)], monkeypatch) == 2
+        assert message.format(tmp_path / folder) in " ".join(capsys.readouterr().err.split())
 
 
 def test_tasks_and_doctor_say_what_there_is(
@@ -332,6 +377,25 @@ def test_measuring_and_curing_import_torch_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("\n", "")
+
+
+def test_help_shows_all_of_what_it_says() -> None:
+    """Rich takes what stands in square brackets for markup, and leaves it out."""
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    said = [option.help or "" for command in commands.values() for option in command.params]
+    assert len(said) > 50
+    assert [text for text in said if "[" in text] == []
+
+
+def test_the_command_line_has_the_defaults_of_what_it_calls() -> None:
+    """They stand twice, as nothing heavy is imported for --help."""
+    for called, command in ((train.compare, app_module.compare), (train.Settings, train_command)):
+        given = inspect.signature(command).parameters
+        for name, parameter in inspect.signature(called).parameters.items():
+            if name in given and name != "cells":
+                assert given[name].default == parameter.default, name
+    assert inspect.signature(app_module.compare).parameters["cells"].default == ",".join(train.DEFAULT_CELLS)
+    assert {field.name for field in fields(train.Settings)} <= inspect.signature(train_command).parameters.keys()
 
 
 def test_the_shell_completes_commands_and_options() -> None:

@@ -343,6 +343,8 @@ def test_a_text_may_say_null_but_not_nothing(tmp_path: Path) -> None:
         sequences(read_table(path), target="y", text="text")
     with pytest.raises(DataError, match="exclude each other"):
         sequences(read_table(path), target=None, text="text", id="y")
+    with pytest.raises(DataError, match="--missing: nothing can stand for a missing text; leave it out"):
+        sequences(read_table(path), target="y", text="text", missing="mean")
 
 
 def test_one_class_and_text_targets_are_refused_by_row_and_column(tmp_path: Path) -> None:

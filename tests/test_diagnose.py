@@ -263,6 +263,30 @@ def test_the_samples_followed_may_all_be_shorter_than_the_longest() -> None:
     assert found.lag == 11
 
 
+def test_what_is_packed_is_not_told_to_pack() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = layer("LSTM", H=1)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            return self.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[1][0][-1]
+
+    (x, y), lengths, model = data(), torch.tensor([60, 20, 18, 15, 22, 20, 19, 21]), Packed()
+    found = uv.diagnose(model, x, lengths, y, loss=mse_loss)["rnn.l0"]
+    assert found.cause.startswith("forget gate")
+    assert found.evidence["constant_tail"] == 0
+    inputs = torch.cat([x[b, :n] for b, n in enumerate(lengths)]) @ model.rnn.weight_ih_l0.detach().T
+    assert found.evidence["input_scale"] == pytest.approx(float(inputs.std()), rel=1e-5)
+    # At the lag of 59 there is one sample only.
+    assert math.isnan(found.rate_interval[0])
+    assert found.rate_in_words == f"{found.rate:+.3g} nats per step"
+    held = x.clone()
+    held[:, 5:] = 1.0
+    tail = uv.diagnose(model, held, lengths, y, loss=mse_loss)["rnn.l0"].evidence["constant_tail"]
+    assert tail == pytest.approx(14 / 20, abs=0.05)
+
+
 def test_a_constrained_layer_is_diagnosed_and_only_advice_is_given() -> None:
     rnn = cures.constrain(cures.spectral_radius_(layer("RNN"), 0.5), "spectral")
     found = diagnose(LastStep(rnn))
@@ -339,6 +363,8 @@ def test_what_can_not_be_diagnosed_is_an_error() -> None:
         uv.diagnose(model, infinite, y, loss=mse_loss)
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         uv.diagnose("model", x, y, loss=mse_loss)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got OrderedDict"):
+        diagnose(model).verify(model.state_dict())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected the diagnosed one"):
         diagnose(model).prescriptions[0].apply(nn.Linear(1, 1))
 

@@ -137,6 +137,39 @@ def test_a_trial_that_can_not_be_is_an_error_and_one_that_diverges_has_no_chance
     assert found.readable == 0.0
 
 
+def test_no_chance_is_told_where_nothing_is_decided() -> None:
+    x, y = remember_the_first()
+    for options in ({"steps": 1}, {"steps": 2}, {"lag": 500}):
+        few = x[:, : options.pop("steps", T)]
+        found = uv.diagnose(forgetful(), few, y, loss=mse_loss, trial=True, **options)
+        assert found["rnn.l0"].verdict == "undecided"
+        assert found.chance is found.readable is None
+        assert not found.prescriptions
+        assert "chance" not in repr(found)
+        assert "nothing" not in repr(found)
+
+
+def test_an_undecided_layer_has_no_part_in_the_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Beside(LastStep):
+        def __init__(self) -> None:
+            super().__init__(cures.chrono_(nn.GRU(2, H, batch_first=True), T, torch.Generator().manual_seed(0)))
+            self.short = cures.spectral_radius_(nn.RNN(2, H, batch_first=True), 1e-6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.short(x[:, -2:])[0][:, -1, :1]
+
+    x, y = remember_the_first()
+    torch.manual_seed(0)
+    seen: list[float] = []
+    monkeypatch.setattr(
+        "unvanish.diagnose.Odds", lambda readable, survival: seen.append(survival) or trial.Odds(readable, survival)
+    )
+    found = uv.diagnose(Beside(), x, y, loss=mse_loss, trial=True)
+    assert [found[name].verdict for name in ("rnn.l0", "short.l0")] == ["healthy", "undecided"]
+    assert found["short.l0"].evidence["median_survival"] < 1e-3
+    assert seen == [found["rnn.l0"].evidence["median_survival"]]
+
+
 def test_a_read_out_is_judged_on_samples_it_was_not_fitted_on() -> None:
     """Targets of pure noise: nothing can be read, although a fit to so few samples explains a fifth of them."""
     torch.manual_seed(0)

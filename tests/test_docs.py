@@ -85,6 +85,19 @@ def test_python(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert (tmp_path / "flow.png").stat().st_size > 10_000
 
 
+def test_files_that_pages_name_are_there() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"]
+    named = {
+        (str(page.relative_to(ROOT)), name)
+        for page in pages
+        if "_build" not in page.parts
+        for name in re.findall(r"\b(?:src|csrc|tests|benchmarks|examples|docs)/[\w/.-]*\w", page.read_text("utf-8"))
+        if "NAME" not in name
+    }
+    assert len(named) > 20
+    assert {(page, name) for page, name in named if not (ROOT / name).exists()} == set()
+
+
 def test_yaml() -> None:
     for block in BLOCKS:
         if block.language == "yaml":

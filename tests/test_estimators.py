@@ -1,6 +1,8 @@
 """The estimators keep scikit-learn's rules, take sequences in every form, and learn."""
 
 import pickle
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from unvanish.train.data.sequences import Sequences
 from unvanish.train.estimators import Forecaster, SequenceClassifier, SequenceRegressor
+from unvanish.train.settings import Settings
 from unvanish.train.trained import Trained
 
 SMALL: dict[str, Any] = {"hidden": 8, "epochs": 3}
@@ -30,6 +33,17 @@ def test_scikit_learns_own_checks(kind: Any) -> None:
         on_skip=None,
     )
     assert sum(check["status"] == "passed" for check in found) > 30
+
+
+@pytest.mark.parametrize("kind", [SequenceClassifier, SequenceRegressor, Forecaster])
+def test_every_parameter_is_a_setting_or_known_apart(kind: Any) -> None:
+    chosen, settings = kind().get_params(), {field.name: field.default for field in fields(Settings)}
+    apart = {"missing", "random_state"} | ({"horizon", "window", "season"} if kind is Forecaster else set())
+    assert chosen.keys() - settings.keys() == apart
+    assert settings.keys() - chosen.keys() == {"every", "clip_recurrence", "tbptt", "checkpoint_every", "seed"}
+    assert all(chosen[name] == settings[name] for name in chosen.keys() - apart)
+    documented = set(re.findall(r"\w+", (kind if kind is Forecaster else SequenceClassifier).__doc__))
+    assert chosen.keys() <= documented
 
 
 def sines(n: int = 90, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:

@@ -145,8 +145,20 @@ def test_the_weights_load_into_torchs_own_modules() -> None:
 def test_a_file_that_answers_wrongly_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained, _ = of("classes")
     module = sys.modules["unvanish.train.export"]  # the package's `export` is the function
-    monkeypatch.setattr(module, "_onnx", lambda module, examples, path: [module(*e) + 1 for e in examples])
-    with pytest.raises(ArithmeticError, match="differ from the model's"):
+    for wrong in (1, torch.nan):
+        monkeypatch.setattr(module, "_onnx", lambda module, examples, _, w=wrong: [module(*e) + w for e in examples])
+        with pytest.raises(ArithmeticError, match="differ from the model's"):
+            export(trained, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_it_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, _ = of("classes")
+    for name in ("m.onnx", "m.pt2"):
+        with pytest.raises(OSError, match=f"OUT: .*{name} can't be written: there is no folder"):
+            export(trained, tmp_path / "none" / name)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ValueError, match=r"OUT: \.onnx needs onnx; pip install onnx onnxruntime"):
         export(trained, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 

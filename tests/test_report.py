@@ -74,6 +74,12 @@ def test_verdicts_say_what_the_records_say() -> None:
     lucky = comparison(run("A", -0.5, 0.001, after=0.0)).tasks[0]
     assert "Still A (reach 9 → 199 steps) solves the task" in verdict.explanation(lucky)
     assert verdict.explanation(comparison(run("A", 0.0, 0.1)).tasks[0]).startswith("No model's gradient vanishes")
+    wild = comparison(run("A", 0.1, 0.167), run("B", -0.5, 0.167)).tasks[0]
+    assert verdict.explanation(wild) == (
+        "At the start the gradient of B vanishes over 199 steps. "
+        "At the start the gradient of A explodes over 199 steps."
+    )
+    assert verdict.explanation(replace(wild, runs=wild.runs[:1])).endswith("gradient of A explodes over 199 steps.")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +110,7 @@ def test_figures_are_written(tmp_path: Path) -> None:
     record = comparison(run("RNN", -0.5, 0.167), run(HOSTILE[0], 0.0, 0.001))
     dead = replace(record.tasks[0].runs[0].before, log_norm=[0.0] + [-math.inf] * 199)
     record.tasks[0].runs[0] = replace(record.tasks[0].runs[0], before=dead)
-    written = report.save_figures(record, tmp_path)
+    written = report.save_figures(record, str(tmp_path))
     assert len(written) == 8  # both runs have one name, so one file of cures
     assert all(path.stat().st_size > 5000 for path in written)
 
@@ -148,7 +154,7 @@ def test_an_error_of_zero_stays_in_the_picture() -> None:
 
 def test_code_in_advice_is_code_and_nothing_else(tmp_path: Path) -> None:
     hostile = comparison(run("`<script>x</script>`", -0.5, 0.167))
-    report.write_comparison(hostile, tmp_path / "report.html")
+    report.write_comparison(hostile, str(tmp_path / "report.html"))
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "<code>unvanish.cures.chrono_(layer, max_lag=200)</code>" in page
     assert "<code>&lt;script&gt;x&lt;/script&gt;</code>" in page

@@ -102,6 +102,29 @@ def test_other_channels_are_refused() -> None:
         trained.predict(other)
 
 
+def test_paths_may_be_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("d.csv"))
+    problem, data = train.read_problem("d.csv", target="y"), train.read_data("d.csv", "classification", target="y")
+    trained = train.train_on(
+        problem, Settings(hidden=2, steps=1), out="m", flow_every=None, loggers=train.make_loggers("csv", "m/logs")
+    )
+    trained.save("n")
+    assert train.Trained.load("m").predict(data) == train.Trained.load("n").predict(data)
+    assert train.export(trained, "m.pt2", steps=20) < 1e-4
+
+
+@pytest.mark.parametrize("kind", list(PROBLEMS))
+def test_data_of_another_kind_are_refused(kind: str) -> None:
+    problem = PROBLEMS[kind]()
+    model = problem.begin(Settings(hidden=4, batch=4)).build(9)
+    trained = train.Trained(model, {"kind": kind, **problem.keep()})
+    for other, data in GIVEN.items():
+        if type(data) is not type(GIVEN[kind]):
+            with pytest.raises(DataError, match=f"data: expected .* for {kind}, got {type(data).__name__}"):
+                trained.predict(GIVEN[other])
+
+
 @pytest.mark.parametrize("read", ["last", "mean"])
 @pytest.mark.parametrize("lengths", [None, [10, 7, 3]])
 def test_truncation_stops_the_error_and_not_the_state(read: str, lengths: list[int] | None) -> None:
@@ -126,6 +149,8 @@ def test_a_validation_loss_that_is_never_finite_is_an_error(monkeypatch: pytest.
     monkeypatch.setattr(problem, "loss", lambda answer, y: answer.sum() * (1.0 if answer.requires_grad else torch.nan))
     with pytest.raises(ArithmeticError, match="the validation loss was never finite"):
         train.train_on(problem, Settings(hidden=4, epochs=1))
+    with pytest.raises(ArithmeticError, match="the validation loss became nan at update 3; try a smaller lr"):
+        train.train_on(problem, Settings(hidden=4, epochs=2, patience=0))
 
 
 def write(path: Path) -> None:

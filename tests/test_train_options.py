@@ -38,7 +38,7 @@ CHANGED: dict[str, tuple[dict[str, str], dict[str, str], Effect]] = {
     "kind": (SMALL | {"--data": "n.csv"}, {"--kind": "regression"}, kept("kind")),
     "target": (SMALL | {"--data": "n.csv"}, {"--target": "q"}, weights),
     "id": (SMALL | {"--data": "long.csv"}, {"--id": "i"}, kept("split")),
-    "text": (SMALL | {"--data": "t.csv", "--missing": "mean"}, {"--text": "words"}, kept("input")),
+    "text": (SMALL | {"--data": "t.csv"}, {"--text": "words"}, kept("input")),
     "missing": (SMALL | {"--data": "holes.csv", "--missing": "mean"}, {"--missing": "previous"}, weights),
     "horizon": (AHEAD, {"--horizon": "2"}, kept("horizon")),
     "window": (AHEAD, {"--window": "7"}, weights),
@@ -151,6 +151,7 @@ REFUSED = [
     (["--kind", "language", "--data", "d.csv"], "--text: expected the column"),
     (["--kind", "language", "--data", "d.csv", "--text", "nope"], "d.csv: row 1: no column 'nope' (--text)"),
     (["--kind", "forecasting", "--data", "s.csv"], "--target: expected the column that is forecast"),
+    (["--kind", "forecasting", "--data", "v.ts", "--target", "y"], "--kind: v.ts holds sequences with a label each"),
     ([*line(AHEAD), "--season", "100"], "season: expected at most the window"),
     ([*line(AHEAD), "--horizon", "0"], "horizon: expected at least 1"),
     ([*line(AHEAD), "--time", "sales"], "must be different columns"),
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_trained(
     monkeypatch.chdir(files)
     assert call(["train", *options, "--out", str(tmp_path / "m")], monkeypatch) == 2
     assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "m" / "config.json").exists()
+    assert list(tmp_path.glob("m/*")) == [], "the same name serves for the command put right"
 
 
 def test_loggers_write_or_say_what_is_missing(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

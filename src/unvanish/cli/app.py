@@ -38,11 +38,16 @@ def _root() -> None:
 
 @app.command()
 def compare(
-    task: Annotated[list[str] | None, typer.Option(help="Task; repeat for several. [default: adding, digits]")] = None,
-    length: Annotated[int | None, typer.Option(help="Steps of the sequences. [default: the task's own]")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task; repeat for several; by default adding and digits.")
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Steps of the sequences; by default the task's own. Beside others, images keep theirs."),
+    ] = None,
     cells: Annotated[str, typer.Option(help="Models, separated by commas.")] = "rnn,gru,lstm,lstm-chrono",
     hidden: Annotated[int, typer.Option(help="Hidden units.")] = 48,
-    steps: Annotated[int | None, typer.Option(help="Optimizer updates. [default: the task's own]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer updates; by default the task's own.")] = None,
     batch: Annotated[int, typer.Option(help="Samples per update.")] = 64,
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-2,
     seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
@@ -99,8 +104,10 @@ def report(
     path = folder / MARKER
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"FOLDER: {folder} has no {MARKER}; name a folder that `unvanish compare` wrote") from error
+    except OSError as error:
+        raise UserError(f"FOLDER: {path} can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
         raise UserError(f"{path}: not JSON that `unvanish compare` wrote: {error}") from error
     from unvanish import report, train

@@ -30,12 +30,15 @@ def diagnose(
         Path | None, typer.Option(help="A file as `unvanish train` reads it; its first 512 sequences.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="With --data: column of the answers. [default: as the model was trained]")
+        str | None, typer.Option(help="With --data: column of the answers; by default as the model was trained.")
     ] = None,
     id: Annotated[str | None, typer.Option(help="With --data: column that tells sequences apart, likewise.")] = None,
+    time: Annotated[str | None, typer.Option(help="With --data: column of times, likewise.")] = None,
     text: Annotated[str | None, typer.Option(help="With --data: column of texts, likewise.")] = None,
     missing: Annotated[str | None, typer.Option(help="With --data: as in `unvanish train`.")] = None,
-    lag: Annotated[int | None, typer.Option(help="Steps that the task needs. [default: what the batch offers]")] = None,
+    lag: Annotated[
+        int | None, typer.Option(help="Steps that the task needs; by default what the batch offers.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights to load into the model first: safetensors, or a state_dict of torch.")
     ] = None,
@@ -52,10 +55,10 @@ def diagnose(
 ) -> None:
     """Say what becomes of the error in a model's recurrent layers, why, and what to do.
 
-    FACTORY returns the model, the batch as a tuple (input, …, target), and the loss (output, target) → scalar.
+    FACTORY returns the model, the batch as a tuple or list (input, …, target), and the loss (output, target) → scalar.
     Your file is executed; nothing else is.
     """
-    columns = {"target": target, "id": id, "text": text, "missing": missing}
+    columns = {"target": target, "id": id, "time": time, "text": text, "missing": missing}
     if data is None:
         for name, value in columns.items():
             if value is not None:
@@ -63,10 +66,12 @@ def diagnose(
         model, batch, loss = _made(source)
     else:
         model, batch, loss = _trained(source, data, **columns)
-    import unvanish as uv
-
     if checkpoint is not None:
         _load(model, checkpoint)
+    if data is None and batch:
+        _try_out(source, model, batch, loss)
+    import unvanish as uv
+
     found = uv.diagnose(model, *batch, loss=loss, lag=lag, samples=samples, trial=trial, lr=lr, seed=seed)
     if as_json:
         typer.echo(json.dumps(_strict(_plain(found))))
@@ -78,6 +83,9 @@ def _trained(folder: str, data: Path, **columns: str | None) -> tuple[Any, tuple
     from unvanish import train as training
 
     trained = training.Trained.load(Path(folder))
+    if trained.config["kind"] == "task":
+        name = trained.config["task"]["name"]
+        raise UserError(f"SOURCE: expected a model that was trained on data, got one of the task {name}")
     told = trained.config.get("columns", {}) | {name: value for name, value in columns.items() if value is not None}
     if "target" not in told and data.suffix.lower() != ".ts":
         raise UserError("--target: expected the column of the answers, which this model's folder does not tell")
@@ -92,17 +100,21 @@ def _trained(folder: str, data: Path, **columns: str | None) -> tuple[Any, tuple
 
 def _made(source: str) -> tuple[Any, tuple[Any, ...], Any]:
     file, _, name = source.rpartition(":")
+    if Path(source).is_dir():
+        raise UserError(f"SOURCE: {source} is a folder; of one that `unvanish train` wrote, add the file to --data")
     if not file.endswith(".py") or not name.isidentifier():
         raise UserError(f"FILE.py:FACTORY: expected a Python file and a function in it, got {source!r}")
     if not Path(file).is_file():
         raise UserError(f"FILE.py:FACTORY: there is no file {file}")
     import sys
 
+    from torch import nn
+
     before = sys.path[:]
     sys.path.insert(0, str(Path(file).parent.absolute()))
     try:
         names = runpy.run_path(file, run_name=Path(file).stem)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"FILE.py:FACTORY: running {file} raised {_raised(error, file)}") from error
     finally:
         sys.path[:] = before
@@ -111,7 +123,7 @@ def _made(source: str) -> tuple[Any, tuple[Any, ...], Any]:
         raise UserError(f"FILE.py:FACTORY: {file} has no function {name!r}")
     try:
         made = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"FILE.py:FACTORY: {name}() raised {_raised(error, file)}") from error
     if not isinstance(made, tuple) or len(made) != 3 or not callable(made[2]):
         raise UserError(
@@ -119,10 +131,30 @@ def _made(source: str) -> tuple[Any, tuple[Any, ...], Any]:
             + (f" of {len(made)}" if isinstance(made, tuple) else "")
         )
     model, batch, loss = made
-    return model, batch if isinstance(batch, tuple) else (batch,), loss
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"FILE.py:FACTORY: expected {name}() to return a torch.nn.Module as model, got {type(model).__name__}"
+        )
+    return model, tuple(batch) if isinstance(batch, tuple | list) else (batch,), loss
 
 
-def _raised(error: Exception, file: str) -> str:
+def _try_out(source: str, model: Any, batch: tuple[Any, ...], loss: Any) -> None:
+    """What the user's model and loss raise on the user's batch is theirs to mend, and told in a line."""
+    import copy
+
+    import torch
+
+    inputs, target = (batch[:-1], batch[-1:]) if len(batch) > 1 else (batch, ())
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            loss(copy.deepcopy(model)(*inputs), *target)
+    except Exception as error:
+        raise UserError(
+            f"FILE.py:FACTORY: loss(model(input), target) raised {_raised(error, source.rpartition(':')[0])}"
+        ) from error
+
+
+def _raised(error: BaseException, file: str) -> str:
     """What was raised, and the last line of the user's own file on the way there."""
     what = f"{type(error).__name__}: {error}"
     if isinstance(error, SyntaxError):  # it tells its place itself
@@ -195,12 +227,10 @@ _COLOUR = {"healthy": "green", "undecided": "yellow"}
 
 def _print(found: "Diagnosis", console: Console) -> None:
     for name, d in found.items():
-        low, high = d.rate_interval
         colour = _COLOUR.get(d.verdict, "red")
         console.print(f"[bold]{escape(name)}[/bold] ({d.cell}): [{colour}]{d.verdict}[/{colour}]")
         half = "" if d.half_life is None else f", half-life {d.half_life:.3g} steps"
-        rate = "no rate" if math.isnan(d.rate) else f"{d.rate:+.3g} nats per step [{low:+.2g}, {high:+.2g}]{half}"
-        console.print(f"  {rate}, reach {d.reach} of {d.lag} steps", markup=False)
+        console.print(f"  {d.rate_in_words}{half}, reach {d.reach} of {d.lag} steps", markup=False)
         console.print(f"  {d.cause}", markup=False)
     for note in found.notes:
         console.print(note, markup=False)

@@ -30,7 +30,7 @@ TextColumn = Annotated[str | None, typer.Option(help="Column of texts.", rich_he
 MissingPolicy = Annotated[
     str | None,
     typer.Option(
-        help="A missing value is an error, or the channel's mean, or its previous value; by default error.",
+        help="A missing value is an error, or the channel's mean, or its previous value; in training by default error.",
         rich_help_panel=DATA,
     ),
 ]

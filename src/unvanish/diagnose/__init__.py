@@ -7,11 +7,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from unvanish.diagnose.capture import Given, capture
-from unvanish.diagnose.measure import Measured, measure
+from unvanish.diagnose.measure import Measured, half_width, measure
 from unvanish.diagnose.prescribe import prescribe
 from unvanish.diagnose.records import Diagnosis, LayerDiagnosis, Prescription, Verification
 from unvanish.diagnose.trial import Odds, checked_target, readable_after
@@ -47,6 +46,7 @@ def diagnose(
 
     With `trial=True` a copy is trained for 100 updates, which gives a chance that a short training learns (see
     `diagnose.trial`). Only where that is below one half something is prescribed, and only cures that raise it clearly.
+    Where every layer is undecided no chance is given.
 
     The cures are tried when `prescriptions` is asked for first, on a copy of the model kept from here, on the same
     batch.
@@ -72,8 +72,6 @@ def diagnose(
             on no recurrent layer; lag, samples or lr is out of range; a trial's target is no tensor of one row per
             sample, or the batch is too small for it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not batch:
         raise ValueError("batch: expected the model's input and its target")
     for name, number, what in (("lag", lag, "step"), ("samples", samples, "")):
@@ -103,13 +101,13 @@ def diagnose(
 
     given, found, notes = _layers(model)
     kept = copy.deepcopy(model)
-    if not trial:
+    answer = checked_target(given, target[0] if target else None) if trial else None
+    if answer is None or all(d.verdict == "undecided" for d in found.values()):
         return Diagnosis(found, lambda: prescribe(kept, given, found, again, seed), again, notes)
-    answer = checked_target(given, target[0] if target else None)
 
     def odds(changed: nn.Module, layers: dict[str, LayerDiagnosis]) -> Odds:
-        survival = min(d.evidence["median_survival"] for d in layers.values())
-        return Odds(readable_after(changed, inputs, answer, loss, lr, seed), survival)
+        told = [d.evidence["median_survival"] for d in layers.values() if d.verdict != "undecided"]
+        return Odds(readable_after(changed, inputs, answer, loss, lr, seed), min(told, default=0.0))
 
     own = odds(model, found)
     attempt = (own.chance, odds)
@@ -127,10 +125,7 @@ def _record(name: str, m: Measured) -> LayerDiagnosis:
             name, m.place.cell.name, verdict, cause, math.nan, (math.nan, math.nan), None, m.decay.reach, m.lag,
             m.evidence, curve,
         )  # fmt: skip
-    finite = m.slopes[m.slopes.isfinite()]
-    # Student's t: the samples that are followed are few.
-    n = len(finite)
-    half = float(stdtrit(n - 1, 0.975)) * float(finite.std()) / math.sqrt(n) if n > 1 else math.nan
+    half = half_width(m.slopes[m.slopes.isfinite()])
     interval = (m.decay.rate - half, m.decay.rate + half)
     return LayerDiagnosis(
         name, m.place.cell.name, verdict, cause, m.decay.rate, interval, m.decay.half_life, m.decay.reach, m.lag,

@@ -83,9 +83,12 @@ def capture(
         What was found, and notes on what recurs and could not be followed.
 
     Raises:
+        TypeError: model is no module.
         ValueError: there is no recurrent layer, a weight or a layer's input is not finite, the loss is no finite
             scalar or depends on no recurrent layer.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     twin = copy.deepcopy(model)
     modules = {name: m for name, m in twin.named_modules() if isinstance(m, nn.RNNBase)}
     loops = [CellLoop(name, m) for name, m in twin.named_modules() if isinstance(m, nn.RNNCellBase)]

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -65,11 +66,10 @@ def _measure_place(
     lr: float,
 ) -> Measured:
     T, layer = len(x), given.layer
-    D = 2 if layer.bidirectional else 1
     made = (error != 0).any(-1) & (torch.arange(T)[:, None] < lengths[None, :]).to(error.device)
     if not bool(made.any()):
         # The error came in through c, or through lower layers: a random one in its place, at each sample's last step.
-        direction = torch.randn(D * error.shape[-1] // D, generator=torch.Generator().manual_seed(seed)).to(error)
+        direction = torch.randn(error.shape[-1], generator=torch.Generator().manual_seed(seed)).to(error)
         last = (lengths - 1).to(error.device)
         error[last, torch.arange(error.shape[1])] = direction
         made[last, torch.arange(error.shape[1])] = True
@@ -94,7 +94,7 @@ def _measure_place(
     curve, arriving = _together(over_lags)
     decay = flow.decay(curve, FRACTION) if bool(curve[0].isfinite()) else flow.Decay(-math.inf, 0.0, 0)
     slopes = torch.tensor([_slope(row[: wanted + 1]) for row in curves.nanmedian(0).values], dtype=torch.float64)
-    evidence = _evidence(given, place, x, fed, hx, made, wanted, slopes)
+    evidence = _evidence(given, place, x, fed, hx, lengths, made)
     asked = lag is not None and lag <= offered
     evidence |= {
         "steps": float(T),
@@ -158,9 +158,8 @@ def _evidence(
     x: Tensor,
     fed: Tensor | PackedSequence,
     hx: object,
+    lengths: Tensor,
     made: Tensor,
-    lag: int,
-    slopes: Tensor,
 ) -> dict[str, float]:
     w_hh = place.weights.w_hh
     H = place.weights.w_ih.shape[0] // len(place.cell.gates)
@@ -182,18 +181,24 @@ def _evidence(
     own = own[own.isfinite()]
     if len(own):
         found["lyapunov"] = float(own.mean())
-        found["lyapunov_low"] = float(own.mean() - 1.96 * own.std() / len(own) ** 0.5) if len(own) > 1 else math.nan
-    pre_activation = nn.functional.linear(x if place.layer == 0 else x.new_zeros(()), place.weights.w_ih) \
-        if place.layer == 0 else None  # fmt: skip
-    if pre_activation is not None:
-        found["input_scale"] = float(pre_activation.std())
-    T = len(x)
-    same = (x == x[-1:]).all(-1)
-    runs = torch.stack([same.flip(0)[:, b].cumprod(0).sum() for b in range(x.shape[1])])
-    found["constant_tail"] = float((runs.double().median() - 1) / T)
+        found["lyapunov_low"] = found["lyapunov"] - half_width(own)
+    T, B = x.shape[:2]
+    if place.layer == 0:
+        inside = (torch.arange(T)[:, None] < lengths).to(x.device)
+        found["input_scale"] = float(nn.functional.linear(x[inside], place.weights.w_ih).std())
+    # Each sample's own last steps: what is packed has no padding, although x is filled up here.
+    same = (x == x[lengths - 1, torch.arange(B)]).all(-1)
+    runs = torch.stack([same[:n, b].flip(0).cumprod(0).sum() for b, n in enumerate(lengths.tolist())]).cpu()
+    found["constant_tail"] = float(((runs - 1) / lengths).median())
     found["error_steps"] = float(made.any(1).sum()) / T
     found["detached"] = float(len(given.cuts))
     return found
+
+
+def half_width(values: Tensor) -> float:
+    """t s/√n: half of the 95 % interval of a mean; Student's t, as the samples are few. NaN of one."""
+    n = len(values)
+    return float(stdtrit(n - 1, 0.975)) * float(values.std()) / math.sqrt(n) if n > 1 else math.nan
 
 
 def _sensitivity(

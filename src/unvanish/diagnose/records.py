@@ -1,5 +1,6 @@
 """What a diagnosis says: facts per layer, what to do, and how it went."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,6 +44,14 @@ class LayerDiagnosis:
     curve: tuple[float, ...] = field(repr=False, default=())
     """ln‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0: the median over sources and samples of those that are not 0, times the root
     of their share"""
+
+    @property
+    def rate_in_words(self) -> str:
+        """The rate in words, with its interval if there is one; "no rate" if it is unknown."""
+        if math.isnan(self.rate):
+            return "no rate"
+        low, high = self.rate_interval
+        return f"{self.rate:+.3g} nats per step" + ("" if math.isnan(low) else f" [{low:+.2g}, {high:+.2g}]")
 
 
 @dataclass(frozen=True)
@@ -188,9 +197,9 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
     notes: tuple[str, ...] = ()
     """what recurs in the model and could not be followed, and why"""
     chance: float | None = None
-    """of learning in the setting of benchmarks/diagnosis.py; None without a trial"""
+    """of learning in the setting of benchmarks/diagnosis.py; None without a trial, or if all layers are undecided"""
     readable: float | None = None
-    """share of the target's variance that a linear read-out finds in the states after the trial"""
+    """share of the target's variance that a linear read-out finds in the states after the trial; None as there"""
 
     @cached_property
     def prescriptions(self) -> tuple[Prescription, ...]:
@@ -221,7 +230,7 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         """Measure again, on the same batch.
 
         Raises:
-            ValueError: as `diagnose`.
+            TypeError, ValueError: as `diagnose`.
         """
         return Verification(self.layers, self.measure(model))
 
@@ -278,5 +287,4 @@ def _brief(d: LayerDiagnosis | None) -> str:
         return "not there"
     if d.verdict == "undecided":
         return d.verdict
-    low, high = d.rate_interval
-    return f"{d.verdict}, {d.rate:+.3g} nats per step [{low:+.2g}, {high:+.2g}], reach {d.reach}"
+    return f"{d.verdict}, {d.rate_in_words}, reach {d.reach}"

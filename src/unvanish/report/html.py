@@ -1,6 +1,7 @@
 """The report: one self-contained page, opens offline, made from records alone."""
 
 import json
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +18,7 @@ from unvanish.report.style import LINES, LN10, decades, line, short, spans_decad
 from unvanish.train.records import Anatomy, Comparison, Reach, TaskResult
 
 
-def write_comparison(comparison: Comparison, path: Path) -> None:
+def write_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     """Does the gradient survive, who learns, why, what to do, how was this measured: one HTML file.
 
     Raises:
@@ -32,10 +33,10 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         colour=line,
         data=_script_safe({"palette": palette, "tasks": data}),
     )
-    write_atomically(path, page.encode())
+    write_atomically(Path(path), page.encode())
 
 
-def write_flow(flow: Flow, path: Path) -> None:
+def write_flow(flow: Flow, path: str | os.PathLike[str]) -> None:
     """‖∂E/∂h_t‖ and ‖∂E/∂c_t‖ over t of every layer: one HTML file.
 
     Raises:
@@ -58,7 +59,7 @@ def write_flow(flow: Flow, path: Path) -> None:
                     }
                 )
     page = _render("flow.html.j2", flow=flow, data=_script_safe({"traces": traces}))
-    write_atomically(path, page.encode())
+    write_atomically(Path(path), page.encode())
 
 
 def _render(template: str, **values: Any) -> str:

@@ -4,6 +4,7 @@ Colour-blind-safe, told apart by dash too; norms on a logarithmic axis; medians 
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -325,7 +326,7 @@ def diagnosis(record: Diagnosis | Verification, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def save_figures(comparison: Comparison, folder: Path) -> list[Path]:
+def save_figures(comparison: Comparison, folder: str | os.PathLike[str]) -> list[Path]:
     """PNG and SVG of every task's reach before and after training, of its learning curves, and of the cures."""
     written = []
     for task in comparison.tasks:
@@ -336,7 +337,7 @@ def save_figures(comparison: Comparison, folder: Path) -> list[Path]:
         } | {f"{run.name}-cures": cures(run) for run in task.runs if run.cures}
         for name, ax in pictures.items():
             for kind in ("png", "svg"):
-                path = folder / f"{task.name}-{name}.{kind}"
+                path = Path(folder) / f"{task.name}-{name}.{kind}"
                 _figure(ax).savefig(path, dpi=150)
                 written.append(path)
     return written

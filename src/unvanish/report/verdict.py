@@ -66,14 +66,19 @@ def learning(task: TaskResult) -> str:
 
 def explanation(task: TaskResult) -> str:
     """What ties the two together, or that they do not agree here."""
-    kept = [run for run in task.runs if fate(run.before) != "vanishes"]
-    lost = [run for run in task.runs if fate(run.before) == "vanishes"]
+    kept, lost, exploding = (
+        [run for run in task.runs if fate(run.before) == what] for what in ("survives", "vanishes", "explodes")
+    )
     learnt_lost = [run for run in lost if run.solved]
     failed_kept = [run for run in kept if not run.solved]
-    if not lost:
+    if not lost and not exploding:
         return "No model's gradient vanishes over this length: what separates them is something else."
-    lag = lost[0].before.lag[-1]
-    text = [f"At the start the gradient of {_and([run.title for run in lost])} vanishes over {lag} steps."]
+    lag = task.runs[0].before.lag[-1]
+    text = [
+        f"At the start the gradient of {_and([run.title for run in runs])} {what} over {lag} steps."
+        for runs, what in ((lost, "vanishes"), (exploding, "explodes"))
+        if runs
+    ]
     if learnt_lost:
         names = [f"{run.title} ({reached(run)})" for run in learnt_lost]
         verb = "solves" if len(names) == 1 else "solve"

@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict
@@ -19,7 +20,8 @@ from unvanish.train.memory import estimated, require
 from unvanish.train.models import REMEDIES, SequenceModel, recipe
 from unvanish.train.records import Comparison, Cured, Reach, Run, TaskResult
 from unvanish.train.supervised import Progress
-from unvanish.train.tasks import Task, make_task
+from unvanish.train.tasks import TASKS, Task, make_task
+from unvanish.train.tasks.digits import PixelDigits
 
 DEFAULT_TASKS = ("adding", "digits")
 DEFAULT_CELLS = ("rnn", "gru", "lstm", "lstm-chrono")
@@ -39,12 +41,17 @@ def measure(model: SequenceModel, task: Task, update: int, fraction: float = 0.0
 
     The rows of the map are renormalised as they go, so `log_norm` is right far below what the training's float32 can
     hold.
+
+    Raises:
+        ArithmeticError: the error is NaN or infinite.
     """
     double = deepcopy(model).double().train(False)
     x, y = ending_together(task, PROBES)
     states, _ = double.recurrent(x)
     last = states[:, -1].detach().requires_grad_()
     error = task.loss(double.head(last), y) * len(y)
+    if not error.isfinite():
+        raise ArithmeticError(f"the loss became {error.item()} at update {update}; try a smaller lr")
     (source,) = torch.autograd.grad(error, last)
     found = flow.adjoint_map(double.recurrent, x, sources=[-1], cotangent=source.unsqueeze(0))
     log_norms = found.over_lag(0)
@@ -140,7 +147,7 @@ def compare(
     Args:
         tasks: names out of `unvanish.train.TASKS`.
         cells: names out of `unvanish.train.RECIPES`.
-        length: steps of the sequences; None: each task's own.
+        length: steps of the sequences; None: each task's own. Tasks of images keep theirs where there are others.
         hidden: H.
         steps: optimizer updates; None: each task's own.
         batch: samples per update.
@@ -151,14 +158,18 @@ def compare(
         tell: hears of every update.
 
     Raises:
-        ValueError: an unknown task or cell, a number out of range, or too little memory for them.
+        ValueError: no task or cell, an unknown one or one named twice, a number out of range, or too little memory.
         ArithmeticError: a loss became NaN or infinite.
     """
     if hidden < 1:
         raise ValueError(f"hidden: expected at least 1, got {hidden}")
+    _told_apart(tasks, "tasks")
+    _told_apart(cells, "cells")
     for name in cells:
         recipe(name, "cells")
-    chosen = [make_task(name, length if name != "digits" or len(tasks) == 1 else None, seed) for name in tasks]
+    images = {name for name in tasks if issubclass(TASKS.get(name, Task), PixelDigits)}
+    keep = images if images != set(tasks) else set()
+    chosen = [make_task(name, None if name in keep else length, seed) for name in tasks]
     budgets = [
         Budget(steps if steps is not None else DEFAULT_STEPS.get(task.name, STEPS), batch, lr, CLIP, seed)
         for task in chosen
@@ -169,7 +180,12 @@ def compare(
     results = []
     folder = None if flows is None else Path(flows)
     for task, budget in zip(chosen, budgets, strict=True):
-        runs = [run_one(task, name, hidden, budget, tell, folder) for name in cells]
+        runs = []
+        for name in cells:
+            try:
+                runs.append(run_one(task, name, hidden, budget, tell, folder))
+            except ArithmeticError as error:
+                raise ArithmeticError(f"{task.name}, {name}: {error}") from error
         settings = {**asdict(budget), "hidden": hidden, "optimizer": "Adam", "probes": PROBES}
         results.append(
             TaskResult(
@@ -186,6 +202,15 @@ def compare(
             )
         )
     return Comparison(results, environment(), command)
+
+
+def _told_apart(names: Sequence[str], argument: str) -> None:
+    """Raise where there is no name, or one stands twice: files and parts of the page are called by them."""
+    if not names:
+        raise ValueError(f"{argument}: expected at least one name, got none")
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise ValueError(f"{argument}: expected each name once, got {name!r} {times} times")
 
 
 def environment() -> dict[str, str]:

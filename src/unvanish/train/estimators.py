@@ -26,26 +26,27 @@ from unvanish.train.trained import Trained
 class _Estimator(BaseEstimator):
     """What the estimators share; after `fit`, `trained_` holds the model: `trained_.save(folder)` keeps it.
 
-    A dataclass for its `__init__`, from whose signature scikit-learn reads the parameters.
+    A dataclass for its `__init__`, from whose signature scikit-learn reads the parameters. They are named as the
+    settings that they become, and begin as these do.
     """
 
-    cell: str = "lstm-chrono"
+    cell: str = Settings.cell
     _: KW_ONLY
-    hidden: int = 48
-    layers: int = 1
-    bidirectional: bool = False
-    dropout: float = 0.0
-    read: Read | None = None
-    epochs: int | None = None
-    steps: int | None = None
-    batch: int = 32
-    lr: float = 1e-2
-    clip: float = 1.0
-    optimizer: Optimizer = "adam"
-    weight_decay: float = 0.0
-    schedule: Schedule = "constant"
-    patience: int | None = None
-    omega: float = 0.0
+    hidden: int = Settings.hidden
+    layers: int = Settings.layers
+    bidirectional: bool = Settings.bidirectional
+    dropout: float = Settings.dropout
+    read: Read | None = Settings.read
+    epochs: int | None = Settings.epochs
+    steps: int | None = Settings.steps
+    batch: int = Settings.batch
+    lr: float = Settings.lr
+    clip: float = Settings.clip
+    optimizer: Optimizer = Settings.optimizer
+    weight_decay: float = Settings.weight_decay
+    schedule: Schedule = Settings.schedule
+    patience: int | None = Settings.patience
+    omega: float = Settings.omega
     missing: Missing = "error"
     random_state: int | np.random.RandomState | None = 0
     trained_: Trained = field(init=False)

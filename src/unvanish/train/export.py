@@ -1,5 +1,6 @@
 """A trained model for other programs: ONNX, or torch.export; checked against the model before it counts as written."""
 
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def plain_state_dict(trained: Trained) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in trained.model.state_dict().items()}
 
 
-def export(trained: Trained, path: Path, *, steps: int | None = None) -> float:
+def export(trained: Trained, path: str | os.PathLike[str], *, steps: int | None = None) -> float:
     """Write `Exported` to a file: .onnx (ONNX), or .pt2 (torch.export).
 
     Batch and time are open. In a .pt2 they are by an operator of unvanish's, so that the program that loads it imports
@@ -134,17 +135,20 @@ def export(trained: Trained, path: Path, *, steps: int | None = None) -> float:
         The largest difference that was seen, relative to the largest answer.
 
     Raises:
-        ValueError: another suffix, `steps` for .onnx, or a model that was trained on no data.
+        ValueError: another suffix, `steps` for .onnx, a model that was trained on no data, or for .onnx a package that
+            is not installed.
         ArithmeticError: the file does not answer as the model does.
-        ModuleNotFoundError: onnx or onnxruntime is not installed.
         OSError: the file can't be written.
     """
+    path = Path(path)
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"OUT: expected a name that ends in .onnx or .pt2, got {path.name}")
     if steps is not None and (path.suffix == ".onnx" or steps < 1):
         raise ValueError(f"steps: expected none for .onnx, where time is open, and 1 or more for .pt2; got {steps}")
     if "input" not in trained.config:
         raise ValueError(f"model: expected one that was trained on data, got one of the {trained.config['kind']}")
+    if not path.parent.is_dir():
+        raise OSError(f"OUT: {path} can't be written: there is no folder {path.parent}")
     window = trained.config.get("window")
     examples = [_example(trained, batch, steps or window or length, seed) for seed, (batch, length) in enumerate(SIZES)]
     module = Exported(trained, plain=path.suffix == ".onnx" or steps is not None).eval()
@@ -152,12 +156,13 @@ def export(trained: Trained, path: Path, *, steps: int | None = None) -> float:
     stage = path.with_name(f".{path.name}.stage{path.suffix}")
     try:
         answers = _onnx(module, examples, stage) if path.suffix == ".onnx" else _pt2(module, examples, stage, steps)
-        worst = 0.0
+        apart = []
         for (x, lengths), answer in zip(examples, answers, strict=True):
             own = reference.unscaled(reference.model(reference.scaled(x), lengths), x, lengths)
             inside = torch.arange(own.shape[1]) < lengths[:, None] if trained.model.read == "all" else slice(None)
             own, answer = own[inside], answer[inside]
-            worst = max(worst, float((own - answer).abs().max() / own.abs().max()))
+            apart.append((own - answer).abs().max() / own.abs().max())
+        worst = float(torch.stack(apart).max())
         if not worst <= TOLERANCE:
             raise ArithmeticError(f"{path}: its answers differ from the model's by {worst:.1e}; nothing was written")
         write_atomically(path, stage.read_bytes())
@@ -182,8 +187,13 @@ def _example(trained: Trained, batch: int, steps: int, seed: int) -> tuple[Tenso
 def _onnx(module: Exported, examples: list[Any], path: Path) -> list[Tensor]:
     import warnings
 
-    import onnx  # noqa: F401 (the exporter needs it, and says so late)
-    import onnxruntime
+    try:
+        import onnx  # noqa: F401 (the exporter needs it, and says so late)
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError(
+            f"OUT: .onnx needs {error.name}; pip install onnx onnxruntime, or name a file that ends in .pt2"
+        ) from error
 
     names = ["x", "lengths"]
     open_axes = {"x": {0: "batch", 1: "steps"}, "lengths": {0: "batch"}, "answer": {0: "batch"}}

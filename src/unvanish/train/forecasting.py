@@ -40,6 +40,7 @@ class Forecasting(DataProblem):
     """
 
     kind = "forecasting"
+    applied_to = Series
     metric = "mean squared error / variance"
 
     def __init__(

@@ -1,5 +1,6 @@
 """From a file and what is to be learnt to a problem, and to what a model is applied to."""
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,9 @@ USED: dict[str, tuple[str, ...]] = {
 }
 
 
-def read_data(path: Path, kind: Kind, if_there: Collection[str] = (), /, **options: Any) -> Sequences | Series | str:
+def read_data(
+    path: str | os.PathLike[str], kind: Kind, if_there: Collection[str] = (), /, **options: Any
+) -> Sequences | Series | str:
     """What a file holds, for a kind of problem.
 
     Args:
@@ -38,7 +41,7 @@ def read_data(path: Path, kind: Kind, if_there: Collection[str] = (), /, **optio
         ValueError: an unknown kind, or an option that it has no use for.
         OSError: the file can't be read.
     """
-    given = _given(kind, options)
+    given, path = _given(kind, options), Path(path)
     try:
         return _read(path, kind, given, if_there)
     except OSError as error:
@@ -59,6 +62,8 @@ def _read(path: Path, kind: Kind, given: dict[str, Any], if_there: Collection[st
         return read_text(path)
     missing: Missing = given.pop("missing", "error")
     if kind == "forecasting":
+        if suffix == ".ts":
+            raise ValueError(f"--kind: {path} holds sequences with a label each; expected classification or regression")
         if "target" not in given:
             raise ValueError("--target: expected the column that is forecast")
         return series(read_table(path), missing=missing, **given)
@@ -72,7 +77,7 @@ def _read(path: Path, kind: Kind, given: dict[str, Any], if_there: Collection[st
 
 
 def read_problem(
-    path: Path,
+    path: str | os.PathLike[str],
     kind: Kind = "classification",
     *,
     target: str | None = None,
@@ -97,6 +102,7 @@ def read_problem(
         ValueError: an option that the kind has no use for, or that it needs.
         OSError: the file can't be read.
     """
+    path = Path(path)
     ahead = _given(kind, {"horizon": horizon, "window": window, "season": season})
     if kind in ("classification", "regression") and target is None and path.suffix.lower() != ".ts":
         raise ValueError("--target: expected the column of the answers; of a whole text, --kind language learns")

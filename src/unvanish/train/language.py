@@ -39,6 +39,7 @@ class LanguageModel(DataProblem):
     """
 
     kind = "language"
+    applied_to = str
     metric = "cross-entropy (nats per character)"
     shuffle = False
     carry = True

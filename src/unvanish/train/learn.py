@@ -1,6 +1,7 @@
 """One training from settings: a task or the user's data in, a `Trained` out."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -32,7 +33,7 @@ def train_on(
     problem: DataProblem,
     settings: Settings,
     *,
-    out: Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     flow_every: int | None = 100,
     loggers: Sequence[Logger] = (),
@@ -67,18 +68,18 @@ def train_on(
     machines = machines or Machines()
     if machines.accelerator == "cpu":
         _check_memory(problem, shape, budget)
-    folder = None
-    if out is not None:
-        run = {"kind": problem.kind, "budget": asdict(budget), "shape": asdict(shape), "data": fingerprint(problem)}
-        folder = RunFolder(out, run, resume, machines.first)
-        if folder.finished:
-            return Trained.load(out)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = shape.build(problem.length)
     # Fewer samples of very long sequences: measuring keeps every state of them.
     samples = max(1, min(8, FLOW_STEPS // problem.length))
     flow = None if flow_every is None else GradientFlow(flow_every, samples=samples)
+    folder = None
+    if out is not None:
+        run = {"kind": problem.kind, "budget": asdict(budget), "shape": asdict(shape), "data": fingerprint(problem)}
+        folder = RunFolder(Path(out), run, resume, machines.first)
+        if folder.finished:
+            return Trained.load(out)
     with nullcontext() if folder is None else folder.in_its_words():
         progress = fit(
             model,

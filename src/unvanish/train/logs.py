@@ -1,5 +1,6 @@
 """Where a training's figures go: a CSV file, TensorBoard, or Weights & Biases."""
 
+import os
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -7,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 LOGGERS = ("csv", "tensorboard", "wandb", "none")
 
 
-def make_loggers(name: str, folder: Path) -> list[Logger]:
+def make_loggers(name: str, folder: str | os.PathLike[str]) -> list[Logger]:
     """The logger called `name`, writing into `folder`.
 
     Raises:
@@ -15,6 +16,7 @@ def make_loggers(name: str, folder: Path) -> list[Logger]:
     """
     if name not in LOGGERS:
         raise ValueError(f"logger: expected one of {', '.join(LOGGERS)}, got {name!r}")
+    folder = Path(folder)
     try:
         if name == "csv":
             # A folder per start: a resumed training would overwrite the file.

@@ -111,7 +111,7 @@ class Recipe:
             options["nonlinearity"] = self.nonlinearity
         layer = self.layer(inputs, hidden, batch_first=True, **options)
         if self.prepare is not None:
-            self.prepare(layer, length)
+            self.prepare(layer, max(length, 2))  # no lag is shorter than that
         return layer
 
     def build(self, task: Task, hidden: int) -> SequenceModel:
@@ -177,7 +177,7 @@ class Shape:
         layer = recipe(self.cell).recurrent(
             self.inputs,
             self.hidden,
-            max(length, 2),
+            length,
             num_layers=self.layers,
             bidirectional=self.bidirectional,
             dropout=self.dropout if self.layers > 1 else 0.0,

@@ -30,6 +30,8 @@ class DataProblem(ABC):
     """A `Problem` out of the user's data, and all that is needed to apply the model later."""
 
     kind: ClassVar[str]
+    applied_to: ClassVar[type]
+    """the data that `Trained.predict` takes; a task has none"""
     metric: str
     """the error that is reported along the way"""
     shuffle: bool = True
@@ -78,6 +80,8 @@ class DataProblem(ABC):
 
 class Labelled(DataProblem):
     """Sequences, or texts, and one answer each."""
+
+    applied_to = Sequences
 
     def __init__(self, data: Sequences, *, seed: int = 0, test: bool = True, by_class: bool) -> None:
         self.data, self.y = data, data.targets()

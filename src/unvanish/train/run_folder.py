@@ -32,6 +32,7 @@ class RunFolder:
 
     def __init__(self, path: Path, run: dict[str, Any], resume: bool, first: bool = True) -> None:
         self.path, self.checkpoints, self.first = path, path / CHECKPOINTS, first
+        self._new = False
         if not first:
             return
         run = json.loads(json.dumps(run))
@@ -48,6 +49,7 @@ class RunFolder:
         if here and not resume:
             state = "a finished training" if CONFIG in here else "a training; add --resume to go on with it"
             raise FileExistsError(f"--out: {path} holds {state}; name a new folder for another")
+        self._new = not here
         if here:
             self._compare(run)
         try:
@@ -77,9 +79,14 @@ class RunFolder:
 
     @contextmanager
     def in_its_words(self) -> Iterator[None]:
-        """What stops a training says where, and what there is to go on from."""
+        """What stops a training says where, and what there is to go on from; one that is refused leaves no trace."""
         try:
             yield
+        except ValueError:
+            # What `fit` refuses comes before the first file: the same name is free for the command put right.
+            if self._new and [entry.name for entry in self.path.iterdir()] == [RUN]:
+                (self.path / RUN).unlink()
+            raise
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"interrupted; {self._kept()}") from stop
         except OSError as error:

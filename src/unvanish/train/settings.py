@@ -64,8 +64,6 @@ class Settings:
             raise ValueError(f"read: expected one of {', '.join(READS)}, got {self.read!r}")
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"epochs, steps: expected one of them, got epochs {self.epochs} and steps {self.steps}")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected 0 or more, got {self.seed}")
         if self.patience is not None and self.patience < 0:
             raise ValueError(f"patience: expected 0 or more, got {self.patience}")
         self.budget(1)

@@ -160,6 +160,10 @@ class Supervised(lightning.LightningModule):
         if self.trainer.loggers:
             self.log_dict({"validation_loss": loss, "validation_error": error}, rank_zero_only=True)
         if self.budget.patience is None:
+            if not math.isfinite(loss):  # with patience the best round's weights are taken, and it is none of them
+                raise ArithmeticError(
+                    f"the validation loss became {loss} at update {self.global_step}; try a smaller lr or clip"
+                )
             return
         if loss < (math.inf if self.best is None else self.best[0]):
             self.best = loss, {name: value.detach().clone() for name, value in self.model.state_dict().items()}

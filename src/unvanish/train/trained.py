@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from unvanish.flow.files import write_atomically
 from unvanish.train.data.sequences import Sequences
+from unvanish.train.data.table import DataError
 from unvanish.train.forecasting import Forecasting
 from unvanish.train.language import LanguageModel
 from unvanish.train.models import SequenceModel, Shape
@@ -48,7 +50,11 @@ class Trained:
         """
         if self.config["kind"] not in KINDS:
             raise ValueError(f"model: expected one that was trained on data, got one of the {self.config['kind']}")
-        return KINDS[self.config["kind"]].apply(self.model, self.config, data, **options)
+        kind = KINDS[self.config["kind"]]
+        if not isinstance(data, kind.applied_to):
+            expected = "a text" if kind.applied_to is str else kind.applied_to.__name__
+            raise DataError(f"data: expected {expected} for {kind.kind}, got {type(data).__name__}")
+        return kind.apply(self.model, self.config, data, **options)
 
     def batch(self, data: Sequences, most: int = 512) -> tuple[tuple[Tensor, Tensor | None, Tensor], Loss]:
         """((x `[B, T, I]`, lengths `[B]` or None where all are equal, y `[B]`), loss) of the first `most` sequences,
@@ -65,13 +71,14 @@ class Trained:
         y = KINDS[kind].encode(self.config, first)
         return together(list(zip(inputs_of(self.config, first), y, strict=True))), KINDS[kind].minimised
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights, then config.json, which holds their SHA-256 and so seals the folder.
 
         Raises:
             FileExistsError: there is a model already.
             OSError: it can't be written.
         """
+        folder = Path(folder)
         if (folder / CONFIG).exists():
             raise FileExistsError(f"--out: {folder} holds a model already; name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,12 +88,13 @@ class Trained:
         write_atomically(folder / CONFIG, json.dumps(config, indent=1).encode())
 
     @classmethod
-    def load(cls, folder: Path) -> "Trained":
+    def load(cls, folder: str | os.PathLike[str]) -> "Trained":
         """A folder that `save` wrote.
 
         Raises:
             ValueError: it is not one, or its weights are damaged.
         """
+        folder = Path(folder)
         missing = next((name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()), None)
         if missing is not None:
             raise ValueError(f"model: {folder} has no {missing}; name a folder that `unvanish train` finished")

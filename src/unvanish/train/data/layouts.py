@@ -32,7 +32,7 @@ def sequences(
         id: the column that tells sequences apart, in a long table; None: a wide one.
         time: the column of times of a long table, checked to increase within each sequence; not an input.
         text: the column of the texts, where the sequences are texts; other columns are not looked at.
-        missing: "error", "mean" or "previous".
+        missing: "error", "mean" or "previous"; of texts "error".
 
     Raises:
         DataError: the rows don't fit, with row and column.
@@ -46,6 +46,8 @@ def sequences(
     if text is not None:
         if id is not None:
             raise DataError(f"{table.path}: --text and --id exclude each other: a text is a sequence")
+        if missing != "error":
+            raise DataError(f"{table.path}: --missing: nothing can stand for a missing text; leave it out")
         y = None if target is None else table.labels(target, "target")
         return Sequences(table.text(text), y, names, [text], places)
     channels = [name for name in table.columns if name not in (target, id, time)]

@@ -52,7 +52,7 @@ class Task(ABC):
 
     def __init__(self, length: int | None = None, seed: int = 0) -> None:
         self.length = whole(length, "length", self.default_length, 1)
-        self.seed = seed
+        self.seed = whole(seed, "seed", 0, 0)
 
     @property
     def metric(self) -> str:
