@@ -107,7 +107,7 @@ LSTMS = ("lstm-chrono", "lstm-forget1", "rnn")
 ORDER = (Side("tanh-RNN, clip", "rnn", 50), Side("tanh-RNN, clip + Ω", "rnn", 50, omega=1.0))
 COPY = sides(128, 1, "lstm-forget1", "lstm-chrono")
 REBER = (
-    Side("forget-bias-1 LSTM", "lstm-forget1", 12, seeds=64),
+    Side("forget-bias-1 LSTM", "lstm-forget1", 16, seeds=64),
     Side("Elman net, error one step back", "rnn", 24, seeds=2, elman=True),
     Side("tanh-RNN, error through the whole string", "rnn", 24, seeds=2),
 )
@@ -128,10 +128,11 @@ PARTS = {
         "embedded-reber",
         None,
         REBER,
-        steps=3000,
+        steps=6000,
         lr=2e-2,
         goal=0.0,
-        batch=16,
+        batch=8,
+        rounds=120,
         patience=1,
         optimizer="adamw",
         schedule="cosine",

@@ -304,7 +304,7 @@ class Backward {
     const Real* saved_row = l.gates + at * s.saved;
     const Real* c_row = CellType::kHasC ? l.cells + at * s.Hp : nullptr;
     const Real* c_before = CellType::kHasC ? walk.before(l.cells, l.c0, s.Hp, l.H, t, r) : nullptr;
-    const bool c_whole = CellType::kHasC && c_before >= l.cells && c_before < l.cells + l.T * l.B * s.Hp;
+    const bool c_whole = CellType::kHasC && !walk.starts(t, r);
     for (int64_t p = mine.p0; p < mine.p1; ++p)
       for (int u = 0; u < CellType::kUnits; ++u) {
         const int64_t unit = (p * CellType::kUnits + u) * L, kept = CellType::kSaved / CellType::kUnits;

@@ -37,7 +37,7 @@ Layer<Real> layer(int cell, bool reverse, const std::array<int64_t, 5>& n, const
           at<Real>(p[10]), at<Real>(p[11])};
 }
 
-template <class Real, size_t N, class Item = int64_t>
+template <size_t N, class Item = int64_t>
 std::array<Item, N> numbers(nb::sequence items) {
   std::array<Item, N> out{};
   size_t i = 0;
@@ -52,10 +52,10 @@ std::array<Item, N> numbers(nb::sequence items) {
 template <class Real>
 void forward(int cell, bool reverse, nb::sequence sizes, nb::sequence pointers, nb::sequence outs, double closed,
              nb::sequence statistics, int threads, std::optional<std::string> isa) {
-  auto n = numbers<Real, 5>(sizes);
-  auto p = numbers<Real, 12, uintptr_t>(pointers);
-  auto o = numbers<Real, 2, uintptr_t>(outs);
-  auto q = numbers<Real, 3, uintptr_t>(statistics);
+  auto n = numbers<5>(sizes);
+  auto p = numbers<12, uintptr_t>(pointers);
+  auto o = numbers<2, uintptr_t>(outs);
+  auto q = numbers<3, uintptr_t>(statistics);
   const Kernels<Real>& k = chosen<Real>(isa);
   nb::gil_scoped_release release;
   Layer<Real> l = layer<Real>(cell, reverse, n, p);
@@ -66,10 +66,10 @@ void forward(int cell, bool reverse, nb::sequence sizes, nb::sequence pointers, 
 template <class Real>
 void backward(int cell, bool reverse, nb::sequence sizes, nb::sequence pointers, nb::sequence gradients, double clip,
               nb::sequence norms, int threads, std::optional<std::string> isa) {
-  auto n = numbers<Real, 5>(sizes);
-  auto p = numbers<Real, 12, uintptr_t>(pointers);
-  auto q = numbers<Real, 15, uintptr_t>(gradients);
-  auto m = numbers<Real, 4, uintptr_t>(norms);
+  auto n = numbers<5>(sizes);
+  auto p = numbers<12, uintptr_t>(pointers);
+  auto q = numbers<15, uintptr_t>(gradients);
+  auto m = numbers<4, uintptr_t>(norms);
   const Kernels<Real>& k = chosen<Real>(isa);
   nb::gil_scoped_release release;
   Layer<Real> l = layer<Real>(cell, reverse, n, p);

@@ -79,12 +79,12 @@ class Forward {
   void block(int64_t number, const Walk<Real>& walk, Work w, const Member& me) const {
     FlushSubnormals flush;
     if (wanted_ == nullptr || !me.leads()) return steps(walk, w, me, nullptr);
-    const Tally<CellType, Real> tally(*wanted_, l.H, s.Hp, s.saved);
+    Tally<CellType, Real> tally(*wanted_, l.H, s.Hp, s.saved);
     steps(walk, w, me, &tally);
     if (CellType::kCarry >= 0) tally.finish(log_carry_.get() + number * l.H);
   }
 
-  void steps(const Walk<Real>& walk, Work& w, const Member& me, const Tally<CellType, Real>* tally) const {
+  void steps(const Walk<Real>& walk, Work& w, const Member& me, Tally<CellType, Real>* tally) const {
     const int64_t first = walk.first, rows = walk.rows;
     w.partial += me.number * w.partial_size;
     if (me.leads()) {
@@ -105,6 +105,7 @@ class Forward {
       Real* projected = w.projected;
       for (int64_t i = i0; i < i1; ++i) {
         const int64_t t = walk.step(i), n = walk.active(t);
+        if (i + 1 < l.T) expect(walk, walk.step(i + 1), me);
         step(walk, t, n, projected, w, me);
         projected += n * s.width;
         me.meet();
@@ -149,6 +150,15 @@ class Forward {
               to += s.width;
             }
           });
+  }
+
+  // Has the memory that a step will write fetched: it lies far apart for the processor to see it coming.
+  void expect(const Walk<Real>& walk, int64_t t, const Member& me) const {
+    const int64_t at = t * l.B + walk.first;
+    if (!me.leads()) return;
+    fetch(l.y + at * l.R, walk.rows * l.R);
+    if (l.gates != nullptr && l.gates != l.y) fetch(l.gates + at * s.saved, walk.rows * s.saved);
+    if (l.cells != nullptr) fetch(l.cells + at * s.Hp, walk.rows * s.Hp);
   }
 
   void step(const Walk<Real>& walk, int64_t t, int64_t n, const Real* projected, const Work& w, const Member& me) const {

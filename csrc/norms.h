@@ -11,10 +11,16 @@ UV_INLINE Vec<double> squares(int64_t n, At at) {
 // What brings a vector within a 2-norm.
 template <class Real>
 Real within(double most, const Real* v, int64_t n) {
-  double square = 0;
+  double square = 0, largest = 0;
   for (int64_t k = 0; k < n; ++k) square += static_cast<double>(v[k]) * v[k];
-  const double norm = __builtin_sqrt(square);
-  return norm <= most ? Real(1) : static_cast<Real>(most / norm);
+  if (square <= most * most) return Real(1);
+  if (square < __builtin_inf()) return static_cast<Real>(most / __builtin_sqrt(square));
+  // The squares of a double leave its range before it does.
+  for (int64_t k = 0; k < n; ++k) largest = __builtin_fmax(largest, __builtin_fabs(static_cast<double>(v[k])));
+  if (largest > __DBL_MAX__) return Real(0);
+  square = 0;
+  for (int64_t k = 0; k < n; ++k) square += (v[k] / largest) * (v[k] / largest);
+  return static_cast<Real>(most / largest / __builtin_sqrt(square));
 }
 
 template <class Real>

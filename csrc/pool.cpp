@@ -10,6 +10,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -21,15 +22,20 @@ using Work = void (*)(void* context, int member, int members);
 class Workers {
  public:
   // One caller at a time owns the workers.
-  bool try_own() { return owner_.try_lock(); }
-  void disown() { owner_.unlock(); }
+  std::unique_lock<std::mutex> own() { return std::unique_lock(owner_, std::try_to_lock); }
 
+  // With fewer members if no more threads can be had.
   void run(Work work, void* context, int members) {
     {
       std::lock_guard lock(mutex_);
       while (static_cast<int>(threads_.size()) < members - 1) {
         int id = static_cast<int>(threads_.size()) + 1;
-        threads_.emplace_back([this, id] { loop(id); });
+        try {
+          threads_.emplace_back([this, id] { loop(id); });
+        } catch (const std::system_error&) {
+          members = id;
+          break;
+        }
         threads_.back().detach();
       }
       work_ = work;
@@ -134,8 +140,12 @@ const int registered = pthread_atfork(nullptr, nullptr, [] {
 int64_t take(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 
 void wait_for(const int64_t* counter, int64_t value) {
-  for (int tries = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value; ++tries)
-    if (tries > 2000) std::this_thread::yield();
+  for (int tries = 2000; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value;) {
+    if (tries > 0)
+      --tries;
+    else
+      std::this_thread::yield();
+  }
 }
 
 void signal(int64_t* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }
@@ -165,10 +175,11 @@ void together(int wanted, int threads, void (*work)(void*, int, int), void* cont
         &call, static_cast<unsigned>(threads), 0);
     return;
   }
-  Workers* pool = wanted > 1 ? &instance(workers) : nullptr;
-  if (pool == nullptr || !pool->try_own()) return work(context, 0, 1);
-  pool->run(work, context, wanted);
-  pool->disown();
+  if (wanted <= 1) return work(context, 0, 1);
+  Workers& pool = instance(workers);
+  const auto owner = pool.own();
+  if (!owner) return work(context, 0, 1);
+  pool.run(work, context, wanted);
 }
 
 void parallel_for(int64_t count, int threads, void (*work)(void*, int64_t), void* context) {

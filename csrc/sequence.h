@@ -175,15 +175,22 @@ struct Walk {
   // Where sample r of the block stood before step t, in an array [T, B, width] of states or in the initial one.
   const Real* before(const Real* states, const Real* initial, int64_t width, int64_t initial_width, int64_t t,
                      int64_t r) const {
-    int64_t b = first + r;
-    bool starts = l.reverse ? t + 1 >= (l.lengths == nullptr ? l.T : l.lengths[b]) : t == 0;
-    return starts ? initial + b * initial_width : states + ((l.reverse ? t + 1 : t - 1) * l.B + b) * width;
+    const int64_t b = first + r;
+    return starts(t, r) ? initial + b * initial_width : states + ((l.reverse ? t + 1 : t - 1) * l.B + b) * width;
+  }
+  // Whether step t is the first that is read of sample r.
+  bool starts(int64_t t, int64_t r) const {
+    return l.reverse ? t + 1 >= (l.lengths == nullptr ? l.T : l.lengths[first + r]) : t == 0;
   }
 };
 
 template <class Real>
 UV_INLINE void copy(Real* to, const Real* from, int64_t n) {
   __builtin_memcpy(to, from, static_cast<size_t>(n > 0 ? n : 0) * sizeof(Real));
+}
+template <class Real>
+UV_INLINE void fetch(const Real* p, int64_t n) {
+  for (int64_t k = 0; k < n; k += 64 / static_cast<int64_t>(sizeof(Real))) __builtin_prefetch(p + k, 1);
 }
 template <class Real>
 UV_INLINE void zero(Real* p, int64_t n) {

@@ -6,15 +6,16 @@ class Tally {
   static constexpr int L = kLanes<Real>, G = CellType::kGates;
 
   Tally(const Statistics& wanted, int64_t H, int64_t Hp, int64_t saved)
-      : wanted_(wanted), H_(H), panels_(Hp / (L * CellType::kUnits)), saved_(saved), mantissa_(Hp), exponent_(Hp) {
+      : wanted_(wanted), H_(H), Hp_(Hp), panels_(Hp / (L * CellType::kUnits)), saved_(saved), mantissa_(Hp), exponent_(Hp), folded_(Hp) {
     for (int64_t k = 0; k < Hp; ++k) {
       mantissa_.get()[k] = 1;
       exponent_.get()[k] = 0;
+      folded_.get()[k] = 0;
     }
   }
 
   // A step of n samples is complete; `gates` are theirs, the first of them at place `at` of [T, B].
-  void add(const Real* gates, int64_t at, int64_t n) const {
+  void add(const Real* gates, int64_t at, int64_t n) {
     const Vec<Real> closed = all(static_cast<Real>(wanted_.closed));
     for (int64_t r = 0; r < n; ++r) {
       Vec<Real> mean[4] = {}, shut[4] = {};
@@ -34,18 +35,31 @@ class Tally {
       write(mean, wanted_.mean + (at + r) * G);
       write(shut, wanted_.saturated + (at + r) * G);
     }
-    if constexpr (CellType::kCarry >= 0) units([&](int64_t unit, int64_t place) { carry(gates + place + CellType::kCarry * L, n, unit); });
+    if constexpr (CellType::kCarry >= 0) {
+      units([&](int64_t unit, int64_t place) { carry(gates + place + CellType::kCarry * L, n, unit); });
+      if (++steps_ % kStepsApart == 0) fold();
+    }
   }
 
   // Σ ln f of the block, [H].
-  void finish(double* log_carry) const {
+  void finish(double* log_carry) {
+    fold();
     for (int64_t k = 0; k < H_; ++k) {
-      const double ln2 = 0.6931471805599453, power = static_cast<double>(exponent_.get()[k]);
+      const double ln2 = 0.6931471805599453, power = static_cast<double>(folded_.get()[k]);
       log_carry[k] = power * ln2 + __builtin_log(static_cast<double>(mantissa_.get()[k]));
     }
   }
 
  private:
+  static constexpr int64_t kStepsApart = 1 << 16;  // a block's exponents of so many steps fit into 32 bits
+
+  void fold() {
+    for (int64_t k = 0; k < Hp_; ++k) {
+      folded_.get()[k] += exponent_.get()[k];
+      exponent_.get()[k] = 0;
+    }
+  }
+
   // f(first unit, where its gates lie in a row) for every vector of units.
   template <class F>
   UV_INLINE void units(F f) const {
@@ -81,7 +95,8 @@ class Tally {
   }
 
   const Statistics& wanted_;
-  int64_t H_, panels_, saved_;
+  int64_t H_, Hp_, panels_, saved_, steps_ = 0;
   Scratch<Real> mantissa_;
   Scratch<decltype(ExpConstants<Real>::bias + 0)> exponent_;
+  Scratch<int64_t> folded_;
 };

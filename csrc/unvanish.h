@@ -31,6 +31,7 @@ struct Layer {
   const Real* b_hh;        // in [G·H]; null: none
   const Real* w_hr;        // in [P, H]; null: no projection
   Real* y;                 // [T, B, R]: out of forward, in of backward
+  // Where a sample is inactive these two stay as they came.
   Real* gates;             // [T, B, saved_width()]: out of forward, in of backward; null in forward: keep nothing; may be y for a
                            // plain RNN whose saved_width() is H
   Real* cells;             // [T, B, padded()] c_t, likewise; null but for the LSTM

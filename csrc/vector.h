@@ -225,11 +225,12 @@ UV_INLINE Vec<Real> first_lanes(Vec<Real> v, int64_t n) {
   return load(lanes);
 }
 
-// x > 0 as mantissa · 2^exponent, mantissa in [1, 2).
+// x > 0 as mantissa · 2^exponent, mantissa in [1, 2); of NaN the mantissa is NaN.
 template <class Real>
 UV_INLINE Vec<Real> split_exponent(Vec<Real> x, Ints<Real>& exponent) {
   using C = ExpConstants<Real>;
   const Ints<Real> word = bits_of<Real>(x), unit = Ints<Real>{} + (C::bias << C::mantissa);
   exponent = (word >> C::mantissa) - C::bias;
-  return bits<Real>((word & ~(Ints<Real>{} + (((C::bias * 2 + 1)) << C::mantissa))) | unit);
+  const Vec<Real> mantissa = bits<Real>((word & ~(Ints<Real>{} + (((C::bias * 2 + 1)) << C::mantissa))) | unit);
+  return x == x ? mantissa : x;
 }

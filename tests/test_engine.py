@@ -190,3 +190,17 @@ def test_what_stands_beyond_a_samples_end_is_not_read(rung: str, case: LayerCase
         found[-1] += [tr.x, tr.y, *tr.final, *tr.saved]
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rung", list(engine.RUNGS))
+@pytest.mark.parametrize("name", ["rnn_tanh", "lstm", "gru"])
+def test_errors_whose_squares_overflow_are_clipped_not_lost(rung: str, name: str) -> None:
+    cell = CELLS[name]
+    torch.manual_seed(0)
+    G, n = len(cell.gates), len(cell.states)
+    weights = Weights(torch.randn(G * 3, 2).double(), torch.randn(G * 3, 3).double())
+    state = tuple(torch.zeros(1, 3, dtype=torch.float64, requires_grad=True) for _ in range(n))
+    y, _ = engine.run(cell, torch.randn(4, 1, 2).double(), state, weights, clip=1.0, rung=rung)
+    found = torch.autograd.grad(y, state, torch.full_like(y, 1e200))
+    for d in found:
+        assert 0 < float(d.norm()) <= 1 + 1e-12

@@ -158,3 +158,13 @@ def test_only_the_native_rung_records() -> None:
     case = layer("lstm", 3, 2, 2, 3)
     with pytest.raises(RuntimeError, match="only the native rung records"):
         engine.run(case.cell, case.x, case.state, case.weights, rung="manual", record=Heard())
+
+
+@pytest.mark.parametrize("name", list(CARRY))
+def test_a_gate_that_is_no_number_gives_no_carry(name: str, isa: str) -> None:
+    heard, case = Heard(), layer(name, 5, 3, 2, 4, torch.float32)
+    x = case.x.detach().clone()
+    x[2, 1] = torch.nan
+    engine.run(case.cell, x, case.state, case.weights, record=heard)
+    assert heard.statistics[0].log_carry is not None
+    assert bool(heard.statistics[0].log_carry.isnan().all())

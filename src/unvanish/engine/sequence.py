@@ -33,9 +33,11 @@ def steps(T: int, reverse: bool) -> Iterator[int]:
 
 
 def clip_rows(d: Tensor, limit: float) -> Tensor:
-    """Each row of d `[B, n]` scaled down to 2-norm ≤ limit. The norm is taken in float64: squares of float32 overflow
-    at 1e19."""
-    norm = torch.linalg.vector_norm(d, dim=-1, keepdim=True, dtype=torch.float64)
+    """Each row of d `[B, n]` scaled down to 2-norm ≤ limit. The norm is taken in float64 and of the row over its
+    largest entry: squares overflow at 1e19 in float32, at 1e154 in float64."""
+    largest = d.abs().amax(-1, keepdim=True).double()
+    largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    norm = largest * torch.linalg.vector_norm(d.double() / largest, dim=-1, keepdim=True)
     return d * torch.where(norm > limit, limit / norm, 1.0).to(d.dtype)
 
 
