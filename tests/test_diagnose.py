@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -95,9 +96,15 @@ def test_the_lag_decides() -> None:
     model = LastStep(cures.forget_bias_(layer("LSTM"), 0.0))
     assert diagnose(model, lag=5)["encoder.l0"].verdict == "healthy"
     assert diagnose(model)["encoder.l0"].verdict == "vanishes"
+    assert diagnose(model, lag=np.int64(5))["encoder.l0"].lag == 5
     asked = diagnose(model, lag=500)["encoder.l0"]
     assert asked.verdict == "undecided"
     assert f"offers a lag of {T - 1} steps" in asked.cause
+
+
+def test_without_gradients_there_is_no_diagnosis() -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="call it outside"):
+        diagnose(LastStep(layer("LSTM")))
 
 
 @settings(max_examples=20)

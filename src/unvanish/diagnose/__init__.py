@@ -4,9 +4,11 @@ import copy
 import math
 import sys
 from collections.abc import Callable
+from numbers import Integral
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unvanish.diagnose.capture import Given, capture
@@ -71,12 +73,16 @@ def diagnose(
         ValueError: it has no recurrent layer; the batch is empty; a weight or the loss is not finite; the loss depends
             on no recurrent layer; lag, samples or lr is out of range; a trial's target is no tensor of one row per
             sample, or the batch is too small for it.
+        RuntimeError: within torch.inference_mode.
     """
     if not batch:
         raise ValueError("batch: expected the model's input and its target")
     for name, number, what in (("lag", lag, "step"), ("samples", samples, "")):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
             raise ValueError(f"{name}: expected a whole number of at least 1{f' {what}' if what else ''}, got {number}")
+    lag, samples = None if lag is None else int(lag), int(samples)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("diagnose: expected gradients to be possible, got torch.inference_mode; call it outside")
     if not callable(loss):
         raise TypeError(f"loss: expected a function (output, target) → scalar, got {type(loss).__name__}")
     for number, item in enumerate(batch):
