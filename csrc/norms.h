@@ -11,16 +11,19 @@ UV_INLINE Vec<double> squares(int64_t n, At at) {
 // What brings a vector within a 2-norm.
 template <class Real>
 Real within(double most, const Real* v, int64_t n) {
-  double square = 0, largest = 0;
-  for (int64_t k = 0; k < n; ++k) square += static_cast<double>(v[k]) * v[k];
-  if (square <= most * most) return Real(1);
-  if (square < __builtin_inf()) return static_cast<Real>(most / __builtin_sqrt(square));
-  // The squares of a double leave its range before it does.
-  for (int64_t k = 0; k < n; ++k) largest = __builtin_fmax(largest, __builtin_fabs(static_cast<double>(v[k])));
-  if (largest > __DBL_MAX__) return Real(0);
-  square = 0;
-  for (int64_t k = 0; k < n; ++k) square += (v[k] / largest) * (v[k] / largest);
-  return static_cast<Real>(most / largest / __builtin_sqrt(square));
+  const auto norm_over = [&](double scale) {
+    double square = 0;
+    for (int64_t k = 0; k < n; ++k) square += (v[k] / scale) * (v[k] / scale);
+    return __builtin_sqrt(square) * scale;
+  };
+  double norm = norm_over(1);
+  if (norm > __DBL_MAX__) {
+    // The squares of a double leave its range before it does.
+    double largest = 0;
+    for (int64_t k = 0; k < n; ++k) largest = __builtin_fmax(largest, __builtin_fabs(static_cast<double>(v[k])));
+    if (largest <= __DBL_MAX__) norm = norm_over(largest);
+  }
+  return norm <= most ? Real(1) : static_cast<Real>(most / norm);
 }
 
 template <class Real>

@@ -256,29 +256,22 @@ def test_a_call_whose_output_is_thrown_away_is_passed_over() -> None:
     assert len(twice.curve) == len(once.curve)
 
 
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = layer("LSTM", H=1)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[1][0][-1]
+
+
 def test_the_samples_followed_may_all_be_shorter_than_the_longest() -> None:
-    class Packed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn = layer("LSTM", H=1)
-
-        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-            return self.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[1][0][-1]
-
     lengths = torch.tensor([9, 12, 7, 30, 60, 20, 11, 8])
     found = uv.diagnose(Packed(), data()[0], lengths, data()[1], loss=mse_loss, samples=3)["rnn.l0"]
     assert found.lag == 11
 
 
 def test_what_is_packed_is_not_told_to_pack() -> None:
-    class Packed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn = layer("LSTM", H=1)
-
-        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-            return self.rnn(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[1][0][-1]
-
     (x, y), lengths, model = data(), torch.tensor([60, 20, 18, 15, 22, 20, 19, 21]), Packed()
     found = uv.diagnose(model, x, lengths, y, loss=mse_loss)["rnn.l0"]
     assert found.cause.startswith("forget gate")

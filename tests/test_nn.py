@@ -115,16 +115,6 @@ def test_lengths_that_do_not_fit(lengths: list[float]) -> None:
         uv.nn.GRU(2, 3)(torch.zeros(4, 3, 2), lengths=lengths)
 
 
-@given(case=module_cases(), every=st.integers(1, 8), seed=st.integers(0, 99))
-def test_checkpointing_changes_no_number(case: ModuleCase, every: int, seed: int) -> None:
-    module = uv.accelerate(case.module)
-    expected = outcome(module, case, seed)
-    module.checkpoint_every = every
-    torch.testing.assert_close(outcome(module, case, seed), expected, rtol=1e-12, atol=1e-13)
-    with pytest.raises(ValueError, match="uses checkpoint_every"):
-        uv.restore(module)
-
-
 def test_clip_bounds_the_error_handed_back() -> None:
     torch.manual_seed(0)
     rnn = uv.nn.RNN(2, 4, dtype=torch.float64)
@@ -352,38 +342,6 @@ def test_many_errors_at_once_and_forward_mode_equal_torch(kind: str) -> None:
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("every", [0, -1, 1.5, True, "a"])
-def test_checkpoint_every_is_a_number_of_steps(every: Any) -> None:
-    lstm = uv.nn.LSTM(3, 4)
-    lstm.checkpoint_every = every
-    with pytest.raises(ValueError, match="checkpoint_every: expected None or a whole number of steps, at least 1, got"):
-        lstm(torch.zeros(5, 2, 3))
-
-
-def test_accelerate_refuses_what_it_would_break() -> None:
-    class Own(nn.LSTM):
-        def forward(self, *args: Any) -> Any:
-            return None
-
-    with pytest.raises(ValueError, match="a subclass whose own forward would be lost"):
-        uv.accelerate(nn.Sequential(Own(2, 3)))
-    with pytest.raises(ValueError, match="has none"):
-        uv.accelerate(nn.Linear(2, 2))
-    for call in (uv.accelerate, uv.restore):
-        with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
-            call(3)  # type: ignore[type-var]
-
-
-def test_layers_derived_from_ours_stay_as_they_are() -> None:
-    class Own(uv.nn.LSTM):
-        pass
-
-    model = nn.Sequential(Own(2, 3), nn.GRU(3, 2))
-    for swap, other in ((uv.accelerate, uv.nn.GRU), (uv.restore, nn.GRU)):
-        assert [type(layer) for layer in swap(model)] == [Own, other]
-    assert uv.cures.clip_recurrence_(model, 1.0)[0].clip == 1.0
-
-
 def test_a_nonlinearity_given_twice_is_refused() -> None:
     for family in (nn.RNN, uv.nn.RNN):
         with pytest.raises(TypeError):
@@ -407,14 +365,6 @@ def test_autocast_does_not_round_the_states(kind: str) -> None:
         found = layer.states(x)["l0"]
     assert torch.equal(found.h, expected.h)
     assert all(torch.equal(found.gates[gate], value) for gate, value in expected.gates.items())
-
-
-def test_second_derivatives_go_through_the_pieces() -> None:
-    torch.manual_seed(0)
-    layer = uv.nn.LSTM(2, 3, num_layers=2, bidirectional=True, dtype=torch.float64)
-    x = torch.randn(5, 2, 2, dtype=torch.float64, requires_grad=True)
-    layer.checkpoint_every = 2
-    assert torch.autograd.gradgradcheck(lambda x: layer(x)[0], (x,))
 
 
 def test_a_gradient_that_is_undefined_is_not_heard() -> None:

@@ -85,3 +85,18 @@ def test_nothing_recorded_is_an_error() -> None:
         model(torch.zeros(4, 2, 2))
     with pytest.raises(NoBackwardError):
         flow["layer.l0"]
+
+
+def test_a_watched_loop_does_not_grow() -> None:
+    import gc
+
+    lstm, x = nn.LSTM(2, 3), torch.randn(4, 2, 2)
+    counts = []
+    with uv.watch(lstm) as flow:
+        for step in range(60):
+            lstm(x)[0].sum().backward()
+            if step % 20 == 19:
+                gc.collect()
+                counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
+    assert counts[0] == counts[1] == counts[2]
+    assert len(flow.passes("l0")) == 8
