@@ -14,12 +14,12 @@ class Backward {
         // All blocks go side by side where norms are wanted.
         slots_(norms != nullptr || s.blocks < threads ? s.blocks : threads),
         w_hh_(s.width * s.Rp),
-        w_ih_(g.dx == nullptr ? 1 : s.width * s.Ip),
+        w_ih_(g.dx == nullptr ? 1 : s.width * round_up(l.I, kWide * L)),
         w_hr_(l.w_hr == nullptr ? 1 : l.R * s.dh_stride),
         partial_(s.blocks * per_block()),
         memory_(slots_ * Work(*this, nullptr).size),
         places_(slots_ * most_rows()) {
-    for_each(s.panels, threads_for(s.width * (s.Rp + s.Ip), threads), [&](int64_t p) {
+    for_each(s.panels, threads_for(s.width * (l.R + l.I), threads), [&](int64_t p) {
       pack_columns(s, l.w_hh, l.H, l.R, w_hh_.get(), p, p + 1);
       if (g.dx != nullptr) pack_columns(s, l.w_ih, l.H, l.I, w_ih_.get(), p, p + 1);
     });
@@ -31,7 +31,7 @@ class Backward {
       in_step(threads);
     else
       for_blocks(s.blocks, threads, s.team, [&](int64_t number, int slot, Member me) {
-        const Work w = work(slot, me.number);
+        const Work w = work(slot);
         begin(number, w, me);
         for (int64_t i1 = l.T; i1 > 0; i1 -= chunk_steps_) chunk(number, i1 - smaller(i1, chunk_steps_), i1, 0, w, me);
         end(number, w, me);
@@ -53,30 +53,29 @@ class Backward {
       total = run.norms_ == nullptr ? nullptr : this->take(2 * rows * s.Hp);
       dm = this->take(rows * s.dh_stride);
       dc = this->take(rows * s.Hp);
-      h_prev = {this->take(held * most * s.Rp), most};
-      x = {this->take(held * most * s.Ip), most};
+      h_prev = {this->take(held * most * s.Rv), most};
+      x = {this->take(held * most * s.Iv), most};
       da = {this->take(held * most * s.width), most};
       da_hh = CellType::kSplit ? Blocked<Real>{this->take(held * most * s.width), most} : da;
       if (projected) {
         m = {this->take(held * most * s.dh_stride), most};
-        projected_dh = {this->take(held * most * s.Rp), most};
+        projected_dh = {this->take(held * most * s.Rv), most};
       }
       padded_size = this->size;
-      partial_size = round_up(most * kWide * L, 16);
-      partial = this->take(partial_size * (s.team > 1 ? s.team : 1));
+      this->take(kApart / static_cast<int64_t>(sizeof(Real)));
     }
 
     // The part of `number` among the chunks held.
     Work part(int64_t number, const Sizes<CellType, Real>& s) const {
       Work w = *this;
       const int64_t skipped = number * da.rows;
-      w.h_prev.data += skipped * s.Rp;
-      w.x.data += skipped * s.Ip;
+      w.h_prev.data += skipped * s.Rv;
+      w.x.data += skipped * s.Iv;
       w.da.data += skipped * s.width;
       w.da_hh.data += skipped * s.width;
       if (m.data != nullptr) {
         w.m.data += skipped * s.dh_stride;
-        w.projected_dh.data += skipped * s.Rp;
+        w.projected_dh.data += skipped * s.Rv;
       }
       return w;
     }
@@ -86,19 +85,17 @@ class Backward {
     Real *total;                       // [2, rows, Hp] δc_t, likewise; null where nothing is measured
     Real *dm;                          // [rows, dh_stride] δh_t before the projection
     Real *dc;                          // [rows, Hp] what c gets from later steps
-    WideBlocked<Real> h_prev, x;       // [chunk rows, Rp], [chunk rows, Ip]
+    Blocked<Real> h_prev, x;           // [chunk rows, Rv], [chunk rows, Iv]
     Blocked<Real> da, da_hh;           // [chunk rows, width]
-    WideBlocked<Real> m{};             // [chunk rows, dh_stride] o ⊙ tanh c
-    Blocked<Real> projected_dh{};      // [chunk rows, Rp]
-    Real* partial;                     // a member's sums of products
+    Blocked<Real> m{};                 // [chunk rows, dh_stride] o ⊙ tanh c
+    Blocked<Real> projected_dh{};      // [chunk rows, Rv]
     int64_t* places = nullptr;         // [chunk rows] where in [T, B] each row is
-    int64_t padded_size, partial_size;
+    int64_t padded_size;
   };
 
   int64_t most_rows() const { return chunk_steps_ * s.block_rows; }
-  Work work(int64_t slot, int member) const {
+  Work work(int64_t slot) const {
     Work w(*this, memory_.get() + slot * Work(*this, nullptr).size);
-    w.partial += member * w.partial_size;
     w.places = places_.get() + slot * most_rows();
     return w;
   }
@@ -127,7 +124,7 @@ class Backward {
         wait_for(done.get() + b, c);
         // The memory of two chunks is used in turn.
         if (c >= 2) wait_for(measured.get() + c - 2, chunk_steps_);
-        const Work w = work(b, 0);
+        const Work w = work(b);
         if (c == 0) begin(b, w, alone);
         chunk(b, start_of(c), end_of(c), c % kChunksHeld, w, alone);
         if (c == chunks - 1) end(b, w, alone);
@@ -146,14 +143,20 @@ class Backward {
   void gather(int threads) const {
     threads = threads_for(s.blocks * per_block(), threads);
     for_each(s.panels, threads, [&](int64_t p) {
-      for (int64_t row = p * A * L; row < (p + 1) * A * L; ++row) {
-        const int64_t to = s.source_of(row, l.H);
-        if (to < 0) continue;
-        add_blocks(dw_ih() + row * s.Ip, g.dw_ih + to * l.I, l.I);
-        add_blocks(dw_hh() + row * s.Rp, g.dw_hh + to * l.R, l.R);
-        if (g.db_ih != nullptr) add_blocks(db_ih() + row, g.db_ih + to, 1);
-        if (g.db_hh != nullptr) add_blocks((CellType::kSplit ? db_hh() : db_ih()) + row, g.db_hh + to, 1);
-      }
+      int64_t rows[A * L];
+      for (int64_t k = 0; k < A * L; ++k) rows[k] = s.source_of(p * A * L + k, l.H);
+      const auto put = [&](int64_t at, Real* out, int64_t columns) {
+        for (int64_t c = 0; out != nullptr && c < columns; ++c) {
+          Real total[A * L];
+          add_blocks(at + c * s.width + p * A * L, total, A * L);
+          for (int64_t k = 0; k < A * L; ++k)
+            if (rows[k] >= 0) out[rows[k] * columns + c] = total[k];
+        }
+      };
+      put(dw_ih(), g.dw_ih, l.I);
+      put(dw_hh(), g.dw_hh, l.R);
+      put(db_ih(), g.db_ih, 1);
+      put(CellType::kSplit ? db_hh() : db_ih(), g.db_hh, 1);
     });
     if (l.w_hr == nullptr) return;
     for (int64_t r = 0; r < l.R; ++r) add_blocks(dw_hr() + r * s.dh_stride, g.dw_hr + r * l.H, l.H);
@@ -183,8 +186,8 @@ class Backward {
   }
 
   int64_t dw_ih() const { return 0; }
-  int64_t dw_hh() const { return s.width * s.Ip; }
-  int64_t db_ih() const { return dw_hh() + s.width * s.Rp; }
+  int64_t dw_hh() const { return l.I * s.width; }
+  int64_t db_ih() const { return dw_hh() + l.R * s.width; }
   int64_t db_hh() const { return db_ih() + s.width; }
   int64_t dw_hr() const { return db_hh() + s.width; }
   int64_t per_block() const { return dw_hr() + (l.w_hr == nullptr ? 0 : l.R * s.dh_stride); }
@@ -228,13 +231,13 @@ class Backward {
     }
     Real* sums = sums_of(number);
     const int64_t m0 = mine.p0 * A * L, m1 = mine.p1 * A * L;
-    add_outer(w.da, m0, m1, w.x, s.Ip, filled, sums + dw_ih());
-    add_outer(w.da_hh, m0, m1, w.h_prev, s.Rp, filled, sums + dw_hh());
+    add_outer<A>(w.x, 0, l.I, w.da, mine.p0, mine.p1, filled, sums + dw_ih(), s.width);
+    add_outer<A>(w.h_prev, 0, l.R, w.da_hh, mine.p0, mine.p1, filled, sums + dw_hh(), s.width);
     add_rows(w.da, m0, m1, filled, sums + db_ih());
     if (CellType::kSplit) add_rows(w.da_hh, m0, m1, filled, sums + db_hh());
-    if (l.w_hr != nullptr) add_outer(w.projected_dh, me.from(l.R), me.to(l.R), w.m, s.dh_stride, filled, sums + dw_hr());
+    if (l.w_hr != nullptr) add_outer<kWide>(w.projected_dh, me.from(l.R), me.to(l.R), w.m, 0, s.dh_stride / (kWide * L), filled, sums + dw_hr(), s.dh_stride);
     if (g.dx != nullptr)
-      multiply_rows(w.da, me.from(filled), me.to(filled), w_ih_.get(), s.width, 0, s.Ip / (kWide * L), l.I, w.partial,
+      multiply_rows(w.da, me.from(filled), me.to(filled), w_ih_.get(), s.width, 0, round_up(l.I, kWide * L) / (kWide * L), l.I,
                     [&](int64_t row) { return g.dx + w.places[row] * l.I; });
     me.meet();
     if (norms_ == nullptr || s.blocks > 1) return;
@@ -250,23 +253,24 @@ class Backward {
       const Walk<Real> walk = this->walk(number);
       int64_t row = 0;
       for (int64_t j = i1 - 1; j > i; --j) row += walk.active(walk.step(j));
-      put(work(number, 0).part(part, s), row, walk.active(t), walk.first);
+      put(work(number).part(part, s), row, walk.active(t), walk.first);
     });
   }
 
   void step(const Walk<Real>& walk, int64_t t, int64_t n, int64_t filled, const Work& w, const Columns& mine, const Member& me) const {
     const int64_t D = s.dh_stride, wide = kWide * L, c0 = mine.r0 * wide, c1 = smaller(mine.r1 * wide, l.R);
+    const int64_t x0 = me.from(s.Iv / L) * L, x1 = smaller(me.to(s.Iv / L) * L, l.I);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t at = t * l.B + walk.first + r;
       Real* dh = w.dh + r * D;
-      copy(dh + c0, w.carried + r * D + c0, c1 - c0);
-      if (g.dy != nullptr) {
-        const Real* dy = g.dy + at * l.R;
-        for (int64_t k = c0; k < c1; ++k) dh[k] += dy[k];
+      for (int64_t k = c0; k < c1; k += L) {
+        Vec<Real> error = load(w.carried + r * D + k);
+        if (g.dy != nullptr) error += load(g.dy + at * l.R + k, c1 - k);
+        store(dh + k, error);
       }
       if (g.delta_h != nullptr) copy(g.delta_h + at * l.R + c0, dh + c0, c1 - c0);
       w.h_prev.put(filled + r, walk.before(l.y, l.h0, l.R, l.R, t, r), c0, c1);
-      w.x.put(filled + r, l.x + at * l.I, me.from(l.I), me.to(l.I));
+      w.x.put(filled + r, l.x + at * l.I, x0, x1);
       if (l.w_hr != nullptr)
         for (int64_t k = c0; k < c1; k += L) store(w.projected_dh.at(filled + r, k), load(dh + k));
       if (me.leads()) w.places[filled + r] = at;
@@ -274,7 +278,7 @@ class Backward {
     const Real* dm = w.dh;
     if (l.w_hr != nullptr) {
       me.meet();
-      multiply_rows(Rows<Real>{w.dh, D}, 0, n, w_hr_.get(), l.R, mine.h0, mine.h1, D, w.partial, [&](int64_t r) { return w.dm + r * D; });
+      multiply_rows(Rows<Real>{w.dh, D}, 0, n, w_hr_.get(), l.R, mine.h0, mine.h1, D, [&](int64_t r) { return w.dm + r * D; });
       dm = w.dm;
     }
     for (int64_t r = 0; r < n; ++r) pointwise(walk, t, r, filled + r, w, dm + r * D, mine);
@@ -343,7 +347,7 @@ class Backward {
     for (int64_t q = mine.r0; q < mine.r1; ++q) {
       const auto to = [&](int64_t row, int v) { return w.carried + (row - filled) * s.dh_stride + q * wide + v * L; };
       product<kWide>(
-          w.da_hh, filled, filled + n, w_hh_.get() + q * s.width * wide, s.width, w.partial,
+          w.da_hh, filled, filled + n, w_hh_.get() + q * s.width * wide, s.width,
           [&](int64_t r0, auto& acc) {
             for (auto& row : acc) {
               for (int v = 0; v < kWide; ++v) row[v] = CellType::kSplit ? load(to(r0, v)) : Vec<Real>{};

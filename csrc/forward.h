@@ -54,16 +54,13 @@ class Forward {
       cell = this->take(rows * s.Hp);
       x = this->take(most * run.l.I);
       projected = this->take(most * s.width);
-      partial_size = round_up(most * kWide * L, 16);
-      partial = this->take(partial_size * (s.team > 1 ? s.team : 1));
+      this->take(kApart / static_cast<int64_t>(sizeof(Real)));
     }
 
     Real *now, *next;  // [rows, Rp] h_{t−1}, h_t
     Real *m, *cell;    // [rows, Hp] o ⊙ tanh c before the projection, c
     Real *x;           // [chunk rows, I]
     Real *projected;   // [chunk rows, width]
-    Real *partial;     // a member's sums of products
-    int64_t partial_size;
   };
 
   // Adds the blocks' share of the statistics in order.
@@ -86,7 +83,6 @@ class Forward {
 
   void steps(const Walk<Real>& walk, Work& w, const Member& me, Tally<CellType, Real>* tally) const {
     const int64_t first = walk.first, rows = walk.rows;
-    w.partial += me.number * w.partial_size;
     if (me.leads()) {
       zero(w.now, w.next + rows * s.Rp - w.now);
       for (int64_t r = 0; r < rows; ++r) {
@@ -138,7 +134,7 @@ class Forward {
     const Rows<Real> x{w.x, l.I};
     for (int64_t p = me.from(s.panels); p < me.to(s.panels); ++p)
       product<A>(
-          x, 0, filled, w_ih_.get() + p * l.I * A * L, l.I, w.partial,
+          x, 0, filled, w_ih_.get() + p * l.I * A * L, l.I,
           [&](int64_t, auto& acc) {
             for (auto& row : acc)
               for (int v = 0; v < A; ++v) row[v] = load(bias_.get() + (p * A + v) * L);
@@ -170,7 +166,7 @@ class Forward {
     const bool whole = l.w_hr == nullptr;
     for (int64_t p = me.from(s.panels); p < me.to(s.panels); ++p)
       product<A>(
-          now, 0, n, w_hh_.get() + p * l.R * A * L, l.R, w.partial,
+          now, 0, n, w_hh_.get() + p * l.R * A * L, l.R,
           [&](int64_t r0, auto& acc) {
             for (auto& row : acc) {
               for (int v = 0; v < A; ++v)
@@ -208,7 +204,7 @@ class Forward {
     const int64_t wide = kWide * L, q0 = me.from(s.Rp / wide), q1 = me.to(s.Rp / wide);
     if (!whole) {
       me.meet();
-      multiply_rows(Rows<Real>{w.m, s.Hp}, 0, n, w_hr_.get(), l.H, q0, q1, l.R, w.partial, [&](int64_t r) { return y + r * l.R; });
+      multiply_rows(Rows<Real>{w.m, s.Hp}, 0, n, w_hr_.get(), l.H, q0, q1, l.R, [&](int64_t r) { return y + r * l.R; });
       for (int64_t r = 0; r < n; ++r) copy(w.next + r * s.Rp + q0 * wide, y + r * l.R + q0 * wide, smaller(q1 * wide, l.R) - q0 * wide);
     }
     // Samples that have no such step keep their state.

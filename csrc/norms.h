@@ -46,12 +46,11 @@ struct Pairs {
 
   // `rows` rows of `from` from `row` on, n of their columns from `column` on, scaled, as rows from `number` on, columns from `at` on. Column
   // by column, since that is how they lie together.
-  template <class Matrix>
-  void put(const Matrix& from, int64_t row, int64_t rows, int64_t column, int64_t n, Real scale, int64_t number, int64_t at) const {
+  void put(const Blocked<Real>& from, int64_t row, int64_t rows, int64_t column, int64_t n, Real scale, int64_t number, int64_t at) const {
     for (int64_t k = 0; k < n; k += L) {
       const Real* source = from.at(row, column + k);
       Real* to = data + (at + k) * kGroup;
-      for (int64_t b = number; b < number + rows; ++b, source += Matrix::kNext)
+      for (int64_t b = number; b < number + rows; ++b, source += L)
         store(to + b / kGroup * kGroup * columns + b % kGroup * L, load(source) * scale);
     }
   }
@@ -138,8 +137,8 @@ struct Measure {
     const Real scale = static_cast<Real>(__builtin_ldexp(1.0, exponent > kFar ? -kFar : exponent < -kFar ? kFar : -exponent));
     // The GRU's δa with respect to W_ih x and to W_hh h differ in the candidate alone.
     const int64_t apart = CellType::kSplit ? s.Hp : 0, common = s.width - apart;
-    const int64_t widths[] = {common, apart, apart, s.Rp, s.Ip}, padded = Pairs<Real>::padded(n);
-    const int64_t size = padded * (common + 2 * apart + s.Rp + s.Ip);
+    const int64_t widths[] = {common, apart, apart, s.Rv, s.Iv}, padded = Pairs<Real>::padded(n);
+    const int64_t size = padded * (common + 2 * apart + s.Rv + s.Iv);
     Scratch<Real> packed(size);
     if (padded > n) zero(packed.get(), size);
     Pairs<Real> factors[5];
@@ -160,8 +159,8 @@ struct Measure {
         } else {
           u.put(w.da, row, rows, 0, common, scale, first, 0);
         }
-        h.put(w.h_prev, row, rows, 0, s.Rp, Real(1), first, 0);
-        x.put(w.x, row, rows, 0, s.Ip, Real(1), first, 0);
+        h.put(w.h_prev, row, rows, 0, s.Rv, Real(1), first, 0);
+        x.put(w.x, row, rows, 0, s.Iv, Real(1), first, 0);
       });
     const double square = sum_of_pairs<Real>(n, [&](int64_t a, int64_t b, int first) {
       const auto products = [&](const auto&... of) {

@@ -26,25 +26,24 @@ UV_INLINE void for_tiles(int64_t first, int64_t end, F f) {
   }
 }
 
-// One step of a tile's sum: acc[r][v] += left[r] w[v]. With few registers the vectors of w are loaded first: GCC keeps a tile of 4 × 3 in
+// One step of a tile's sum: acc[r][v] += left[r] w[v], the vectors of w `apart`. With few registers the vectors of w are loaded first: GCC keeps a tile of 4 × 3 in
 // registers that way only.
 template <class Real, int M, int NV, class Left>
-UV_INLINE void multiply_step(Vec<Real> (&acc)[M][NV], Left left, const Real* panel) {
-  constexpr int L = kLanes<Real>;
+UV_INLINE void multiply_step(Vec<Real> (&acc)[M][NV], Left left, const Real* right, int64_t apart = kLanes<Real>) {
   if constexpr (UV_BYTES == 64) {
     Vec<Real> a[M];
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) a[r] = all<Real>(left(r));
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      Vec<Real> w = load(panel + v * L);
+      Vec<Real> w = load(right + v * apart);
 #pragma GCC unroll 8
       for (int r = 0; r < M; ++r) acc[r][v] += a[r] * w;
     }
   } else {
     Vec<Real> w[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) w[v] = load(panel + v * L);
+    for (int v = 0; v < NV; ++v) w[v] = load(right + v * apart);
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) {
       Vec<Real> a = all<Real>(left(r));
@@ -60,11 +59,11 @@ struct Rows {
   const Real* data;
   int64_t stride;
 
-  // acc[r][v] += Σ_k a[first + r, k] · panel[k][v], k in [k0, k1), panel `[K, NV, lanes]`.
+  // acc[r][v] += Σ_k a[first + r, k] · panel[k][v], panel `[K, NV, lanes]`.
   template <int M, int NV>
-  UV_INLINE void multiply(Vec<Real> (&acc)[M][NV], int64_t first, int64_t k0, int64_t k1, const Real* panel) const {
+  UV_INLINE void multiply(Vec<Real> (&acc)[M][NV], int64_t first, int64_t K, const Real* panel) const {
     const Real* a = data + first * stride;
-    for (int64_t k = k0; k < k1; ++k)
+    for (int64_t k = 0; k < K; ++k)
       multiply_step<Real, M, NV>(acc, [&](int r) { return a[r * stride + k]; }, panel + k * NV * kLanes<Real>);
   }
 };
@@ -73,16 +72,23 @@ struct Rows {
 // go along a row.
 template <class Real>
 struct Blocked {
-  static constexpr int L = kLanes<Real>, kNext = L;  // from a row to the next
+  static constexpr int L = kLanes<Real>;
   Real* data;
   int64_t rows;
 
   UV_INLINE Real* at(int64_t row, int64_t column) const { return data + column / L * rows * L + row * L + column % L; }
 
+  // Columns [first, end) of one row, which `from` holds whole; `first` begins a vector.
+  void put(int64_t row, const Real* from, int64_t first, int64_t end) const {
+    int64_t k = first;
+    for (; k + L <= end; k += L) store(at(row, k), load(from + k));
+    for (; k < end; ++k) *at(row, k) = from[k];
+  }
+
   // As Rows::multiply, for whole vectors of k.
   template <int M, int NV>
-  UV_INLINE void multiply(Vec<Real> (&acc)[M][NV], int64_t first, int64_t k0, int64_t k1, const Real* panel) const {
-    for (int64_t k = k0; k < k1; k += L) {
+  UV_INLINE void multiply(Vec<Real> (&acc)[M][NV], int64_t first, int64_t K, const Real* panel) const {
+    for (int64_t k = 0; k < K; k += L) {
       const Real* a = at(first, k);
 #pragma GCC unroll 1
       for (int j = 0; j < L; ++j)
@@ -91,70 +97,27 @@ struct Blocked {
   }
 };
 
-// As Blocked, with blocks as wide as a panel.
-template <class Real>
-struct WideBlocked {
-  static constexpr int64_t N = kWide * kLanes<Real>, kNext = N;
-  Real* data;
-  int64_t rows;
-
-  UV_INLINE Real* block(int64_t q) const { return data + q * rows * N; }
-  UV_INLINE Real* at(int64_t row, int64_t column) const { return block(column / N) + row * N + column % N; }
-  // Columns [first, end) of one row.
-  void put(int64_t row, const Real* from, int64_t first, int64_t end) const {
-    for (int64_t c = first / N * N; c < end; c += N) {
-      const int64_t a = c > first ? c : first, b = c + N < end ? c + N : end;
-      Real* to = block(c / N) + row * N - c;
-      if (b - a == N) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kWide; ++v) store(to + c + v * kLanes<Real>, load(from + c + v * kLanes<Real>));
-      } else {
-        for (int64_t k = a; k < b; ++k) to[k] = from[k];
-      }
-    }
-  }
-};
-
-// Columns of the left matrix that are worked through at a time: their part of a panel then stays in the first cache for all rows.
-template <class Real, int NV>
-constexpr int64_t kDeep = 24576 / (NV * UV_BYTES) / kLanes<Real> * kLanes<Real>;
-
-// end(first row, sums) for tiles that cover rows [first, end) of left · panel, `[K, NV, lanes]`, started from begin(first row, sums). Where
-// the panel is taken in parts, `partial` [(end − first) · NV · lanes] holds the sums in between.
-template <int NV, class Real, class Left, class Begin, class End>
-UV_INLINE void product(const Left& left, int64_t first, int64_t end, const Real* panel, int64_t K, Real* partial, Begin begin, End finish) {
-  constexpr int L = kLanes<Real>;
-  for (int64_t k0 = 0; k0 == 0 || k0 < K; k0 += kDeep<Real, NV>) {
-    const int64_t k1 = k0 + kDeep<Real, NV> < K ? k0 + kDeep<Real, NV> : K;
-    for_tiles<kTile<NV>>(first, end, [&](auto tile, int64_t r0) {
-      constexpr int M = decltype(tile)::value;
-      Vec<Real> acc[M][NV];
-      Real* held = partial + (r0 - first) * NV * L;
-      if (k0 == 0) {
-        begin(r0, acc);
-      } else {
-        for (int r = 0; r < M; ++r)
-          for (int v = 0; v < NV; ++v) acc[r][v] = load(held + (r * NV + v) * L);
-      }
-      left.template multiply<M, NV>(acc, r0, k0, k1, panel);
-      if (k1 == K) {
-        finish(r0, acc);
-      } else {
-        for (int r = 0; r < M; ++r)
-          for (int v = 0; v < NV; ++v) store(held + (r * NV + v) * L, acc[r][v]);
-      }
-    });
-  }
+// finish(first row, sums) for tiles that cover rows [first, end) of left · panel, `[K, NV, lanes]`, started from begin(first row, sums). A
+// panel runs through the second cache anew for every tile: to take it in parts that stay in the first takes longer.
+template <int NV, class Real, class Left, class Begin, class Finish>
+UV_INLINE void product(const Left& left, int64_t first, int64_t end, const Real* panel, int64_t K, Begin begin, Finish finish) {
+  for_tiles<kTile<NV>>(first, end, [&](auto tile, int64_t r0) {
+    constexpr int M = decltype(tile)::value;
+    Vec<Real> acc[M][NV];
+    begin(r0, acc);
+    left.template multiply<M, NV>(acc, r0, K, panel);
+    finish(r0, acc);
+  });
 }
 
 // out(row)[0 … n) = left W for W in panels `[q][K, kWide, lanes]`, q in [q0, q1); n is cut off the last panel.
 template <class Real, class Left, class Out>
 void multiply_rows(const Left& left, int64_t first, int64_t end, const Real* panels, int64_t K, int64_t q0, int64_t q1, int64_t n,
-                   Real* partial, Out out) {
+                   Out out) {
   constexpr int L = kLanes<Real>, N = kWide * L;
   for (int64_t q = q0; q < q1; ++q)
     product<kWide>(
-        left, first, end, panels + q * K * N, K, partial,
+        left, first, end, panels + q * K * N, K,
         [](int64_t, auto& acc) {
           for (auto& row : acc)
             for (auto& v : row) v = Vec<Real>{};
@@ -170,22 +133,25 @@ void multiply_rows(const Left& left, int64_t first, int64_t end, const Real* pan
         });
 }
 
-// c[m, 0 … n) += Σ_r a[r, m] b[r, 0 … n) over the first `rows` rows, m in [m0, m1): the gradient of a weight; n in whole panels.
-template <class Real>
-void add_outer(const Blocked<Real>& a, int64_t m0, int64_t m1, const WideBlocked<Real>& b, int64_t n, int64_t rows, Real* c) {
-  constexpr int L = kLanes<Real>, N = kWide * L;
-  for (int64_t q = 0; q < n; q += N)
-    for_tiles<kTile<kWide>>(m0, m1, [&](auto tile, int64_t m) {
+// c[m, k] += Σ_r a[r, m] b[r, k] over the first `rows` rows, m in [m0, m1), k in panels [q0, q1) of NV vectors: the gradient of a weight.
+// Rows of c lie `stride` apart.
+template <int NV, class Real>
+void add_outer(const Blocked<Real>& a, int64_t m0, int64_t m1, const Blocked<Real>& b, int64_t q0, int64_t q1, int64_t rows, Real* c,
+               int64_t stride) {
+  constexpr int L = kLanes<Real>;
+  for (int64_t k = q0 * NV * L; k < q1 * NV * L; k += NV * L)
+    for_tiles<kTile<NV>>(m0, m1, [&](auto tile, int64_t m) {
       constexpr int M = decltype(tile)::value;
-      Vec<Real> acc[M][kWide] = {};
+      Vec<Real> acc[M][NV] = {};
       const Real* column[M];
       for (int i = 0; i < M; ++i) column[i] = a.at(0, m + i);
-      const Real* right = b.block(q / N);
+      const Real* right = b.at(0, k);
+      const int64_t apart = b.rows * L;
       for (int64_t r = 0; r < rows; ++r)
-        multiply_step<Real, M, kWide>(acc, [&](int i) { return column[i][r * L]; }, right + r * N);
+        multiply_step<Real, M, NV>(acc, [&](int i) { return column[i][r * L]; }, right + r * L, apart);
       for (int i = 0; i < M; ++i)
-        for (int v = 0; v < kWide; ++v) {
-          Real* p = c + (m + i) * n + q + v * L;
+        for (int v = 0; v < NV; ++v) {
+          Real* p = c + (m + i) * stride + k + v * L;
           store(p, load(p) + acc[i][v]);
         }
     });

@@ -5,7 +5,9 @@
 // Within a block, chunks of steps keep what is worked on in the cache: the input's projection on the way forward, δa on the way back,
 // which therefore never reaches main memory.
 
-constexpr int64_t kForwardRows = 96, kBackwardRows = 192;  // rows, steps times samples, of a chunk
+constexpr int64_t kForwardRows = 96, kBackwardRows = UV_BYTES == 64 ? 384 : 192;  // rows, steps times samples, of a chunk
+
+constexpr int64_t kApart = 1 << 18;  // bytes between what two threads work with: the processor fetches ahead, and takes lines from the other
 
 // f(i) for i in [0, count), on up to `threads` threads.
 template <class F>
@@ -64,7 +66,7 @@ template <class CellType, class Real>
 struct Sizes {
   static constexpr int L = kLanes<Real>, kBlock = L * CellType::kUnits;
   static constexpr int64_t kMostRows = 16;  // of a block
-  int64_t Hp, panels, width, saved, Rp, Ip, dh_stride;
+  int64_t Hp, panels, width, saved, Rp, Rv, Iv, dh_stride;
   int64_t blocks, block_rows;
   int64_t team;  // members between whom a block's hidden units are worth sharing out
 
@@ -74,7 +76,8 @@ struct Sizes {
     width = panels * CellType::kAcross * L;
     saved = panels * CellType::kSaved * L;
     Rp = round_up(l.R, kWide * L);
-    Ip = round_up(l.I, kWide * L);
+    Rv = round_up(l.R, L);
+    Iv = round_up(l.I, L);
     dh_stride = round_up(l.H > l.R ? l.H : l.R, kWide * L);
     blocks = l.B <= 6 ? 1 : 2 * ((l.B + 2 * kMostRows - 1) / (2 * kMostRows));
     block_rows = (l.B + blocks - 1) / blocks;
