@@ -225,7 +225,7 @@ class Backward {
       const int64_t t = walk.step(i), n = walk.active(t);
       w.dh = work.dh + i % 2 * s.block_rows * s.dh_stride;
       if (norms_ != nullptr) w.total = work.total + i % 2 * s.block_rows * s.Hp;
-      step(walk, t, n, filled, w, mine, me);
+      step(walk, t, i > 0 ? walk.step(i - 1) : -1, n, filled, w, mine, me);
       if (g.dx != nullptr && me.leads()) zero(g.dx + (t * l.B + walk.first + n) * l.I, (walk.rows - n) * l.I);
       filled += n;
     }
@@ -257,7 +257,7 @@ class Backward {
     });
   }
 
-  void step(const Walk<Real>& walk, int64_t t, int64_t n, int64_t filled, const Work& w, const Columns& mine, const Member& me) const {
+  void step(const Walk<Real>& walk, int64_t t, int64_t later, int64_t n, int64_t filled, const Work& w, const Columns& mine, const Member& me) const {
     const int64_t D = s.dh_stride, wide = kWide * L, c0 = mine.r0 * wide, c1 = smaller(mine.r1 * wide, l.R);
     const int64_t x0 = me.from(s.Iv / L) * L, x1 = smaller(me.to(s.Iv / L) * L, l.I);
     for (int64_t r = 0; r < n; ++r) {
@@ -269,7 +269,7 @@ class Backward {
         store(dh + k, error);
       }
       if (g.delta_h != nullptr) copy(g.delta_h + at * l.R + c0, dh + c0, c1 - c0);
-      w.h_prev.put(filled + r, walk.before(l.y, l.h0, l.R, l.R, t, r), c0, c1);
+      w.h_prev.put(filled + r, walk.starts(t, r) ? l.h0 + (walk.first + r) * l.R : l.y + (walk.before(t) * l.B + walk.first + r) * l.R, c0, c1);
       w.x.put(filled + r, l.x + at * l.I, x0, x1);
       if (l.w_hr != nullptr)
         for (int64_t k = c0; k < c1; k += L) store(w.projected_dh.at(filled + r, k), load(dh + k));
@@ -285,11 +285,13 @@ class Backward {
     me.meet();
     if (norms_ != nullptr)
       for (int64_t r = me.from(n); r < me.to(n); ++r) Measure<CellType, Real>{l, s, *norms_}.sample(r, filled + r, w);
-    hand_back(n, filled, w, mine);
+    Ahead ahead;
+    if (later >= 0 && me.of == 1) expect(walk, later, n, ahead);
+    hand_back(n, filled, w, mine, ahead);
     if (g.clip <= 0) return;
     me.meet();
     // Everybody finds the same norms, before anybody scales.
-    Real scale_h[Sizes<CellType, Real>::kMostRows], scale_c[Sizes<CellType, Real>::kMostRows];
+    Real scale_h[kMostRows], scale_c[kMostRows];
     for (int64_t r = 0; r < n; ++r) {
       scale_h[r] = within(g.clip, w.carried + r * D, l.R);
       scale_c[r] = CellType::kHasC ? within(g.clip, w.dc + r * s.Hp, l.H) : Real(1);
@@ -305,10 +307,13 @@ class Backward {
   void pointwise(const Walk<Real>& walk, int64_t t, int64_t r, int64_t row, const Work& w, const Real* dm, const Columns& mine) const {
     const int64_t b = walk.first + r, at = t * l.B + b;
     Real *dc = w.dc + r * s.Hp, *carried = w.carried + r * s.dh_stride;
-    const Real* saved_row = l.gates + at * s.saved;
-    const Real* c_row = CellType::kHasC ? l.cells + at * s.Hp : nullptr;
-    const Real* c_before = CellType::kHasC ? walk.before(l.cells, l.c0, s.Hp, l.H, t, r) : nullptr;
+    const Real* saved_row = walk.gates(t, s.saved) + r * s.saved;
     const bool c_whole = CellType::kHasC && !walk.starts(t, r);
+    const Real *c_row = nullptr, *c_before = nullptr;
+    if (CellType::kHasC) {
+      c_row = walk.cells(t, s.Hp) + r * s.Hp;
+      c_before = c_whole ? walk.cells(walk.before(t), s.Hp) + r * s.Hp : l.c0 + b * l.H;
+    }
     for (int64_t p = mine.p0; p < mine.p1; ++p)
       for (int u = 0; u < CellType::kUnits; ++u) {
         const int64_t unit = (p * CellType::kUnits + u) * L, kept = CellType::kSaved / CellType::kUnits;
@@ -341,8 +346,19 @@ class Backward {
       }
   }
 
+  // What step t will read, to be fetched during a product of n rows.
+  void expect(const Walk<Real>& walk, int64_t t, int64_t n, Ahead& ahead) const {
+    const int64_t at = t * l.B + walk.first, rows = walk.rows;
+    ahead.add(g.dy == nullptr ? nullptr : g.dy + at * l.R, rows, l.R);
+    ahead.add(l.y + at * l.R, rows, l.R);
+    ahead.add(l.x + at * l.I, rows, l.I);
+    if (l.gates != l.y) ahead.add(walk.gates(t, s.saved), rows, s.saved);
+    if (CellType::kHasC) ahead.add(walk.cells(t, s.Hp), rows, s.Hp);
+    ahead.spread(s.Rp / (kWide * L) * looks<kWide>(n, s.width));
+  }
+
   // carried (+)= δa_hh W_hh; apart, because GCC has no registers left for its sums in the middle of a step.
-  __attribute__((noinline)) void hand_back(int64_t n, int64_t filled, const Work& w, const Columns& mine) const {
+  __attribute__((noinline)) void hand_back(int64_t n, int64_t filled, const Work& w, const Columns& mine, Ahead& ahead) const {
     constexpr int64_t wide = kWide * L;
     for (int64_t q = mine.r0; q < mine.r1; ++q) {
       const auto to = [&](int64_t row, int v) { return w.carried + (row - filled) * s.dh_stride + q * wide + v * L; };
@@ -359,7 +375,8 @@ class Backward {
               for (int v = 0; v < kWide; ++v) store(to(r0, v), row[v]);
               ++r0;
             }
-          });
+          },
+          [&] { ahead.some<0>(); });
     }
   }
 

@@ -106,6 +106,7 @@ void bind(nb::module_& m, const char* suffix) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  m.def("block_rows", &block_rows);
   bind<float>(m, "float32");
   bind<double>(m, "float64");
 }

@@ -35,6 +35,12 @@ const Kernels<Real>* pick(Float f, Double d) {
 
 }  // namespace
 
+int64_t block_rows(int64_t B) {
+  constexpr int64_t alone = 6;
+  const int64_t blocks = B <= alone ? 1 : 2 * ((B + 2 * kMostRows - 1) / (2 * kMostRows));
+  return B < 1 ? 1 : (B + blocks - 1) / blocks;
+}
+
 template <class Real>
 const Kernels<Real>* kernels(const char* isa) {
   const Entry<Real> entries[] = {

@@ -101,11 +101,12 @@ class Forward {
       Real* projected = w.projected;
       for (int64_t i = i0; i < i1; ++i) {
         const int64_t t = walk.step(i), n = walk.active(t);
-        if (i + 1 < l.T) expect(walk, walk.step(i + 1), me);
-        step(walk, t, n, projected, w, me);
+        Ahead ahead;
+        if (i + 1 < l.T && me.of == 1) expect(walk, walk.step(i + 1), n, ahead);
+        step(walk, t, n, projected, w, me, ahead);
         projected += n * s.width;
         me.meet();
-        if (tally != nullptr) tally->add(l.gates + (t * l.B + first) * s.saved, t * l.B + first, n);
+        if (tally != nullptr) tally->add(walk.gates(t, s.saved), t * l.B + first, n);
         if (me.leads()) zero(l.y + (t * l.B + first + n) * l.R, (rows - n) * l.R);
         Real* before = w.now;
         w.now = w.next;
@@ -148,19 +149,20 @@ class Forward {
           });
   }
 
-  // Has the memory that a step will write fetched: it lies far apart for the processor to see it coming.
-  void expect(const Walk<Real>& walk, int64_t t, const Member& me) const {
+  // What step t will write, to be fetched during a product of n rows.
+  void expect(const Walk<Real>& walk, int64_t t, int64_t n, Ahead& ahead) const {
     const int64_t at = t * l.B + walk.first;
-    if (!me.leads()) return;
-    fetch(l.y + at * l.R, walk.rows * l.R);
-    if (l.gates != nullptr && l.gates != l.y) fetch(l.gates + at * s.saved, walk.rows * s.saved);
-    if (l.cells != nullptr) fetch(l.cells + at * s.Hp, walk.rows * s.Hp);
+    ahead.add(l.y + at * l.R, walk.rows, l.R);
+    if (l.gates != nullptr && l.gates != l.y) ahead.add(walk.gates(t, s.saved), walk.rows, s.saved);
+    if (l.cells != nullptr) ahead.add(walk.cells(t, s.Hp), walk.rows, s.Hp);
+    ahead.spread(s.panels * looks<A>(n, l.R));
   }
 
-  void step(const Walk<Real>& walk, int64_t t, int64_t n, const Real* projected, const Work& w, const Member& me) const {
+  void step(const Walk<Real>& walk, int64_t t, int64_t n, const Real* projected, const Work& w, const Member& me,
+            Ahead& ahead) const {
     const int64_t at = t * l.B + walk.first;
-    Real* gates = l.gates == nullptr || l.gates == l.y ? nullptr : l.gates + at * s.saved;
-    Real* cells = l.cells == nullptr ? nullptr : l.cells + at * s.Hp;
+    Real* gates = l.gates == nullptr || l.gates == l.y ? nullptr : walk.gates(t, s.saved);
+    Real* cells = l.cells == nullptr ? nullptr : walk.cells(t, s.Hp);
     Real* y = l.y + at * l.R;
     const Rows<Real> now{w.now, s.Rp};
     const bool whole = l.w_hr == nullptr;
@@ -200,7 +202,8 @@ class Forward {
               }
               ++row;
             }
-          });
+          },
+          [&] { ahead.some<1>(); });
     const int64_t wide = kWide * L, q0 = me.from(s.Rp / wide), q1 = me.to(s.Rp / wide);
     if (!whole) {
       me.meet();

@@ -53,6 +53,54 @@ UV_INLINE void multiply_step(Vec<Real> (&acc)[M][NV], Left left, const Real* rig
   }
 }
 
+// Memory that the next step will touch, fetched a few lines at a time while a product keeps the multipliers busy: it lies too far apart for
+// the processor to see it coming, and asked for at once it would hold up what the product itself reads.
+class Ahead {
+ public:
+  static constexpr int64_t kLine = 64;
+
+  // `rows` of `width`, one after the other.
+  template <class Real>
+  void add(const Real* from, int64_t rows, int64_t width) {
+    const char* begin = reinterpret_cast<const char*>(from);
+    const int64_t bytes = rows * width * static_cast<int64_t>(sizeof(Real));
+    if (from == nullptr || bytes == 0) return;
+    ranges_[count_++] = {begin, begin + bytes};
+    lines_ += (bytes + kLine - 1) / kLine;
+  }
+
+  // All of it is to be fetched in so many calls of some().
+  void spread(int64_t calls) { each_ = (lines_ + calls - 1) / calls; }
+
+  template <int kWrite>
+  UV_INLINE void some() {
+    for (int64_t k = 0; k < each_ && now_ < count_; ++k) {
+      __builtin_prefetch(ranges_[now_].next, kWrite, kWrite ? 3 : 2);
+      ranges_[now_].next += kLine;
+      if (ranges_[now_].next >= ranges_[now_].end) ++now_;
+    }
+  }
+
+ private:
+  struct Range {
+    const char *next, *end;
+  } ranges_[5];
+  int count_ = 0, now_ = 0;
+  int64_t lines_ = 0, each_ = 0;
+};
+
+constexpr int64_t kStretch = 16;  // columns of the left matrix between two looks ahead
+
+// How often a product of n rows and K columns looks ahead, per panel.
+template <int NV>
+UV_INLINE int64_t looks(int64_t n, int64_t K) {
+  return (n + kTile<NV> - 1) / kTile<NV> * ((K + kStretch - 1) / kStretch);
+}
+
+struct Nowhere {
+  UV_INLINE void operator()() const {}
+};
+
 // A matrix whose rows lie one after the other.
 template <class Real>
 struct Rows {
@@ -60,11 +108,15 @@ struct Rows {
   int64_t stride;
 
   // acc[r][v] += Σ_k a[first + r, k] · panel[k][v], panel `[K, NV, lanes]`.
-  template <int M, int NV>
-  UV_INLINE void multiply(Vec<Real> (&acc)[M][NV], int64_t first, int64_t K, const Real* panel) const {
+  template <int M, int NV, class Look>
+  UV_INLINE void multiply(Vec<Real> (&acc)[M][NV], int64_t first, int64_t K, const Real* panel, Look look) const {
     const Real* a = data + first * stride;
-    for (int64_t k = 0; k < K; ++k)
-      multiply_step<Real, M, NV>(acc, [&](int r) { return a[r * stride + k]; }, panel + k * NV * kLanes<Real>);
+    for (int64_t k = 0; k < K;) {
+      look();
+#pragma GCC unroll 1
+      for (const int64_t end = k + kStretch < K ? k + kStretch : K; k < end; ++k)
+        multiply_step<Real, M, NV>(acc, [&](int r) { return a[r * stride + k]; }, panel + k * NV * kLanes<Real>);
+    }
   }
 };
 
@@ -86,9 +138,10 @@ struct Blocked {
   }
 
   // As Rows::multiply, for whole vectors of k.
-  template <int M, int NV>
-  UV_INLINE void multiply(Vec<Real> (&acc)[M][NV], int64_t first, int64_t K, const Real* panel) const {
+  template <int M, int NV, class Look>
+  UV_INLINE void multiply(Vec<Real> (&acc)[M][NV], int64_t first, int64_t K, const Real* panel, Look look) const {
     for (int64_t k = 0; k < K; k += L) {
+      if (k % kStretch == 0) look();
       const Real* a = at(first, k);
 #pragma GCC unroll 1
       for (int j = 0; j < L; ++j)
@@ -99,13 +152,14 @@ struct Blocked {
 
 // finish(first row, sums) for tiles that cover rows [first, end) of left · panel, `[K, NV, lanes]`, started from begin(first row, sums). A
 // panel runs through the second cache anew for every tile: to take it in parts that stay in the first takes longer.
-template <int NV, class Real, class Left, class Begin, class Finish>
-UV_INLINE void product(const Left& left, int64_t first, int64_t end, const Real* panel, int64_t K, Begin begin, Finish finish) {
+template <int NV, class Real, class Left, class Begin, class Finish, class Look = Nowhere>
+UV_INLINE void product(const Left& left, int64_t first, int64_t end, const Real* panel, int64_t K, Begin begin, Finish finish,
+                       Look look = Look()) {
   for_tiles<kTile<NV>>(first, end, [&](auto tile, int64_t r0) {
     constexpr int M = decltype(tile)::value;
     Vec<Real> acc[M][NV];
     begin(r0, acc);
-    left.template multiply<M, NV>(acc, r0, K, panel);
+    left.template multiply<M, NV>(acc, r0, K, panel, look);
     finish(r0, acc);
   });
 }

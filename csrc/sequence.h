@@ -65,7 +65,6 @@ UV_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class CellType, class Real>
 struct Sizes {
   static constexpr int L = kLanes<Real>, kBlock = L * CellType::kUnits;
-  static constexpr int64_t kMostRows = 16;  // of a block
   int64_t Hp, panels, width, saved, Rp, Rv, Iv, dh_stride;
   int64_t blocks, block_rows;
   int64_t team;  // members between whom a block's hidden units are worth sharing out
@@ -79,8 +78,8 @@ struct Sizes {
     Rv = round_up(l.R, L);
     Iv = round_up(l.I, L);
     dh_stride = round_up(l.H > l.R ? l.H : l.R, kWide * L);
-    blocks = l.B <= 6 ? 1 : 2 * ((l.B + 2 * kMostRows - 1) / (2 * kMostRows));
-    block_rows = (l.B + blocks - 1) / blocks;
+    block_rows = unvanish::block_rows(l.B);
+    blocks = l.B < 1 ? 1 : (l.B + block_rows - 1) / block_rows;
     // A meeting takes as long as some thousand multiplications.
     const int64_t worth = block_rows * width * l.R / 8192, parts = round_up(Hp, kWide * L) / (kWide * L);
     team = worth < parts ? worth : parts;
@@ -175,12 +174,11 @@ struct Walk {
     while (n < rows && l.lengths[first + n] > t) ++n;
     return n;
   }
-  // Where sample r of the block stood before step t, in an array [T, B, width] of states or in the initial one.
-  const Real* before(const Real* states, const Real* initial, int64_t width, int64_t initial_width, int64_t t,
-                     int64_t r) const {
-    const int64_t b = first + r;
-    return starts(t, r) ? initial + b * initial_width : states + ((l.reverse ? t + 1 : t - 1) * l.B + b) * width;
-  }
+  int64_t before(int64_t t) const { return l.reverse ? t + 1 : t - 1; }
+  // What is kept of the block's samples at step t, `width` of each.
+  Real* gates(int64_t t, int64_t width) const { return l.gates == l.y ? l.y + (t * l.B + first) * l.R : kept(l.gates, t, width); }
+  Real* cells(int64_t t, int64_t width) const { return kept(l.cells, t, width); }
+  Real* kept(Real* from, int64_t t, int64_t width) const { return from + (first * l.T + t * rows) * width; }
   // Whether step t is the first that is read of sample r.
   bool starts(int64_t t, int64_t r) const {
     return l.reverse ? t + 1 >= (l.lengths == nullptr ? l.T : l.lengths[first + r]) : t == 0;
@@ -190,10 +188,6 @@ struct Walk {
 template <class Real>
 UV_INLINE void copy(Real* to, const Real* from, int64_t n) {
   __builtin_memcpy(to, from, static_cast<size_t>(n > 0 ? n : 0) * sizeof(Real));
-}
-template <class Real>
-UV_INLINE void fetch(const Real* p, int64_t n) {
-  for (int64_t k = 0; k < n; k += 64 / static_cast<int64_t>(sizeof(Real))) __builtin_prefetch(p + k, 1);
 }
 template <class Real>
 UV_INLINE void zero(Real* p, int64_t n) {

@@ -31,11 +31,16 @@ struct Layer {
   const Real* b_hh;        // in [G·H]; null: none
   const Real* w_hr;        // in [P, H]; null: no projection
   Real* y;                 // [T, B, R]: out of forward, in of backward
-  // Where a sample is inactive these two stay as they came.
-  Real* gates;             // [T, B, saved_width()]: out of forward, in of backward; null in forward: keep nothing; may be y for a
-                           // plain RNN whose saved_width() is H
-  Real* cells;             // [T, B, padded()] c_t, likewise; null but for the LSTM
+  // What is kept for the way back lies block by block of block_rows(B) samples, each [T, its samples, ·], so that a thread walks through
+  // memory that no other thread touches. Where a sample is inactive these two stay as they came.
+  Real* gates;             // [·, T, ·, saved_width()]: out of forward, in of backward; null in forward: keep nothing; may be y, and lie
+                           // as y does, for a plain RNN whose saved_width() is H
+  Real* cells;             // [·, T, ·, padded()] c_t, likewise; null but for the LSTM
 };
+
+// Samples that are worked on together, from 1 to kMostRows; of the last of such blocks there may be fewer.
+int64_t block_rows(int64_t B);
+constexpr int64_t kMostRows = 16;
 
 template <class Real>
 struct Final {

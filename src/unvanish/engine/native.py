@@ -124,8 +124,8 @@ def forward(
     y, h = _pooled(x, T, B, R), x.new_empty(B, R)
     c = x.new_empty(B, H) if has_c else x.new_empty(0)
     apart = _keeps_gates(_cell(cell), H, kept)
-    gates = _pooled(x, T, B, kept.saved) if save and apart else x.new_empty(0)
-    cells = _pooled(x, T, B, kept.padded) if save and has_c else x.new_empty(0)
+    gates = _pooled(x, T * B * kept.saved) if save and apart else x.new_empty(0)
+    cells = _pooled(x, T * B * kept.padded) if save and has_c else x.new_empty(0)
     inputs = [_address(v) for v in (lengths, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y)]
     states = [_address((gates if apart else y) if save else None), _address(cells if save and has_c else None)]
     outs = [_address(h), _address(c if has_c else None)]
@@ -155,8 +155,8 @@ def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, clip, sav
     kept = layout(_cell(cell), H, x.dtype)
     nothing = x.new_empty(0)
     c = x.new_empty(B, H) if c0 is not None else nothing
-    gates = x.new_empty(T, B, kept.saved) if save and _keeps_gates(_cell(cell), H, kept) else nothing.clone()
-    cells = x.new_empty(T, B, kept.padded) if save and c0 is not None else nothing.clone()
+    gates = x.new_empty(T * B * kept.saved) if save and _keeps_gates(_cell(cell), H, kept) else nothing.clone()
+    cells = x.new_empty(T * B * kept.padded) if save and c0 is not None else nothing.clone()
     return x.new_empty(T, B, R), x.new_empty(B, R), c, gates, cells, *_statistics_shapes(x, T, B, H, cell, closed)
 
 
@@ -337,9 +337,9 @@ def trace(
     if len(cell.gates) == 1:
         values = y.unsqueeze(2)
     else:
-        blocks = gates.view(T, B, kept.padded // kept.lanes, -1, kept.lanes)
-        values = blocks.transpose(2, 3).reshape(T, B, -1, kept.padded)[..., :H]
-    states = [y, cells[..., :H]][: len(cell.states)]
+        panels = _by_step(gates, T, B).view(T, B, kept.padded // kept.lanes, -1, kept.lanes)
+        values = panels.transpose(2, 3).reshape(T, B, -1, kept.padded)[..., :H]
+    states = [y, *([_by_step(cells, T, B)[..., :H]] if len(cell.states) > 1 else [])]
     final = (h, c)[: len(cell.states)]
     if given.back is not None:
         values, states = values.index_select(1, given.back), [s.index_select(1, given.back) for s in states]
@@ -356,6 +356,13 @@ def trace(
     saved = cell.Saved(*before, *fields)  # type: ignore[attr-defined]
     x = without_padding(x, active)
     return manual.Trace(cell, w, x, states[0], final, saved, active, reverse, _Kept(given, y, gates, cells))
+
+
+def _by_step(kept: Tensor, T: int, B: int) -> Tensor:
+    """`[T, B, ·]` of what the kernels keep block by block of samples."""
+    rows = _native.block_rows(B)
+    blocks = kept.split(T * rows * (kept.numel() // (T * B)))
+    return torch.cat([block.view(T, min(rows, B - rows * k), -1) for k, block in enumerate(blocks)], dim=1)
 
 
 def _before(states: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
