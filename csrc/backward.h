@@ -346,14 +346,16 @@ class Backward {
       }
   }
 
-  // What step t will read, to be fetched during a product of n rows.
+  // What step t will read, to be fetched during a product of n rows; the states at t have been read by the step after.
   void expect(const Walk<Real>& walk, int64_t t, int64_t n, Ahead& ahead) const {
-    const int64_t at = t * l.B + walk.first, rows = walk.rows;
+    const int64_t at = t * l.B + walk.first, before = walk.before(t), rows = walk.rows;
     ahead.add(g.dy == nullptr ? nullptr : g.dy + at * l.R, rows, l.R);
-    ahead.add(l.y + at * l.R, rows, l.R);
     ahead.add(l.x + at * l.I, rows, l.I);
     if (l.gates != l.y) ahead.add(walk.gates(t, s.saved), rows, s.saved);
-    if (CellType::kHasC) ahead.add(walk.cells(t, s.Hp), rows, s.Hp);
+    if (before >= 0 && before < l.T) {
+      ahead.add(l.y + (before * l.B + walk.first) * l.R, rows, l.R);
+      if (CellType::kHasC) ahead.add(walk.cells(before, s.Hp), rows, s.Hp);
+    }
     ahead.spread(s.Rp / (kWide * L) * looks<kWide>(n, s.width));
   }
 

@@ -70,7 +70,7 @@ class Ahead {
   }
 
   // All of it is to be fetched in so many calls of some().
-  void spread(int64_t calls) { each_ = (lines_ + calls - 1) / calls; }
+  void spread(int64_t calls) { each_ = calls > 0 ? (lines_ + calls - 1) / calls : 0; }
 
   template <int kWrite>
   UV_INLINE void some() {
