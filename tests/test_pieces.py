@@ -30,6 +30,43 @@ def test_checkpoint_every_is_a_number_of_steps(every: Any) -> None:
         lstm(torch.zeros(5, 2, 3))
 
 
+def test_only_what_asks_for_a_gradient_gets_one() -> None:
+    torch.manual_seed(0)
+    layer = uv.nn.GRU(2, 3, dtype=torch.float64)
+    x, h0 = torch.randn(5, 2, 2, dtype=torch.float64), torch.randn(1, 2, 3, dtype=torch.float64)
+    layer.weight_ih_l0.requires_grad_(False)
+
+    def gradients() -> list[torch.Tensor]:
+        layer.zero_grad()
+        h = h0.clone().requires_grad_()
+        _, final = layer(x, h)
+        final.square().sum().backward(retain_graph=True)
+        final.sum().backward()
+        assert layer.weight_ih_l0.grad is None
+        assert h.grad is not None
+        return [h.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
+
+    expected = gradients()
+    layer.checkpoint_every = 2
+    torch.testing.assert_close(gradients(), expected)
+    layer.requires_grad_(False)
+    assert not layer(x)[0].requires_grad
+
+
+def test_a_backward_under_autocast_recomputes_in_the_same_dtype() -> None:
+    layer = uv.nn.LSTM(2, 3)
+    layer.checkpoint_every = 2
+    x = torch.randn(5, 2, 2)
+    found = []
+    for wrapped in (False, True):
+        layer.zero_grad()
+        y, _ = layer(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=wrapped):
+            y.square().sum().backward()
+        found.append([p.grad for p in layer.parameters()])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_second_derivatives_go_through_the_pieces() -> None:
     torch.manual_seed(0)
     layer = uv.nn.LSTM(2, 3, num_layers=2, bidirectional=True, dtype=torch.float64)

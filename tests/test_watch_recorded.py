@@ -57,12 +57,13 @@ def test_recorded_and_not_replayed_and_bitwise_the_same(case: ModuleCase, seed: 
     assert all(torch.equal(p, q.grad) for p, q in zip(plain, module.parameters(), strict=True) if q.grad is not None)
 
 
-def both(run: Any, seed: int = 0, **options: Any) -> None:
+def both(run: Any, seed: int = 0, every: int | None = None, **options: Any) -> None:
     """`run(module, flow)` on torch's layer and on ours gives the same records."""
     torch.manual_seed(seed)
     stock = nn.LSTM(3, 5, num_layers=2, dtype=torch.float64, **options)
-    flows = []
-    for module in (stock, uv.accelerate(copy.deepcopy(stock))):
+    flows, ours = [], uv.accelerate(copy.deepcopy(stock))
+    ours.checkpoint_every = every
+    for module in (stock, ours):
         torch.manual_seed(seed)
         with uv.watch(module) as flow:
             run(module)
@@ -70,15 +71,20 @@ def both(run: Any, seed: int = 0, **options: Any) -> None:
     assert_same(flows[1], flows[0])
 
 
-def test_several_backwards_add_up() -> None:
+@pytest.mark.parametrize("every", [None, 4])
+@pytest.mark.parametrize("frozen", ["", "weight_ih_l0"])
+def test_several_backwards_add_up(every: int | None, frozen: str) -> None:
     x = torch.randn(6, 2, 3, dtype=torch.float64)
 
     def run(module: nn.Module) -> None:
+        for name, weight in module.named_parameters():
+            weight.requires_grad_(name != frozen)
         y, (h, _) = module(x)
         y[2].square().sum().backward(retain_graph=True)
-        h[0].sum().backward()
+        h[0].sum().backward(retain_graph=True)
+        y[5].sum().backward()
 
-    both(run)
+    both(run, every=every)
 
 
 def test_a_layer_that_no_error_reaches_has_zero_flow() -> None:

@@ -211,18 +211,13 @@ class EngineSequence(nn.RNNBase):
             every,
             x,
             state,
+            d.weights,
             lengths,
             d.reverse,
-            lambda start, part, state, here: engine.run(
-                d.cell,
-                part,
-                state,
-                d.weights,
-                here,
-                d.reverse,
-                self.clip,
-                record=None if recorders is None else recorders(inputs, d, start),
+            lambda part, before, w, here, record: engine.run(
+                d.cell, part, before, w, here, d.reverse, self.clip, record=record
             ),
+            None if recorders is None else lambda start: recorders(inputs, d, start),
         )
 
     def _in_layout(self, given: Tensor | PackedSequence, inputs: TimeMajor, y: Tensor, final: State) -> tuple[Any, Any]:

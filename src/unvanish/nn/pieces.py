@@ -1,64 +1,204 @@
 """A long sequence run piece by piece: one state in so many is kept, the rest computed again in the backward."""
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _autograd
 from torch.utils.checkpoint import checkpoint
 
-from unvanish.cells import State
+from unvanish.cells import State, Weights
+from unvanish.engine import Norms, Recorder, Replay, Statistics, native
 from unvanish.engine.sequence import transform
 
-Run = Callable[[int, Tensor, State, Tensor | None], tuple[Tensor, State]]
-"""(first step, its input, the state before it, the steps left to each sample) → (its output, the state after it)"""
+Run = Callable[[Tensor, State, Weights, Tensor | None, Recorder | None], tuple[Tensor, State]]
+"""(input, the state before it, weights, the steps left to each sample, who hears of it) → (output, the state after it)"""
+
+
+class Piece(NamedTuple):
+    """Steps [start, end) of a sequence."""
+
+    start: int
+    end: int
+
+    def of(self, v: Tensor | None) -> Any:
+        """Its part of `[T, ·]`."""
+        return None if v is None else v[self.start : self.end]
+
+    def lengths(self, lengths: Tensor | None) -> Tensor | None:
+        """The steps that each sample has in it."""
+        return None if lengths is None else (lengths - self.start).clamp(0, self.end - self.start)
+
+
+class Plan(NamedTuple):
+    """How a sequence is run."""
+
+    pieces: list[Piece]
+    """in reading order"""
+    lengths: Tensor | None
+    run: Run
+    recorder: Callable[[int], Recorder] | None
+    """first step of a piece → who hears of it"""
+
+    def hears(self, piece: Piece) -> Recorder | None:
+        return None if self.recorder is None else self.recorder(piece.start)
 
 
 def run_in_pieces(
-    every: int, x: Tensor, state: State, lengths: Tensor | None, reverse: bool, run: Run
+    every: int,
+    x: Tensor,
+    state: State,
+    w: Weights,
+    lengths: Tensor | None,
+    reverse: bool,
+    run: Run,
+    recorder: Callable[[int], Recorder] | None = None,
 ) -> tuple[Tensor, State]:
     """`run` over x `[T, B, I]` in pieces of `every` steps, each of them checkpointed: (y `[T, B, R]`, final state)."""
-    # split, not slices: a slice's gradient is as large as the whole, once per piece.
-    parts = dict(zip(range(0, len(x), every), x.split(every), strict=True))
-    # Graphs and transforms can't hold writes into shared memory.
-    joins = not torch.compiler.is_compiling() and transform() is None
-    pieces: dict[int, Tensor] = {}
-    whole = x.new_empty(0)
-    for start in reversed(parts) if reverse else parts:
-        part = parts[start]
-        here = None if lengths is None else (lengths - start).clamp(0, len(part))
-        piece, state = checkpoint(  # type: ignore[misc]
-            run, start, part, state, here, use_reentrant=False, preserve_rng_state=False
-        )
-        if joins:
-            whole = whole if len(whole) else piece.new_empty(len(x), *piece.shape[1:])
-            piece = _Placed.apply(piece, whole[start : start + len(part)].detach())
-        pieces[start] = piece
-    in_order = [pieces[start] for start in parts]
-    return (_Whole.apply(whole, *in_order) if joins else torch.cat(in_order)), state
+    T = len(x)
+    pieces = [Piece(start, min(start + every, T)) for start in range(0, T, every)]
+    plan = Plan(pieces[::-1] if reverse else pieces, lengths, run, recorder)
+    if torch.compiler.is_compiling() or transform() is not None:
+        # Graphs and transforms can't hold writes into shared memory; they know torch's own checkpoint.
+        return _joined(plan, x, state, w, checkpointed=True)
+    y, *final = _InPieces.apply(plan, len(state), x, *state, *w)
+    return y, tuple(final)
 
 
-class _Placed(torch.autograd.Function):
-    """A piece moved to where it belongs in the whole."""
+def _joined(plan: Plan, x: Tensor, state: State, w: Weights, checkpointed: bool) -> tuple[Tensor, State]:
+    """In differentiable operations."""
+    found: dict[int, Tensor] = {}
+    for piece in plan.pieces:
+        given = piece.of(x), state, w, piece.lengths(plan.lengths), None
+        if checkpointed:
+            y, state = checkpoint(plan.run, *given, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
+        else:
+            y, state = plan.run(*given)
+        found[piece.start] = y
+    return torch.cat([found[start] for start in sorted(found)]), state
 
-    @staticmethod
-    def forward(ctx: Any, piece: Tensor, place: Tensor) -> Tensor:
-        ctx.mark_dirty(place)
-        return place.copy_(piece)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], None
-
-
-class _Whole(torch.autograd.Function):
-    """The sequence whose pieces lie side by side in memory; torch.cat would need that memory twice."""
+class _InPieces(torch.autograd.Function):
+    """The sequence as one node of the graph. torch's checkpoint takes three calls a piece and keeps gates in the first of
+    them; pieces joined by torch.cat would need their memory twice."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, *pieces: Tensor) -> Tensor:
-        ctx.lengths = [len(piece) for piece in pieces]
-        return whole
+    def forward(ctx: Any, plan: Plan, n: int, x: Tensor, *given: Any) -> Any:
+        state, w = given[:n], Weights(*given[n:])
+        empty: Any = Tensor.new_empty if native.obstacle(x) else native.pooled
+        whole, kept = x.new_empty(0), []
+        for piece in plan.pieces:
+            kept += state
+            y, state = plan.run(piece.of(x), state, w, piece.lengths(plan.lengths), plan.hears(piece))
+            whole = whole if len(whole) else empty(y, len(x), *y.shape[1:])
+            piece.of(whole).copy_(y)
+        ctx.save_for_backward(x, *w, *kept)
+        ctx.plan, ctx.n, ctx.errors = plan, n, None
+        ctx.set_materialize_grads(False)
+        return whole, *state
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return None, *grads[0].split(ctx.lengths)
+    def backward(ctx: Any, *errors: Any) -> Any:
+        x, *saved = ctx.saved_tensors
+        w, kept, needs = Weights(*saved[:5]), saved[5:], ctx.needs_input_grad[2:]
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            if torch.is_grad_enabled():
+                return None, None, *_graph_of_gradients(ctx.plan, x, tuple(kept[: ctx.n]), w, errors, needs)
+            # A second backward through the same graph: what is heard of are the errors of both, as .grad adds them up.
+            recorded = ctx.plan.recorder is not None
+            total = None if ctx.errors is None else [_sum(a, b) for a, b in zip(ctx.errors, errors, strict=True)]
+            gradients = _back(ctx.plan, x, w, kept, needs, errors, total)
+            keeps = recorded and _autograd._get_current_graph_task_keep_graph()
+            ctx.errors = (total or errors) if keeps else None
+            return None, None, *gradients
+
+
+def _back(
+    plan: Plan, x: Tensor, w: Weights, kept: list[Tensor], needs: Any, errors: Any, total: Any
+) -> list[Tensor | None]:
+    """The gradients of x, the initial state and w from the errors of (y, final state); recorders hear of `total`, or of
+    the same errors where it is None."""
+    n = len(errors) - 1
+    dx = torch.zeros_like(x) if needs[0] else None
+    (dy, *d), sums = errors, [None] * len(w)
+    dy_total, *d_total = total or [None] * (n + 1)
+    for number, piece in reversed(list(enumerate(plan.pieces))):
+        inputs = piece, x, tuple(kept[number * n : (number + 1) * n]), w, needs
+        recorder = plan.hears(piece)
+        held = None if recorder is None else _Held(recorder)
+        here = _piece(plan, *inputs, [piece.of(dy), *d], held if total is None else None)
+        if held is not None:
+            if total is not None:
+                d_total = _piece(plan, *inputs, [piece.of(dy_total), *d_total], held)[1 : 1 + n]
+            held.hand_on(here[1 + n :])
+        if dx is not None and here[0] is not None:
+            piece.of(dx).copy_(here[0])
+        d = here[1 : 1 + n]
+        sums = [_sum(a, b) for a, b in zip(sums, here[1 + n :], strict=True)]
+    return [dx, *d, *sums]
+
+
+def _piece(
+    plan: Plan, piece: Piece, x: Tensor, state: State, w: Weights, needs: Any, errors: list[Any], recorder: Any
+) -> list[Tensor | None]:
+    """The gradients of a piece's input, the state before it and w."""
+    outputs, inputs, n = [], [piece.of(x), *state, *w], len(state)
+    wanted = [needs[0], *[True] * n, *needs[1 + n :]]
+    inputs = [None if v is None else v.detach().requires_grad_(yes) for v, yes in zip(inputs, wanted, strict=True)]
+    with torch.enable_grad():
+        y, final = plan.run(inputs[0], tuple(inputs[1 : 1 + n]), Weights(*inputs[1 + n :]), piece.lengths(plan.lengths), recorder)  # type: ignore[arg-type]
+    outputs = [(out, d) for out, d in zip((y, *final), errors, strict=True) if d is not None]
+    return _gradients(outputs, inputs, wanted, create_graph=False)
+
+
+def _graph_of_gradients(
+    plan: Plan, x: Tensor, state: State, w: Weights, errors: Any, needs: Any
+) -> list[Tensor | None]:
+    """Differentiable gradients. What is kept of the states knows nothing of where it came from, so this makes a graph of
+    the whole sequence."""
+    y, final = _joined(plan, x, state, w, checkpointed=False)
+    outputs = [(out, d) for out, d in zip((y, *final), errors, strict=True) if d is not None]
+    return _gradients(outputs, [x, *state, *w], needs, create_graph=True)
+
+
+def _gradients(
+    outputs: list[tuple[Tensor, Tensor]], inputs: list[Any], wanted: Any, create_graph: bool
+) -> list[Tensor | None]:
+    """One for each of the inputs; None where it is not wanted or has none."""
+    asked = [v for v, yes in zip(inputs, wanted, strict=True) if yes]
+    if not outputs or not asked:
+        return [None] * len(inputs)
+    ends, errors = zip(*outputs, strict=True)
+    found = iter(torch.autograd.grad(ends, asked, errors, create_graph=create_graph, allow_unused=True))
+    return [next(found) if yes else None for yes in wanted]
+
+
+class _Held:
+    """Holds what a recorder is to hear on the way back: a piece's gradients are a backward pass of their own, and the
+    recorder belongs to the one around it."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder, self.heard = recorder, list[tuple[Norms, Weights, Replay]]()
+
+    @property
+    def listening(self) -> bool:
+        return self.recorder.listening
+
+    def forward(self, statistics: Statistics) -> None:
+        self.recorder.forward(statistics)
+
+    def backward(self, norms: Norms, gradients: Weights, replay: Replay) -> None:
+        self.heard.append((norms, gradients, replay))
+
+    def hand_on(self, gradients: list[Tensor | None]) -> None:
+        """`gradients` take the place of those that were heard, where there are any."""
+        for norms, heard, replay in self.heard:
+            both = zip(gradients, heard, strict=True)
+            self.recorder.backward(norms, Weights(*(b if a is None else a for a, b in both)), replay)  # type: ignore[arg-type]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
