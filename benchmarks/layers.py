@@ -190,7 +190,7 @@ def isas(repeats: int) -> str:
 
 
 def step_memory(whose: str, kind: str, shape: tuple[int, int, int, int], every: int | None) -> dict[str, float]:
-    """MB that training steps add to the process's peak of resident memory, and the seconds of one, the first left out."""
+    """MB that training steps add to the process's peak of resident memory, and the seconds of one but the first."""
     torch.set_num_threads(2)
     T, B, n_in, H = shape
     layer = getattr(nn if whose == "torch" else uv.nn, kind)(n_in, H)

@@ -40,6 +40,8 @@ class Backward {
   }
 
  private:
+  // Rows beyond the last: groups of pairs reach there, and vectors a multiple of 4096 bytes apart would share their places in the cache.
+  static constexpr int64_t kSpare = 4;
   static constexpr int64_t kChunksHeld = 2;  // where blocks go in step: one worked on, one measured
 
   // What a block works with.
@@ -47,7 +49,7 @@ class Backward {
     Work(const Backward& run, Real* memory) : Carve<Real>{memory} {
       const Sizes<CellType, Real>& s = run.s;
       const bool projected = run.l.w_hr != nullptr;
-      const int64_t rows = s.block_rows, most = run.most_rows(), held = run.norms_ == nullptr || s.blocks == 1 ? 1 : kChunksHeld;
+      const int64_t rows = s.block_rows, most = run.most_rows() + kSpare, held = run.norms_ == nullptr || s.blocks == 1 ? 1 : kChunksHeld;
       carried = this->take(rows * s.dh_stride);
       dh = this->take(2 * rows * s.dh_stride);
       total = run.norms_ == nullptr ? nullptr : this->take(2 * rows * s.Hp);
@@ -249,12 +251,17 @@ class Backward {
   void measure(int64_t i, int64_t i1, int64_t part) const {
     const Walk<Real> all_samples{l, 0, l.B};
     const int64_t t = all_samples.step(i);
-    Measure<CellType, Real>{l, s, *norms_}.step(t, all_samples.active(t), [&](int64_t number, auto put) {
+    Scratch<StepRows<Real>> rows(s.blocks);
+    int64_t apart = 0;
+    for (int64_t number = 0; number < s.blocks; ++number) {
       const Walk<Real> walk = this->walk(number);
+      const Work w = work(number).part(part, s);
       int64_t row = 0;
       for (int64_t j = i1 - 1; j > i; --j) row += walk.active(walk.step(j));
-      put(work(number).part(part, s), row, walk.active(t), walk.first);
-    });
+      rows.get()[number] = {w.da.at(row, 0), w.da_hh.at(row, 0), w.h_prev.at(row, 0), w.x.at(row, 0), walk.active(t)};
+      apart = w.da.rows * L;
+    }
+    Measure<CellType, Real>{l, s, *norms_}.step(t, all_samples.active(t), rows.get(), s.blocks, apart);
   }
 
   void step(const Walk<Real>& walk, int64_t t, int64_t later, int64_t n, int64_t filled, const Work& w, const Columns& mine, const Member& me) const {

@@ -202,7 +202,10 @@ UV_INLINE Vec<Real> sums(const Vec<Real> (&v)[N]) {
   }
 }
 
-// Squares are added up in double, where those of float neither overflow nor vanish.
+UV_INLINE void add_squares(Vec<float>& total, Vec<float> v) { total += v * v; }
+UV_INLINE void add_squares(Vec<double>& total, Vec<double> v) { total += v * v; }
+
+// In double the squares of a float neither overflow nor vanish.
 UV_INLINE void add_squares(Vec<double>& total, Vec<float> v) {
   typedef float Half __attribute__((vector_size(UV_BYTES / 2)));
   Half halves[2];
@@ -212,8 +215,6 @@ UV_INLINE void add_squares(Vec<double>& total, Vec<float> v) {
     total += wide * wide;
   }
 }
-
-UV_INLINE void add_squares(Vec<double>& total, Vec<double> v) { total += v * v; }
 
 // The lanes below n, the others 0.
 template <class Real>

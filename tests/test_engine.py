@@ -73,6 +73,26 @@ def test_gradients_of_gradients(rung: str, name: str) -> None:
     assert torch.autograd.gradgradcheck(run, (x, w_ih, w_hh))
 
 
+@pytest.mark.parametrize("rung", FAST)
+@pytest.mark.parametrize("name", list(CELLS))
+def test_a_state_that_was_carried_over_counts_once_where_a_graph_is_made(rung: str, name: str) -> None:
+    torch.manual_seed(0)
+    cell, G = CELLS[name], len(CELLS[name].gates)
+    x, w_ih, w_hh = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((6, 2, 2), (G * 2, 2), (G * 2, 2))
+    )
+    found = []
+    for create_graph in (False, True):
+        state: tuple[torch.Tensor, ...] = tuple(torch.zeros(2, 2, dtype=torch.float64) for _ in cell.states)
+        outputs = []
+        for part in x.split(2):
+            y, state = engine.run(cell, part, state, Weights(w_ih, w_hh), rung=rung)
+            outputs.append(y)
+        error = torch.cat(outputs).square().sum()
+        found.append(torch.autograd.grad(error, (x, w_ih, w_hh), create_graph=create_graph))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_dispatch_says_what_runs_and_why() -> None:
     x = torch.zeros(1, 1, 1)
     assert engine.explain(x).rung == next(iter(engine.RUNGS))

@@ -87,6 +87,16 @@ def test_several_backwards_add_up(every: int | None, frozen: str) -> None:
     both(run, every=every)
 
 
+@pytest.mark.parametrize("every", [None, 4])
+def test_a_backward_that_makes_a_graph_is_recorded_too(every: int | None) -> None:
+    x = torch.randn(6, 2, 3, dtype=torch.float64)
+
+    def run(module: nn.Module) -> None:
+        torch.autograd.grad(module(x)[0].square().sum(), [*module.parameters()], create_graph=True)
+
+    both(run, every=every)
+
+
 def test_a_layer_that_no_error_reaches_has_zero_flow() -> None:
     x = torch.randn(6, 2, 3, dtype=torch.float64)
 

@@ -61,10 +61,13 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Differentiable gradients with respect to (x, *state, *w), None where nothing flows: the double backward of the
     other rungs."""
-    inputs = (x, *state, *w)
-    wanted = [v for v in inputs if v is not None and v.requires_grad]
+    n = len(state)
     with torch.enable_grad():
-        y, final = run(cell, x, state, w, lengths, reverse, clip)
+        # Views: a state that came from the same weights must not lead back to them, its part is not this call's.
+        inputs = [None if v is None else v.view_as(v) for v in (x, *state, *w)]
+        wanted = [v for v in inputs if v is not None and v.requires_grad]
+        part, *rest = inputs
+        y, final = run(cell, part, tuple(rest[:n]), Weights(*rest[n:]), lengths, reverse, clip)  # type: ignore[arg-type]
         pairs = [
             (out, d) for out, d in zip((y, *final), (dy, *dfinal), strict=True) if d is not None and out.requires_grad
         ]

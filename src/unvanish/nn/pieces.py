@@ -14,7 +14,7 @@ from unvanish.engine import Norms, Recorder, Replay, Statistics, native
 from unvanish.engine.sequence import transform
 
 Run = Callable[[Tensor, State, Weights, Tensor | None, Recorder | None], tuple[Tensor, State]]
-"""(input, the state before it, weights, the steps left to each sample, who hears of it) → (output, the state after it)"""
+"""(input, state before it, weights, steps left to each sample, who hears of it) → (output, state after it)"""
 
 
 class Piece(NamedTuple):
@@ -69,20 +69,23 @@ def run_in_pieces(
 
 def _joined(plan: Plan, x: Tensor, state: State, w: Weights, checkpointed: bool) -> tuple[Tensor, State]:
     """In differentiable operations."""
-    found: dict[int, Tensor] = {}
+    order = sorted(plan.pieces)
+    # split, not slices: a slice's gradient is as large as the whole, once per piece.
+    parts = dict(zip(order, x.split([piece.end - piece.start for piece in order]), strict=True))
+    found: dict[Piece, Tensor] = {}
     for piece in plan.pieces:
-        given = piece.of(x), state, w, piece.lengths(plan.lengths), None
+        given = parts[piece], state, w, piece.lengths(plan.lengths), None
         if checkpointed:
             y, state = checkpoint(plan.run, *given, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
         else:
             y, state = plan.run(*given)
-        found[piece.start] = y
-    return torch.cat([found[start] for start in sorted(found)]), state
+        found[piece] = y
+    return torch.cat([found[piece] for piece in order]), state
 
 
 class _InPieces(torch.autograd.Function):
-    """The sequence as one node of the graph. torch's checkpoint takes three calls a piece and keeps gates in the first of
-    them; pieces joined by torch.cat would need their memory twice."""
+    """The sequence as one node of the graph. torch's checkpoint takes three calls a piece and keeps gates in the first
+    of them; pieces joined by torch.cat would need their memory twice."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, n: int, x: Tensor, *given: Any) -> Any:
@@ -104,16 +107,18 @@ class _InPieces(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         w, kept, needs = Weights(*saved[:5]), saved[5:], ctx.needs_input_grad[2:]
         device = x.device.type
+        gradients, recorded = [], ctx.plan.recorder is not None
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            if recorded or not torch.is_grad_enabled():
+                # A second backward through the same graph: heard of are the errors of both, as .grad adds them up.
+                total = None if ctx.errors is None else [_sum(a, b) for a, b in zip(ctx.errors, errors, strict=True)]
+                with torch.no_grad():
+                    gradients = _back(ctx.plan, x, w, kept, needs, errors, total)
+                keeps = recorded and _autograd._get_current_graph_task_keep_graph()
+                ctx.errors = (total or errors) if keeps else None
             if torch.is_grad_enabled():
-                return None, None, *_graph_of_gradients(ctx.plan, x, tuple(kept[: ctx.n]), w, errors, needs)
-            # A second backward through the same graph: what is heard of are the errors of both, as .grad adds them up.
-            recorded = ctx.plan.recorder is not None
-            total = None if ctx.errors is None else [_sum(a, b) for a, b in zip(ctx.errors, errors, strict=True)]
-            gradients = _back(ctx.plan, x, w, kept, needs, errors, total)
-            keeps = recorded and _autograd._get_current_graph_task_keep_graph()
-            ctx.errors = (total or errors) if keeps else None
-            return None, None, *gradients
+                gradients = _graph_of_gradients(ctx.plan, x, tuple(kept[: ctx.n]), w, errors, needs)
+        return None, None, *gradients
 
 
 def _back(
@@ -145,34 +150,39 @@ def _piece(
     plan: Plan, piece: Piece, x: Tensor, state: State, w: Weights, needs: Any, errors: list[Any], recorder: Any
 ) -> list[Tensor | None]:
     """The gradients of a piece's input, the state before it and w."""
-    outputs, inputs, n = [], [piece.of(x), *state, *w], len(state)
+    n = len(state)
     wanted = [needs[0], *[True] * n, *needs[1 + n :]]
-    inputs = [None if v is None else v.detach().requires_grad_(yes) for v, yes in zip(inputs, wanted, strict=True)]
+    given = zip([piece.of(x), *state, *w], wanted, strict=True)
+    inputs: list[Any] = [None if v is None else v.detach().requires_grad_(yes) for v, yes in given]
     with torch.enable_grad():
-        y, final = plan.run(inputs[0], tuple(inputs[1 : 1 + n]), Weights(*inputs[1 + n :]), piece.lengths(plan.lengths), recorder)  # type: ignore[arg-type]
-    outputs = [(out, d) for out, d in zip((y, *final), errors, strict=True) if d is not None]
-    return _gradients(outputs, inputs, wanted, create_graph=False)
+        part, *rest = inputs
+        y, final = plan.run(part, tuple(rest[:n]), Weights(*rest[n:]), piece.lengths(plan.lengths), recorder)
+    return _gradients((y, *final), errors, inputs, wanted, create_graph=False)
 
 
 def _graph_of_gradients(
     plan: Plan, x: Tensor, state: State, w: Weights, errors: Any, needs: Any
 ) -> list[Tensor | None]:
-    """Differentiable gradients. What is kept of the states knows nothing of where it came from, so this makes a graph of
-    the whole sequence."""
-    y, final = _joined(plan, x, state, w, checkpointed=False)
-    outputs = [(out, d) for out, d in zip((y, *final), errors, strict=True) if d is not None]
-    return _gradients(outputs, [x, *state, *w], needs, create_graph=True)
+    """Differentiable gradients. What is kept of the states knows nothing of where it came from, so this makes a graph
+    of the whole sequence."""
+    n = len(state)
+    # Views, so that who listens to the tensors themselves does not hear of them twice.
+    inputs = [None if v is None else v.view_as(v) for v in (x, *state, *w)]
+    part, *rest = inputs
+    y, final = _joined(plan, part, tuple(rest[:n]), Weights(*rest[n:]), checkpointed=False)  # type: ignore[arg-type]
+    return _gradients((y, *final), errors, inputs, needs, create_graph=True)
 
 
 def _gradients(
-    outputs: list[tuple[Tensor, Tensor]], inputs: list[Any], wanted: Any, create_graph: bool
+    outputs: tuple[Tensor, ...], errors: Any, inputs: list[Any], wanted: Any, create_graph: bool
 ) -> list[Tensor | None]:
     """One for each of the inputs; None where it is not wanted or has none."""
     asked = [v for v, yes in zip(inputs, wanted, strict=True) if yes]
-    if not outputs or not asked:
+    reached = [(out, d) for out, d in zip(outputs, errors, strict=True) if d is not None]
+    if not reached or not asked:
         return [None] * len(inputs)
-    ends, errors = zip(*outputs, strict=True)
-    found = iter(torch.autograd.grad(ends, asked, errors, create_graph=create_graph, allow_unused=True))
+    ends, arriving = zip(*reached, strict=True)
+    found = iter(torch.autograd.grad(ends, asked, arriving, create_graph=create_graph, allow_unused=True))
     return [next(found) if yes else None for yes in wanted]
 
 
