@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import manual, native, recording, reference
+from unvanish.engine import manual, native, native_trace, recording, reference
 from unvanish.engine.checks import check_errors, check_layer, whole_lengths
 from unvanish.engine.sequence import transform
 
@@ -138,7 +138,7 @@ def trace(
     differentiable = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
     if differentiable or explain(x).rung != "native":
         return manual.trace(cell, x, state, w, lengths, reverse)
-    return native.trace(cell, x, state, w, lengths, reverse)
+    return native_trace.trace(cell, x, state, w, lengths, reverse)
 
 
 def adjoint(
@@ -151,4 +151,4 @@ def adjoint(
         RuntimeError: a dtype or device is not that of the input.
     """
     check_errors(tr.x, tr.y, tr.final, dy, dfinal)
-    return (manual if tr.kept is None else native).adjoint(tr, dy, dfinal, clip)
+    return (manual if tr.kept is None else native_trace).adjoint(tr, dy, dfinal, clip)

@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C import _functorch
 
 from unvanish.cells import CELLS, Cell, State, Weights
-from unvanish.engine import manual, reference
-from unvanish.engine.sequence import Sorted, active_steps, sort, transform, without_padding
+from unvanish.engine import reference
+from unvanish.engine.sequence import Sorted, sort, transform
 
 try:
     from unvanish import _native
@@ -64,6 +65,11 @@ class Layout(NamedTuple):
 def layout(cell: Cell, H: int, dtype: torch.dtype) -> Layout:
     """Vector lanes, H rounded up to whole blocks, and the width of what is kept of the gates."""
     return Layout(*_call("layout", dtype)(NUMBER[cell.name], H, _forced_isa()))
+
+
+def block_rows(B: int) -> int:
+    """Samples that the kernels work on together, and keep their states beside each other."""
+    return _native.block_rows(B)
 
 
 def _keeps_gates(cell: Cell, H: int, kept: Layout) -> bool:
@@ -281,7 +287,8 @@ def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None,
         return dx, dh0, dc0, *rest, None, *nothing
     d = [None if v is None else v.contiguous() for v in (dy, dh, dc)]
     want_dx = ctx.needs_input_grad[0]
-    out: Any = backward_operator(*d, *saved, ctx.cell, ctx.reverse, ctx.clip, want_dx)
+    run: Any = _gradients if _is_eager(*d, *saved) else backward_operator
+    out = run(*d, *saved, ctx.cell, ctx.reverse, ctx.clip, want_dx)
     found = [g if like is not None else None for g, like in zip(out, (x, h0, c0, *weights), strict=True)]
     return (found[0] if want_dx else None, *found[1:], None, *nothing)
 
@@ -289,21 +296,37 @@ def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None,
 torch.library.register_autograd("unvanish::forward", _autograd, setup_context=_setup_context)
 
 
-class _Kept(NamedTuple):
-    """A forward pass as the kernels left it."""
+class _Eager(torch.autograd.Function):
+    """The operator without torch's dispatcher, which takes longer than a short sequence does."""
 
-    given: Sorted
-    y: Tensor
-    gates: Tensor
-    cells: Tensor
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_autograd)
 
 
-def _apply(
-    run: Any, cell: Cell, given: Sorted, w: Weights, reverse: bool, clip: float | None, save: bool
-) -> tuple[Tensor, ...]:
+def _is_eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing but autograd looks on: no graph is captured, no mode or transform is active, and no tensor is of
+    a kind of its own."""
+
+    def plain(v: Tensor) -> bool:
+        return type(v) in (Tensor, nn.Parameter) and not _functorch.is_legacy_batchedtensor(v)
+
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and all(v is None or plain(v) for v in tensors)
+    )
+
+
+def prepared(given: Sorted, w: Weights) -> list[Tensor | None]:
+    """What the kernels read, as they want it: x, h0, c0, w, lengths."""
     h0, c0 = (*given.state, None)[:2]
-    tensors = [None if v is None else v.contiguous() for v in (given.x, h0, c0, *w)]
-    return run(*tensors, given.lengths, NUMBER[cell.name], reverse, clip or 0.0, save, 0.0)
+    return [*(None if v is None else v.contiguous() for v in (given.x, h0, c0, *w)), given.lengths]
 
 
 def run(
@@ -318,88 +341,10 @@ def run(
     """(y, final state) for x `[T, B, I]`; see `unvanish.engine.run`."""
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, *state, *w))
     given = sort(x, state, lengths)
-    y, h, c, *_ = _apply(forward_operator, cell, given, w, reverse, clip, save)
+    inputs = prepared(given, w)
+    apply: Any = forward_operator if not _is_eager(*inputs) else _Eager.apply if save else forward
+    y, h, c, *_ = apply(*inputs, NUMBER[cell.name], reverse, clip or 0.0, save, 0.0)
     final = (h, c)[: len(cell.states)]
     if given.back is None:
         return y, final
     return y.index_select(1, given.back), tuple(s.index_select(0, given.back) for s in final)
-
-
-@torch.no_grad()
-def trace(
-    cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None = None, reverse: bool = False
-) -> manual.Trace:
-    """As `unvanish.engine.manual.trace`, outside any graph."""
-    given = sort(x, state, lengths)
-    y, h, c, gates, cells, *_ = _apply(forward, cell, given, w, reverse, None, True)
-    T, B, H = *x.shape[:2], w.w_ih.shape[0] // len(cell.gates)
-    kept = layout(cell, H, x.dtype)
-    if len(cell.gates) == 1:
-        values = y.unsqueeze(2)
-    else:
-        panels = _by_step(gates, T, B).view(T, B, kept.padded // kept.lanes, -1, kept.lanes)
-        values = panels.transpose(2, 3).reshape(T, B, -1, kept.padded)[..., :H]
-    states = [y, *([_by_step(cells, T, B)[..., :H]] if len(cell.states) > 1 else [])]
-    final = (h, c)[: len(cell.states)]
-    if given.back is not None:
-        values, states = values.index_select(1, given.back), [s.index_select(1, given.back) for s in states]
-        final = tuple(s.index_select(0, given.back) for s in final)
-    active = active_steps(lengths, T, x.device)
-    if active is not None:
-        # The kernels write nothing there, and what lay in the memory may be a NaN.
-        values = torch.where(active.unsqueeze(-1), values, 0.0)
-        states = [torch.where(active, s, 0.0) for s in states]
-    before = [_before(s, s0, lengths, reverse) for s, s0 in zip(states, state, strict=True)]
-    fields = list(values.unbind(2))
-    if cell.name == "lstm":
-        fields.append(states[1])
-    saved = cell.Saved(*before, *fields)  # type: ignore[attr-defined]
-    x = without_padding(x, active)
-    return manual.Trace(cell, w, x, states[0], final, saved, active, reverse, _Kept(given, y, gates, cells))
-
-
-def _by_step(kept: Tensor, T: int, B: int) -> Tensor:
-    """`[T, B, ·]` of what the kernels keep block by block of samples."""
-    rows = _native.block_rows(B)
-    blocks = kept.split(T * rows * (kept.numel() // (T * B)))
-    return torch.cat([block.view(T, min(rows, B - rows * k), -1) for k, block in enumerate(blocks)], dim=1)
-
-
-def _before(states: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
-    """The state before each step, `[T, B, ·]`; a reversed sample starts at its own end."""
-    if not reverse:
-        return torch.cat([initial.unsqueeze(0), states[:-1]])
-    shifted = torch.cat([states[1:], initial.unsqueeze(0)])
-    if lengths is None:
-        return shifted
-    T = states.shape[0]
-    starts = torch.arange(1, T + 1)[:, None] >= lengths.cpu()[None, :]
-    return torch.where(starts.unsqueeze(-1), initial, shifted)
-
-
-@torch.no_grad()
-def adjoint(
-    tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None = None
-) -> manual.Flow:
-    """As `unvanish.engine.manual.adjoint`, for a trace of this rung; gives the weights' gradients along."""
-    given, y, gates, cells = tr.kept
-    order = None if given.back is None else torch.argsort(given.back)
-
-    def arrange(v: Tensor | None, dim: int) -> Tensor | None:
-        return None if v is None else (v if order is None else v.index_select(dim, order)).contiguous()
-
-    dh, dc = (*(arrange(d, 0) for d in dfinal), None)[:2]
-    h0, c0 = (*given.state, None)[:2]
-    tensors: Any = [None if v is None else v.contiguous() for v in (given.x, h0, c0, *tr.weights)]
-    saved: Any = (*tensors, given.lengths, y, gates, cells)
-    how: Any = {"cell": NUMBER[tr.cell.name], "reverse": tr.reverse, "clip": clip or 0.0}
-    out = backward(arrange(dy, 1), dh, dc, *saved, **how, want_dx=False, want_delta=True, want_norms=False)
-    _, dh0, dc0, *grads = out[:8]
-    delta = out[8:]
-    if given.back is not None:
-        delta = [d.index_select(1, given.back) if d.numel() else d for d in delta]
-        dh0, dc0 = (d.index_select(0, given.back) if d.numel() else d for d in (dh0, dc0))
-    n = len(tr.cell.states)
-    weights = Weights(*(None if w is None else g for w, g in zip(tr.weights, grads, strict=True)))  # type: ignore[arg-type]
-    da_hh = delta[3] if delta[3].numel() else delta[2]
-    return manual.Flow((delta[0], delta[1])[:n], delta[2], da_hh, (dh0, dc0)[:n], weights)

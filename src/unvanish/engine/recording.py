@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C import _autograd
 
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import manual, native, reference
+from unvanish.engine import manual, native, native_trace, reference
 from unvanish.engine.checks import check_errors, check_layer, whole_lengths
 from unvanish.engine.sequence import sort
 
@@ -74,9 +74,7 @@ class Pass:
         self.cell, self.x, self.state, self.weights = cell, x, state, w
         self.lengths, self.reverse = lengths, reverse
         self._given = sort(x, state, lengths)
-        h0, c0 = (*self._given.state, None)[:2]
-        self._inputs: Any = [None if v is None else v.contiguous() for v in (self._given.x, h0, c0, *w)]
-        self._inputs.append(self._given.lengths)
+        self._inputs: Any = native.prepared(self._given, w)
         how = _how(cell, reverse)
         y, h, c, *self._kept, mean, saturated, log_carry = native.forward(
             *self._inputs, **how, save=True, closed=SATURATED
@@ -109,8 +107,8 @@ class Pass:
         self, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None
     ) -> tuple[manual.Trace, Tensor | None, manual.Flow]:
         """The same pass, every state and δ kept."""
-        tr = native.trace(self.cell, self.x, self.state, self.weights, self.lengths, self.reverse)
-        return tr, dy, native.adjoint(tr, dy, dfinal, clip)
+        tr = native_trace.trace(self.cell, self.x, self.state, self.weights, self.lengths, self.reverse)
+        return tr, dy, native_trace.adjoint(tr, dy, dfinal, clip)
 
 
 class _Recorded(torch.autograd.Function):
@@ -179,8 +177,8 @@ def _recorded_backward(
             None if d is None else _in_order(d, dim, ctx.back) for d, dim in zip(total, (1, 0, 0), strict=True)
         )
         in_order = None if lengths is None else _in_order(lengths, 0, ctx.back)
-        tr = native.trace(ctx.cell, _in_order(x, 1, ctx.back), state, w, in_order, ctx.reverse)
-        return tr, dy, native.adjoint(tr, dy, tuple(dfinal[: len(state)]), ctx.clip)
+        tr = native_trace.trace(ctx.cell, _in_order(x, 1, ctx.back), state, w, in_order, ctx.reverse)
+        return tr, dy, native_trace.adjoint(tr, dy, tuple(dfinal[: len(state)]), ctx.clip)
 
     ctx.record.backward(_norms(norms, ctx.back), _present(out[3:8], w), replay)
     return out[:8]
@@ -198,9 +196,7 @@ def run_recorded(
 ) -> tuple[Tensor, State]:
     """`native.run`, bit for bit, and `record` hears of both ways."""
     given = sort(x, state, lengths)
-    h0, c0 = (*given.state, None)[:2]
-    inputs = [None if v is None else v.contiguous() for v in (given.x, h0, c0, *w)]
-    y, *final = _Recorded.apply(record, cell, given.back, reverse, clip, *inputs, given.lengths)
+    y, *final = _Recorded.apply(record, cell, given.back, reverse, clip, *native.prepared(given, w))
     return _in_order(y, 1, given.back), tuple(_in_order(s, 0, given.back) for s in final)
 
 

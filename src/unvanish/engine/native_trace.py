@@ -1,0 +1,99 @@
+"""The native rung with every state, gate and δ kept, as `unvanish.engine.manual` keeps them."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unvanish.cells import Cell, State, Weights
+from unvanish.engine import manual, native
+from unvanish.engine.sequence import Sorted, active_steps, sort, without_padding
+
+
+class _Kept(NamedTuple):
+    """A forward pass as the kernels left it."""
+
+    given: Sorted
+    y: Tensor
+    gates: Tensor
+    cells: Tensor
+
+
+@torch.no_grad()
+def trace(
+    cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None = None, reverse: bool = False
+) -> manual.Trace:
+    """As `unvanish.engine.manual.trace`, outside any graph."""
+    given = sort(x, state, lengths)
+    inputs: Any = native.prepared(given, w)
+    how: Any = {"cell": native.NUMBER[cell.name], "reverse": reverse, "clip": 0.0}
+    y, h, c, gates, cells, *_ = native.forward(*inputs, **how, save=True, closed=0.0)
+    T, B, H = *x.shape[:2], w.w_ih.shape[0] // len(cell.gates)
+    kept = native.layout(cell, H, x.dtype)
+    if len(cell.gates) == 1:
+        values = y.unsqueeze(2)
+    else:
+        panels = _by_step(gates, T, B).view(T, B, kept.padded // kept.lanes, -1, kept.lanes)
+        values = panels.transpose(2, 3).reshape(T, B, -1, kept.padded)[..., :H]
+    states = [y, *([_by_step(cells, T, B)[..., :H]] if len(cell.states) > 1 else [])]
+    final = (h, c)[: len(cell.states)]
+    if given.back is not None:
+        values, states = values.index_select(1, given.back), [s.index_select(1, given.back) for s in states]
+        final = tuple(s.index_select(0, given.back) for s in final)
+    active = active_steps(lengths, T, x.device)
+    if active is not None:
+        # The kernels write nothing there, and what lay in the memory may be a NaN.
+        values = torch.where(active.unsqueeze(-1), values, 0.0)
+        states = [torch.where(active, s, 0.0) for s in states]
+    before = [_before(s, s0, lengths, reverse) for s, s0 in zip(states, state, strict=True)]
+    fields = list(values.unbind(2))
+    if cell.name == "lstm":
+        fields.append(states[1])
+    saved = cell.Saved(*before, *fields)  # type: ignore[attr-defined]
+    x = without_padding(x, active)
+    return manual.Trace(cell, w, x, states[0], final, saved, active, reverse, _Kept(given, y, gates, cells))
+
+
+def _by_step(kept: Tensor, T: int, B: int) -> Tensor:
+    """`[T, B, ·]` of what the kernels keep block by block of samples."""
+    rows = native.block_rows(B)
+    blocks = kept.split(T * rows * (kept.numel() // (T * B)))
+    return torch.cat([block.view(T, min(rows, B - rows * k), -1) for k, block in enumerate(blocks)], dim=1)
+
+
+def _before(states: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
+    """The state before each step, `[T, B, ·]`; a reversed sample starts at its own end."""
+    if not reverse:
+        return torch.cat([initial.unsqueeze(0), states[:-1]])
+    shifted = torch.cat([states[1:], initial.unsqueeze(0)])
+    if lengths is None:
+        return shifted
+    T = states.shape[0]
+    starts = torch.arange(1, T + 1)[:, None] >= lengths.cpu()[None, :]
+    return torch.where(starts.unsqueeze(-1), initial, shifted)
+
+
+@torch.no_grad()
+def adjoint(
+    tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None = None
+) -> manual.Flow:
+    """As `unvanish.engine.manual.adjoint`, for a trace of this rung; gives the weights' gradients along."""
+    given, y, gates, cells = tr.kept
+    order = None if given.back is None else torch.argsort(given.back)
+
+    def arrange(v: Tensor | None, dim: int) -> Tensor | None:
+        return None if v is None else (v if order is None else v.index_select(dim, order)).contiguous()
+
+    dh, dc = (*(arrange(d, 0) for d in dfinal), None)[:2]
+    saved: Any = (*native.prepared(given, tr.weights), y, gates, cells)
+    how: Any = {"cell": native.NUMBER[tr.cell.name], "reverse": tr.reverse, "clip": clip or 0.0}
+    out = native.backward(arrange(dy, 1), dh, dc, *saved, **how, want_dx=False, want_delta=True, want_norms=False)
+    _, dh0, dc0, *grads = out[:8]
+    delta = out[8:]
+    if given.back is not None:
+        delta = [d.index_select(1, given.back) if d.numel() else d for d in delta]
+        dh0, dc0 = (d.index_select(0, given.back) if d.numel() else d for d in (dh0, dc0))
+    n = len(tr.cell.states)
+    weights = Weights(*(None if w is None else g for w, g in zip(tr.weights, grads, strict=True)))  # type: ignore[arg-type]
+    da_hh = delta[3] if delta[3].numel() else delta[2]
+    return manual.Flow((delta[0], delta[1])[:n], delta[2], da_hh, (dh0, dc0)[:n], weights)
