@@ -237,7 +237,8 @@ class Backward {
     add_outer<A>(w.h_prev, 0, l.R, w.da_hh, mine.p0, mine.p1, filled, sums + dw_hh(), s.width);
     add_rows(w.da, m0, m1, filled, sums + db_ih());
     if (CellType::kSplit) add_rows(w.da_hh, m0, m1, filled, sums + db_hh());
-    if (l.w_hr != nullptr) add_outer<kWide>(w.projected_dh, me.from(l.R), me.to(l.R), w.m, 0, s.dh_stride / (kWide * L), filled, sums + dw_hr(), s.dh_stride);
+    if (l.w_hr != nullptr)
+      add_outer<kWide>(w.projected_dh, me.from(l.R), me.to(l.R), w.m, 0, s.dh_stride / (kWide * L), filled, sums + dw_hr(), s.dh_stride);
     if (g.dx != nullptr)
       multiply_rows(w.da, me.from(filled), me.to(filled), w_ih_.get(), s.width, 0, round_up(l.I, kWide * L) / (kWide * L), l.I,
                     [&](int64_t row) { return g.dx + w.places[row] * l.I; });
@@ -264,7 +265,9 @@ class Backward {
     Measure<CellType, Real>{l, s, *norms_}.step(t, all_samples.active(t), rows.get(), s.blocks, apart);
   }
 
-  void step(const Walk<Real>& walk, int64_t t, int64_t later, int64_t n, int64_t filled, const Work& w, const Columns& mine, const Member& me) const {
+  // Step t of n active samples, whose rows in the chunk begin at `filled`; `next` is the step after it on the way back, −1 for none.
+  void step(const Walk<Real>& walk, int64_t t, int64_t next, int64_t n, int64_t filled, const Work& w, const Columns& mine,
+            const Member& me) const {
     const int64_t D = s.dh_stride, wide = kWide * L, c0 = mine.r0 * wide, c1 = smaller(mine.r1 * wide, l.R);
     const int64_t x0 = me.from(s.Iv / L) * L, x1 = smaller(me.to(s.Iv / L) * L, l.I);
     for (int64_t r = 0; r < n; ++r) {
@@ -276,7 +279,7 @@ class Backward {
         store(dh + k, error);
       }
       if (g.delta_h != nullptr) copy(g.delta_h + at * l.R + c0, dh + c0, c1 - c0);
-      w.h_prev.put(filled + r, walk.starts(t, r) ? l.h0 + (walk.first + r) * l.R : l.y + (walk.before(t) * l.B + walk.first + r) * l.R, c0, c1);
+      w.h_prev.put(filled + r, walk.h_before(t, r), c0, c1);
       w.x.put(filled + r, l.x + at * l.I, x0, x1);
       if (l.w_hr != nullptr)
         for (int64_t k = c0; k < c1; k += L) store(w.projected_dh.at(filled + r, k), load(dh + k));
@@ -293,7 +296,7 @@ class Backward {
     if (norms_ != nullptr)
       for (int64_t r = me.from(n); r < me.to(n); ++r) Measure<CellType, Real>{l, s, *norms_}.sample(r, filled + r, w);
     Ahead ahead;
-    if (later >= 0 && me.of == 1) expect(walk, later, n, ahead);
+    if (next >= 0 && me.of == 1) expect(walk, next, n, ahead);
     hand_back(n, filled, w, mine, ahead);
     if (g.clip <= 0) return;
     me.meet();

@@ -161,7 +161,8 @@ struct Measure {
         for (int64_t a = 0; a < rows[p].n; a += P::kGroup)
           for (int64_t b = p == q ? a : 0; b < rows[q].n; b += P::kGroup)
             for (int64_t i = a; i < a + P::kGroup && i < rows[p].n; i += P::kRows) {
-              const Vec<Real> found = P::only(products<kScaled>(rows[p], i * L, rows[q], b * L, apart, scale), rows[p].n - i, rows[q].n - b);
+              const Vec<Real> pairs = products<kScaled>(rows[p], i * L, rows[q], b * L, apart, scale);
+              const Vec<Real> found = P::only(pairs, rows[p].n - i, rows[q].n - b);
               total += p == q && a == b ? found : found + found;
             }
     double sum = 0;
@@ -179,7 +180,9 @@ struct Measure {
       return sums<Real, L>(lanes);
     };
     const auto errors = [&](const Real* u, const Real* with, int64_t first, int64_t every) {
-      return [=, this](Vec<Real>(&lanes)[L]) { Pairs<Real>::template add<kScaled>(u + i, with + j, apart, first, every, s.width / L, scale, lanes); };
+      return [=, this](Vec<Real>(&lanes)[L]) {
+        Pairs<Real>::template add<kScaled>(u + i, with + j, apart, first, every, s.width / L, scale, lanes);
+      };
     };
     const auto h = [&](Vec<Real>(&lanes)[L]) {
       Pairs<Real>::template add<false>(left.h_prev + i, right.h_prev + j, apart, 0, 1, s.Rv / L, Real(1), lanes);

@@ -26,8 +26,8 @@ UV_INLINE void for_tiles(int64_t first, int64_t end, F f) {
   }
 }
 
-// One step of a tile's sum: acc[r][v] += left[r] w[v], the vectors of w `apart`. With few registers the vectors of w are loaded first: GCC keeps a tile of 4 × 3 in
-// registers that way only.
+// One step of a tile's sum: acc[r][v] += left[r] w[v], the vectors of w `apart`. With few registers the vectors of w are loaded first: GCC
+// keeps a tile of 4 × 3 in registers that way only.
 template <class Real, int M, int NV, class Left>
 UV_INLINE void multiply_step(Vec<Real> (&acc)[M][NV], Left left, const Real* right, int64_t apart = kLanes<Real>) {
   if constexpr (UV_BYTES == 64) {
@@ -166,8 +166,7 @@ UV_INLINE void product(const Left& left, int64_t first, int64_t end, const Real*
 
 // out(row)[0 … n) = left W for W in panels `[q][K, kWide, lanes]`, q in [q0, q1); n is cut off the last panel.
 template <class Real, class Left, class Out>
-void multiply_rows(const Left& left, int64_t first, int64_t end, const Real* panels, int64_t K, int64_t q0, int64_t q1, int64_t n,
-                   Out out) {
+void multiply_rows(const Left& left, int64_t first, int64_t end, const Real* panels, int64_t K, int64_t q0, int64_t q1, int64_t n, Out out) {
   constexpr int L = kLanes<Real>, N = kWide * L;
   for (int64_t q = q0; q < q1; ++q)
     product<kWide>(

@@ -3,12 +3,14 @@
 import os
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import unvanish as uv
 from tests.strategies import LayerCase, layer_cases
@@ -165,14 +167,14 @@ def test_a_samples_result_does_not_depend_on_its_neighbours(name: str, ragged: b
 
 
 @pytest.mark.parametrize("name", list(CELLS))
-def test_trace_and_adjoint_equal_the_manual_ones(name: str) -> None:
+@pytest.mark.parametrize("lengths", [torch.tensor([4, 9, 1, 0, 9, 6]), torch.arange(37) % 10])
+def test_trace_and_adjoint_equal_the_manual_ones(name: str, lengths: Tensor) -> None:
     # Fill the pool with NaN, so that whatever is read without having been written shows.
     for count in range(1, 4000, 64):
         native._call("empty", torch.float64)(count).fill_(torch.nan)
     for P in (0, 3) if name == "lstm" else (0,):
         for reverse in (False, True):
-            case = layer(name, 9, 6, 4, 19, torch.float64, P)
-            lengths = torch.tensor([4, 9, 1, 0, 9, 6])
+            case = layer(name, 9, len(lengths), 4, 19, torch.float64, P)
             args = (
                 case.cell,
                 case.x.detach(),
@@ -252,6 +254,22 @@ def test_operators_pass_torchs_own_checks(name: str) -> None:
     number = native.NUMBER[name]
     arguments = (case.x, h0, c0, *case.weights, None, number, False, 0.0, True, 0.05)
     torch.library.opcheck(native.forward_operator, arguments)
+
+
+def test_modes_see_the_operators_and_change_no_number() -> None:
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    case = layer("lstm", 5, 3, 2, 4)
+    alone = outcome(case, "native", 0.5, 0)
+    with Mode():
+        watched = outcome(case, "native", 0.5, 0)
+    assert [name for name in seen if "unvanish" in name] == ["unvanish.forward.default", "unvanish.backward.default"]
+    assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])

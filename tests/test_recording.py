@@ -119,7 +119,7 @@ def test_on_every_instruction_set(
     check(case, tolerance, clip=0.5)
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize("scale", [1e-25, 1e-15, 1e15, 1e25])
 def test_norms_hold_where_their_squares_leave_float32(scale: float) -> None:
     check(layer("lstm", 12, 5, 3, 9), 2e-5, scale)
     check(layer("gru", 12, 5, 3, 9), 2e-5, scale)
