@@ -40,8 +40,8 @@ class Backward {
   }
 
  private:
-  // Rows beyond the last: groups of pairs reach there, and vectors a multiple of 4096 bytes apart would share their places in the cache.
-  static constexpr int64_t kSpare = 4;
+  // Rows beyond the last: a group of pairs reaches there, and vectors 4096 bytes apart would share their places in the cache.
+  static constexpr int64_t kSpare = Pairs<Real>::kGroup;
   static constexpr int64_t kChunksHeld = 2;  // where blocks go in step: one worked on, one measured
 
   // What a block works with.
@@ -318,12 +318,9 @@ class Backward {
     const int64_t b = walk.first + r, at = t * l.B + b;
     Real *dc = w.dc + r * s.Hp, *carried = w.carried + r * s.dh_stride;
     const Real* saved_row = walk.gates(t, s.saved) + r * s.saved;
+    const Real* c_row = CellType::kHasC ? walk.cells(t, s.Hp) + r * s.Hp : nullptr;
+    const Real* c_before = CellType::kHasC ? walk.c_before(t, r, s.Hp) : nullptr;
     const bool c_whole = CellType::kHasC && !walk.starts(t, r);
-    const Real *c_row = nullptr, *c_before = nullptr;
-    if (CellType::kHasC) {
-      c_row = walk.cells(t, s.Hp) + r * s.Hp;
-      c_before = c_whole ? walk.cells(walk.before(t), s.Hp) + r * s.Hp : l.c0 + b * l.H;
-    }
     for (int64_t p = mine.p0; p < mine.p1; ++p)
       for (int u = 0; u < CellType::kUnits; ++u) {
         const int64_t unit = (p * CellType::kUnits + u) * L, kept = CellType::kSaved / CellType::kUnits;

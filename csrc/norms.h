@@ -83,8 +83,12 @@ struct StepRows {
 // Writes the norms of steps whose δ lies in the work of a way back.
 template <class CellType, class Real>
 struct Measure {
+  const Layer<Real>& l;
+  const Sizes<CellType, Real>& s;
+  const Norms& norms;
+
   static constexpr int L = kLanes<Real>, A = CellType::kAcross;
-  static constexpr int kNear = sizeof(Real) == 4 ? 30 : 200;    // 2^±kNear has a square with room to spare,
+  static constexpr int kNear = sizeof(Real) == 4 ? 30 : 200;   // 2^±kNear has a square with room to spare,
   static constexpr int kFar = sizeof(Real) == 4 ? 120 : 1000;  // 2^±kFar is normal
 
   // Of δh, δc and δa of sample r of a block, whose δa is `row` of the chunk.
@@ -198,9 +202,4 @@ struct Measure {
       return of(errors(left.da, right.da, 0, 1)) * of(h, x);
     }
   }
-
- public:
-  const Layer<Real>& l;
-  const Sizes<CellType, Real>& s;
-  const Norms& norms;
 };

@@ -97,6 +97,7 @@ UV_INLINE int64_t looks(int64_t n, int64_t K) {
   return (n + kTile<NV> - 1) / kTile<NV> * ((K + kStretch - 1) / kStretch);
 }
 
+// Where nothing is to be fetched.
 struct Nowhere {
   UV_INLINE void operator()() const {}
 };

@@ -175,9 +175,12 @@ struct Walk {
     return n;
   }
   int64_t before(int64_t t) const { return l.reverse ? t + 1 : t - 1; }
-  // h of sample r of the block before step t.
+  // h and c of sample r of the block before step t; of c `width` is kept, of the initial one H.
   const Real* h_before(int64_t t, int64_t r) const {
     return starts(t, r) ? l.h0 + (first + r) * l.R : l.y + (before(t) * l.B + first + r) * l.R;
+  }
+  const Real* c_before(int64_t t, int64_t r, int64_t width) const {
+    return starts(t, r) ? l.c0 + (first + r) * l.H : cells(before(t), width) + r * width;
   }
   // What is kept of the block's samples at step t, `width` of each.
   Real* gates(int64_t t, int64_t width) const { return l.gates == l.y ? l.y + (t * l.B + first) * l.R : kept(l.gates, t, width); }

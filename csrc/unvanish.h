@@ -39,8 +39,8 @@ struct Layer {
 };
 
 // Samples that are worked on together, from 1 to kMostRows; of the last of such blocks there may be fewer.
-int64_t block_rows(int64_t B);
 constexpr int64_t kMostRows = 16;
+int64_t block_rows(int64_t B);
 
 template <class Real>
 struct Final {

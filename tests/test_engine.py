@@ -1,5 +1,6 @@
 """Every rung against torch's own modules and against the reference."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.strategies import LayerCase, layer_cases
 from unvanish import engine
-from unvanish.cells import CELLS, Weights
+from unvanish.cells import CELLS, Cell, Weights
 
 FAST = [rung for rung in engine.RUNGS if rung != "reference"]
 
@@ -56,14 +57,18 @@ def test_equal_to_torch_modules(rung: str, case: LayerCase) -> None:
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-13)
 
 
+def drawn(cell: Cell, T: int) -> Iterator[torch.Tensor]:
+    """x `[T, 2, 2]`, W_ih and W_hh."""
+    torch.manual_seed(0)
+    rows = 2 * len(cell.gates)
+    return (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((T, 2, 2), (rows, 2), (rows, 2)))
+
+
 @pytest.mark.parametrize("rung", FAST)
 @pytest.mark.parametrize("name", list(CELLS))
 def test_gradients_of_gradients(rung: str, name: str) -> None:
-    torch.manual_seed(0)
-    cell, G = CELLS[name], len(CELLS[name].gates)
-    x, w_ih, w_hh = (
-        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 2), (G * 2, 2), (G * 2, 2))
-    )
+    cell = CELLS[name]
+    x, w_ih, w_hh = drawn(cell, 3)
     state = tuple(torch.randn(2, 2, dtype=torch.float64) for _ in cell.states)
 
     def run(x: torch.Tensor, w_ih: torch.Tensor, w_hh: torch.Tensor) -> torch.Tensor:
@@ -76,11 +81,8 @@ def test_gradients_of_gradients(rung: str, name: str) -> None:
 @pytest.mark.parametrize("rung", FAST)
 @pytest.mark.parametrize("name", list(CELLS))
 def test_a_state_that_was_carried_over_counts_once_where_a_graph_is_made(rung: str, name: str) -> None:
-    torch.manual_seed(0)
-    cell, G = CELLS[name], len(CELLS[name].gates)
-    x, w_ih, w_hh = (
-        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((6, 2, 2), (G * 2, 2), (G * 2, 2))
-    )
+    cell = CELLS[name]
+    x, w_ih, w_hh = drawn(cell, 6)
     found = []
     for create_graph in (False, True):
         state: tuple[torch.Tensor, ...] = tuple(torch.zeros(2, 2, dtype=torch.float64) for _ in cell.states)

@@ -13,7 +13,7 @@ from torch._C import _autograd
 from unvanish.cells import Cell, State, Weights
 from unvanish.engine import manual, native, native_trace, reference
 from unvanish.engine.checks import check_errors, check_layer, whole_lengths
-from unvanish.engine.sequence import sort
+from unvanish.engine.sequence import add, sort
 
 SATURATED = 0.05
 """A unit counts as saturated where φ'(a) is below this share of its maximum."""
@@ -161,7 +161,7 @@ def _recorded_backward(
     if not listening:
         return out
     # A second backward through the same graph: errors add, as .grad does.
-    total: Any = now if first else [_sum(a, b) for a, b in zip(ctx.errors, now, strict=True)]
+    total: Any = now if first else [add(a, b) for a, b in zip(ctx.errors, now, strict=True)]
     if first:
         norms = out[8:]
     else:
@@ -210,10 +210,6 @@ def _in_order(v: Tensor, dim: int, back: Tensor | None) -> Tensor:
 
 def _contiguous(v: Tensor | None, dim: int, order: Tensor | None) -> Tensor | None:
     return None if v is None else _in_order(v, dim, order).contiguous()
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
 
 
 def _present(gradients: list[Tensor], w: Weights) -> Weights:

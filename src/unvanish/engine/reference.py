@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine.sequence import active_steps, clip_rows, steps, without_padding
+from unvanish.engine.sequence import active_steps, clip_rows, steps, vjp, without_padding
 
 
 class _ClipError(torch.autograd.Function):
@@ -65,14 +65,7 @@ def gradients(
     with torch.enable_grad():
         # Views: a state that came from the same weights must not lead back to them, its part is not this call's.
         inputs = [None if v is None else v.view_as(v) for v in (x, *state, *w)]
-        wanted = [v for v in inputs if v is not None and v.requires_grad]
         part, *rest = inputs
         y, final = run(cell, part, tuple(rest[:n]), Weights(*rest[n:]), lengths, reverse, clip)  # type: ignore[arg-type]
-        pairs = [
-            (out, d) for out, d in zip((y, *final), (dy, *dfinal), strict=True) if d is not None and out.requires_grad
-        ]
-        found = torch.autograd.grad(
-            [p[0] for p in pairs], wanted, [p[1] for p in pairs], create_graph=True, allow_unused=True
-        )
-    remaining = iter(found)
-    return tuple(next(remaining) if v is not None and v.requires_grad else None for v in inputs)
+        wanted = [v is not None and v.requires_grad for v in inputs]
+        return tuple(vjp((y, *final), (dy, *dfinal), inputs, wanted, graph=True))

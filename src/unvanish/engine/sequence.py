@@ -4,8 +4,8 @@ Sequences are time-major `[T, B, ...]`. With `lengths` `[B]`, sample b is active
 its state is held, so the final state is the one after its last step and a reversed sequence starts at its own end.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,30 @@ def sort(x: Tensor, state: State, lengths: Tensor | None) -> Sorted:
     sorted_lengths, order = lengths.sort(descending=True, stable=True)
     back = torch.argsort(order)
     return Sorted(x.index_select(1, order), tuple(s.index_select(0, order) for s in state), sorted_lengths, back)
+
+
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, where None is zero."""
+    return b if a is None else a if b is None else a + b
+
+
+def vjp(
+    outputs: Sequence[Tensor],
+    errors: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+    wanted: Sequence[bool],
+    graph: bool,
+) -> list[Tensor | None]:
+    """Σ_k errors_kᵀ ∂outputs_k/∂input of each of the inputs, None where it is not wanted or nothing reaches it; `graph`
+    makes it differentiable."""
+    asked = [v for v, yes in zip(inputs, wanted, strict=True) if yes]
+    pairs = zip(outputs, errors, strict=True)
+    reached = [(out, d) for out, d in pairs if d is not None and out.requires_grad]
+    if not reached or not asked:
+        return [None] * len(inputs)
+    ends, arriving = zip(*reached, strict=True)
+    found = iter(torch.autograd.grad(ends, asked, arriving, create_graph=graph, allow_unused=True))
+    return [next(found) if yes else None for yes in wanted]
 
 
 def transform() -> str | None:

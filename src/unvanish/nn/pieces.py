@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unvanish.cells import State, Weights
 from unvanish.engine import Norms, Recorder, Replay, Statistics, native
-from unvanish.engine.sequence import transform
+from unvanish.engine.sequence import add, transform, vjp
 
 Run = Callable[[Tensor, State, Weights, Tensor | None, Recorder | None], tuple[Tensor, State]]
 """(input, state before it, weights, steps left to each sample, who hears of it) → (output, state after it)"""
@@ -62,23 +62,20 @@ def run_in_pieces(
     plan = Plan(pieces[::-1] if reverse else pieces, lengths, run, recorder)
     if torch.compiler.is_compiling() or transform() is not None:
         # Graphs and transforms can't hold writes into shared memory; they know torch's own checkpoint.
-        return _joined(plan, x, state, w, checkpointed=True)
+        return _checkpointed(plan, x, state, w)
     y, *final = _InPieces.apply(plan, len(state), x, *state, *w)
     return y, tuple(final)
 
 
-def _joined(plan: Plan, x: Tensor, state: State, w: Weights, checkpointed: bool) -> tuple[Tensor, State]:
-    """In differentiable operations."""
+def _checkpointed(plan: Plan, x: Tensor, state: State, w: Weights) -> tuple[Tensor, State]:
+    """In torch's own operations."""
     order = sorted(plan.pieces)
     # split, not slices: a slice's gradient is as large as the whole, once per piece.
     parts = dict(zip(order, x.split([piece.end - piece.start for piece in order]), strict=True))
     found: dict[Piece, Tensor] = {}
     for piece in plan.pieces:
         given = parts[piece], state, w, piece.lengths(plan.lengths), None
-        if checkpointed:
-            y, state = checkpoint(plan.run, *given, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
-        else:
-            y, state = plan.run(*given)
+        y, state = checkpoint(plan.run, *given, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
         found[piece] = y
     return torch.cat([found[piece] for piece in order]), state
 
@@ -111,7 +108,7 @@ class _InPieces(torch.autograd.Function):
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             if recorded or not torch.is_grad_enabled():
                 # A second backward through the same graph: heard of are the errors of both, as .grad adds them up.
-                total = None if ctx.errors is None else [_sum(a, b) for a, b in zip(ctx.errors, errors, strict=True)]
+                total = None if ctx.errors is None else [add(a, b) for a, b in zip(ctx.errors, errors, strict=True)]
                 with torch.no_grad():
                     gradients = _back(ctx.plan, x, w, kept, needs, errors, total)
                 keeps = recorded and _autograd._get_current_graph_task_keep_graph()
@@ -142,7 +139,7 @@ def _back(
         if dx is not None and here[0] is not None:
             piece.of(dx).copy_(here[0])
         d = here[1 : 1 + n]
-        sums = [_sum(a, b) for a, b in zip(sums, here[1 + n :], strict=True)]
+        sums = [add(a, b) for a, b in zip(sums, here[1 + n :], strict=True)]
     return [dx, *d, *sums]
 
 
@@ -157,7 +154,7 @@ def _piece(
     with torch.enable_grad():
         part, *rest = inputs
         y, final = plan.run(part, tuple(rest[:n]), Weights(*rest[n:]), piece.lengths(plan.lengths), recorder)
-    return _gradients((y, *final), errors, inputs, wanted, create_graph=False)
+    return vjp((y, *final), errors, inputs, wanted, graph=False)
 
 
 def _graph_of_gradients(
@@ -169,21 +166,8 @@ def _graph_of_gradients(
     # Views, so that who listens to the tensors themselves does not hear of them twice.
     inputs = [None if v is None else v.view_as(v) for v in (x, *state, *w)]
     part, *rest = inputs
-    y, final = _joined(plan, part, tuple(rest[:n]), Weights(*rest[n:]), checkpointed=False)  # type: ignore[arg-type]
-    return _gradients((y, *final), errors, inputs, needs, create_graph=True)
-
-
-def _gradients(
-    outputs: tuple[Tensor, ...], errors: Any, inputs: list[Any], wanted: Any, create_graph: bool
-) -> list[Tensor | None]:
-    """One for each of the inputs; None where it is not wanted or has none."""
-    asked = [v for v, yes in zip(inputs, wanted, strict=True) if yes]
-    reached = [(out, d) for out, d in zip(outputs, errors, strict=True) if d is not None]
-    if not reached or not asked:
-        return [None] * len(inputs)
-    ends, arriving = zip(*reached, strict=True)
-    found = iter(torch.autograd.grad(ends, asked, arriving, create_graph=create_graph, allow_unused=True))
-    return [next(found) if yes else None for yes in wanted]
+    y, final = plan.run(part, tuple(rest[:n]), Weights(*rest[n:]), plan.lengths, None)  # type: ignore[arg-type]
+    return vjp((y, *final), errors, inputs, needs, graph=True)
 
 
 class _Held:
@@ -208,7 +192,3 @@ class _Held:
         for norms, heard, replay in self.heard:
             both = zip(gradients, heard, strict=True)
             self.recorder.backward(norms, Weights(*(b if a is None else a for a, b in both)), replay)  # type: ignore[arg-type]
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
