@@ -53,18 +53,35 @@ def test_only_what_asks_for_a_gradient_gets_one() -> None:
     assert not layer(x)[0].requires_grad
 
 
-def test_a_backward_under_autocast_recomputes_in_the_same_dtype() -> None:
+@pytest.mark.parametrize("rung", list(uv.engine.RUNGS))
+def test_a_backward_under_autocast_recomputes_in_the_same_dtype(rung: str) -> None:
     layer = uv.nn.LSTM(2, 3)
     layer.checkpoint_every = 2
     x = torch.randn(5, 2, 2)
     found = []
-    for wrapped in (False, True):
-        layer.zero_grad()
-        y, _ = layer(x)
-        with torch.autocast("cpu", torch.bfloat16, enabled=wrapped):
-            y.square().sum().backward()
-        found.append([p.grad for p in layer.parameters()])
+    with uv.engine.force(rung):
+        for wrapped in (False, True):
+            layer.zero_grad()
+            y, _ = layer(x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=wrapped):
+                y.backward(torch.ones_like(y))
+            found.append([p.grad for p in layer.parameters()])
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_a_state_that_was_carried_over_counts_once_where_a_graph_is_made() -> None:
+    torch.manual_seed(0)
+    layer = uv.nn.LSTM(2, 3, dtype=torch.float64)
+    layer.checkpoint_every = 2
+    x, heard = torch.randn(6, 2, 2, dtype=torch.float64), []
+    layer.weight_hh_l0.register_hook(heard.append)
+    found = []
+    for create_graph in (False, True):
+        _, state = layer(x[:3])
+        y, _ = layer(x[3:], state)
+        found.append(torch.autograd.grad(y.square().sum(), [*layer.parameters()], create_graph=create_graph))
+    torch.testing.assert_close(found[1], found[0])
+    assert len(heard) == 2
 
 
 def test_second_derivatives_go_through_the_pieces() -> None:
