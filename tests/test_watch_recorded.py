@@ -203,6 +203,23 @@ def test_nothing_of_a_pass_outlives_it() -> None:
     assert counts[2] == counts[-1]
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_piece_is_let_go_without_the_garbage_collector(several: bool) -> None:
+    lstm = uv.nn.LSTM(2, 3)
+    lstm.checkpoint_every = 2
+    gc.collect()
+    gc.disable()
+    try:
+        with uv.watch(lstm):
+            y, _ = lstm(torch.randn(5, 2, 2))
+            for k in range(1 + several):
+                y[k].sum().backward(retain_graph=k < several)
+        del y
+        assert not any(type(o).__name__ == "_Held" for o in gc.get_objects())
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("family", [nn.LSTM, uv.nn.LSTM])
 def test_a_pass_is_let_go_without_the_garbage_collector(family: type[nn.LSTM]) -> None:
     lstm = family(2, 3)

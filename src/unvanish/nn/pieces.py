@@ -188,7 +188,9 @@ class _Held:
         self.heard.append((norms, gradients, replay))
 
     def hand_on(self, gradients: list[Tensor | None]) -> None:
-        """`gradients` take the place of those that were heard, where there are any."""
-        for norms, heard, replay in self.heard:
+        """`gradients` take the place of those that were heard, where there are any. Nothing is kept: a replay holds the
+        piece's graph, which holds this."""
+        said, self.heard = self.heard, []
+        for norms, heard, replay in said:
             both = zip(gradients, heard, strict=True)
             self.recorder.backward(norms, Weights(*(b if a is None else a for a, b in both)), replay)  # type: ignore[arg-type]
