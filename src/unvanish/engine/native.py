@@ -85,9 +85,9 @@ def _call(name: str, dtype: torch.dtype) -> Any:
     return getattr(_native, f"{name}_{_SUFFIX[dtype]}")
 
 
-def pooled(like: Tensor, *shape: int) -> Tensor:
+def _pooled(like: Tensor, *shape: int) -> Tensor:
     """Uninitialised memory that goes back to the kernels' pool: fresh pages cost as much as the arithmetic. What is
-    small malloc keeps mapped itself. `like` is one that the kernels run."""
+    small malloc keeps mapped itself."""
     count = math.prod(shape)
     if count * like.element_size() < 2**17:
         return like.new_empty(shape)
@@ -127,11 +127,11 @@ def forward(
     not exist is empty."""
     T, B, _, H, R = sizes = _sizes(x, w_ih, w_hh, cell)
     has_c, kept = c0 is not None, layout(_cell(cell), H, x.dtype)
-    y, h = pooled(x, T, B, R), x.new_empty(B, R)
+    y, h = _pooled(x, T, B, R), x.new_empty(B, R)
     c = x.new_empty(B, H) if has_c else x.new_empty(0)
     apart = _keeps_gates(_cell(cell), H, kept)
-    gates = pooled(x, T * B * kept.saved) if save and apart else x.new_empty(0)
-    cells = pooled(x, T * B * kept.padded) if save and has_c else x.new_empty(0)
+    gates = _pooled(x, T * B * kept.saved) if save and apart else x.new_empty(0)
+    cells = _pooled(x, T * B * kept.padded) if save and has_c else x.new_empty(0)
     inputs = [_address(v) for v in (lengths, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y)]
     states = [_address((gates if apart else y) if save else None), _address(cells if save and has_c else None)]
     outs = [_address(h), _address(c if has_c else None)]
@@ -194,7 +194,7 @@ def backward(
     sizes = _sizes(x, w_ih, w_hh, cell)
     ragged = lengths is not None
     wants = want_dx, want_delta, want_norms
-    out = _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, *wants, ragged, pooled)
+    out = _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, *wants, ragged, _pooled)
     present = [v if v.numel() else None for v in out]
     dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *rest = present
     delta, norms = rest[: 4 * want_delta], rest[4 * want_delta :]

@@ -10,7 +10,7 @@ from torch._C import _autograd
 from torch.utils.checkpoint import checkpoint
 
 from unvanish.cells import State, Weights
-from unvanish.engine import Norms, Recorder, Replay, Statistics, native
+from unvanish.engine import Norms, Recorder, Replay, Statistics
 from unvanish.engine.sequence import add, transform, vjp
 
 Run = Callable[[Tensor, State, Weights, Tensor | None, Recorder | None], tuple[Tensor, State]]
@@ -87,12 +87,12 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, n: int, x: Tensor, *given: Any) -> Any:
         state, w = given[:n], Weights(*given[n:])
-        empty: Any = Tensor.new_empty if native.obstacle(x) else native.pooled
         whole, kept = x.new_empty(0), []
         for piece in plan.pieces:
             kept += state
             y, state = plan.run(piece.of(x), state, w, piece.lengths(plan.lengths), plan.hears(piece))
-            whole = whole if len(whole) else empty(y, len(x), *y.shape[1:])
+            # Not the kernels' pool, which would hold on to as much once the output is let go.
+            whole = whole if len(whole) else y.new_empty(len(x), *y.shape[1:])
             piece.of(whole).copy_(y)
         ctx.save_for_backward(x, *w, *kept)
         ctx.plan, ctx.n, ctx.errors = plan, n, None
