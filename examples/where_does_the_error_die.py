@@ -18,7 +18,7 @@ last = lstm(x)[0][:, -1].detach().requires_grad_()
 (error,) = torch.autograd.grad(nn.functional.cross_entropy(head(last), labels, reduction="sum"), last)
 
 for name in ("l1", "l0"):
-    found = uv.flow.adjoint_map(lstm, x, sources=[-1], cotangent=error.unsqueeze(0), at=name)
+    found = uv.flow.adjoint_map(lstm, x, sources=[-1], error=error.unsqueeze(0), at=name)
     fade = uv.flow.decay(found.over_lag(0).median(dim=1).values)
     print(f"{name}: the error halves every {fade.half_life:.1f} steps; 1 % of it is left {fade.reach} steps back")
 

@@ -32,7 +32,7 @@ def test_equal_to_one_backward_pass_per_source(case: ModuleCase, data: st.DataOb
     state = data.draw(st.sampled_from(["h", "c"] if isinstance(module, nn.LSTM) else ["h"]))
     width = outputs(case).shape[-1]
     cotangent = torch.randn(len(sources), B, width, dtype=torch.float64)
-    found = uv.flow.adjoint_map(module, case.x, case.hx, sources=sources, state=state, cotangent=cotangent, at=at)
+    found = uv.flow.adjoint_map(module, case.x, case.hx, sources=sources, state=state, error=cotangent, at=at)
     assert found.norms.shape == (len(sources), T, B)
     for i, k in enumerate(sources):
         with uv.watch(module) as flow:
@@ -46,7 +46,7 @@ def test_scaling_the_error_shifts_the_logarithm(case: ModuleCase, scale: float) 
     T, B = max(case.lengths), len(case.lengths)
     cotangent = torch.randn(1, B, outputs(case).shape[-1], dtype=torch.float64)
     one, other = (
-        uv.flow.adjoint_map(case.module, case.x, case.hx, sources=[T - 1], cotangent=c).log_norms
+        uv.flow.adjoint_map(case.module, case.x, case.hx, sources=[T - 1], error=c).log_norms
         for c in (cotangent, cotangent * scale)
     )
     torch.testing.assert_close(other, one + math.log(scale), rtol=0, atol=1e-9)
@@ -78,7 +78,7 @@ def test_sources_add_up_to_the_total_flow() -> None:
     with torch.no_grad():
         # Positive Jacobians of one unit, so that norms of the parts add up to the norm of the sum.
         gru.weight_hh_l0.zero_()
-    total = uv.flow.adjoint_map(gru, x, cotangent=cotangent).norms.sum(0)
+    total = uv.flow.adjoint_map(gru, x, error=cotangent).norms.sum(0)
     with uv.watch(gru) as flow:
         (gru(x)[0] * cotangent).sum().backward()
     torch.testing.assert_close(total, flow["l0"].dh, rtol=1e-12, atol=0)

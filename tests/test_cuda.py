@@ -121,12 +121,12 @@ def test_the_measures_of_a_layer(kind: type[nn.RNNBase]) -> None:
         module, x = layer(kind, device), sequence(device)
         error = module(x)[0].detach()
         return [
-            uv.flow.adjoint_map(module, x, sources="all", cotangent=torch.ones(9, 4, 5, dtype=x.dtype, device=device)),
+            uv.flow.adjoint_map(module, x, sources="all", error=torch.ones(9, 4, 5, dtype=x.dtype, device=device)),
             uv.flow.decompose(module, x, error=error),
-            uv.flow.source_gradients(module, x, error),
+            uv.flow.source_gradients(module, x, error=error),
             uv.flow.gate_statistics(module, x),
-            uv.flow.jacobian(module, x, 3),
-            uv.flow.singular_values(module, x, 2, 7),
+            uv.flow.jacobian(module, x, t=3),
+            uv.flow.singular_values(module, x, j=2, k=7),
             uv.flow.lyapunov(module, x, n=5 if kind is not nn.LSTM else 10),
         ]
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import unvanish as uv
 from unvanish.cures import chrono_, rescue, rescue_, survival
 from unvanish.cures.smallest_shift import kept, smallest_shift
-from unvanish.cures.survival import windows
+from unvanish.flow.survival import windows
 
 
 def carry_bias(layer, suffix="l0"):
@@ -27,7 +27,7 @@ def uniform_shift(layer, x, lag, target, **where):
     for _ in range(40):
         middle = (low + high) / 2
         bias.copy_(start + middle)
-        low, high = (middle, high) if survival(layer, x, lag, **where) < target else (low, middle)
+        low, high = (middle, high) if survival(layer, x, lag=lag, **where) < target else (low, middle)
     bias.copy_(start)
     return high * math.sqrt(len(bias))
 
@@ -56,14 +56,14 @@ def test_exact_survival_is_autograds(kind, reverse):
         for u in range(3)
     )
     at = "l0.reverse" if reverse else "l0"
-    assert math.isclose(survival(layer, x, lag, paths="exact", at=at), math.sqrt(total / 6), rel_tol=1e-10)
+    assert math.isclose(survival(layer, x, lag=lag, paths="exact", at=at), math.sqrt(total / 6), rel_tol=1e-10)
 
 
 def test_without_recurrent_weights_carry_and_exact_agree():
     lstm = nn.LSTM(2, 4).double()
     nn.init.zeros_(lstm.weight_hh_l0)
     x = torch.randn(30, 3, 2).double()
-    assert math.isclose(survival(lstm, x, 20), survival(lstm, x, 20, paths="exact"), rel_tol=1e-10)
+    assert math.isclose(survival(lstm, x, lag=20), survival(lstm, x, lag=20, paths="exact"), rel_tol=1e-10)
 
 
 def test_survival_of_packed_samples_counts_their_own_last_steps():
@@ -71,8 +71,8 @@ def test_survival_of_packed_samples_counts_their_own_last_steps():
     x, lengths = torch.randn(9, 3, 2).double(), [6, 9, 5]
     for at in ("l0", "l0.reverse"):
         for paths in ("carry", "exact"):
-            packed = survival(lstm, pack_padded_sequence(x, lengths, enforce_sorted=False), 5, paths=paths, at=at)
-            alone = [survival(lstm, x[:n, b : b + 1], 5, paths=paths, at=at) ** 2 for b, n in enumerate(lengths)]
+            packed = survival(lstm, pack_padded_sequence(x, lengths, enforce_sorted=False), lag=5, paths=paths, at=at)
+            alone = [survival(lstm, x[:n, b : b + 1], lag=5, paths=paths, at=at) ** 2 for b, n in enumerate(lengths)]
             assert math.isclose(packed, math.sqrt(sum(alone) / 3), rel_tol=1e-10)
 
 
@@ -99,7 +99,7 @@ def test_target_is_reached_and_no_uniform_shift_is_smaller(kind, H, T, lag, targ
     before = {k: v.clone() for k, v in layer.state_dict().items()}
     uniform = uniform_shift(layer, x, lag, target)
     assert rescue_(layer, x, lag, target) is layer
-    assert math.isclose(survival(layer, x, lag), target, rel_tol=0.01)
+    assert math.isclose(survival(layer, x, lag=lag), target, rel_tol=0.01)
     assert float((carry_bias(layer) - before["bias_ih_l0"][H : 2 * H]).norm()) <= uniform * (1 + 1e-3)
     for name, value in layer.state_dict().items():
         if name == "bias_ih_l0":
@@ -114,7 +114,7 @@ def test_solutions_that_take_turns_come_to_rest(seed, target):
     lstm, x = nn.LSTM(4, 16), torch.randn(60, 8, 4)
     uniform, before = uniform_shift(lstm, x, 20, target), carry_bias(lstm).clone()
     rescue_(lstm, x, 20, target)
-    assert survival(lstm, x, 20) == pytest.approx(target, rel=0.01)
+    assert survival(lstm, x, lag=20) == pytest.approx(target, rel=0.01)
     assert float((carry_bias(lstm) - before).norm()) < uniform
 
 
@@ -132,7 +132,7 @@ def test_no_change_nearby_is_smaller():
         for _ in range(30):
             middle = (low + high) / 2
             carry_bias(lstm).copy_(start + middle * direction)
-            low, high = (middle, high) if survival(lstm, x, 50) < 0.5 else (low, middle)
+            low, high = (middle, high) if survival(lstm, x, lag=50) < 0.5 else (low, middle)
         assert float((high * direction).norm()) > float(best.norm()) * (1 - 2e-3)
 
 
@@ -183,13 +183,13 @@ def test_every_layer_and_direction_is_rescued():
     x = pack_padded_sequence(torch.randn(3, 40, 3), [40, 30, 35], batch_first=True, enforce_sorted=False)
     rescue_(lstm, x, 25, 0.4)
     for at in ("l0", "l0.reverse", "l1", "l1.reverse"):
-        assert math.isclose(survival(lstm, x, 25, at=at), 0.4, rel_tol=0.01)
+        assert math.isclose(survival(lstm, x, lag=25, at=at), 0.4, rel_tol=0.01)
 
 
 def test_measuring_leaves_a_parametrised_layer_alone():
     lstm = nn.utils.parametrizations.spectral_norm(nn.LSTM(2, 4), "weight_hh_l0")
     before = [v.clone() for v in lstm.state_dict().values()]
-    survival(lstm, torch.randn(10, 2, 2), 5)
+    survival(lstm, torch.randn(10, 2, 2), lag=5)
     assert all(torch.equal(a, b) for a, b in zip(before, lstm.state_dict().values(), strict=True))
 
 
@@ -225,7 +225,7 @@ def test_a_record_predicts_where_gates_are_constant():
     with uv.watch(model) as flow:
         lstm(x)[0].sum().backward()
     rescue_(lstm, flow, lag=500, target=0.5)
-    assert math.isclose(survival(lstm, torch.zeros(500, 1, 2).double(), 500), 0.5, rel_tol=1e-6)
+    assert math.isclose(survival(lstm, torch.zeros(500, 1, 2).double(), lag=500), 0.5, rel_tol=1e-6)
     with pytest.raises(ValueError, match=r"expected a record with one gru layer 'l0', found 0"):
         rescue_(nn.GRU(2, 6), flow, lag=5)
     with pytest.raises(ValueError, match=r"log_carry \[5\]"):
@@ -247,13 +247,13 @@ def test_rescue_errors():
     with pytest.raises(ValueError, match="bias=False"):
         rescue_(nn.LSTM(2, 4, bias=False), x, 5)
     with pytest.raises(ValueError, match=r"^at"):
-        survival(lstm, x, 5, at="l3")
+        survival(lstm, x, lag=5, at="l3")
     with pytest.raises(ValueError, match=r"^paths"):
-        survival(lstm, x, 5, paths="all")
+        survival(lstm, x, lag=5, paths="all")
     with pytest.raises(ValueError, match=r"^x: expected 2 features"):
-        survival(lstm, torch.zeros(9, 1, 3), 5)
+        survival(lstm, torch.zeros(9, 1, 3), lag=5)
     with pytest.raises(ValueError, match="x: expected one sample at least"):
-        survival(lstm, x[:, :0], 5)
+        survival(lstm, x[:, :0], lag=5)
     hole = torch.where(torch.arange(10)[:, None, None] == 7, math.nan, x)
     for call in (survival, rescue_):
         with pytest.raises(ValueError, match="x: expected finite numbers"):

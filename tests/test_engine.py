@@ -97,15 +97,15 @@ def test_a_state_that_was_carried_over_counts_once_where_a_graph_is_made(rung: s
 
 def test_dispatch_says_what_runs_and_why() -> None:
     x = torch.zeros(1, 1, 1)
-    assert engine.explain(x).rung == next(iter(engine.RUNGS))
+    assert engine.explain(CELLS["lstm"], x).rung == next(iter(engine.RUNGS))
     with engine.force("reference"):
-        assert engine.explain(x).rung == "reference"
-    assert engine.explain(torch.zeros(1, 1, 1, dtype=torch.float16)).rung == "manual"
-    assert "complex" in str(engine.explain(torch.zeros(1, 1, 1, dtype=torch.complex64)))
+        assert engine.explain(CELLS["lstm"], x).rung == "reference"
+    assert engine.explain(CELLS["lstm"], torch.zeros(1, 1, 1, dtype=torch.float16)).rung == "manual"
+    assert "complex" in str(engine.explain(CELLS["lstm"], torch.zeros(1, 1, 1, dtype=torch.complex64)))
     with pytest.raises(RuntimeError, match="forced, but can't run"):
-        engine.explain(torch.zeros(1, 1, 1, dtype=torch.complex64), "manual")
+        engine.explain(CELLS["lstm"], torch.zeros(1, 1, 1, dtype=torch.complex64), "manual")
     with pytest.raises(ValueError, match="rung: expected one of"):
-        engine.explain(x, "fast")
+        engine.explain(CELLS["lstm"], x, "fast")
 
 
 def test_torch_func_goes_to_the_reference() -> None:
@@ -113,7 +113,7 @@ def test_torch_func_goes_to_the_reference() -> None:
     seen = []
 
     def f(x: torch.Tensor) -> torch.Tensor:
-        seen.append(engine.explain(x).rung)
+        seen.append(engine.explain(CELLS["lstm"], x).rung)
         return engine.run(CELLS["rnn_tanh"], x, (torch.zeros(1, 2),), w)[0].sum()
 
     assert torch.func.grad(f)(torch.randn(3, 1, 2)).shape == (3, 1, 2)
@@ -157,7 +157,7 @@ def test_no_rung_reads_what_does_not_fit(rung: str, name: str) -> None:
     ("name", "shapes", "message"),
     [
         ("gru", [(10, 2), (10, 3)], r"w_ih: expected \[G·H, I\] with G = 3 gates of a gru, got \(10, 2\)"),
-        ("rnn_tanh", [(4, 2), (4, 3)], r"w_hh: expected \(4, 4\), as there is no w_hr, got \(4, 3\)"),
+        ("rnn_tanh", [(4, 2), (4, 3)], r"w_hh: expected \(4, 4\), got \(4, 3\)"),
         ("gru", [(12, 2), (12, 3), None, None, (3, 4)], "w_hr: expected None, a gru has no projection"),
     ],
 )

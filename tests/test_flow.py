@@ -52,7 +52,7 @@ def test_terms_as_matrices_make_the_norms(case: ModuleCase) -> None:
         return
     total = sum(term.matrix for term in terms.terms.values())
     for t in range(len(tr.y) - 1):
-        expected = uv.flow.jacobian(case.module, case.x, t + 1, case.hx)
+        expected = uv.flow.jacobian(case.module, case.x, case.hx, t=t + 1)
         inside = torch.tensor(case.lengths) > t + 1
         torch.testing.assert_close(total[t][inside], expected[inside], rtol=1e-10, atol=1e-12)
 
@@ -128,9 +128,9 @@ def test_autocast_rounds_nothing_that_is_measured() -> None:
         lambda: uv.flow.adjoint_map(lstm, x, sources=3).log_norms,
         lambda: uv.flow.decompose(lstm, x).carry.share[:-1],
         lambda: uv.flow.lyapunov(lstm, x),
-        lambda: uv.flow.jacobian(lstm, x, 3),
-        lambda: uv.flow.singular_values(lstm, x, 0, 4),
-        lambda: uv.flow.source_gradients(lstm, x, torch.ones(6, 2, 3)).log_norms,
+        lambda: uv.flow.jacobian(lstm, x, t=3),
+        lambda: uv.flow.singular_values(lstm, x, j=0, k=4),
+        lambda: uv.flow.source_gradients(lstm, x, error=torch.ones(6, 2, 3)).log_norms,
         lambda: uv.flow.gate_statistics(lstm, x).mean,
     )
     for measure in measures:
@@ -201,7 +201,7 @@ def test_jacobian_equals_autograd_of_the_module(case: ModuleCase, data: Any) -> 
 
     flat = torch.cat([s[0, 0].detach() for s in state])
     expected = torch.autograd.functional.jacobian(advance, flat)
-    torch.testing.assert_close(uv.flow.jacobian(module, case.x, t, hx)[0], expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(uv.flow.jacobian(module, case.x, hx, t=t)[0], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_exponents_of_a_linear_network_are_its_eigenvalues() -> None:
@@ -226,7 +226,7 @@ def test_exponents_add_up_to_the_mean_log_determinant(case: ModuleCase) -> None:
         return
     T = max(case.lengths)
     found = uv.flow.lyapunov(case.module, case.x, case.hx)
-    logs = [torch.linalg.slogdet(uv.flow.jacobian(case.module, case.x, t, case.hx)).logabsdet for t in range(T)]
+    logs = [torch.linalg.slogdet(uv.flow.jacobian(case.module, case.x, case.hx, t=t)).logabsdet for t in range(T)]
     assert float(found.sum()) == pytest.approx(float(torch.stack(logs).mean()), rel=1e-8, abs=1e-8)
 
 
@@ -246,9 +246,9 @@ def test_singular_values_of_a_product(kind: Any) -> None:
     layer, x = kind(2, 4, dtype=torch.float64), torch.randn(8, 2, 2, dtype=torch.float64)
     product = torch.eye(8 if kind is nn.LSTM else 4, dtype=torch.float64).expand(2, -1, -1)
     for t in range(3, 7):
-        product = uv.flow.jacobian(layer, x, t) @ product
+        product = uv.flow.jacobian(layer, x, t=t) @ product
     expected = torch.linalg.svdvals(product).log()[:, :2]
-    found = uv.flow.singular_values(layer, x, 2, 6, n=2, iterations=60)
+    found = uv.flow.singular_values(layer, x, j=2, k=6, n=2, iterations=60)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
@@ -258,7 +258,7 @@ def test_singular_values_hundreds_of_decades_apart() -> None:
         for p in rnn.parameters():
             p.zero_()
         rnn.weight_hh_l0.copy_(torch.diag(torch.tensor([0.9, 0.1, 0.001], dtype=torch.float64)))
-    found = uv.flow.singular_values(rnn, torch.zeros(201, 1, 1, dtype=torch.float64), 0, 200, n=3)
+    found = uv.flow.singular_values(rnn, torch.zeros(201, 1, 1, dtype=torch.float64), j=0, k=200, n=3)
     torch.testing.assert_close(found[0], 200 * torch.tensor([0.9, 0.1, 0.001], dtype=torch.float64).log())
 
 
@@ -288,7 +288,7 @@ def test_source_gradients_equal_autograd() -> None:
     lstm, x = nn.LSTM(2, 3, num_layers=2, dtype=torch.float64), torch.randn(5, 2, 2, dtype=torch.float64)
     error = torch.randn(5, 2, 3, dtype=torch.float64)
     error[1] = 0
-    found = uv.flow.source_gradients(lstm, x, error, at="l0")
+    found = uv.flow.source_gradients(lstm, x, error=error, at="l0")
     assert found.sources == (0, 2, 3, 4)
     weights, total = [lstm.weight_hh_l0, lstm.weight_ih_l0], None
     for i, k in enumerate(found.sources):
@@ -304,17 +304,17 @@ def test_source_gradients_equal_autograd() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda g, x: uv.flow.jacobian(g, x, 9), "t: expected a step from 0 to 3"),
-        (lambda g, x: uv.flow.jacobian(g, x, 1.5), "t: expected a step from 0 to 3"),
+        (lambda g, x: uv.flow.jacobian(g, x, t=9), "t: expected a step from 0 to 3"),
+        (lambda g, x: uv.flow.jacobian(g, x, t=1.5), "t: expected a step from 0 to 3"),
         (lambda g, x: uv.flow.lyapunov(g, x, n=4), "n: expected 1 to 3"),
         (lambda g, x: uv.flow.lyapunov(g, x, n=1.5), "n: expected 1 to 3"),
-        (lambda g, x: uv.flow.singular_values(g, x, 0, 1, n=1.5), "n: expected 1 to 3"),
-        (lambda g, x: uv.flow.singular_values(g, x, 0, 1, iterations=0), "iterations: expected one turn at least"),
+        (lambda g, x: uv.flow.singular_values(g, x, j=0, k=1, n=1.5), "n: expected 1 to 3"),
+        (lambda g, x: uv.flow.singular_values(g, x, j=0, k=1, iterations=0), "iterations: expected one turn at least"),
         (lambda g, x: uv.flow.lyapunov(g, x, warmup=4), "warmup: expected 0 to 3"),
-        (lambda g, x: uv.flow.singular_values(g, x, 3, 1), "j read before k"),
+        (lambda g, x: uv.flow.singular_values(g, x, j=3, k=1), "j read before k"),
         (lambda g, x: uv.flow.decompose(g, x, article=True), "article: its product is of the LSTM"),
         (lambda g, x: uv.flow.decompose(g, x, error=torch.zeros(1)), r"error: expected \[T, B, D·R\] = \(4, 2, 3\)"),
-        (lambda g, x: uv.flow.source_gradients(g, x, torch.zeros(4, 2, 3)), "error: expected a non-zero error"),
+        (lambda g, x: uv.flow.source_gradients(g, x, error=torch.zeros(4, 2, 3)), "error: expected a non-zero error"),
         (lambda g, x: uv.flow.decompose(g, x.double()), "x: expected the layer's dtype"),
         (lambda g, x: uv.flow.decompose(g, x[..., :1]), "x: expected 2 features"),
         (lambda g, x: uv.flow.adjoint_map(g, x[:, :0]), "x: expected one sample at least, got an empty batch"),

@@ -71,7 +71,7 @@ def test_sigmoid_networks_too(sources: list[int]) -> None:
     torch.manual_seed(0)
     rnn, x = uv.nn.RNN(2, 3, nonlinearity="sigmoid", dtype=torch.float64), torch.randn(6, 2, 2, dtype=torch.float64)
     error = torch.randn(len(sources), 2, 3, dtype=torch.float64)
-    found = uv.flow.adjoint_map(rnn, x, sources=sources, cotangent=error)
+    found = uv.flow.adjoint_map(rnn, x, sources=sources, error=error)
     for i, k in enumerate(sources):
         with uv.watch(rnn) as flow:
             (rnn(x)[0][k] * error[i]).sum().backward()
@@ -119,10 +119,10 @@ def test_rounds_change_nothing(monkeypatch: pytest.MonkeyPatch, bidirectional: b
     torch.manual_seed(0)
     gru = nn.GRU(2, 3, num_layers=2, bidirectional=bidirectional, dtype=torch.float64)
     x, error = torch.randn(9, 2, 2, dtype=torch.float64), torch.randn(9, 2, 6 if bidirectional else 3).double()
-    whole = uv.flow.adjoint_map(gru, x, at="l0").log_norms, uv.flow.source_gradients(gru, x, error, at="l0")
+    whole = uv.flow.adjoint_map(gru, x, at="l0").log_norms, uv.flow.source_gradients(gru, x, error=error, at="l0")
     for module, name in (("adjoint_map", "HELD_ELEMENTS"), ("subgradients", "SUM_ELEMENTS")):
         monkeypatch.setattr(sys.modules[f"unvanish.flow.{module}"], name, 200)
-    parts = uv.flow.adjoint_map(gru, x, at="l0").log_norms, uv.flow.source_gradients(gru, x, error, at="l0")
+    parts = uv.flow.adjoint_map(gru, x, at="l0").log_norms, uv.flow.source_gradients(gru, x, error=error, at="l0")
     torch.testing.assert_close(parts[0], whole[0], rtol=0, atol=1e-12)
     torch.testing.assert_close(parts[1].log_norms, whole[1].log_norms, rtol=0, atol=1e-12)
     torch.testing.assert_close(parts[1].log_partial_sums, whole[1].log_partial_sums, rtol=0, atol=1e-12)
@@ -162,7 +162,7 @@ def test_the_longest_path_is_right_where_float32_has_ended() -> None:
     error = torch.zeros(400, 2, 6)
     error[-1] = 1.0
     single, double = (
-        uv.flow.source_gradients(*_vanishing(dtype), error.to(dtype)) for dtype in (torch.float32, torch.float64)
+        uv.flow.source_gradients(*_vanishing(dtype), error=error.to(dtype)) for dtype in (torch.float32, torch.float64)
     )
     assert float(double.log_longest_path) < -103
     torch.testing.assert_close(single.log_longest_path, double.log_longest_path, rtol=1e-3, atol=0)
@@ -176,7 +176,7 @@ def test_source_gradients_equal_autograd_on_any_layer(case: ModuleCase, data: An
     error = torch.randn_like(y)
     inside = torch.arange(len(y))[:, None] < torch.tensor(case.lengths)
     error[~inside] = 0
-    found = uv.flow.source_gradients(case.module, case.x, error, case.hx, at=at)
+    found = uv.flow.source_gradients(case.module, case.x, case.hx, error=error, at=at)
     assert found.sources == tuple(range(len(y)))
     suffix = at.replace(".reverse", "_reverse")
     weights = [getattr(case.module, f"weight_{kind}_{suffix}") for kind in ("hh", "ih")]
@@ -201,7 +201,7 @@ def test_the_first_step_read_of_ragged_samples() -> None:
     error = torch.zeros(5, 2, 6, dtype=torch.float64)
     error[0] = torch.randn(2, 6)
     packed = pack_padded_sequence(x, torch.tensor([3, 5]), enforce_sorted=False)
-    found = uv.flow.source_gradients(gru, packed, error, at="l0.reverse").longest_path
+    found = uv.flow.source_gradients(gru, packed, error=error, at="l0.reverse").longest_path
     # Each sample's first step contributes one outer product; their sum, from two runs of one sample each.
     parts = []
     for b, length in enumerate((3, 5)):
@@ -233,7 +233,7 @@ def test_measuring_changes_no_model() -> None:
     uv.flow.decompose(lstm, x)
     uv.flow.lyapunov(lstm, x)
     uv.flow.gate_statistics(lstm, x)
-    uv.flow.source_gradients(lstm, x, torch.ones(5, 2, 3))
+    uv.flow.source_gradients(lstm, x, error=torch.ones(5, 2, 3))
     assert lstm.training
     assert all(module.training for module in lstm.modules())
     assert all(torch.equal(v, before[k]) for k, v in lstm.state_dict().items())
@@ -255,7 +255,7 @@ def test_clip_plays_no_part() -> None:
     for measure in (
         lambda layer: uv.flow.adjoint_map(layer, x).log_norms,
         lambda layer: uv.flow.decompose(layer, x).log_total,
-        lambda layer: uv.flow.source_gradients(layer, x, torch.ones(12, 2, 3)).log_norms,
+        lambda layer: uv.flow.source_gradients(layer, x, error=torch.ones(12, 2, 3)).log_norms,
     ):
         assert torch.equal(measure(free), measure(clipped))
 

@@ -55,7 +55,7 @@ def _alone(case: ModuleCase, at: str) -> nn.RNNBase:
 def test_jacobians_equal_autograd_on_any_layer_and_sample(case: ModuleCase, data: Any) -> None:
     at = data.draw(st.sampled_from(case.names))
     t, b = data.draw(st.integers(0, max(case.lengths) - 1)), data.draw(st.integers(0, len(case.lengths) - 1))
-    found = uv.flow.jacobian(case.module, case.x, t, case.hx, at=at)[b]
+    found = uv.flow.jacobian(case.module, case.x, case.hx, t=t, at=at)[b]
     if t >= case.lengths[b]:
         assert torch.equal(found, torch.eye(len(found), dtype=torch.float64))
         return
@@ -144,12 +144,12 @@ def test_singular_values_equal_those_of_the_formed_product(
 ) -> None:
     torch.manual_seed(seed)
     layer, x = kind(2, hidden, dtype=torch.float64), torch.randn(9, 2, 2, dtype=torch.float64)
-    product = uv.flow.jacobian(layer, x, 2)
+    product = uv.flow.jacobian(layer, x, t=2)
     for t in range(3, 2 + lag):
-        product = uv.flow.jacobian(layer, x, t) @ product
+        product = uv.flow.jacobian(layer, x, t=t) @ product
     n = data.draw(st.integers(1, min(5, hidden)))
     expected = torch.linalg.svdvals(product).log()[:, :n]
-    found = uv.flow.singular_values(layer, x, 1, 1 + lag, n=n)
+    found = uv.flow.singular_values(layer, x, j=1, k=1 + lag, n=n)
     visible = expected > expected[:, :1] - 15
     torch.testing.assert_close(found[visible], expected[visible], rtol=0, atol=1e-6)
 
@@ -164,7 +164,7 @@ def test_singular_values_close_together_and_far_apart_at_once(ratio: float) -> N
             p.zero_()
         u = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
         rnn.weight_hh_l0.copy_(u @ torch.diag(weights) @ u.T)
-    found = uv.flow.singular_values(rnn, torch.zeros(41, 1, 1, dtype=torch.float64), 0, 40, n=4)
+    found = uv.flow.singular_values(rnn, torch.zeros(41, 1, 1, dtype=torch.float64), j=0, k=40, n=4)
     torch.testing.assert_close(found[0], 40 * weights.log(), rtol=0, atol=1e-6)
 
 
@@ -174,7 +174,7 @@ def test_a_product_of_rank_one_has_one_singular_value() -> None:
     with torch.no_grad():
         rnn.weight_hh_l0.copy_(torch.outer(*torch.randn(2, 4, dtype=torch.float64)))
     with pytest.warns(RuntimeWarning, match="fewer than n values above rounding"):
-        found = uv.flow.singular_values(rnn, torch.zeros(4, 1, 1, dtype=torch.float64), 0, 3, n=2)[0]
+        found = uv.flow.singular_values(rnn, torch.zeros(4, 1, 1, dtype=torch.float64), j=0, k=3, n=2)[0]
     assert found[0].isfinite()
     assert found[1] < found[0] - 30
 
@@ -183,10 +183,10 @@ def test_unfinished_singular_values_say_so() -> None:
     torch.manual_seed(0)
     rnn, x = nn.RNN(2, 64, dtype=torch.float64), torch.randn(3, 1, 2, dtype=torch.float64)
     with pytest.warns(RuntimeWarning, match="after 2 turns the logarithms still move"):
-        uv.flow.singular_values(rnn, x, 0, 1, n=4, iterations=2)
+        uv.flow.singular_values(rnn, x, j=0, k=1, n=4, iterations=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        uv.flow.singular_values(rnn, x, 0, 1, n=4)
+        uv.flow.singular_values(rnn, x, j=0, k=1, n=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -203,12 +203,12 @@ def test_exponents_in_half_precision(dtype: torch.dtype) -> None:
 def test_a_sample_that_is_not_finite_is_not_left_out() -> None:
     torch.manual_seed(0)
     gru, x = nn.GRU(2, 3, dtype=torch.float64), torch.randn(6, 2, 2, dtype=torch.float64)
-    expected = uv.flow.lyapunov(gru, x, history=True).per_sample, uv.flow.singular_values(gru, x, 0, 5, n=2)
+    expected = uv.flow.lyapunov(gru, x).per_sample, uv.flow.singular_values(gru, x, j=0, k=5, n=2)
     x[2, 0, 0] = math.nan
-    found = uv.flow.lyapunov(gru, x, history=True)
+    found = uv.flow.lyapunov(gru, x)
     assert found.exponents.isnan().all()
     assert torch.equal(found.per_sample[1].sort().values, expected[0][1].sort().values)
-    values = uv.flow.singular_values(gru, x, 0, 5, n=2)
+    values = uv.flow.singular_values(gru, x, j=0, k=5, n=2)
     assert values[0].isnan().all()
     torch.testing.assert_close(values[1], expected[1][1], rtol=0, atol=1e-8)
 
@@ -217,8 +217,8 @@ def test_held_samples_keep_their_exponents() -> None:
     torch.manual_seed(0)
     gru, x = nn.GRU(2, 3, dtype=torch.float64), torch.randn(20, 2, 2, dtype=torch.float64)
     packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([12, 20]), enforce_sorted=False)
-    both = uv.flow.lyapunov(gru, packed, history=True).per_sample
-    alone = uv.flow.lyapunov(gru, x[:12, :1], history=True).per_sample
+    both = uv.flow.lyapunov(gru, packed).per_sample
+    alone = uv.flow.lyapunov(gru, x[:12, :1]).per_sample
     torch.testing.assert_close(both[0].sort().values, alone[0].sort().values, rtol=1e-12, atol=1e-12)
 
 
@@ -228,7 +228,7 @@ def test_each_sample_warms_up_on_its_own_steps(at: str) -> None:
     gru, x = nn.GRU(2, 3, bidirectional=True, dtype=torch.float64), torch.randn(20, 3, 2, dtype=torch.float64)
     lengths = (20, 12, 4)
     packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
-    found = uv.flow.lyapunov(gru, packed, at=at, n=1, warmup=5, history=True)
+    found = uv.flow.lyapunov(gru, packed, at=at, n=1, warmup=5)
     alone = [uv.flow.lyapunov(gru, x[:length, b : b + 1], at=at, n=1, warmup=5) for b, length in enumerate((20, 12))]
     torch.testing.assert_close(found.per_sample[:2], torch.stack(alone), rtol=1e-12, atol=1e-12)
     assert found.per_sample[2].isnan().all()

@@ -28,9 +28,9 @@ def records() -> dict[str, Any]:
         "flow": uv.flow.Flow(flow.layers),
         "map": uv.flow.adjoint_map(lstm, x, sources=[1, 4], at="l0.reverse"),
         "terms": uv.flow.decompose(lstm, x, article=True, matrices=True),
-        "sources": uv.flow.source_gradients(lstm, x, torch.ones_like(y)),
+        "sources": uv.flow.source_gradients(lstm, x, error=torch.ones_like(y)),
         "gates": uv.flow.gate_statistics(lstm, x),
-        "lyapunov": uv.flow.lyapunov(lstm, x, n=3, history=True),
+        "lyapunov": uv.flow.lyapunov(lstm, x, n=3),
     }
 
 

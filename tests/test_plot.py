@@ -31,8 +31,8 @@ def records() -> dict[str, Any]:
         "few sources": uv.flow.adjoint_map(lstm, x, sources=[3, 29]),
         "terms": uv.flow.decompose(lstm, x),
         "gates": uv.flow.gate_statistics(lstm, x),
-        "sources": uv.flow.source_gradients(lstm, x, torch.ones_like(y)),
-        "lyapunov": uv.flow.lyapunov(lstm, x, n=2, history=True),
+        "sources": uv.flow.source_gradients(lstm, x, error=torch.ones_like(y)),
+        "lyapunov": uv.flow.lyapunov(lstm, x, n=2),
         "diagnosis": found,
         "verification": found.verify(cured),
     }

@@ -1,25 +1,26 @@
-"""The mathematics of one recurrent step: equations, hand-written adjoints, analytic Jacobians."""
+"""One recurrent step, elementwise over the units, and the calculus that follows from it.
 
-from unvanish.cells.base import Adjoint, Cell, State, Weights
+A cell's file holds its equations and nothing about layers, sequences or devices.
+"""
+
+from unvanish.cells.base import Cell, State, Weights
+from unvanish.cells.calculus import Adjoint, Partials, Point
 from unvanish.cells.gru import GRU
 from unvanish.cells.lstm import LSTM
 from unvanish.cells.rnn import RNN, ReluRNN, SigmoidRNN, TanhRNN
 
 CELLS: dict[str, Cell] = {cell.name: cell for cell in (TanhRNN(), ReluRNN(), SigmoidRNN(), LSTM(), GRU())}
-"""Every cell by name: rnn_tanh, rnn_relu, rnn_sigmoid, lstm, gru."""
-
-CARRY = {"lstm": "f", "gru": "z"}
-"""Cell → the gate that multiplies its old state; a plain RNN carries nothing. In torch's GRU, h_t = (1 − z) n + z
-h_{t-1}."""
+"""torch's cells by name: rnn_tanh, rnn_relu, rnn_sigmoid, lstm, gru."""
 
 __all__ = [
-    "CARRY",
     "CELLS",
     "GRU",
     "LSTM",
     "RNN",
     "Adjoint",
     "Cell",
+    "Partials",
+    "Point",
     "ReluRNN",
     "SigmoidRNN",
     "State",

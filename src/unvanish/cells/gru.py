@@ -6,13 +6,13 @@ n_t = tanh(W_in x_t + b_in + r_t ⊙ q_t)
 h_t = (1 − z_t) ⊙ n_t + z_t ⊙ h_{t-1}
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from unvanish.cells.base import Adjoint, Cell, State, Weights, diag_matmul
+from unvanish.cells.base import Cell
+from unvanish.cells.calculus import Partials, Point
 
 
 class GRU(Cell):
@@ -21,56 +21,50 @@ class GRU(Cell):
     name = "gru"
     gates = ("r", "z", "n")
     states = ("h",)
+    titles = {"r": "reset_gate", "z": "update_gate", "n": "candidate"}
 
-    class Saved(NamedTuple):
-        h_prev: Tensor
-        r: Tensor
-        z: Tensor
-        n: Tensor
-        q: Tensor
-
-    def step(self, p: Tensor, state: State, w: Weights) -> tuple[State, Saved]:
+    def step(self, p: Any, q: Any, s: Any, v: Any) -> Tensor:
         """h_t = (1 − z_t) ⊙ n_t + z_t ⊙ h_{t-1}"""
-        (h_prev,) = state
-        p_r, p_z, p_n = p.chunk(3, dim=-1)
-        q_r, q_z, q = linear(h_prev, w.w_hh, w.b_hh).chunk(3, dim=-1)
-        r, z = (p_r + q_r).sigmoid(), (p_z + q_z).sigmoid()
-        n = (p_n + r * q).tanh()
-        return ((1 - z) * n + z * h_prev,), self.Saved(h_prev, r, z, n, q)
+        r, z = (p.r + q.r).sigmoid(), (p.z + q.z).sigmoid()
+        return (1 - z) * (p.n + r * q.n).tanh() + z * s.h
 
-    def gate_factors(self, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-        """(∂h_t/∂a^r, ∂h_t/∂a^z, ∂h_t/∂a^n), diagonals `[..., H]`.
+    def partials(self, at: Point) -> Partials:
+        """∂h_t/∂h_{t-1} = z at fixed shares, and with k_n = (1 − z)(1 − n²)
 
-        ∂h_t/∂a^n = (1 − z)(1 − n²)    ∂h_t/∂a^r = ∂h_t/∂a^n ⊙ q r'    ∂h_t/∂a^z = (h_{t-1} − n) z'
+        ∂h_t/∂p^n = k_n    ∂h_t/∂q^n = r k_n    ∂h_t/∂a^r = k_n q r'    ∂h_t/∂a^z = (h_{t-1} − n) z'
         """
-        r, z, n = saved.r, saved.z, saved.n
+        r, z, n = at.gates.unbind(-2)
+        q_n = self.candidate_share(at)
         k_n = (1 - z) * (1 - n * n)
-        return k_n * saved.q * r * (1 - r), (saved.h_prev - n) * z * (1 - z), k_n
+        k_r, k_z = k_n * q_n * r * (1 - r), (at.before[0] - n) * z * (1 - z)
+        by_q = {("h", "r"): k_r, ("h", "z"): k_z, ("h", "n"): k_n * r}
+        return Partials({}, by_q, {**by_q, ("h", "n"): k_n}, {("h", "h"): z}, {})
 
-    def adjoint(self, d: State, saved: Saved, w: Weights) -> Adjoint:
-        """δa_t = δh_t ⊙ ∂h_t/∂a_t; the candidate's share reaches W_hn h_{t-1} + b_hn through r_t.
+    def candidate_share(self, at: Point) -> Tensor:
+        """q^n_t = W_hn h_{t-1} + b_hn, `[..., H]`."""
+        if at.kept is not None:
+            return at.kept[..., 3, :]
+        assert at.q is not None
+        return at.q.chunk(3, dim=-1)[2]
 
-        W_hhᵀ [δa^r, δa^z, r ⊙ δa^n] + z_t ⊙ δh_t goes to h_{t-1}.
-        """
-        (dh,) = d
-        k_r, k_z, k_n = self.gate_factors(saved)
-        da_r, da_z, da_n = dh * k_r, dh * k_z, dh * k_n
-        da = torch.cat([da_r, da_z, da_n], dim=-1)
-        da_hh = torch.cat([da_r, da_z, saved.r * da_n], dim=-1)
-        return Adjoint((dh,), da, da_hh, (da_hh @ w.w_hh + saved.z * dh,))
-
-    def jacobian(self, saved: Saved, w: Weights) -> Tensor:
-        """∂h_t/∂h_{t-1} = diag(z) + diag(k_r) W_hr + diag(k_z) W_hz + diag(k_n r) W_hn"""
-        w_hr, w_hz, w_hn = w.w_hh.chunk(3, dim=0)
-        k_r, k_z, k_n = self.gate_factors(saved)
-        recurrent = diag_matmul(k_r, w_hr) + diag_matmul(k_z, w_hz) + diag_matmul(k_n * saved.r, w_hn)
-        return torch.diag_embed(saved.z) + recurrent
-
-    def activations(self, saved: Saved) -> Tensor:
+    def activations(self, at: Point) -> Tensor:
         """r, z, n"""
-        return torch.stack([saved.r, saved.z, saved.n], dim=-2)
+        assert at.q is not None
+        (p_r, p_z, p_n), (q_r, q_z, q_n) = at.p.chunk(3, dim=-1), at.q.chunk(3, dim=-1)
+        r, z = (p_r + q_r).sigmoid(), (p_z + q_z).sigmoid()
+        return torch.stack([r, z, (p_n + r * q_n).tanh()], dim=-2)
 
-    def sensitivity(self, saved: Saved) -> Tensor:
+    def sensitivity(self, at: Point) -> Tensor:
         """4 r (1 − r), 4 z (1 − z), 1 − n²"""
-        r, z, n = saved.r, saved.z, saved.n
+        r, z, n = at.gates.unbind(-2)
         return torch.stack([4 * r * (1 - r), 4 * z * (1 - z), 1 - n * n], dim=-2)
+
+    @property
+    def carries(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def carry_gate(self) -> tuple[str, int]:
+        """The update gate."""
+        return "z", 1

@@ -5,13 +5,13 @@ a_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh        h_t = φ(a_t),  φ ∈ {tanh,
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from unvanish.cells.base import Adjoint, Cell, State, Weights, diag_matmul
+from unvanish.cells.base import Cell
+from unvanish.cells.calculus import Partials, Point
 
 
 class RNN(Cell):
@@ -19,41 +19,40 @@ class RNN(Cell):
 
     gates = ("h",)
     states = ("h",)
+    titles = {"h": "recurrent"}
     phi: ClassVar[Callable[[Tensor], Tensor]]
     max_derivative: ClassVar[float] = 1.0
     """γ = max φ': ‖∂h_t/∂h_{t-1}‖ ≤ γ σ_max(W_hh)"""
-
-    class Saved(NamedTuple):
-        h_prev: Tensor
-        h: Tensor
 
     @abstractmethod
     def derivative(self, h: Tensor) -> Tensor:
         """φ'(a), given h = φ(a)."""
 
-    def step(self, p: Tensor, state: State, w: Weights) -> tuple[State, Saved]:
+    def step(self, p: Any, q: Any, s: Any, v: Any) -> Tensor:
         """h_t = φ(p_t + W_hh h_{t-1} + b_hh)"""
-        (h_prev,) = state
-        h = type(self).phi(p + linear(h_prev, w.w_hh, w.b_hh))
-        return (h,), self.Saved(h_prev, h)
+        return type(self).phi(p.h + q.h)
 
-    def adjoint(self, d: State, saved: Saved, w: Weights) -> Adjoint:
-        """δa_t = φ'(a_t) ⊙ δh_t;  W_hhᵀ δa_t goes to h_{t-1}."""
-        (dh,) = d
-        da = dh * self.derivative(saved.h)
-        return Adjoint((dh,), da, da, (da @ w.w_hh,))
+    def partials(self, at: Point) -> Partials:
+        """∂h_t/∂a_t = φ'(a_t)"""
+        by_gate = {("h", "h"): self.derivative(at.after[0])}
+        return Partials({}, by_gate, by_gate, {}, {})
 
-    def jacobian(self, saved: Saved, w: Weights) -> Tensor:
-        """∂h_t/∂h_{t-1} = diag(φ'(a_t)) W_hh"""
-        return diag_matmul(self.derivative(saved.h), w.w_hh)
-
-    def activations(self, saved: Saved) -> Tensor:
+    def activations(self, at: Point) -> Tensor:
         """h_t: the only "gate"."""
-        return saved.h.unsqueeze(-2)
+        return at.after[0].unsqueeze(-2)
 
-    def sensitivity(self, saved: Saved) -> Tensor:
+    def sensitivity(self, at: Point) -> Tensor:
         """φ'(a_t) / max φ'"""
-        return (self.derivative(saved.h) / self.max_derivative).unsqueeze(-2)
+        return (self.derivative(at.after[0]) / self.max_derivative).unsqueeze(-2)
+
+    @property
+    def carries(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def carry_gate(self) -> None:
+        """Nothing carries h."""
 
 
 class TanhRNN(RNN):

@@ -4,7 +4,7 @@
 - clip: `GradientClipper` (global norm, threshold from what was observed), `clip_recurrence_` (δ inside the recurrence)
 - penalise: `Omega` (Pascanu et al. 2013), `GradientFlossing` (Engelken 2023)
 - constrain: `constrain` (orthogonal or spectral W_hh)
-- rescue: `rescue_` (smallest change of the forget biases), `survival` (what it is measured by)
+- rescue: `rescue_` (smallest change of the forget biases)
 - replace: `replace` (RNN → GRU or LSTM)
 """
 
@@ -16,7 +16,6 @@ from unvanish.cures.omega import Omega
 from unvanish.cures.recurrent_matrix import identity_, orthogonal_, spectral_radius_
 from unvanish.cures.replace import replace
 from unvanish.cures.rescue import rescue_
-from unvanish.cures.survival import survival
 
 __all__ = [
     "GradientClipper",
@@ -31,5 +30,4 @@ __all__ = [
     "replace",
     "rescue_",
     "spectral_radius_",
-    "survival",
 ]

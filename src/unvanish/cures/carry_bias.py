@@ -7,25 +7,27 @@ forgets by 1/e in about τ = 1 / (1 − σ(b)) = 1 + eᵇ steps.
 import torch
 from torch import Tensor, nn
 
-from unvanish.cells import CARRY
+from unvanish.cells import Cell
 from unvanish.cures.layers import Layer, M, draws_on, finite, recurrent_layers
 
 
 def forget_bias_(module: M, value: float = 1.0) -> M:
-    """Set the forget bias: b_f = value, so that f = σ(value) where nothing else speaks.
+    """Set the forget bias: b_f = value, so that f = σ(value) without input.
 
-    The GRU's update gate z carries its state and is set likewise. torch adds two biases; their sum becomes `value`
+    For other cells it is the bias of the gate that carries the memory (`Cell.carry_gate`): z of the GRU; −value for a
+    gate whose complement carries, as f of the minimal gated unit. torch adds two biases; their sum becomes the value
     (all of it in `bias_ih`, the gate's block of `bias_hh` is zeroed). Other gates keep theirs.
 
     Args:
-        module: nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, or any module whose recurrent layers are all of these.
+        module: nn.LSTM, nn.GRU, their cells, `unvanish.nn.Recurrent` with a carry gate, or any module whose recurrent
+            layers are all of these.
         value: the bias, in pre-activation units. σ(0) = 0.5, σ(1) = 0.73, σ(2) = 0.88, σ(4) = 0.98.
 
     Returns:
         module, changed in place.
 
     Raises:
-        TypeError: module is no module, or contains a plain RNN, which has no gate; value is no number.
+        TypeError: module is no module, or a cell in it has no carry gate, as the plain RNN; value is no number.
         ValueError: there is no recurrent layer, a layer has bias=False or a parametrized bias, or value is not finite.
 
     Source: Gers, Schmidhuber & Cummins 2000; Jozefowicz, Zaremba & Sutskever 2015, section 2.2.
@@ -38,12 +40,10 @@ def forget_bias_(module: M, value: float = 1.0) -> M:
     [2.0, 2.0]
     """
     value = finite("value", value)
-    layers = _carriers(module, "forget_bias_")
+    found = [_biases(layer, "forget_bias_") for layer in _carriers(module, "forget_bias_")]
     with torch.no_grad():
-        for layer, b_ih, b_hh in layers:
-            gate = CARRY[layer.cell.name]
-            layer.blocks(b_ih)[gate].fill_(value)
-            layer.blocks(b_hh)[gate].zero_()
+        for carry, sign, _ in found:
+            _set(carry, sign * value)
     return module
 
 
@@ -54,11 +54,12 @@ def chrono_(module: M, max_lag: float, generator: torch.Generator | None = None)
     leaky unit of time constant τ is c_t = (1 − 1/τ) c_{t-1} + (1/τ) g_t, which explains b_i.
 
     In the GRU the coefficients of h_{t-1} and of the candidate are z and 1 − z = σ(−b_z), so that b_z = ln u alone
-    gives both. torch adds two biases; their sum is set (in `bias_ih`, the gates' blocks of `bias_hh` are zeroed).
+    gives both; likewise for every cell without a `write_gate`. torch adds two biases; their sum is set (in `bias_ih`, the gates' blocks of `bias_hh` are zeroed).
     Other gates keep theirs.
 
     Args:
-        module: nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, or any module whose recurrent layers are all of these.
+        module: nn.LSTM, nn.GRU, their cells, `unvanish.nn.Recurrent` with a carry gate, or any module whose recurrent
+            layers are all of these.
         max_lag: T_max, the longest dependency, in steps; at least 2.
         generator: the source of u, drawn in float64 on its device; None: torch's default on the CPU.
 
@@ -66,7 +67,7 @@ def chrono_(module: M, max_lag: float, generator: torch.Generator | None = None)
         module, changed in place.
 
     Raises:
-        TypeError: module is no module, or contains a plain RNN, which has no gate; max_lag is no number.
+        TypeError: module is no module, or a cell in it has no carry gate, as the plain RNN; max_lag is no number.
         ValueError: there is no recurrent layer, a layer has bias=False or a parametrized bias, or max_lag is below 2.
 
     Source: Tallec & Ollivier 2018, "Can recurrent neural networks warp time?", equation 16.
@@ -82,23 +83,38 @@ def chrono_(module: M, max_lag: float, generator: torch.Generator | None = None)
     if finite("max_lag", max_lag) < 2:
         raise ValueError(f"max_lag: expected at least 2 steps, got {max_lag}; no unit forgets faster than f = 1/2 here")
     layers = _carriers(module, "chrono_")
+    found = [_biases(layer, "chrono_") for layer in layers]
     with torch.no_grad():
-        for layer, b_ih, b_hh in layers:
+        for layer, (carry, sign, write) in zip(layers, found, strict=True):
             u = torch.empty(layer.module.hidden_size, dtype=torch.float64, device=draws_on(generator))
             log_u = u.uniform_(1.0, max_lag - 1.0, generator=generator).log()
-            signs = {CARRY[layer.cell.name]: 1} | ({"i": -1} if layer.cell.name == "lstm" else {})
-            for gate, sign in signs.items():
-                layer.blocks(b_ih)[gate].copy_(sign * log_u)
-                layer.blocks(b_hh)[gate].zero_()
+            _set(carry, sign * log_u)
+            if write:
+                _set(write, -log_u)
     return module
 
 
-def _carriers(module: nn.Module, cure: str) -> list[tuple[Layer, Tensor, Tensor]]:
-    """Every layer with its two biases, all checked before the first is written."""
-    layers = recurrent_layers(module, cure, CARRY, "it has no gate that carries its state")
-    for layer in layers:
-        if not layer.has("bias_ih"):
-            raise ValueError(
-                f"module: {cure} sets a gate's bias, but {layer.label!r} has bias=False; make it with bias=True"
-            )
-    return [(layer, layer.parameter("bias_ih", cure), layer.parameter("bias_hh", cure)) for layer in layers]
+def _carriers(module: nn.Module, cure: str) -> list[Layer]:
+    """Every layer and direction; all of cells whose memory is carried by one gate."""
+
+    def fits(cell: Cell) -> bool:
+        return cell.carry_gate is not None
+
+    return recurrent_layers(module, cure, fits, "it has no gate that alone carries its state")
+
+
+def _biases(layer: Layer, cure: str) -> tuple[list[Tensor], int, list[Tensor]]:
+    """(the carry gate's biases, the sign with which they open it, the write gate's biases), checked before any is
+    written; a cell that writes one minus its carry has no write gate."""
+    assert layer.cell.carry_gate is not None
+    gate, sign = layer.cell.carry_gate
+    write = layer.cell.write_gate
+    return layer.biases(gate, cure), sign, [] if write is None else layer.biases(write, cure)
+
+
+def _set(biases: list[Tensor], value: Tensor | float) -> None:
+    """Their sum: all of it in the first."""
+    first, *others = biases
+    first.copy_(torch.as_tensor(value, dtype=torch.float64).to(first))
+    for other in others:
+        other.zero_()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from unvanish.cures.layers import M, finite, recurrent_layers
+from unvanish.cures.layers import M, finite, with_matrices
 
 
 class OrthogonalBlocks(nn.Module):
@@ -106,18 +106,17 @@ def constrain(module: M, kind: Literal["orthogonal", "spectral"] = "orthogonal",
     if kind not in ("orthogonal", "spectral"):
         raise ValueError(f"kind: expected 'orthogonal' or 'spectral', got {kind!r}")
     scale = finite("scale", scale, above=0.0)
-    layers = recurrent_layers(module, "constrain")
-    for layer in layers:
-        w = layer.parameter("weight_hh", "constrain")
-        for gate, block in layer.blocks(w.detach()).items():
+    layers = with_matrices(module, "constrain")
+    for layer, w in layers:
+        for gate, block in layer.blocks("weight_hh", w.detach()).items():
             if not bool(block.isfinite().all()):
                 raise ValueError(f"module: W_h{gate} of {layer.label!r} holds NaN or infinity; initialise it first")
             if kind == "spectral" and not bool(block.any()):
                 raise ValueError(
                     f"module: W_h{gate} of {layer.label!r} is zero and has no direction; initialise it first"
                 )
-    for layer in layers:
-        w, gates = layer.parameter("weight_hh", "constrain"), len(layer.cell.gates)
+    for layer, w in layers:
+        gates = len(layer.cell.sources)
         rule = OrthogonalBlocks(gates, scale, w) if kind == "orthogonal" else SpectralBlocks(gates, scale)
         parametrize.register_parametrization(layer.module, f"weight_hh{layer.suffix}", rule)
         if isinstance(layer.module, nn.RNNBase):

@@ -5,15 +5,15 @@ two bias vectors `b_ih + b_hh`; a cure that speaks of *the* bias of a gate means
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from unvanish.cells import CELLS, Cell, Weights
-from unvanish.nn.modules import RecurrentModule, cell_of
+from unvanish.cells import Cell, Weights
+from unvanish.nn.modules import CellModule, RecurrentModule, cell_of
 
 M = TypeVar("M", bound=nn.Module)
 """A cure returns the very module it was given."""
@@ -46,6 +46,8 @@ class Layer:
     def weights(self) -> Weights:
         """All of them, as the cells' mathematics takes them."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        if isinstance(self.module, CellModule):
+            return self.module.direction_weights(*self.place)
         return Weights(*(self.weight(name) if self.has(name) else None for name in names))  # type: ignore[arg-type]
 
     def parameter(self, name: str, cure: str) -> nn.Parameter:
@@ -62,9 +64,33 @@ class Layer:
             )
         return found
 
-    def blocks(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Gate name → its rows of a stacked weight or bias; views."""
-        return dict(zip(self.cell.gates, tensor.chunk(len(self.cell.gates), dim=0), strict=True))
+    @property
+    def place(self) -> tuple[int, bool]:
+        """(layer, whether it is the reverse direction) of a layer over sequences."""
+        number, _, end = self.suffix.removeprefix("_l").partition("_")
+        return int(number or 0), end == "reverse"
+
+    def blocks(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Gate → its rows of a stacked weight or bias called `name` ("weight_hh", "bias_ih", …); views."""
+        gates = tuple(self.cell.sources) if name.endswith("_hh") else self.cell.input_gates
+        return dict(zip(gates, tensor.chunk(len(gates), dim=0), strict=True))
+
+    def biases(self, gate: str, cure: str) -> list[Tensor]:
+        """The gate's rows of each bias that there is, as views to be written in place; their sum is the gate's bias.
+
+        Raises:
+            ValueError: there is none, or one is computed from other parameters.
+        """
+        found = []
+        for name in ("bias_ih", "bias_hh"):
+            gates = tuple(self.cell.sources) if name == "bias_hh" else self.cell.input_gates
+            if gate in gates and self.has(name):
+                found.append(self.blocks(name, self.parameter(name, cure))[gate])
+        if not found:
+            raise ValueError(
+                f"module: {cure} sets a gate's bias, but {self.label!r} has bias=False; make it with bias=True"
+            )
+        return found
 
 
 def recurrent_modules(model: nn.Module, cure: str) -> dict[str, RecurrentModule]:
@@ -76,11 +102,11 @@ def recurrent_modules(model: nn.Module, cure: str) -> dict[str, RecurrentModule]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"module: {cure} expected a torch.nn.Module, got {type(model).__name__}")
-    found = {path: m for path, m in model.named_modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)}
+    found = {path: m for path, m in model.named_modules() if isinstance(m, RecurrentModule)}
     if not found:
         raise ValueError(
-            f"module: {cure} expected torch.nn.RNN, LSTM, GRU, one of their cells, or a module that contains one; "
-            f"{type(model).__name__} contains none"
+            f"module: {cure} expected torch.nn.RNN, LSTM, GRU, one of their cells, unvanish.nn.Recurrent, or a module "
+            f"that contains one; {type(model).__name__} contains none"
         )
     return found
 
@@ -94,22 +120,33 @@ def layers_of(module: RecurrentModule, path: str = "") -> list[Layer]:
     return [Layer(module, cell, path, f"_l{k}{end}") for k in range(module.num_layers) for end in ends]
 
 
-def recurrent_layers(model: nn.Module, cure: str, fits: Iterable[str] | None = None, why: str = "") -> list[Layer]:
+def recurrent_layers(
+    model: nn.Module, cure: str, fits: Callable[[Cell], bool] = lambda cell: True, why: str = ""
+) -> list[Layer]:
     """Every layer and direction in the model; all of them must be of a cell that the cure fits.
 
     Raises:
-        TypeError: model is no module, or a cell is not in `fits`.
+        TypeError: model is no module, or the cure does not fit a cell.
         ValueError: there is no recurrent layer.
     """
     found = [layer for path, m in recurrent_modules(model, cure).items() for layer in layers_of(m, path)]
-    allowed = set(CELLS if fits is None else fits)
     for layer in found:
-        if layer.cell.name not in allowed:
+        if not fits(layer.cell):
             raise TypeError(
-                f"module: {cure} does not fit {layer.label!r}, a {type(layer.module).__name__}: {why}; "
-                f"pass the submodules it fits ({', '.join(sorted(allowed))})"
+                f"module: {cure} does not fit {layer.label!r}, a {layer.cell.name}: {why}; pass the submodules it fits"
             )
     return found
+
+
+def with_matrices(model: nn.Module, cure: str) -> list[tuple[Layer, nn.Parameter]]:
+    """Every layer and direction with its W_hh, all checked before the first is written.
+
+    Raises:
+        TypeError: model is no module, or a cell has no recurrent matrix.
+        ValueError: there is no recurrent layer, or a W_hh is parametrized.
+    """
+    layers = recurrent_layers(model, cure, lambda cell: bool(cell.sources), "it has no recurrent matrix")
+    return [(layer, layer.parameter("weight_hh", cure)) for layer in layers]
 
 
 def finite(name: str, value: float, above: float = -math.inf) -> float:

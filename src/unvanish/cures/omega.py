@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
-from unvanish.cells import LSTM, Cell, State, Weights
+from unvanish.cells import Point, State, Weights, calculus
 from unvanish.cures.layers import layers_of, recurrent_modules
 from unvanish.flow.stack import reading_order
 from unvanish.nn.modules import (
@@ -180,14 +180,15 @@ class Omega:
             w = layer.weights()
         x, *batched = (v.to(w.w_ih.dtype).reshape(-1, v.shape[-1]) for v in (call.x, *as_states(call.hx)))
         with torch.no_grad():
-            _, saved = layer.cell.step(layer.cell.project(x, w), tuple(batched), w)
+            new = layer.cell.advance(layer.cell.project(x, w), tuple(batched), w)
+            at = Point(layer.cell, w.detach(), x, tuple(batched), new)
             d = [
                 call.errors.get(i, torch.zeros_like(s)).to(x.dtype).reshape(batched[0].shape)
                 for i, s in enumerate(as_states(call.output))
             ]
-            if isinstance(layer.cell, LSTM) and not call.fused:
-                d[1] = d[1] - d[0] * layer.cell.exposure(saved)
-        return self._omega(layer.cell, w, saved, tuple(d), None)
+            if not call.fused:
+                d = list(_arrived(at, tuple(d)))
+        return self._omega(at, w, tuple(d), None)
 
     def _of_module(self, call: _Call) -> Tensor:
         """Every layer and direction of one call, from the last to the first."""
@@ -216,22 +217,24 @@ class Omega:
                     ends = tuple(None if d is None else d[place] for d in dfinal)
                     flow = engine.adjoint(tr, dy_d, ends, getattr(module, "clip", None))
                     below.append(flow.da @ tr.weights.w_ih)
-                    d = _full_state(tr, flow)
-                total = total + self._omega(tr.cell, layer.weights, tr.saved, d, _counted(tr))
+                    d = _arrived(tr, flow.dstate)
+                total = total + self._omega(tr, layer.weights, d, _counted(tr))
             dy = torch.stack(below).sum(0)
             if first and masks:
                 dy = dy * masks[first // D - 1]
         return total
 
-    def _omega(self, cell: Cell, w: Weights, saved: Any, d: State, counted: Tensor | None) -> Tensor:
+    def _omega(self, at: Point, w: Weights, d: State, counted: Tensor | None) -> Tensor:
         """Σ_t Ω_t, mean over samples; d `[..., B, ·]` is the adjoint of the full state, counted `[..., B]`."""
-        immediate = Weights(w.w_ih.detach(), w.w_hh, None, None, w.w_hr)
+        immediate = Weights(w.w_ih.detach(), w.w_hh, None, None, w.w_hr, w.v)
         norm = torch.stack([torch.linalg.vector_norm(s, dim=-1, dtype=torch.float64) for s in d]).norm(dim=0)
         present = norm > 0 if counted is None else counted & (norm > 0)
         # A unit vector: the ratio's numerator is then of order 1, however far the error has vanished.
         safe = torch.where(norm > 0, norm, 1.0).unsqueeze(-1)
         unit = tuple((s.double() / safe).to(s.dtype) for s in d)
-        back = torch.cat(cell.adjoint(unit, saved, immediate).previous, dim=-1)
+        with torch.no_grad():
+            partials = at.partials
+        back = torch.cat(calculus.adjoint(at.cell, partials, unit, immediate).previous, dim=-1)
         # Absent rows are zero vectors, whose norm would have no derivative.
         gain = torch.linalg.vector_norm(torch.where(present.unsqueeze(-1), back, 1.0), dim=-1, dtype=torch.float64)
         deviation = gain - 1 if self._norms == "plain" else gain**2 - 1
@@ -246,13 +249,17 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _full_state(tr: engine.Trace, flow: engine.Flow) -> State:
-    """The adjoint of s_t as independent coordinates: for the LSTM the part of δc_t that does not pass through h_t."""
-    if not isinstance(tr.cell, LSTM):
-        return flow.dstate
-    dh, dc = flow.dstate
-    dm = dh if tr.weights.w_hr is None else dh @ tr.weights.w_hr
-    return dh, dc - dm * tr.cell.exposure(tr.saved)
+def _arrived(at: Point, total: State) -> State:
+    """The adjoint of s_t as independent coordinates, from the total derivatives: without what passes through another
+    state of the same step (for the LSTM the part of δc_t that passes through h_t)."""
+    states, w = at.cell.states, at.weights
+    found = dict(zip(states, total, strict=True))
+    unprojected = dict(found)
+    if w.w_hr is not None:
+        unprojected[states[0]] = total[0] @ w.w_hr
+    for (a, b), u in at.partials.made.items():
+        found[b] = found[b] - u * unprojected[a]
+    return tuple(found[a] for a in states)
 
 
 def _counted(tr: engine.Trace) -> Tensor:

@@ -7,9 +7,8 @@ many steps, where φ' ≈ 1, by the spectral radius.
 import torch
 from torch import Tensor
 
-from unvanish.cures.layers import M, draws_on, finite, recurrent_layers
-
-_PLAIN = ("rnn_tanh", "rnn_relu", "rnn_sigmoid")
+from unvanish.cells import Cell
+from unvanish.cures.layers import M, draws_on, finite, recurrent_layers, with_matrices
 
 
 def orthogonal_(module: M, gain: float = 1.0, generator: torch.Generator | None = None) -> M:
@@ -40,11 +39,10 @@ def orthogonal_(module: M, gain: float = 1.0, generator: torch.Generator | None 
     True
     """
     gain = finite("gain", gain, above=0.0)
-    layers = recurrent_layers(module, "orthogonal_")
-    matrices = [layer.parameter("weight_hh", "orthogonal_") for layer in layers]
+    layers = with_matrices(module, "orthogonal_")
     with torch.no_grad():
-        for layer, w_hh in zip(layers, matrices, strict=True):
-            for block in layer.blocks(w_hh).values():
+        for layer, w_hh in layers:
+            for block in layer.blocks("weight_hh", w_hh).values():
                 rows, columns = block.shape
                 block.copy_(gain * _haar(rows, columns, generator))
     return module
@@ -76,7 +74,7 @@ def identity_(module: M, scale: float = 1.0) -> M:
     [[0.5, 0.0], [0.0, 0.5]]
     """
     scale = finite("scale", scale)
-    layers = recurrent_layers(module, "identity_", _PLAIN, "the IRNN is an initialisation of the plain RNN")
+    layers = recurrent_layers(module, "identity_", _is_plain, "the IRNN is an initialisation of the plain RNN")
     matrices = [layer.parameter("weight_hh", "identity_") for layer in layers]
     biases = [layer.parameter(b, "identity_") for layer in layers for b in ("bias_ih", "bias_hh") if layer.has(b)]
     with torch.no_grad():
@@ -117,11 +115,11 @@ def spectral_radius_(module: M, radius: float = 1.0) -> M:
     0.9
     """
     radius = finite("radius", radius, above=0.0)
-    layers = recurrent_layers(module, "spectral_radius_")
+    layers = with_matrices(module, "spectral_radius_")
     scaled: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
-        for layer in layers:
-            for gate, block in layer.blocks(layer.parameter("weight_hh", "spectral_radius_")).items():
+        for layer, w_hh in layers:
+            for gate, block in layer.blocks("weight_hh", w_hh).items():
                 loop = layer.weight("weight_hr").double() @ block.double() if layer.has("weight_hr") else block.double()
                 if not bool(loop.isfinite().all()):
                     raise ValueError(f"module: W_h{gate} of {layer.label!r} holds NaN or infinity; initialise it first")
@@ -135,6 +133,11 @@ def spectral_radius_(module: M, radius: float = 1.0) -> M:
         for block, value in scaled:
             block.copy_(value)
     return module
+
+
+def _is_plain(cell: Cell) -> bool:
+    """h_t = φ(W x_t + U h_{t-1}): one gate, one state, nothing carried."""
+    return len(cell.gates) == len(cell.states) == len(cell.sources) == 1 and not cell.carries
 
 
 def _haar(n: int, k: int, generator: torch.Generator | None) -> Tensor:

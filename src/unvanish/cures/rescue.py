@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from unvanish.cells import CARRY
 from unvanish.cures.layers import Layer, finite, layers_of
 from unvanish.cures.smallest_shift import smallest_shift
-from unvanish.cures.survival import log_survival, windows
 from unvanish.flow.record import LayerFlow
+from unvanish.flow.survival import log_survival, windows
+from unvanish.nn.modules import SequenceModule, cell_of
 
 TOLERANCE = 1e-3
 """|ln S − ln target| at which a solution is taken"""
@@ -25,12 +25,12 @@ ROUNDS = 40
 
 
 def rescue_(
-    lstm: nn.RNNBase,
+    lstm: SequenceModule,
     x: Tensor | PackedSequence | LayerFlow | Mapping[str, LayerFlow],
     lag: int,
     target: float = 0.5,
     hx: Any = None,
-) -> nn.RNNBase:
+) -> SequenceModule:
     """minimise ‖Δb_f‖₂  subject to  S(lag) ≥ target,  S(ℓ) = ‖∂c_k/∂c_{k−ℓ}‖_F / √H  (see `survival`).
 
     S² = mean_{b,u} exp 2 Σ_t ln σ(a^f_t + Δb_f) over the last `lag` steps is separable in the units, and at the optimum
@@ -47,7 +47,8 @@ def rescue_(
     change is added to `bias_ih`. For the GRU read h for c, z for f.
 
     Args:
-        lstm: nn.LSTM or nn.GRU, of torch or unvanish, with biases.
+        lstm: nn.LSTM or nn.GRU, of torch or unvanish, or `unvanish.nn.Recurrent` whose cell has a carry gate, with
+            biases.
         x: an input in the layer's own layout, typical for the data, with at least `lag` steps; what S is measured on.
             Or a record of `uv.watch` (or one LayerFlow of it): then each unit's gate is taken as constant at its
             recorded mean `log_carry`, `lag` may exceed the recorded steps, and nothing is measured again: a
@@ -60,7 +61,7 @@ def rescue_(
         lstm, changed in place. A layer that survives as well as stated is left alone: the smallest change is none.
 
     Raises:
-        TypeError: lstm is no nn.LSTM or nn.GRU; x is neither input nor record; a number is none.
+        TypeError: lstm is no layer with a carry gate; x is neither input nor record; a number is none.
         ValueError: target is not in (0, 1), as f < 1 keeps every S below 1; lag exceeds the steps of x; bias=False or
             a parametrized bias; a record does not fit.
         ArithmeticError: the states' reaction to the biases kept S from the target; the biases are as before.
@@ -73,31 +74,33 @@ def rescue_(
     2024).
 
     >>> lstm, x = nn.LSTM(2, 8), torch.randn(60, 4, 2)
-    >>> from unvanish.cures import survival
+    >>> from unvanish.flow import survival
     >>> round(survival(rescue_(lstm, x, lag=50, target=0.5), x, lag=50), 2)
     0.5
     """
-    if not isinstance(lstm, nn.LSTM | nn.GRU):
-        raise TypeError(f"lstm: expected nn.LSTM or nn.GRU, whose state has a carry, got {type(lstm).__name__}")
+    if not isinstance(lstm, SequenceModule) or cell_of(lstm).carry_gate is None:
+        raise TypeError(
+            f"lstm: expected nn.LSTM, nn.GRU or unvanish.nn.Recurrent whose cell has a carry gate, got "
+            f"{type(lstm).__name__}"
+        )
     if not 0 < finite("target", target) < 1:
         raise ValueError(f"target: expected a survival in (0, 1), got {target}; f < 1 keeps less than everything")
     if isinstance(lag, bool) or not isinstance(lag, int) or lag < 1:
         raise ValueError(f"lag: expected a whole number of steps ≥ 1, got {lag!r}")
     layers = layers_of(lstm)
-    if not lstm.bias:
-        raise ValueError("lstm: rescue_ changes the forget bias, but the layer has bias=False; make it with bias=True")
-    biases = [layer.blocks(layer.parameter("bias_ih", "rescue_"))[CARRY[layer.cell.name]] for layer in layers]
+    gate, sign = cell_of(lstm).carry_gate or ("", 1)
+    biases = [layer.biases(gate, "rescue_")[0] for layer in layers]
     before = [b.detach().clone() for b in biases]
     with torch.no_grad():
         if isinstance(x, Mapping | LayerFlow):
             records = {x.name: x} if isinstance(x, LayerFlow) else x
             changes = [_from_record(layer, records, lag, target) for layer in layers]
             for b, change in zip(biases, changes, strict=True):
-                b.add_(change.to(b))
+                b.add_(sign * change.to(b))
         else:
             try:
                 for place, b in enumerate(biases):
-                    _rescue_layer(lstm, place, b, x, lag, target, hx)
+                    _rescue_layer(lstm, place, b, sign, x, lag, target, hx)
             except BaseException:
                 for b, old in zip(biases, before, strict=True):
                     b.copy_(old)
@@ -105,13 +108,15 @@ def rescue_(
     return lstm
 
 
-def _rescue_layer(lstm: nn.RNNBase, place: int, bias: Tensor, x: Any, lag: int, target: float, hx: Any) -> None:
+def _rescue_layer(
+    lstm: SequenceModule, place: int, bias: Tensor, sign: int, x: Any, lag: int, target: float, hx: Any
+) -> None:
     """Solve at the trajectories measured, apply, measure again, until S holds the target and the change has settled."""
     start, log_target = bias.detach().to(torch.float64, copy=True), math.log(target)
 
     def measure(shift: Tensor) -> tuple[Tensor, float]:
         """(ln f, ln S) with the shift applied."""
-        bias.copy_(start + shift)
+        bias.copy_(start + sign * shift)
         window = windows(lstm, x, lag, hx)[place][1]
         return window.log_carry, log_survival(window, "carry")
 

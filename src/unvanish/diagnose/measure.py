@@ -78,7 +78,7 @@ def _measure_place(
     offered = max(room(k) for k in steps)
     wanted = offered if lag is None else min(lag, offered)
     sources = _spread([k for k in steps if room(k) >= wanted] or [max(steps, key=room)])
-    found = flow.adjoint_map(layer, fed, hx, sources=sources, at=place.name, cotangent=error[sources])
+    found = flow.adjoint_map(layer, fed, hx, sources=sources, at=place.name, error=error[sources])
     curves = torch.full((len(sources), x.shape[1], offered + 1), torch.nan, dtype=torch.float64)
     for i, k in enumerate(sources):
         over_lag = found.over_lag(i).mT[:, : room(k) + 1]
@@ -176,7 +176,7 @@ def _evidence(
         found["spectral_norm"] = float(torch.linalg.matrix_norm(w_hh, 2))
     blocks = w_hh.unflatten(0, (-1, H))
     found["largest_block_norm"] = float(torch.linalg.matrix_norm(blocks, 2).max())
-    exponents = flow.lyapunov(given.layer, fed, hx, n=1, at=place.name, warmup=len(x) // 4, history=True)
+    exponents = flow.lyapunov(given.layer, fed, hx, n=1, at=place.name, warmup=len(x) // 4)
     own = exponents.per_sample[:, 0]
     own = own[own.isfinite()]
     if len(own):
@@ -207,7 +207,7 @@ def _sensitivity(
     """‖∂E_k/∂W‖ ‖W‖ / (‖∂E_k/∂h_k‖ ‖h_k‖): by how many times its size the state answers a change of the weights."""
     alone = torch.zeros_like(error)
     alone[k] = error[k]
-    log_norm = float(flow.source_gradients(given.layer, fed, alone, hx, at=place.name).log_norms[0])
+    log_norm = float(flow.source_gradients(given.layer, fed, hx, error=alone, at=place.name).log_norms[0])
     weights = math.hypot(*(float(w.norm()) for w in place.weights[:2]))
     y, _ = given.layer(fed, hx)
     h = nn.utils.rnn.pad_packed_sequence(y)[0] if isinstance(y, PackedSequence) else y

@@ -1,7 +1,7 @@
 """One recurrent layer over one sequence, on a ladder of rungs with one signature: native, manual, reference."""
 
 from unvanish.engine.dispatch import RUNGS, Choice, adjoint, explain, force, run, trace
-from unvanish.engine.manual import Flow, Trace, weight_gradients
+from unvanish.engine.manual import Deltas, Trace, weight_gradients
 from unvanish.engine.native import isa
 from unvanish.engine.recording import SATURATED, Norms, Pass, Recorder, Replay, Statistics
 from unvanish.engine.sequence import active_steps
@@ -10,7 +10,7 @@ __all__ = [
     "RUNGS",
     "SATURATED",
     "Choice",
-    "Flow",
+    "Deltas",
     "Norms",
     "Pass",
     "Recorder",

@@ -21,17 +21,24 @@ def check_layer(cell: Cell, x: Tensor, state: State, w: Weights) -> None:
         raise ValueError(f"x: expected {w.w_ih.shape[-1]} features (w_ih is {tuple(w.w_ih.shape)}), got {x.shape[-1]}")
     if len(state) != len(cell.states):
         raise ValueError(f"state: expected {', '.join(cell.states)}, got {len(state)} tensors")
-    (_, B, I), GH, R = x.shape, w.w_ih.shape[0], w.w_hh.shape[1]
-    H, G = GH // len(cell.gates), len(cell.gates)
+    (_, B, I), GH, G, Q = x.shape, w.w_ih.shape[0], len(cell.input_gates), len(cell.sources)
+    H = GH // G
     if GH != G * H:
         raise ValueError(f"w_ih: expected [G·H, I] with G = {G} gates of a {cell.name}, got {tuple(w.w_ih.shape)}")
-    if w.w_hr is not None and cell.name != "lstm":
+    if (w.w_hh is None) != (Q == 0):
+        expected = f"[{Q}·H, H]" if Q else "None, as it has no recurrent matrix"
+        raise ValueError(
+            f"w_hh: a {cell.name} expects {expected}, got {None if w.w_hh is None else tuple(w.w_hh.shape)}"
+        )
+    if (w.v is None) != (not cell.vectors):
+        expected = f"its vectors {', '.join(cell.vectors)}, [{len(cell.vectors)}, H]" if cell.vectors else "None"
+        raise ValueError(f"v: a {cell.name} expects {expected}, got {None if w.v is None else tuple(w.v.shape)}")
+    if w.w_hr is not None and cell.remembers == cell.states[0]:
         raise ValueError(f"w_hr: expected None, a {cell.name} has no projection, got {tuple(w.w_hr.shape)}")
-    if w.w_hr is None and R != H:
-        raise ValueError(f"w_hh: expected {(GH, H)}, as there is no w_hr, got {tuple(w.w_hh.shape)}")
-    states = zip(("h_0", "c_0"), state, ((B, R), (B, H)), strict=False)
-    weights = zip(w._fields, w, ((GH, I), (GH, R), (GH,), (GH,), (R, H)), strict=True)
-    for name, v, shape in (*states, *weights):
+    R = H if w.w_hr is None else w.w_hr.shape[0]
+    states = zip((f"{s}_0" for s in cell.states), state, ((B, R), *((B, H),) * (len(state) - 1)), strict=True)
+    shapes = ((GH, I), (Q * H, R), (GH,), (Q * H,), (R, H), (len(cell.vectors), H))
+    for name, v, shape in (*zip(w._fields, w, shapes, strict=True), *states):
         if v is not None:
             _check_like(name, v, shape, x)
 
@@ -43,7 +50,8 @@ def check_errors(x: Tensor, y: Tensor, final: State, dy: Tensor | None, dfinal: 
         ValueError: a shape does not fit.
         RuntimeError: a dtype or device is not that of x.
     """
-    for name, d, out in zip(("dy", "dh", "dc"), (dy, *dfinal), (y, *final), strict=False):
+    names = ("dy", "dh", *(("dc",) if len(final) == 2 else (f"d(state {i})" for i in range(1, len(final)))))
+    for name, d, out in zip(names, (dy, *dfinal), (y, *final), strict=True):
         if d is not None:
             _check_like(name, d, tuple(out.shape), x)
 

@@ -31,10 +31,10 @@ class Choice:
         return "\n".join([*lines, f"{self.rung}: runs"])
 
 
-def _obstacle(rung: str, x: Tensor) -> str | None:
-    """Why `rung` can't run x, or None if it can."""
+def _obstacle(rung: str, cell: Cell, x: Tensor) -> str | None:
+    """Why `rung` can't run this cell over x, or None if it can."""
     if rung == "native":
-        return native.obstacle(x)
+        return native.obstacle(cell, x)
     if rung == "manual":
         if not x.dtype.is_floating_point:
             return f"its adjoint is for real floating dtypes, the input is {x.dtype}"
@@ -61,8 +61,8 @@ def force(rung: str) -> Iterator[None]:
         _forced = before
 
 
-def explain(x: Tensor, rung: str | None = None) -> Choice:
-    """The rung that `run` takes for an input like x, and why not a faster one.
+def explain(cell: Cell, x: Tensor, rung: str | None = None) -> Choice:
+    """The rung that `run` takes for this cell and an input like x, and why not a faster one.
 
     Raises:
         ValueError: `rung` names no rung.
@@ -70,13 +70,13 @@ def explain(x: Tensor, rung: str | None = None) -> Choice:
     """
     forced = _known(rung) if rung is not None else _forced
     if forced is not None:
-        why = _obstacle(forced, x)
+        why = _obstacle(forced, cell, x)
         if why is not None:
             raise RuntimeError(f"rung {forced!r} was forced, but can't run here: {why}; force another or none")
         return Choice(forced, {name: "another rung was forced" for name in RUNGS if name != forced})
     declined: dict[str, str] = {}
     for name in RUNGS:
-        why = _obstacle(name, x)
+        why = _obstacle(name, cell, x)
         if why is None:
             return Choice(name, declined)
         declined[name] = why
@@ -94,12 +94,12 @@ def run(
     rung: str | None = None,
     record: recording.Recorder | None = None,
 ) -> tuple[Tensor, State]:
-    """One layer and direction over one sequence: s_t = cell.step(x_t, s_{t-1}), differentiable in x, state and w.
+    """One layer and direction over one sequence, s_t = φ(p_t, q_t, s_{t-1}), differentiable in x, state and w.
 
     Args:
-        cell: one of `unvanish.cells.CELLS`.
+        cell: any `unvanish.cells.Cell`.
         x: `[T, B, I]`, time-major.
-        state: initial (h `[B, R]`,) or (h, c `[B, H]`).
+        state: the initial states, h `[B, R]` first, the others `[B, H]`.
         w: the weights.
         lengths: `[B]`, the number of steps of each sample; None: T for all. After its last step a sample's state is
             held and y is 0; what x holds there is not read.
@@ -120,7 +120,7 @@ def run(
     lengths = None if lengths is None else whole_lengths(lengths, x)
     if clip is not None and (isinstance(clip, bool) or not (isinstance(clip, int | float) and clip > 0)):
         raise ValueError(f"clip: expected a positive norm or None, got {clip!r}")
-    runs = explain(x, rung).rung
+    runs = explain(cell, x, rung).rung
     if record is None:
         return RUNGS[runs](cell, x, state, w, lengths, reverse, clip)
     if runs != "native":
@@ -136,14 +136,14 @@ def trace(
     lengths = None if lengths is None else whole_lengths(lengths, x)
     inputs = (x, *state, *w)
     differentiable = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    if differentiable or explain(x).rung != "native":
+    if differentiable or explain(cell, x).rung != "native":
         return manual.trace(cell, x, state, w, lengths, reverse)
     return native_trace.trace(cell, x, state, w, lengths, reverse)
 
 
 def adjoint(
     tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None = None
-) -> manual.Flow:
+) -> manual.Deltas:
     """δ at every step of a trace, from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero.
 
     Raises:
@@ -151,4 +151,4 @@ def adjoint(
         RuntimeError: a dtype or device is not that of the input.
     """
     check_errors(tr.x, tr.y, tr.final, dy, dfinal)
-    return (manual if tr.kept is None else native_trace).adjoint(tr, dy, dfinal, clip)
+    return (manual if tr.native is None else native_trace).adjoint(tr, dy, dfinal, clip)

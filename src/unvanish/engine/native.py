@@ -27,13 +27,16 @@ else:
     MISSING = ""
 
 NUMBER = {name: i for i, name in enumerate(("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru"))}
+_KINDS = {name: type(CELLS[name]) for name in NUMBER}
 _SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
 
 
-def obstacle(x: Tensor) -> str | None:
-    """Why the kernels can't run x, or None if they can."""
+def obstacle(cell: Cell, x: Tensor) -> str | None:
+    """Why the kernels can't run this cell over x, or None if they can."""
     if MISSING:
         return MISSING
+    if type(cell) is not _KINDS.get(cell.name):
+        return f"its kernels are for torch's cells, this is a {type(cell).__name__}"
     if x.device.type != "cpu":
         return f"its kernels are for the CPU, the input is on {x.device}"
     if x.dtype not in _SUFFIX:
@@ -284,7 +287,7 @@ def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None,
         )
         dx, dh0, *rest = found
         dc0 = None if c0 is None else rest.pop(0)
-        return dx, dh0, dc0, *rest, None, *nothing
+        return dx, dh0, dc0, *rest[:5], None, *nothing
     d = [None if v is None else v.contiguous() for v in (dy, dh, dc)]
     want_dx = ctx.needs_input_grad[0]
     run: Any = _gradients if _is_eager(*d, *saved) else backward_operator
@@ -326,7 +329,7 @@ def _is_eager(*tensors: Tensor | None) -> bool:
 def prepared(given: Sorted, w: Weights) -> list[Tensor | None]:
     """What the kernels read, as they want it: x, h0, c0, w, lengths."""
     h0, c0 = (*given.state, None)[:2]
-    return [*(None if v is None else v.contiguous() for v in (given.x, h0, c0, *w)), given.lengths]
+    return [*(None if v is None else v.contiguous() for v in (given.x, h0, c0, *w[:5])), given.lengths]
 
 
 def run(

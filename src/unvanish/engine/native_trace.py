@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
 from unvanish.engine import manual, native
-from unvanish.engine.sequence import Sorted, active_steps, sort, without_padding
+from unvanish.engine.sequence import Sorted, active_steps, sort, states_before, without_padding
 
 
 class _Kept(NamedTuple):
@@ -45,13 +45,10 @@ def trace(
         # The kernels write nothing there, and what lay in the memory may be a NaN.
         values = torch.where(active.unsqueeze(-1), values, 0.0)
         states = [torch.where(active, s, 0.0) for s in states]
-    before = [_before(s, s0, lengths, reverse) for s, s0 in zip(states, state, strict=True)]
-    fields = list(values.unbind(2))
-    if cell.name == "lstm":
-        fields.append(states[1])
-    saved = cell.Saved(*before, *fields)  # type: ignore[attr-defined]
+    before = tuple(states_before(s, s0, lengths, reverse) for s, s0 in zip(states, state, strict=True))
+    left = _Kept(given, y, gates, cells)
     x = without_padding(x, active)
-    return manual.Trace(cell, w, x, states[0], final, saved, active, reverse, _Kept(given, y, gates, cells))
+    return manual.Trace(cell, w, x, before, tuple(states), final, active, reverse, kept=values, native=left)
 
 
 def _by_step(kept: Tensor, T: int, B: int) -> Tensor:
@@ -61,24 +58,13 @@ def _by_step(kept: Tensor, T: int, B: int) -> Tensor:
     return torch.cat([block.view(T, min(rows, B - rows * k), -1) for k, block in enumerate(blocks)], dim=1)
 
 
-def _before(states: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
-    """The state before each step, `[T, B, ·]`; a reversed sample starts at its own end."""
-    if not reverse:
-        return torch.cat([initial.unsqueeze(0), states[:-1]])
-    shifted = torch.cat([states[1:], initial.unsqueeze(0)])
-    if lengths is None:
-        return shifted
-    T = states.shape[0]
-    starts = torch.arange(1, T + 1)[:, None] >= lengths.cpu()[None, :]
-    return torch.where(starts.unsqueeze(-1), initial, shifted)
-
-
 @torch.no_grad()
 def adjoint(
     tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None = None
-) -> manual.Flow:
+) -> manual.Deltas:
     """As `unvanish.engine.manual.adjoint`, for a trace of this rung; gives the weights' gradients along."""
-    given, y, gates, cells = tr.kept
+    assert tr.native is not None
+    given, y, gates, cells = tr.native
     order = None if given.back is None else torch.argsort(given.back)
 
     def arrange(v: Tensor | None, dim: int) -> Tensor | None:
@@ -94,6 +80,6 @@ def adjoint(
         delta = [d.index_select(1, given.back) if d.numel() else d for d in delta]
         dh0, dc0 = (d.index_select(0, given.back) if d.numel() else d for d in (dh0, dc0))
     n = len(tr.cell.states)
-    weights = Weights(*(None if w is None else g for w, g in zip(tr.weights, grads, strict=True)))  # type: ignore[arg-type]
+    weights = Weights(*(None if w is None else g for w, g in zip(tr.weights[:5], grads, strict=True)))  # type: ignore[arg-type]
     da_hh = delta[3] if delta[3].numel() else delta[2]
-    return manual.Flow((delta[0], delta[1])[:n], delta[2], da_hh, (dh0, dc0)[:n], weights)
+    return manual.Deltas((delta[0], delta[1])[:n], delta[2], da_hh, (dh0, dc0)[:n], weights)

@@ -43,7 +43,7 @@ class Norms(NamedTuple):
     """[T] ‖g_t‖_F, g_t = δa_tᵀ [h_{t-1}, x_t]"""
 
 
-Replay = Callable[[], tuple[manual.Trace, Tensor | None, manual.Flow]]
+Replay = Callable[[], tuple[manual.Trace, Tensor | None, manual.Deltas]]
 """The same pass again, with every state and δ kept: (trace, ∂E_t/∂h_t, flow)."""
 
 
@@ -105,7 +105,7 @@ class Pass:
 
     def replay(
         self, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None
-    ) -> tuple[manual.Trace, Tensor | None, manual.Flow]:
+    ) -> tuple[manual.Trace, Tensor | None, manual.Deltas]:
         """The same pass, every state and δ kept."""
         tr = native_trace.trace(self.cell, self.x, self.state, self.weights, self.lengths, self.reverse)
         return tr, dy, native_trace.adjoint(tr, dy, dfinal, clip)
@@ -144,6 +144,7 @@ class _Recorded(torch.autograd.Function):
                 ctx.cell, x, state, Weights(*weights), lengths, ctx.reverse, ctx.clip, errors[0], errors[1:]
             )
             dc0 = None if c0 is None else rest.pop(0)
+            rest = rest[:5]
         else:
             assert out is not None
             dx, dh0, dc0, *rest = (d if d.numel() else None for d in out)
@@ -171,7 +172,7 @@ def _recorded_backward(
     x, h0, c0, *weights, lengths, _, _, _ = saved
     w = Weights(*weights)
 
-    def replay() -> tuple[manual.Trace, Tensor | None, manual.Flow]:
+    def replay() -> tuple[manual.Trace, Tensor | None, manual.Deltas]:
         state = tuple(_in_order(s, 0, ctx.back) for s in (h0, c0) if s is not None)
         dy, *dfinal = (
             None if d is None else _in_order(d, dim, ctx.back) for d, dim in zip(total, (1, 0, 0), strict=True)
@@ -213,7 +214,7 @@ def _contiguous(v: Tensor | None, dim: int, order: Tensor | None) -> Tensor | No
 
 
 def _present(gradients: list[Tensor], w: Weights) -> Weights:
-    return Weights(*(None if like is None else g for g, like in zip(gradients, w, strict=True)))  # type: ignore[arg-type]
+    return Weights(*(None if like is None else g for g, like in zip(gradients, w[:5], strict=True)))  # type: ignore[arg-type]
 
 
 def _statistics(mean: Tensor, saturated: Tensor, log_carry: Tensor, back: Tensor | None) -> Statistics:

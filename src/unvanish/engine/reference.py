@@ -40,7 +40,7 @@ def run(
     for t in steps(T, reverse):
         previous = state
         read = previous if clip is None else tuple(_ClipError.apply(s, clip) for s in previous)
-        state, _ = cell.step(projected[t], read, w)
+        state = cell.advance(projected[t], read, w)
         y[t] = state[0]
         if active is not None:
             y[t] = torch.where(active[t], state[0], 0.0)

@@ -41,6 +41,18 @@ def clip_rows(d: Tensor, limit: float) -> Tensor:
     return d * torch.where(norm > limit, limit / norm, 1.0).to(d.dtype)
 
 
+def states_before(states: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
+    """The state before each step, `[T, B, ·]`, from those after it; a reversed sample starts at its own end."""
+    if not reverse:
+        return torch.cat([initial.unsqueeze(0), states[:-1]])
+    shifted = torch.cat([states[1:], initial.unsqueeze(0)])
+    if lengths is None:
+        return shifted
+    T = states.shape[0]
+    starts = torch.arange(1, T + 1, device=states.device)[:, None] >= lengths.to(states.device)[None, :]
+    return torch.where(starts.unsqueeze(-1), initial, shifted)
+
+
 class Sorted(NamedTuple):
     """A ragged batch with its longest samples first, as the kernels want it."""
 

@@ -3,8 +3,9 @@
 - `watch(model)`: dh, dc, dgates, dweight, gates, saturation and residual of a whole model
 - `adjoint_map(layer, x, sources=...)`: ‖∂E_k/∂s_t‖, one error source at a time
 - `decompose(layer, x)`: which path carries the error: forget gate, carry, input gate, candidate, output gate
-- `source_gradients(layer, x, error)`: ‖∂E_k/∂W‖ of each source and of their partial sums
+- `source_gradients(layer, x, error=error)`: ‖∂E_k/∂W‖ of each source and of their partial sums
 - `lyapunov(layer, x, n=8)`: exponents of the full state; also `jacobian`, `singular_values`
+- `survival(layer, x, lag=100)`: how much of an error remains a lag earlier
 - `gate_statistics(layer, x)`: how open the gates are and how long each unit remembers
 - `GradientFlow(every=100)`: a Lightning callback that logs rate, half-life and reach of every layer
 - `replay(folder)`: the records of a training watched with `watch(model, every=100, stream=folder)`
@@ -13,14 +14,16 @@
 from typing import TYPE_CHECKING, Any
 
 from unvanish.flow.adjoint_map import AdjointMap, adjoint_map
-from unvanish.flow.decompose import Article, StateTerms, Term, decompose
+from unvanish.flow.decompose import StateTerms, Term, decompose
 from unvanish.flow.files import Record, load
 from unvanish.flow.gates import GateStatistics, gate_statistics
-from unvanish.flow.lyapunov import LyapunovHistory, jacobian, lyapunov, singular_values
+from unvanish.flow.lyapunov import LyapunovSpectrum, jacobian, lyapunov, singular_values
 from unvanish.flow.reach import Decay, decay
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
 from unvanish.flow.stream import replay
 from unvanish.flow.subgradients import SourceGradients, source_gradients
+from unvanish.flow.survival import survival
+from unvanish.flow.textbook_product import TextbookProduct
 from unvanish.flow.watch import mark, watch
 from unvanish.flow.watcher import Watch
 
@@ -29,19 +32,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdjointMap",
-    "Article",
     "Decay",
     "Flow",
     "GateStatistics",
     "GradientFlow",
     "LayerFlow",
-    "LyapunovHistory",
+    "LyapunovSpectrum",
     "NoBackwardError",
     "NonFiniteError",
     "Record",
     "SourceGradients",
     "StateTerms",
     "Term",
+    "TextbookProduct",
     "Watch",
     "adjoint_map",
     "decay",
@@ -54,6 +57,7 @@ __all__ = [
     "replay",
     "singular_values",
     "source_gradients",
+    "survival",
     "watch",
 ]
 

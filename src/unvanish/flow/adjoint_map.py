@@ -13,15 +13,15 @@ from operator import index
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
-from unvanish.flow.backwards import HELD_ELEMENTS, arriving_at, log_norms_directly, made_at
-from unvanish.flow.collapsed import log_norms_collapsed
+from unvanish.flow.descent import HELD_ELEMENTS, arriving_at
 from unvanish.flow.files import Record
+from unvanish.flow.scaled_rows import log_norms_of, made_at
 from unvanish.flow.stack import Stack, run_stack
-from unvanish.nn.modules import full_precision
+from unvanish.nn.modules import SequenceModule, full_precision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ class AdjointMap(Record):
     sources: tuple[int, ...]
     """k of each row: the step at whose output the error is made"""
     state: str
-    """"h" or "c" """
+    """its name: "h", "c", … """
     at: str
     """the layer and direction whose state it is: "l0", "l1.reverse" """
 
@@ -75,30 +75,35 @@ class AdjointMap(Record):
 @torch.no_grad()
 @full_precision()
 def adjoint_map(
-    layer: nn.RNNBase,
+    layer: SequenceModule,
     x: Tensor | PackedSequence,
     hx: Any = None,
     *,
-    sources: Literal["all"] | int | Sequence[int] = "all",
-    state: Literal["h", "c"] | None = None,
-    cotangent: Tensor | None = None,
+    error: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
     at: str | None = None,
+    sources: Literal["all"] | int | Sequence[int] = "all",
+    state: str | None = None,
     seed: int = 0,
 ) -> AdjointMap:
     """‖∂E_k/∂s_t‖₂, t ≤ k: the error made at the output h_k of the last layer, measured at state s of one layer.
 
-        ∂E_k/∂s_t = (∂s_{t+1}/∂s_t)ᵀ ∂E_k/∂s_{t+1},  starting from the cotangent ∂E_k/∂h_k
+        ∂E_k/∂s_t = (∂s_{t+1}/∂s_t)ᵀ ∂E_k/∂s_{t+1},  starting from the error ∂E_k/∂h_k
 
     Args:
-        layer: nn.RNN, nn.LSTM or nn.GRU of torch or unvanish. Dropout between layers is off.
+        layer: nn.RNN, nn.LSTM or nn.GRU of torch or unvanish, or `unvanish.nn.Recurrent`. Dropout between layers is
+            off.
         x: the input in the layer's own layout: padded, unbatched or packed.
         hx: the initial state; None: zeros.
-        sources: steps k, negative ones from the end; a count, spread evenly with the last step among them; or "all".
-        state: "c" or "h"; by default c for the LSTM and h for the others.
-        cotangent: `[K, B, D·R]` ∂E_k/∂h_k, samples in the user's order; `[K, B, R]` with D = 2 is the error of `at`'s
-            direction. None: one random unit vector per direction, from `seed`, the same for all sources and samples.
+        error: `[K, B, D·R]` ∂E_k/∂h_k of each source, samples in the user's order; `[K, B, R]` with D = 2 is the error
+            of `at`'s direction. None: one random unit vector per direction, from `seed`, the same for all sources and
+            samples.
+        lengths: `[B]` steps of each sample of a padded x.
         at: "l0", "l1.reverse", …: whose state is measured; by default the last layer's, forward.
-        seed: of the random cotangents.
+        sources: steps k, negative ones from the end; a count, spread evenly with the last step among them; or "all".
+        state: its name; by default the one that carries the error over time (`Cell.memory`: c of the LSTM, h of the
+            RNN and the GRU).
+        seed: of the random errors.
 
     Returns:
         The map; `norms` and `log_norms` are `[K, T, B]`. A reversed layer reads from the end, so its error travels to
@@ -110,22 +115,22 @@ def adjoint_map(
     Cost: one pass over the steps with the rows of all sources k ≥ t; memory for one step's rows, and a bounded amount
     more when `at` is below the last layer.
     """
-    stack = run_stack(layer, x, hx)
+    stack = run_stack(layer, x, hx, lengths)
     place = stack.index(at)
     tr = stack.traces[place]
     chosen = _state(state, tr)
     T, B = stack.inputs.x.shape[:2]
     steps = _sources(sources, T)
-    error = _cotangents(stack, cotangent, len(steps), B, place, seed)
+    given = _errors(stack, error, len(steps), B, place, seed)
     below = place < len(stack.layers) - stack.directions
-    at_once = max(1, HELD_ELEMENTS // (T * B * error.shape[-1])) if below else len(steps)
+    at_once = max(1, HELD_ELEMENTS // (T * B * given.shape[-1])) if below else len(steps)
     parts = []
     for first in range(0, len(steps), at_once):
         here = steps[first : first + at_once]
         K = len(here)
-        entering = arriving_at(stack, place, K, made_at(here, error[first : first + K]))
-        measure = log_norms_collapsed if K >= MANY and tr.weights.w_hr is None else log_norms_directly
-        parts.append(measure(tr, K, entering, tr.cell.states.index(chosen)))
+        entering = arriving_at(stack, place, K, made_at(here, given[first : first + K]))
+        collapse = K >= MANY and tr.weights.w_hr is None
+        parts.append(log_norms_of(tr, K, entering, tr.cell.states.index(chosen), collapse))
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     log_norms = stack.inputs.in_user_order(whole, 2)
     return AdjointMap(log_norms.cpu(), tuple(steps), chosen, stack.layers[place].name)
@@ -134,7 +139,7 @@ def adjoint_map(
 def _state(state: str | None, tr: engine.Trace) -> str:
     states = tr.cell.states
     if state is None:
-        return states[-1]
+        return tr.cell.remembers
     if state not in states:
         raise ValueError(f"state: expected {' or '.join(states)} for {tr.cell.name}, got {state!r}")
     return state
@@ -163,7 +168,7 @@ def _sources(sources: Literal["all"] | int | Sequence[int], T: int) -> list[int]
     return steps
 
 
-def _cotangents(stack: Stack, given: Tensor | None, K: int, B: int, place: int, seed: int) -> Tensor:
+def _errors(stack: Stack, given: Tensor | None, K: int, B: int, place: int, seed: int) -> Tensor:
     """[K, B, D·R] in internal order."""
     tr, D = stack.traces[-1], stack.directions
     R = tr.y.shape[-1]
@@ -171,11 +176,11 @@ def _cotangents(stack: Stack, given: Tensor | None, K: int, B: int, place: int, 
         random = torch.randn(D, R, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return torch.nn.functional.normalize(random, dim=-1).flatten().to(tr.y).expand(K, B, -1)
     if given.dtype != tr.y.dtype:
-        raise ValueError(f"cotangent: expected the layer's dtype {tr.y.dtype}, got {given.dtype}")
+        raise ValueError(f"error: expected the layer's dtype {tr.y.dtype}, got {given.dtype}")
     if D == 2 and given.shape == (K, B, R):
         direction = stack.layers[place].reverse
         zero = torch.zeros_like(given)
         given = torch.cat([zero, given] if direction else [given, zero], dim=-1)
     if given.shape != (K, B, D * R):
-        raise ValueError(f"cotangent: expected [K, B, D·R] = {(K, B, D * R)}, got {tuple(given.shape)}")
+        raise ValueError(f"error: expected [K, B, D·R] = {(K, B, D * R)}, got {tuple(given.shape)}")
     return stack.inputs.in_internal_order(given.detach(), 1)

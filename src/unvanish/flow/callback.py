@@ -134,7 +134,7 @@ class GradientFlow(lightning.Callback):
             sources = sorted(set(last.tolist()))
             made = torch.tensor(sources)[:, None] == last[None, :]
             error = unit * made.unsqueeze(-1).to(unit)
-            found_map = adjoint_map(layer, x, hx, sources=sources, at=place.name, cotangent=error)
+            found_map = adjoint_map(layer, x, hx, sources=sources, at=place.name, error=error)
             curves = torch.full((int(lengths.max()), len(lengths)), torch.nan, dtype=torch.float64)
             for b, (k, length) in enumerate(zip(last.tolist(), lengths.tolist(), strict=True)):
                 curve = found_map.over_lag(sources.index(k))[:length, b]

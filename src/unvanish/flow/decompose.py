@@ -1,6 +1,14 @@
-"""Which path carries the error one step back: the exact terms of δc_{t−1} (LSTM) or δh_{t−1} (GRU, RNN).
+"""Which path carries the error one step back: the exact terms of δm_{t−1}, m the state that remembers.
 
-LSTM, with u_t = ∂h_t/∂c_t, through W_hr where there is a projection:
+With the symbols of `unvanish.cells.calculus`, what comes back to the states at t − 1 from step t is one part per carry
+and one per gate,
+
+    carry     C_mm ⊙ δm_t                     the state's own old value
+    from_a    C_am ⊙ δs^a_t                   another state that reads it
+    gate γ    W_γᵀ δq^γ_t                     through γ's matrix, to the state that it reads
+
+and what comes to another state than m counts as far as that state is made from m. For the LSTM, whose h_t is made from
+c_t with u_t = ∂h_t/∂c_t (through W_hr where there is a projection), that is
 
     δc_{t−1} = u_{t−1} ⊙ ∂E_{t−1}/∂h_{t−1} + A + B + C + D + O
     A = u_{t−1} ⊙ W_hfᵀ δa^f_t      B = f_t ⊙ δc_t      C = u_{t−1} ⊙ W_hiᵀ δa^i_t
@@ -10,30 +18,25 @@ GRU:  δh_{t−1} = ∂E_{t−1}/∂h_{t−1} + z_t ⊙ δh_t + W_hrᵀ δa^r_t 
 RNN:  δh_{t−1} = ∂E_{t−1}/∂h_{t−1} + W_hhᵀ δa_t
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
-from unvanish.cells import LSTM
-from unvanish.flow.article import Article, article_product
-from unvanish.flow.backwards import flow_at
+from unvanish.cells import calculus
+from unvanish.flow.descent import flow_at
 from unvanish.flow.exponents import Rows, log_norms, times_power_of_two
 from unvanish.flow.files import Record
 from unvanish.flow.stack import Stack, run_stack
-from unvanish.nn.modules import full_precision
+from unvanish.flow.textbook_product import TextbookProduct, textbook_product
+from unvanish.nn.modules import SequenceModule, full_precision
 
 if TYPE_CHECKING:
     import pandas as pd
-
-NAMES = {
-    "lstm": ("forget_gate", "carry", "input_gate", "candidate", "output_gate"),
-    "gru": ("carry", "reset_gate", "update_gate", "candidate"),
-    "rnn": ("recurrent",),
-}
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,7 +71,11 @@ class Term(Record):
 
 @dataclass(frozen=True, repr=False)
 class StateTerms(Record):
-    """The terms of one layer and direction by name, also as attributes: `terms.carry`, `terms.forget_gate`, …"""
+    """The terms of one layer and direction by name, also as attributes: `terms.carry`, `terms.forget_gate`, …
+
+    A gate's term is the path through that gate's recurrent matrix; `carry` is the path along the state itself: diag(f_t)
+    for the LSTM, diag(z_t) for the GRU.
+    """
 
     _picture = "terms"
 
@@ -78,7 +85,7 @@ class StateTerms(Record):
     terms: dict[str, Term]
     log_total: Tensor
     """[T, B] float64 ln‖Σ terms‖₂: the error that came back from later steps"""
-    article: Article | None = None
+    textbook: TextbookProduct | None = None
 
     @property
     def total(self) -> Tensor:
@@ -104,14 +111,15 @@ class StateTerms(Record):
 @torch.no_grad()
 @full_precision()
 def decompose(
-    layer: nn.RNNBase,
+    layer: SequenceModule,
     x: Tensor | PackedSequence,
     hx: Any = None,
     *,
     error: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
     at: str | None = None,
     matrices: bool = False,
-    article: bool = False,
+    textbook: bool = False,
     probes: int | None = None,
     seed: int = 0,
 ) -> StateTerms:
@@ -119,15 +127,17 @@ def decompose(
     docstring).
 
     Args:
-        layer: nn.RNN, nn.LSTM or nn.GRU of torch or unvanish.
+        layer: nn.RNN, nn.LSTM or nn.GRU of torch or unvanish, or `unvanish.nn.Recurrent`.
         x: its input, in its own layout.
         hx: the initial state; None: zeros.
         error: `[T, B, D·R]` ∂E_t/∂h_t at the last layer's output, samples in the user's order; None: one random unit
             vector, from `seed`, at each sample's last step read.
+        lengths: `[B]` steps of each sample of a padded x.
         at: "l0", "l1.reverse", …; by default the last layer's forward direction.
         matrices: also each term's H × H matrix per step and sample; memory T·B·H² per term.
-        article: for the LSTM, also the textbook product against the exact derivative; H³ work per step and sample.
-        probes: estimate the article's norms from so many random vectors, H² work each; None: exact.
+        textbook: for a cell whose output is made from its memory (LSTM), also the textbook product Π ∂c_t/∂c_{t−1}
+            against the exact derivative; H³ work per step and sample.
+        probes: estimate the norms of `textbook` from so many random vectors, H² work each; None: exact.
         seed: of the random error and probes.
 
     Raises:
@@ -135,31 +145,34 @@ def decompose(
 
     The layer's `clip` plays no part. Norms and shares are right also where the error itself is below the dtype's range.
     """
-    stack = run_stack(layer, x, hx)
+    stack = run_stack(layer, x, hx, lengths)
     place = stack.index(at)
     tr = stack.traces[place]
-    if article and tr.cell.name != "lstm":
-        raise ValueError(f"article: its product is of the LSTM's cell state, the layer is a {tr.cell.name}")
-    if probes is not None and not (article and probes >= 1):
-        raise ValueError(f"probes: expected a count of 1 or more, together with article=True; got {probes}")
-    flow, exponent = flow_at(stack, place, _last_step_error(stack, seed) if error is None else error)
-    names = NAMES["rnn" if tr.cell.name.startswith("rnn") else tr.cell.name]
-    parts = [_one_step_earlier(v, tr) for v in _terms(tr, flow)]
+    cell = tr.cell
+    if textbook and (cell.states[0], cell.remembers) not in tr.partials.made:
+        raise ValueError(
+            f"textbook: its product is of a memory that the output is made from, as the LSTM's c; a {cell.name} has none"
+        )
+    if probes is not None and not (textbook and probes >= 1):
+        raise ValueError(f"probes: expected a count of 1 or more, together with textbook=True; got {probes}")
+    deltas, exponent = flow_at(stack, place, _last_step_error(stack, seed) if error is None else error)
+    parts = _terms(tr, deltas)
     exponent = _one_step_earlier(exponent, tr)
-    total = torch.stack(parts).sum(0)
+    total = torch.stack(list(parts.values())).sum(0)
     unit = Rows.of(total)
     square = unit.v.double().square().sum(-1)
-    forms = _matrices(tr) if matrices else [None] * len(parts)
+    forms = _matrices(tr) if matrices else {}
     terms = {}
-    for name, part, form in zip(names, parts, forms, strict=True):
+    for name, part in parts.items():
         log_norm = stack.inputs.in_user_order(log_norms(part, exponent), 1).cpu()
         scaled = times_power_of_two(part, -unit.exponent.unsqueeze(-1))
         share = (scaled.double() * unit.v.double()).sum(-1) / torch.where(square > 0, square, torch.nan)
-        shown = None if form is None else stack.inputs.in_user_order(_one_step_earlier(form, tr), 1).cpu()
+        form = forms.get(name, torch.zeros(()).to(part).expand(*part.shape, part.shape[-1])) if matrices else None
+        shown = None if form is None else stack.inputs.in_user_order(form, 1).cpu()
         terms[name] = Term(name, log_norm, stack.inputs.in_user_order(share, 1).cpu(), shown)
     log_total = stack.inputs.in_user_order(log_norms(total, exponent), 1).cpu()
-    product = article_product(stack, tr, probes, seed) if article else None
-    return StateTerms(tr.cell.name, stack.layers[place].name, terms, log_total, product)
+    product = textbook_product(stack, tr, probes, seed) if textbook else None
+    return StateTerms(cell.name, stack.layers[place].name, terms, log_total, product)
 
 
 def _last_step_error(stack: Stack, seed: int) -> Tensor:
@@ -176,28 +189,28 @@ def _last_step_error(stack: Stack, seed: int) -> Tensor:
     return stack.inputs.in_user_order(dy, 1)
 
 
-def _terms(tr: engine.Trace, flow: engine.Flow) -> list[Tensor]:
-    """Each term at the step it comes from, before u of the step it goes to; [T, B, H]."""
-    w_hh, saved = tr.weights.w_hh, tr.saved
-    G = len(tr.cell.gates)
-    through = [d @ w for d, w in zip(flow.da_hh.chunk(G, dim=-1), w_hh.chunk(G, dim=0), strict=True)]
-    if isinstance(tr.cell, LSTM):
-        u = _exposure_before(tr)
-        if tr.weights.w_hr is not None:
-            through = [v @ tr.weights.w_hr for v in through]
-        i, f, g, o = (u * v for v in through)
-        return [f, saved.f * flow.dstate[1], i, g, o]
-    if tr.cell.name == "gru":
-        return [saved.z * flow.dstate[0], *through]
-    return through
-
-
-def _exposure_before(tr: engine.Trace) -> Tensor:
-    """u of the step read before, [T, B, H]; 0 before the first, whose h is given and does not depend on c."""
-    assert isinstance(tr.cell, LSTM)
-    u = tr.cell.exposure(tr.saved)
-    zero = torch.zeros_like(u[:1])
-    return torch.cat([u[1:], zero] if tr.reverse else [zero, u[:-1]])
+def _terms(tr: engine.Trace, deltas: engine.Deltas) -> dict[str, Tensor]:
+    """Each term at the step at which it arrives, `[T, B, H]`, by its name."""
+    cell, d, w = tr.cell, tr.partials, tr.weights
+    m = cell.remembers
+    total = dict(zip(cell.states, deltas.dstate, strict=True))
+    if w.w_hr is not None:
+        total[cell.states[0]] = total[cell.states[0]] @ w.w_hr
+    found = {}
+    for (a, b), c in d.s.items():
+        if b == m:
+            found["carry" if a == m else f"from_{a}"] = _one_step_earlier(c * total[a], tr)
+    if deltas.da_hh is None:
+        return found
+    shares = zip(cell.sources.items(), deltas.da_hh.chunk(len(cell.sources), dim=-1), strict=True)
+    for (gate, source), dq in shares:
+        if gate in cell.same_step:
+            continue
+        arrived = _one_step_earlier(dq @ calculus.block(cell, w, gate), tr)
+        in_memory, _ = calculus.completed(cell, d, {source: arrived}, w)
+        if m in in_memory:
+            found[cell.titles.get(gate, gate)] = in_memory[m]
+    return found
 
 
 def _one_step_earlier(v: Tensor, tr: engine.Trace) -> Tensor:
@@ -215,22 +228,20 @@ def _present(v: Tensor, tr: engine.Trace) -> Tensor:
     return torch.where(tr.active.reshape(*tr.active.shape[:2], *(1,) * (v.dim() - 2)), v, 0.0)
 
 
-def _matrices(tr: engine.Trace) -> list[Tensor]:
-    """Each term as a matrix `[T, B, H, H]`, in the order of NAMES."""
-    saved, w_hh = tr.saved, tr.weights.w_hh
-    blocks = w_hh.chunk(len(tr.cell.gates), dim=0)
-    if isinstance(tr.cell, LSTM):
-        u = _exposure_before(tr).unsqueeze(-2)
-        if tr.weights.w_hr is not None:
-            blocks = tuple(w @ tr.weights.w_hr for w in blocks)
-        w_i, w_f, w_g, _ = blocks
-        k_i, k_f, k_g = tr.cell.gate_factors(saved)
-        # O acts on c_{t+1} through h_{t+1}, not directly: as a matrix of the cell state it is zero.
-        forms = [k.unsqueeze(-1) * w * u for k, w in ((k_f, w_f), (k_i, w_i), (k_g, w_g))]
-        return [forms[0], torch.diag_embed(saved.f), forms[1], forms[2], torch.zeros_like(forms[0])]
-    if tr.cell.name == "gru":
-        k_r, k_z, k_n = tr.cell.gate_factors(saved)  # type: ignore[attr-defined]
-        w_r, w_z, w_n = blocks
-        pairs = ((k_r, w_r), (k_z, w_z), (k_n * saved.r, w_n))
-        return [torch.diag_embed(saved.z), *(k.unsqueeze(-1) * w for k, w in pairs)]
-    return [tr.cell.jacobian(saved, tr.weights)]
+def _matrices(tr: engine.Trace) -> dict[str, Tensor]:
+    """Each term as a matrix `[T, B, H, H]` that acts on the memory at t; what acts on m_{t+1} only through another state
+    of step t + 1, as the LSTM's O, is zero as such a matrix and absent."""
+    cell, d, w = tr.cell, tr.partials, tr.weights
+    m = cell.remembers
+    found = {}
+    if (m, m) in d.s:
+        found["carry"] = _one_step_earlier(torch.diag_embed(d.s[m, m]), tr)
+    per_row = type(d)(*({key: v.unsqueeze(-2) for key, v in kind.items()} for kind in d))
+    for gate, source in cell.sources.items():
+        if (m, gate) not in d.q or gate in cell.same_step:
+            continue
+        rows = _one_step_earlier(d.q[m, gate].unsqueeze(-1) * calculus.block(cell, w, gate), tr)
+        in_memory, _ = calculus.completed(cell, per_row, {source: rows}, w)
+        if m in in_memory:
+            found[cell.titles.get(gate, gate)] = in_memory[m]
+    return found

@@ -1,18 +1,19 @@
 """What the gates imply: how open they are, how often saturated, and how long each unit remembers."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from unvanish.cells import CARRY
+from unvanish.cells import calculus
 from unvanish.engine import SATURATED
 from unvanish.flow.files import Record
 from unvanish.flow.stack import run_stack
-from unvanish.nn.modules import full_precision
+from unvanish.nn.modules import SequenceModule, full_precision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +30,8 @@ class GateStatistics(Record):
     saturation: Tensor
     """[G, H] share of steps at which φ' is below 5 % of its maximum"""
     log_carry: Tensor | None
-    """[H] mean ln f (LSTM) or ln z (GRU), nats per step; None for the RNN, which carries nothing"""
+    """[H] mean ln|∂m_t/∂m_{t−1}| of the memory m at fixed shares, nats per step: ln f of the LSTM, ln z of the GRU; None
+    for a cell that carries nothing, as the plain RNN"""
 
     @property
     def _picture(self) -> str:  # type: ignore[override]
@@ -82,24 +84,29 @@ class GateStatistics(Record):
 @torch.no_grad()
 @full_precision()
 def gate_statistics(
-    layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None, *, at: str | None = None
+    layer: SequenceModule,
+    x: Tensor | PackedSequence,
+    hx: Any = None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    at: str | None = None,
 ) -> GateStatistics:
     """Mean, saturation and implied memory of every unit's gates: τ = 1 / −mean_t ln f_t.
 
     Args:
-        layer, x, hx, at: as in `adjoint_map`.
+        layer, x, hx, lengths, at: as in `adjoint_map`.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
 
     Source: Tallec & Ollivier 2018, section 2 (gates as time constants).
     """
-    stack = run_stack(layer, x, hx)
+    stack = run_stack(layer, x, hx, lengths)
     tr = stack.traces[stack.index(at)]
     on = (
         torch.ones(tr.x.shape[:2], dtype=torch.bool, device=tr.x.device) if tr.active is None else tr.active.squeeze(-1)
     )
-    values, closed = tr.cell.activations(tr.saved)[on].double(), tr.cell.sensitivity(tr.saved)[on] < SATURATED
-    carry = CARRY.get(tr.cell.name)
-    log_carry = None if carry is None else getattr(tr.saved, carry)[on].double().log().mean(0).cpu()
+    values, closed = tr.gates[on].double(), tr.cell.sensitivity(tr)[on] < SATURATED
+    carry = calculus.carry(tr.cell, tr.partials)
+    log_carry = None if carry is None else carry[on].double().abs().log().mean(0).cpu()
     return GateStatistics(tr.cell.name, tr.cell.gates, values.mean(0).cpu(), closed.double().mean(0).cpu(), log_carry)

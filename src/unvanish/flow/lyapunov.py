@@ -1,19 +1,20 @@
 """The dynamics of the full state s = h or (h, c) under the real input: Jacobians and Lyapunov spectrum."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.flow import tangents
 from unvanish.flow.files import Record
 from unvanish.flow.singular import orthonormal, orthonormalised, singular_values
 from unvanish.flow.stack import full_jacobians, reading_order, run_stack
-from unvanish.nn.modules import full_precision
+from unvanish.nn.modules import SequenceModule, full_precision
 
-__all__ = ["LyapunovHistory", "jacobian", "lyapunov", "singular_values"]
+__all__ = ["LyapunovSpectrum", "jacobian", "lyapunov", "singular_values"]
 
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class LyapunovHistory(Record):
-    """How the exponents converge."""
+class LyapunovSpectrum(Record):
+    """The exponents, and how they converge."""
 
     _picture = "lyapunov"
 
@@ -44,13 +45,21 @@ class LyapunovHistory(Record):
     def __repr__(self) -> str:
         found = ", ".join(f"{float(e):.3g}" for e in self.exponents[:8])
         more = ", …" if len(self.exponents) > 8 else ""
-        return f"LyapunovHistory over {len(self.history)} steps: {found}{more} nats per step"
+        return f"LyapunovSpectrum over {len(self.history)} steps: {found}{more} nats per step"
 
 
 @torch.no_grad()
 @full_precision()
-def jacobian(layer: nn.RNNBase, x: Tensor | PackedSequence, t: int, hx: Any = None, *, at: str | None = None) -> Tensor:
-    """∂s_t/∂s_{t−1} `[B, S, S]` of one layer: s = h (S = H), or (h, c) (S = R + H) for the LSTM.
+def jacobian(
+    layer: SequenceModule,
+    x: Tensor | PackedSequence,
+    hx: Any = None,
+    *,
+    t: int,
+    lengths: Tensor | Sequence[int] | None = None,
+    at: str | None = None,
+) -> Tensor:
+    """∂s_t/∂s_{t−1} `[B, S, S]` of one layer, s all states of the cell side by side: h, or (h, c) for the LSTM.
 
     t counts in input order; for a reversed layer the step read before t is t + 1. Where a sample has no input it is
     the identity.
@@ -58,7 +67,7 @@ def jacobian(layer: nn.RNNBase, x: Tensor | PackedSequence, t: int, hx: Any = No
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    stack = run_stack(layer, x, hx)
+    stack = run_stack(layer, x, hx, lengths)
     tr = stack.traces[stack.index(at)]
     T = tr.x.shape[0]
     if not isinstance(t, SupportsIndex) or not -T <= t < T:
@@ -66,47 +75,19 @@ def jacobian(layer: nn.RNNBase, x: Tensor | PackedSequence, t: int, hx: Any = No
     return stack.inputs.in_user_order(full_jacobians(tr, t % T), 0)
 
 
-@overload
-def lyapunov(
-    layer: nn.RNNBase,
-    x: Tensor | PackedSequence,
-    hx: Any = None,
-    *,
-    n: int | None = None,
-    at: str | None = None,
-    warmup: int = 0,
-    history: Literal[False] = False,
-    seed: int = 0,
-) -> Tensor: ...
-
-
-@overload
-def lyapunov(
-    layer: nn.RNNBase,
-    x: Tensor | PackedSequence,
-    hx: Any = None,
-    *,
-    n: int | None = None,
-    at: str | None = None,
-    warmup: int = 0,
-    history: Literal[True],
-    seed: int = 0,
-) -> LyapunovHistory: ...
-
-
 @torch.no_grad()
 @full_precision()
 def lyapunov(
-    layer: nn.RNNBase,
+    layer: SequenceModule,
     x: Tensor | PackedSequence,
     hx: Any = None,
     *,
-    n: int | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
     at: str | None = None,
+    n: int | None = None,
     warmup: int = 0,
-    history: bool = False,
     seed: int = 0,
-) -> Tensor | LyapunovHistory:
+) -> LyapunovSpectrum:
     """λ_i = lim 1/T Σ_t ln R_ii(t),  J_t Q_{t−1} = Q_t R(t): the n largest exponents under the given input, nats per
     step.
 
@@ -114,21 +95,21 @@ def lyapunov(
     mean of ln|det J_t|.
 
     Args:
-        layer, x, hx, at: as in `adjoint_map`.
+        layer, x, hx, lengths, at: as in `adjoint_map`.
         n: how many; None: all S.
         warmup: steps of each sample read before averaging begins, in which Q turns towards the leading directions.
-        history: return a LyapunovHistory instead of the tensor.
         seed: of the first Q.
 
     Returns:
-        `[n]` float64, mean over samples, largest first; −inf for a direction that is contracted to zero.
+        The spectrum; `exponents` `[n]` are float64, means over samples, largest first, −inf for a direction that is
+        contracted to zero.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
 
     Source: Benettin et al. 1980; for recurrent networks Engelken, Wolf & Abbott 2023, Vogt et al. 2022.
     """
-    stack = run_stack(layer, x, hx)
+    stack = run_stack(layer, x, hx, lengths)
     tr = stack.traces[stack.index(at)]
     T, B = tr.x.shape[:2]
     S = sum(s.shape[-1] for s in tr.final)
@@ -147,14 +128,11 @@ def lyapunov(
         grown = factor.double().log()
         # A held state grows by ln 1 = 0.
         total += torch.where(read > warmup, grown, 0.0)
-        if history:
-            estimates.append(_mean(total, read - warmup))
+        estimates.append(_mean(total, read - warmup))
     per_sample = torch.where(read > warmup, total / (read - warmup), torch.nan)
     exponents, order = _mean(total, read - warmup).sort(descending=True)
-    if not history:
-        return exponents.cpu()
     shown = torch.stack(estimates)[:, order].cpu()
-    return LyapunovHistory(exponents.cpu(), shown, stack.inputs.in_user_order(per_sample, 0)[:, order].cpu())
+    return LyapunovSpectrum(exponents.cpu(), shown, stack.inputs.in_user_order(per_sample, 0)[:, order].cpu())
 
 
 def _orthonormalised(v: Tensor) -> tuple[Tensor, Tensor]:

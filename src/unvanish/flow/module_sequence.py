@@ -93,7 +93,7 @@ class ModuleSequence(Sequence):
 
     def _forward(self, call: _Call) -> list[engine.Pass | engine.Trace]:
         """A pass of each layer and direction: `engine.Pass` where the engine can measure by itself, else a trace."""
-        native = engine.explain(call.inputs.x).rung == "native" and not self.want_partial
+        native = engine.explain(call.layers[0].cell, call.inputs.x).rung == "native" and not self.want_partial
         make = engine.Pass if native else engine.trace
 
         def run(layer: LayerDirection, x: Tensor, state: State) -> engine.Pass | engine.Trace:
@@ -117,9 +117,7 @@ class ModuleSequence(Sequence):
             record = layer_flow(name, layer.cell, lengths, [ran.statistics], [norms])
             return dx, self._measured(call, layer, record, grads, lambda: ran.replay(dy, ends, clip))
         flow = engine.adjoint(ran, dy, ends, clip)
-        record = summarise(
-            name, ran.cell, ran.saved, flow.dstate, flow.da, flow.da_hh, ran.x, ran.active, self.want_partial, lengths
-        )
+        record = summarise(name, ran, flow, self.want_partial, lengths)
         found = self._measured(call, layer, record, engine.weight_gradients(ran, flow), lambda: (ran, dy, flow))
         return flow.da @ ran.weights.w_ih if want_dx else None, found
 

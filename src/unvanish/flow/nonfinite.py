@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from unvanish import engine
+from unvanish.flow.summary import by_gate
 
 
 class Birth(NamedTuple):
@@ -20,7 +21,7 @@ def birthplace(
     name: str,
     tr: engine.Trace,
     dy: Tensor | None,
-    flow: engine.Flow,
+    flow: engine.Deltas,
     first_step: int = 0,
     order: Tensor | None = None,
 ) -> Birth:
@@ -34,14 +35,15 @@ def birthplace(
     for label, weight in zip(tr.weights._fields, tr.weights, strict=True):
         if weight is not None and not _finite(weight):
             return Birth(True, f"{name}: weight {label} holds a {_kind(weight)} before the pass")
-    gates = tr.cell.activations(tr.saved)
-    forward = [("the input x", tr.x), ("the state before the step", tr.saved.h_prev)]
+    gates = tr.gates
+    before = [("the state before the step", v) for v in tr.before]
+    forward = [("the input x", tr.x), *before]
     forward += [(f"gate {gate}", gates[..., i, :]) for i, gate in enumerate(tr.cell.gates)]
-    forward += [("the state h", tr.y)]
+    forward += [(f"the state {state}", v) for state, v in zip(tr.cell.states, tr.after, strict=True)]
     found = _first(forward, tr.active, tr.reverse)
     if found is not None:
         return Birth(True, _sentence(name, "forward", found, first_step, order))
-    da = flow.da.unflatten(-1, (len(tr.cell.gates), -1))
+    da = by_gate(tr.cell, flow.da, flow.da_hh)
     backward = [] if dy is None else [("the error arriving at h from outside", dy)]
     backward += [(f"δ{state}", d) for state, d in zip(tr.cell.states, flow.dstate, strict=True)]
     backward += [(f"δ of gate {gate}", da[..., i, :]) for i, gate in enumerate(tr.cell.gates)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from unvanish import engine
-from unvanish.cells import LSTM, State, Weights
+from unvanish.cells import State, Weights, calculus
 from unvanish.flow.nonfinite import birthplace
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.summary import healthy, summarise
@@ -125,7 +125,8 @@ class CellSequence(Sequence):
         active = engine.active_steps(lengths, T, self.x[0].device) if ragged else None
         x = _stack(self.x, B)
         previous = tuple(_stack(list(column), B) for column in zip(*self.previous, strict=True))
-        state, saved = self.cell.step(self.cell.project(x, self.weights), previous, self.weights)
+        state = self.cell.advance(self.cell.project(x, self.weights), previous, self.weights)
+        tr = engine.Trace(self.cell, self.weights, x, previous, state, tuple(s[-1] for s in state), active, False)
         d = tuple(
             _stack(
                 [_batched(errors[t, i]).to(s.dtype) if (t, i) in errors else torch.zeros_like(s[t]) for t in range(T)],
@@ -133,19 +134,17 @@ class CellSequence(Sequence):
             )
             for i, s in enumerate(state)
         )
-        if isinstance(self.cell, LSTM):
-            through_h = d[0] * self.cell.exposure(saved)
+        for (a, b), u in tr.partials.made.items():
+            # Autograd's ∂E/∂c_t includes the path through h_t of the same step, which the adjoint adds itself.
             total = torch.tensor(self.exposed, device=x.device)[:, None, None]
-            d = (d[0], torch.where(total, d[1] - through_h, d[1]))
-        step = self.cell.adjoint(d, saved, self.weights)
-        record = summarise(
-            self.name, self.cell, saved, step.state, step.da, step.da_hh, x, active, self.want_partial, lengths
-        )
-        mine = {"weight_ih": step.da.flatten(0, 1).mT @ x.flatten(0, 1)}
-        mine["weight_hh"] = step.da_hh.flatten(0, 1).mT @ saved.h_prev.flatten(0, 1)
+            i, j = self.cell.states.index(b), self.cell.states.index(a)
+            d = (*d[:i], torch.where(total, d[i] - u * d[j], d[i]), *d[i + 1 :])
+        step = calculus.adjoint(self.cell, tr.partials, d, self.weights)
+        flow = engine.Deltas(step.state, step.da, step.da_hh, tuple(s[0] for s in step.previous))
+        record = summarise(self.name, tr, flow, self.want_partial, lengths)
+        made = engine.weight_gradients(tr, flow)
+        mine = {"weight_ih": made.w_ih, "weight_hh": made.w_hh}
         gradients = {key: mine[name] for name, (key, _) in heard_weights(self.module).items()}
-        tr = engine.Trace(self.cell, self.weights, x, state[0], tuple(s[-1] for s in state), saved, active, False)
-        flow = engine.Flow(step.state, step.da, step.da_hh, tuple(s[0] for s in step.previous))
         record = replace(record, detached=tuple(self.detached))
         return [
             Measured(record, gradients, None if healthy(record) else birthplace(self.name, tr, d[0], flow).sentence)

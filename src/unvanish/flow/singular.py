@@ -13,16 +13,17 @@ Source: Benettin et al. 1980 for the triangular products; Rayleigh–Ritz with s
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
 from unvanish.flow import tangents
 from unvanish.flow.stack import reading_order, run_stack
-from unvanish.nn.modules import full_precision
+from unvanish.nn.modules import SequenceModule, full_precision
 
 WINDOW = 1e4
 """Values further apart than this have separated within a few turns."""
@@ -34,14 +35,15 @@ MARGIN = 8
 @torch.no_grad()
 @full_precision()
 def singular_values(
-    layer: nn.RNNBase,
+    layer: SequenceModule,
     x: Tensor | PackedSequence,
-    j: int,
-    k: int,
     hx: Any = None,
     *,
-    n: int = 1,
+    j: int,
+    k: int,
+    lengths: Tensor | Sequence[int] | None = None,
     at: str | None = None,
+    n: int = 1,
     iterations: int = 100,
     seed: int = 0,
 ) -> Tensor:
@@ -49,7 +51,7 @@ def singular_values(
     shrunk by the time it is at j.
 
     Args:
-        layer, x, hx, at: as in `adjoint_map`.
+        layer, x, hx, lengths, at: as in `adjoint_map`.
         j, k: steps; the layer reads j before k. Where a sample has no input its state is held.
         n: how many singular values; NaN for a sample whose states are not finite.
         iterations: turns there and back, at most; it stops where the values stand still, to 1e-9 (float32: 1e-4).
@@ -61,7 +63,7 @@ def singular_values(
     Warns:
         RuntimeWarning: the values still move after the last turn; the message says by how much.
     """
-    stack = run_stack(layer, x, hx)
+    stack = run_stack(layer, x, hx, lengths)
     tr = stack.traces[stack.index(at)]
     T, B = tr.x.shape[:2]
     order = list(reading_order(tr))

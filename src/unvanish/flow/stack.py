@@ -1,18 +1,19 @@
 """A stacked module run forward with everything kept: what the maps, terms and exponents are computed from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
-from unvanish.cells import State
+from unvanish.cells import State, calculus
 from unvanish.engine.sequence import steps
 from unvanish.nn.modules import (
     LayerDirection,
+    SequenceModule,
     TimeMajor,
     evaluating,
     initial_states,
@@ -50,15 +51,17 @@ class Stack:
 
 
 @torch.no_grad()
-def run_stack(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None) -> Stack:
+def run_stack(
+    layer: SequenceModule, x: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | Sequence[int] | None = None
+) -> Stack:
     """Run `layer` over x, in its own layout, from hx, zeros when None.
 
     Raises:
-        TypeError, ValueError: layer is no recurrent module of torch or unvanish; x or hx does not fit.
+        TypeError, ValueError: layer is no recurrent module of torch or unvanish; x, hx or lengths does not fit.
     """
     with evaluating(layer):
         layers = layer_directions(layer)
-    inputs = time_major(layer, x)
+    inputs = time_major(layer, x, lengths)
     check_input(layer, inputs)
     states = initial_states(layer, hx, inputs)
     for name, v in (("x", inputs.x), *(("hx", s) for s in states[0])):
@@ -73,7 +76,7 @@ def run_stack(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any = None) -> 
     return Stack(inputs, layers, run_layers(layers, inputs.x.detach(), states, run))
 
 
-def check_input(layer: nn.RNNBase, inputs: TimeMajor) -> None:
+def check_input(layer: SequenceModule, inputs: TimeMajor) -> None:
     """There are samples to measure, of as many features as the layer reads.
 
     Raises:
@@ -85,11 +88,6 @@ def check_input(layer: nn.RNNBase, inputs: TimeMajor) -> None:
         raise ValueError("x: expected one sample at least, got an empty batch")
 
 
-def saved_at(tr: engine.Trace, t: int) -> Any:
-    """What the cell saved at step t."""
-    return type(tr.saved)(*(field[t] for field in tr.saved))
-
-
 def reading_order(tr: engine.Trace) -> Iterator[int]:
     """The steps as the layer reads them."""
     return steps(tr.x.shape[0], tr.reverse)
@@ -97,7 +95,8 @@ def reading_order(tr: engine.Trace) -> Iterator[int]:
 
 def full_jacobians(tr: engine.Trace, t: int) -> Tensor:
     """∂s_t/∂s_{t−1} `[B, S, S]`; the identity where a sample is inactive, whose state is held."""
-    jacobian = tr.cell.jacobian(saved_at(tr, t), tr.weights)
+    sizes = tuple(s.shape[-1] for s in tr.final)
+    jacobian = calculus.jacobian(tr.cell, tr.partials.at(t), tr.weights, sizes)
     if tr.active is None:
         return jacobian
     held = torch.eye(jacobian.shape[-1], dtype=jacobian.dtype, device=jacobian.device)

@@ -1,20 +1,23 @@
 """The T subgradients of ∂E/∂W = Σ_t g_t, g_t = δa_tᵀ [h_{t-1}, x_t], W = [W_hh, W_ih]: their norms, and their partial
 sums'; and the same for the sources of ∂E/∂W = Σ_k ∂E_k/∂W."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
-from unvanish.flow.backwards import HELD_ELEMENTS, Step, arriving_at, backwards, checked_error, made_at
+from unvanish.cells import Point
+from unvanish.engine.manual import recurrent_pairs
+from unvanish.flow.descent import HELD_ELEMENTS, arriving_at, checked_error
 from unvanish.flow.exponents import EMPTY, log_norms, times_power_of_two
 from unvanish.flow.files import Record
+from unvanish.flow.scaled_rows import Step, backwards, made_at
 from unvanish.flow.stack import run_stack
-from unvanish.nn.modules import full_precision
+from unvanish.nn.modules import SequenceModule, full_precision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,36 +29,50 @@ SUM_ELEMENTS = 2**24
 """Of the ∂E_k/∂W held at a time; more sources are taken in several rounds."""
 
 
-def dweight(da: Tensor, da_hh: Tensor, x: Tensor, h_prev: Tensor) -> Tensor:
-    """‖g_t‖_F, `[T]` float64, from δa and δa_hh `[T, B, G·H]`, x `[T, B, I]`, h_{t-1} `[T, B, R]`.
+Pairs = list[tuple[Tensor, tuple[Tensor, ...]]]
+"""δ `[T, B, n]` and what the weights behind it are multiplied with, each `[T, B, m]`: g_t = Σ_b δ_tbᵀ [s_tb, …]"""
+
+
+def weight_pairs(at: Point, da: Tensor, da_hh: Tensor | None) -> Pairs:
+    """The factors of g_t for W = [W_hh, W_ih] of steps whose states are known."""
+    if da_hh is None:
+        return [(da, (at.x,))]
+    recurrent = recurrent_pairs(at, da_hh)
+    if da_hh is da and len(recurrent) == 1:
+        return [(da, (at.x, recurrent[0][1]))]
+    return [(da, (at.x,)), *((d, (s,)) for d, s in recurrent)]
+
+
+def dweight(pairs: Pairs) -> Tensor:
+    """‖g_t‖_F, `[T]` float64.
 
     By the Gram identity ‖Σ_b u_bᵀ v_b‖_F² = Σ_{b,b'} (u_b · u_b')(v_b · v_b'), without forming g_t. δ is scaled to
     about 1 by a power of two first, so that its squares neither underflow nor overflow.
     """
-    da, x, h_prev = da.double(), x.double(), h_prev.double()
-    if da.shape[1] == 0:
-        return da.new_zeros(len(da))
-    pairs = [(da, x @ x.mT + h_prev @ h_prev.mT)]
-    if da_hh is not da:
-        pairs = [(da, x @ x.mT), (da_hh.double(), h_prev @ h_prev.mT)]
-    exponent = torch.frexp(torch.stack([u.abs().amax((1, 2)) for u, _ in pairs]).amax(0)).exponent
-    total = da.new_zeros(len(exponent))
-    for u, gram in pairs:
-        scaled = times_power_of_two(u, -exponent[:, None, None])
+    doubled = [(d.double(), tuple(s.double() for s in factors)) for d, factors in pairs]
+    first = doubled[0][0]
+    if first.shape[1] == 0:
+        return first.new_zeros(len(first))
+    exponent = torch.frexp(torch.stack([d.abs().amax((1, 2)) for d, _ in doubled]).amax(0)).exponent
+    total = first.new_zeros(len(exponent))
+    for d, factors in doubled:
+        scaled = times_power_of_two(d, -exponent[:, None, None])
+        gram = sum(s @ s.mT for s in factors)
         total += ((scaled @ scaled.mT) * gram).sum((1, 2))
     return times_power_of_two(total.clamp_min(0).sqrt(), exponent)
 
 
-def partial(da: Tensor, da_hh: Tensor, x: Tensor, h_prev: Tensor) -> Tensor:
+def partial_sums(pairs: Pairs) -> Tensor:
     """‖Σ_{s≥t} g_s‖_F, `[T]` float64: the partial sums of ∂E/∂W from the last step backwards. Forms one g_t at a
     time."""
-    T = len(da)
-    norms = da.new_zeros(T, dtype=torch.float64)
-    sums = [d.new_zeros(d.shape[-1], v.shape[-1], dtype=torch.float64) for d, v in ((da, x), (da_hh, h_prev))]
+    flat = [(d, s) for d, factors in pairs for s in factors]
+    T = len(flat[0][0])
+    norms = flat[0][0].new_zeros(T, dtype=torch.float64)
+    sums = [d.new_zeros(d.shape[-1], s.shape[-1], dtype=torch.float64) for d, s in flat]
     for t in reversed(range(T)):
-        for total, d, v in zip(sums, (da, da_hh), (x, h_prev), strict=True):
-            total.addmm_(d[t].double().mT, v[t].double())
-        norms[t] = torch.hypot(*(torch.linalg.vector_norm(total) for total in sums))
+        for total, (d, s) in zip(sums, flat, strict=True):
+            total.addmm_(d[t].double().mT, s[t].double())
+        norms[t] = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(total) for total in sums]))
     return norms
 
 
@@ -110,17 +127,18 @@ class SourceGradients(Record):
 @torch.no_grad()
 @full_precision()
 def source_gradients(
-    layer: nn.RNNBase,
+    layer: SequenceModule,
     x: Tensor | PackedSequence,
-    error: Tensor,
     hx: Any = None,
     *,
+    error: Tensor,
+    lengths: Tensor | Sequence[int] | None = None,
     at: str | None = None,
 ) -> SourceGradients:
     """∂E_k/∂W = Σ_{t ≤ k} δa_{k,t}ᵀ [h_{t−1}, x_t] for every step k at which there is an error.
 
     Args:
-        layer, x, hx, at: as in `adjoint_map`.
+        layer, x, hx, lengths, at: as in `adjoint_map`.
         error: `[T, B, D·R]` ∂E_k/∂h_k, samples in the user's order. Steps where it is zero are no sources.
 
     Raises:
@@ -128,14 +146,14 @@ def source_gradients(
 
     Cost: one pass over the steps for some dozens of sources at a time, and the arithmetic of K full ∂E_k/∂W.
     """
-    stack = run_stack(layer, x, hx)
+    stack = run_stack(layer, x, hx, lengths)
     place = stack.index(at)
     dy, tr = checked_error(stack, error), stack.traces[place]
     sources = [k for k, there in enumerate(dy.flatten(1).any(1).tolist()) if there]
     if not sources:
         raise ValueError("error: expected a non-zero error at one step at least, got zeros")
     T, B = tr.x.shape[:2]
-    at_once = SUM_ELEMENTS // (tr.weights.w_hh.numel() + tr.weights.w_ih.numel())
+    at_once = SUM_ELEMENTS // sum(w.numel() for w in tr.weights[:2] if w is not None)
     if place < len(stack.layers) - stack.directions:
         at_once = min(at_once, HELD_ELEMENTS // (T * B * dy.shape[-1]))
     found: list[Tensor] = []
@@ -155,57 +173,88 @@ def source_gradients(
 
 @dataclass
 class _Sum:
-    """One ∂E_k/∂W per source: [hh | ih] · 2^exponent."""
+    """One ∂E_k/∂W per source, W = [W_hh, W_ih] by its blocks: Σ of parts, each times 2^exponent."""
 
-    hh: Tensor
-    """[K, G·H, R]"""
-    ih: Tensor
-    """[K, G·H, I]"""
+    parts: list[Tensor]
+    """[K, n, m] each"""
     exponent: Tensor
     """[K] float64"""
 
     @classmethod
     def zero(cls, tr: engine.Trace, K: int) -> "_Sum":
-        w_ih, w_hh, *_ = tr.weights
-        hh, ih = w_hh.new_zeros(K, *w_hh.shape), w_ih.new_zeros(K, *w_ih.shape)
-        return cls(hh, ih, torch.full((K,), EMPTY, dtype=torch.float64, device=tr.x.device))
+        parts = [d.new_zeros(K, d.shape[-1], s.shape[-1]) for d, s in _factors(tr, _empty(tr), slice(0, 1))]
+        return cls(parts, torch.full((K,), EMPTY, dtype=torch.float64, device=tr.x.device))
 
     def add(self, tr: engine.Trace, steps: list[Step], samples: Tensor | None = None) -> None:
         """+= Σ_t δa_tᵀ [h_{t−1}, x_t] over these steps, of all samples or those in `samples` `[B]`."""
         place = steps[-1].place
         k, B = place.stop - place.start, tr.x.shape[1]
-        exponents = self.exponent.new_full((len(steps), k, B), EMPTY)
-        da, da_hh = tr.x.new_zeros(2, len(steps), k, B, tr.weights.w_hh.shape[0]).unbind()
+        exponents = self.exponent.new_full((len(steps), B, k), EMPTY)
         for i, step in enumerate(steps):
-            inside = slice(step.place.start - place.start, step.place.stop - place.start)
-            exponents[i, inside] = step.exponent
-            da[i, inside], da_hh[i, inside] = step.adjoint.da, step.adjoint.da_hh
+            exponents[i, :, step.place.start - place.start : step.place.stop - place.start] = step.exponent
         if samples is not None:
-            exponents = torch.where(samples, exponents, EMPTY)
-        top = torch.maximum(self.exponent[place], exponents.amax((0, 2)))
-        shrink, lower = self.exponent[place] - top, (exponents - top[:, None]).unsqueeze(-1)
+            exponents = torch.where(samples[:, None], exponents, EMPTY)
+        top = torch.maximum(self.exponent[place], exponents.amax((0, 1)))
+        shrink, lower = self.exponent[place] - top, (exponents - top).unsqueeze(-1)
         order = [step.t for step in steps]
-        for whole, d, v in ((self.hh, da_hh, tr.saved.h_prev[order]), (self.ih, da, tr.x[order])):
+        # δ of all sources at these steps, with the sources beside the samples.
+        gathered = [self._gather(tr, steps, which) for which in (0, 1)]
+        for whole, (d, s) in zip(self.parts, _factors(tr, tuple(gathered), order), strict=True):
             here, scaled = whole[place], times_power_of_two(d, lower)
             if bool((shrink < 0).any()):
                 here.copy_(times_power_of_two(here, shrink[:, None, None]))
-            left = scaled.permute(1, 3, 0, 2).reshape(-1, len(steps) * B)
-            here.flatten(0, 1).addmm_(left, v.flatten(0, 1))
+            left = scaled.permute(2, 3, 0, 1).reshape(-1, len(steps) * B)
+            here.flatten(0, 1).addmm_(left, s.flatten(0, 1))
         self.exponent[place] = top
+
+    @staticmethod
+    def _gather(tr: engine.Trace, steps: list[Step], which: int) -> Tensor | None:
+        """δp (0) or δq (1) of these steps, `[τ, B, k, G·H]`; None where the cell has none."""
+        place = steps[-1].place
+        first = steps[0].adjoint
+        assert first is not None
+        if which == 1 and (first.da_hh is None or first.da_hh is first.da):
+            return None
+        width = (first.da if which == 0 else first.da_hh).shape[-1]  # type: ignore[union-attr]
+        out = tr.x.new_zeros(len(steps), tr.x.shape[1], place.stop - place.start, width)
+        for i, step in enumerate(steps):
+            assert step.adjoint is not None
+            made = step.adjoint.da if which == 0 else step.adjoint.da_hh
+            assert made is not None
+            out[i, :, step.place.start - place.start : step.place.stop - place.start] = made
+        return out
 
     def row(self, k: int) -> "_Sum":
         part = slice(k, k + 1)
-        return _Sum(self.hh[part].double(), self.ih[part].double(), self.exponent[part])
+        return _Sum([v[part].double() for v in self.parts], self.exponent[part])
 
     def __add__(self, other: "_Sum") -> "_Sum":
         top = torch.maximum(self.exponent, other.exponent)
         own, others = ((s.exponent - top)[:, None, None] for s in (self, other))
-        hh = times_power_of_two(self.hh, own) + times_power_of_two(other.hh, others)
-        return _Sum(hh, times_power_of_two(self.ih, own) + times_power_of_two(other.ih, others), top)
+        both = zip(self.parts, other.parts, strict=True)
+        return _Sum([times_power_of_two(a, own) + times_power_of_two(b, others) for a, b in both], top)
 
     def log_norms(self) -> Tensor:
-        parts = torch.stack([log_norms(v.flatten(1), self.exponent) for v in (self.hh, self.ih)])
+        parts = torch.stack([log_norms(v.flatten(1), self.exponent) for v in self.parts])
         return torch.logsumexp(2 * parts, dim=0) / 2
+
+
+def _factors(
+    tr: engine.Trace, deltas: tuple[Tensor | None, ...], steps: list[int] | slice
+) -> list[tuple[Tensor, Tensor]]:
+    """(δ `[τ, B, k, n]`, what it is multiplied with `[τ, B, m]`) of every block of W = [W_hh, W_ih]."""
+    da, da_hh = deltas
+    assert da is not None
+    part = Point(tr.cell, tr.weights, tr.x[steps], *(tuple(s[steps] for s in kind) for kind in (tr.before, tr.after)))
+    if tr.weights.w_hh is None:
+        return [(da, part.x)]
+    return [*recurrent_pairs(part, da if da_hh is None else da_hh), (da, part.x)]
+
+
+def _empty(tr: engine.Trace) -> tuple[Tensor, Tensor | None]:
+    w_ih, w_hh, *_ = tr.weights
+    da = tr.x.new_zeros(1, 1, 1, w_ih.shape[0])
+    return da, None if w_hh is None else tr.x.new_zeros(1, 1, 1, w_hh.shape[0])
 
 
 def _sums(tr: engine.Trace, K: int, steps: Iterator[Step]) -> tuple[_Sum, _Sum]:

@@ -3,42 +3,31 @@
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from unvanish import engine
-from unvanish.cells import CARRY, Cell, State
+from unvanish.cells import Cell, Point, calculus
 from unvanish.flow.record import LayerFlow
-from unvanish.flow.subgradients import dweight, partial
+from unvanish.flow.subgradients import dweight, partial_sums, weight_pairs
 
 CHUNK_ELEMENTS = 2**18
 """of δa that are summarised at a time, so that the float64 copies stay in the cache"""
 
 
-def summarise(
-    name: str,
-    cell: Cell,
-    saved: Any,
-    dstate: State,
-    da: Tensor,
-    da_hh: Tensor,
-    x: Tensor,
-    active: Tensor | None,
-    want_partial: bool,
-    lengths: Tensor,
-) -> LayerFlow:
-    """The record of a layer whose states and δ are known at every step; all `[T, B, ...]`."""
-    T, B, width = da.shape
+def summarise(name: str, tr: engine.Trace, deltas: engine.Deltas, want_partial: bool, lengths: Tensor) -> LayerFlow:
+    """The record of a layer whose states and δ are known at every step."""
+    T, B, width = deltas.da.shape
+    cell, active = tr.cell, tr.active
     span = max(1, CHUNK_ELEMENTS // max(1, B * max(width, B)))
-    whole = (saved, dstate, da, da_hh, x, active)
-    pieces = [_summarise_steps(cell, *_steps(whole, slice(t, t + span))) for t in range(0, T, span)]
+    pieces = [_summarise_steps(tr, deltas, slice(t, t + span)) for t in range(0, T, span)]
     dh, dc, dgates, subgradients, gates, saturation, log_carry = (
         None if column[0] is None else torch.cat(column).cpu() for column in zip(*pieces, strict=True)
     )
     assert dh is not None
     count = B * T if active is None else int(active.sum())
+    whole = weight_pairs(tr, deltas.da, deltas.da_hh) if want_partial else []
     return LayerFlow(
         name=name,
         cell=cell.name,
@@ -48,44 +37,43 @@ def summarise(
         dc=dc,
         dgates=dgates,
         dweight=subgradients,
-        partial=partial(da, da_hh, x, saved.h_prev).cpu() if want_partial else None,
+        partial=partial_sums(whole).cpu() if want_partial else None,
         gates=gates,
         saturation=saturation,
         log_carry=None if log_carry is None else log_carry.sum(0) / count,
     )
 
 
-def _steps(parts: Any, span: slice) -> Any:
-    """The steps in `span` of nested tuples of `[T, ...]` tensors; the same tensor twice stays one."""
-    if isinstance(parts, Tensor):
-        return parts[span]
-    if parts is None:
-        return None
-    done: dict[int, Any] = {}
-    for part in parts:
-        if id(part) not in done:
-            done[id(part)] = _steps(part, span)
-    cut = [done[id(part)] for part in parts]
-    return type(parts)(*cut) if hasattr(parts, "_fields") else tuple(cut)
-
-
-def _summarise_steps(
-    cell: Cell, saved: Any, dstate: State, da: Tensor, da_hh: Tensor, x: Tensor, active: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _summarise_steps(tr: engine.Trace, deltas: engine.Deltas, span: slice) -> tuple[Tensor | None, ...]:
     """(dh, dc, dgates, dweight, gates, saturation, Σ ln carry) of a span of steps small enough to stay in the cache."""
-    dh, dc = (*(row_norms(d) for d in dstate), None)[:2]
-    double = da.double()
-    hidden = double if da_hh is da else da_hh.double()
-    dgates = torch.linalg.vector_norm(double.unflatten(-1, (len(cell.gates), -1)), dim=-1)
-    closed = (cell.sensitivity(saved) < engine.SATURATED).to(saved.h_prev.dtype).mean(-1).double()
-    values = cell.activations(saved).mean(-1).double()
-    carry = getattr(saved, CARRY.get(cell.name, ""), None)
-    logs = None if carry is None else carry.log()
-    if active is not None:
-        closed, values = (torch.where(active, v, torch.nan) for v in (closed, values))
-        logs = None if logs is None else torch.where(active, logs, 0.0)
+    cell, w = tr.cell, tr.weights
+    before, after = (tuple(s[span] for s in kind) for kind in (tr.before, tr.after))
+    at = Point(cell, w, tr.x[span], before, after, None if tr.kept is None else tr.kept[span])
+    states = {a: row_norms(d[span]) for a, d in zip(cell.states, deltas.dstate, strict=True)}
+    memory = cell.remembers
+    dc = states[memory] if memory != cell.states[0] else None
+    da = deltas.da[span].double()
+    da_hh = da if deltas.da_hh is deltas.da else None if deltas.da_hh is None else deltas.da_hh[span].double()
+    dgates = torch.linalg.vector_norm(by_gate(cell, da, da_hh), dim=-1)
+    closed = (cell.sensitivity(at) < engine.SATURATED).to(tr.x.dtype).mean(-1).double()
+    values = at.gates.mean(-1).double()
+    carry = calculus.carry(cell, at.partials)
+    logs = None if carry is None else carry.abs().log()
+    if tr.active is not None:
+        on = tr.active[span]
+        closed, values = (torch.where(on, v, torch.nan) for v in (closed, values))
+        logs = None if logs is None else torch.where(on, logs, 0.0)
     kept = None if logs is None else logs.sum((0, 1), dtype=torch.float64).unsqueeze(0)
-    return dh, dc, dgates, dweight(double, hidden, x.double(), saved.h_prev.double()), values, closed, kept
+    return states[cell.states[0]], dc, dgates, dweight(weight_pairs(at, da, da_hh)), values, closed, kept
+
+
+def by_gate(cell: Cell, da: Tensor, da_hh: Tensor | None) -> Tensor:
+    """δ of every gate's pre-activation, `[..., G, H]`: by the input's share, or by the recurrent one where a gate reads no
+    input."""
+    parts = dict(zip(cell.input_gates, da.chunk(len(cell.input_gates), dim=-1), strict=True))
+    if da_hh is not None and len(parts) < len(cell.gates):
+        parts = dict(zip(cell.sources, da_hh.chunk(len(cell.sources), dim=-1), strict=True)) | parts
+    return torch.stack([parts[gate] for gate in cell.gates], dim=-2)
 
 
 def layer_flow(

@@ -33,8 +33,7 @@ class RNNCell(nn.RNNCell):
             raise RuntimeError(f"hx: expected {(*input.shape[:-1], self.hidden_size)}, got {tuple(hx.shape)}")
         weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         cell = CELLS["rnn_sigmoid"]
-        (h,), _ = cell.step(cell.project(input, weights), (hx,), weights)
-        return h
+        return cell.advance(cell.project(input, weights), (hx,), weights)[0]
 
 
 class LSTMCell(nn.LSTMCell):

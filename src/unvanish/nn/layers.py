@@ -11,7 +11,8 @@ A subclass adds three things to how a sequence is run:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +34,24 @@ from unvanish.nn.modules import (
 from unvanish.nn.pieces import run_in_pieces
 
 
-class LayerStates(NamedTuple):
+@dataclass(frozen=True)
+class LayerStates:
     """Every state and gate of one layer and direction, time-major, samples in the user's order."""
 
-    h: Tensor
-    """[T, B, R]"""
-    c: Tensor | None
-    """[T, B, H]; None but for the LSTM"""
+    states: dict[str, Tensor]
+    """state → its values `[T, B, H]` (h `[T, B, R]`), in the cell's order"""
     gates: dict[str, Tensor]
     """gate → its values [T, B, H]"""
+
+    @property
+    def h(self) -> Tensor:
+        """[T, B, R] the layer's output, the first of its states."""
+        return next(iter(self.states.values()))
+
+    @property
+    def c(self) -> Tensor | None:
+        """[T, B, H] the state called c; None for a cell without one."""
+        return self.states.get("c")
 
 
 class EngineSequence(nn.RNNBase):
@@ -128,9 +138,9 @@ class EngineSequence(nn.RNNBase):
 
         found = {}
         for d, tr in zip(layers, run_layers(layers, inputs.x, initial_states(self, hx, inputs), run), strict=True):
-            gates = dict(zip(d.cell.gates, d.cell.activations(tr.saved).unbind(-2), strict=True))
-            c = arrange(tr.saved.c) if "c" in tr.saved._fields else None
-            found[d.name] = LayerStates(arrange(tr.y), c, {gate: arrange(v) for gate, v in gates.items()})
+            gates = zip(d.cell.gates, tr.gates.unbind(-2), strict=True)
+            states = zip(d.cell.states, tr.after, strict=True)
+            found[d.name] = LayerStates(*({name: arrange(v) for name, v in kind} for kind in (states, gates)))
         return found
 
     def extra_repr(self) -> str:
@@ -199,7 +209,7 @@ class EngineSequence(nn.RNNBase):
     def _run_direction(self, d: LayerDirection, x: Tensor, state: State, inputs: TimeMajor) -> tuple[Tensor, State]:
         lengths = inputs.lengths
         recorders = self._recording
-        if recorders is not None and engine.explain(x).rung != "native":
+        if recorders is not None and engine.explain(d.cell, x).rung != "native":
             recorders = None
         if self.checkpoint_every is None:
             record = None if recorders is None else recorders(inputs, d, 0)
@@ -231,7 +241,7 @@ class EngineSequence(nn.RNNBase):
             output, final = y.squeeze(1), tuple(s.squeeze(1) for s in final)
         else:
             output = y.transpose(0, 1) if self.batch_first else y
-        return output, (final if self.mode == "LSTM" else final[0])
+        return output, (final if len(final) > 1 else final[0])
 
 
 class RNN(EngineSequence, nn.RNN):

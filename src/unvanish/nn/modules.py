@@ -13,7 +13,29 @@ from torch.utils.hooks import RemovableHandle
 from unvanish.cells import CELLS, Cell, State, Weights
 from unvanish.engine.checks import whole_lengths
 
-RecurrentModule = nn.RNNBase | nn.RNNCellBase
+
+class CellModule(nn.Module):
+    """A layer over sequences for a cell of `unvanish.cells`: what `unvanish.nn.Recurrent` is to code that takes it
+    beside torch's layers."""
+
+    cell: Cell
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size = 0
+
+    def direction_weights(self, layer: int, reverse: bool) -> Weights:
+        """The weights of one layer and direction as the engine takes them."""
+        raise NotImplementedError
+
+
+SequenceModule = nn.RNNBase | CellModule
+"""What reads whole sequences."""
+RecurrentModule = nn.RNNBase | nn.RNNCellBase | CellModule
 
 
 class LayerDirection(NamedTuple):
@@ -84,8 +106,10 @@ def cell_of(module: RecurrentModule) -> Cell:
     """The mathematics of a recurrent module.
 
     Raises:
-        TypeError: it is none of torch's RNN, LSTM, GRU and their cells.
+        TypeError: it is none of torch's RNN, LSTM, GRU and their cells, nor `unvanish.nn.Recurrent`.
     """
+    if isinstance(module, CellModule):
+        return module.cell
     if isinstance(module, nn.LSTM | nn.LSTMCell):
         return CELLS["lstm"]
     if isinstance(module, nn.GRU | nn.GRUCell):
@@ -93,27 +117,41 @@ def cell_of(module: RecurrentModule) -> Cell:
     if isinstance(module, nn.RNN | nn.RNNCell):
         return CELLS[f"rnn_{module.nonlinearity}"]
     raise TypeError(
-        f"module: expected torch's RNN, LSTM, GRU or one of their cells, got {type(module).__name__}; the state of a "
-        "cell of your own can be watched with uv.mark(h, name)"
+        f"module: expected torch's RNN, LSTM, GRU, one of their cells, or unvanish.nn.Recurrent, got "
+        f"{type(module).__name__}; write its step as an unvanish.Cell, or watch its state with uv.mark(h, name)"
     )
 
 
-def used_weights(module: nn.RNNBase) -> list[Tensor]:
-    """The weights of its last forward pass, in torch's order; parametrized ones are not computed anew."""
-    return [w for w in module._flat_weights if w is not None]
+def used_weights(module: SequenceModule) -> list[Tensor] | None:
+    """The weights of its last forward pass, in torch's order; parametrized ones are not computed anew. None of a layer
+    that keeps no such list."""
+    return [w for w in module._flat_weights if w is not None] if isinstance(module, nn.RNNBase) else None
 
 
-def layer_directions(module: nn.RNNBase, weights: Sequence[Tensor] | None = None) -> list[LayerDirection]:
+def layer_directions(module: SequenceModule, weights: Sequence[Tensor] | None = None) -> list[LayerDirection]:
     """Its layers and directions in torch's order, with `weights`, or its own as they are now.
 
     Raises:
-        TypeError: module is not one of torch's recurrent modules.
+        TypeError: module is none of torch's recurrent modules, nor `unvanish.nn.Recurrent`.
     """
+    if isinstance(module, CellModule):
+        directions = [
+            (layer, reverse)
+            for layer in range(module.num_layers)
+            for reverse in ((False, True) if module.bidirectional else (False,))
+        ]
+        return [
+            LayerDirection(module.cell, module.direction_weights(layer, reverse), layer, reverse, place(layer, reverse))
+            for layer, reverse in directions
+        ]
     if not isinstance(module, nn.RNNBase) or module.mode.lower() not in CELLS:
-        raise TypeError(f"layer: expected torch.nn.RNN, LSTM or GRU, got {type(module).__name__}")
+        raise TypeError(
+            f"layer: expected torch.nn.RNN, LSTM or GRU, or unvanish.nn.Recurrent, got {type(module).__name__}"
+        )
     if weights is None:
         module._update_flat_weights()
         weights = used_weights(module)
+        assert weights is not None
     cell = CELLS[module.mode.lower()]
     directions = (False, True) if module.bidirectional else (False,)
     places = [(layer, reverse) for layer in range(module.num_layers) for reverse in directions]
@@ -123,13 +161,18 @@ def layer_directions(module: nn.RNNBase, weights: Sequence[Tensor] | None = None
         w_ih, w_hh, *rest = weights[k * per_place : (k + 1) * per_place]
         w_hr = rest.pop() if module.proj_size else None
         b_ih, b_hh = rest if module.bias else (None, None)
-        name = f"l{layer}" + ".reverse" * reverse
-        found.append(LayerDirection(cell, Weights(w_ih, w_hh, b_ih, b_hh, w_hr), layer, reverse, name))
+        weights_here = Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
+        found.append(LayerDirection(cell, weights_here, layer, reverse, place(layer, reverse)))
     return found
 
 
+def place(layer: int, reverse: bool) -> str:
+    """The name of a layer and direction: "l0", "l1.reverse"."""
+    return f"l{layer}" + ".reverse" * reverse
+
+
 def time_major(
-    module: nn.RNNBase, x: Tensor | PackedSequence, lengths: Tensor | Sequence[int] | None = None
+    module: SequenceModule, x: Tensor | PackedSequence, lengths: Tensor | Sequence[int] | None = None
 ) -> TimeMajor:
     """x as `[T, B, I]`, from `[T, B, I]`, `[B, T, I]` (batch_first), `[T, I]` or packed; `lengths` are those of a
     padded one.
@@ -194,16 +237,24 @@ def as_states(hx: Any) -> tuple[Tensor, ...]:
     return () if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
 
 
-def initial_states(module: nn.RNNBase, hx: Any, inputs: TimeMajor) -> list[State]:
-    """(h_0,) or (h_0, c_0) of each layer and direction in internal batch order; zeros where hx is None."""
-    x, B = inputs.x, inputs.x.shape[1]
+def state_sizes(module: SequenceModule) -> tuple[int, ...]:
+    """The width of each state."""
+    cell = cell_of(module)
+    return module.proj_size or module.hidden_size, *((module.hidden_size,) * (len(cell.states) - 1))
+
+
+def initial_states(module: SequenceModule, hx: Any, inputs: TimeMajor) -> list[State]:
+    """The initial states of each layer and direction in internal batch order; the cell's own (0 as a rule) where hx is
+    None."""
+    x, B, cell = inputs.x, inputs.x.shape[1], cell_of(module)
     rows = module.num_layers * (2 if module.bidirectional else 1)
-    sizes = (module.proj_size or module.hidden_size, module.hidden_size)[: 2 if module.mode == "LSTM" else 1]
+    sizes = state_sizes(module)
     if hx is None:
-        return [tuple(x.new_zeros(B, n) for n in sizes)] * rows
+        return [cell.start(x, sizes)] * rows
     given = as_states(hx)
     if len(given) != len(sizes) or not all(isinstance(h, Tensor) for h in given):
-        expected, found = ("h_0", "(h_0, c_0)")[len(sizes) - 1], ", ".join(type(h).__name__ for h in given)
+        names = ", ".join(f"{s}_0" for s in cell.states)
+        expected, found = names if len(sizes) == 1 else f"({names})", ", ".join(type(h).__name__ for h in given)
         raise ValueError(f"hx: expected {expected}, {len(sizes)} of tensors, got {len(given)}: {found}")
     given = tuple(h.unsqueeze(1) if h.dim() == 2 else h for h in given)
     for h, n in zip(given, sizes, strict=True):
@@ -214,7 +265,7 @@ def initial_states(module: nn.RNNBase, hx: Any, inputs: TimeMajor) -> list[State
 
 
 def detached_call(
-    module: nn.RNNBase, x: Tensor | PackedSequence, hx: Any, lengths: Tensor | Sequence[int] | None = None
+    module: SequenceModule, x: Tensor | PackedSequence, hx: Any, lengths: Tensor | Sequence[int] | None = None
 ) -> tuple[TimeMajor, list[State]]:
     """A call's input and initial states, to run it again: outside any graph, and in the weights' dtype where autocast
     had been given another."""
@@ -223,7 +274,7 @@ def detached_call(
     return inputs, [tuple(s.detach().to(dtype) for s in state) for state in initial_states(module, hx, inputs)]
 
 
-def output_error(module: nn.RNNBase, inputs: TimeMajor, d: Tensor | None) -> Tensor | None:
+def output_error(module: SequenceModule, inputs: TimeMajor, d: Tensor | None) -> Tensor | None:
     """∂E/∂y of a call as it came, as `[T, B, D·R]` in internal order and the input's dtype."""
     if d is None:
         return None
@@ -240,7 +291,7 @@ def final_error(inputs: TimeMajor, d: Tensor | None) -> Tensor | None:
     return d.unsqueeze(1) if d.dim() == 2 else inputs.in_internal_order(d, 1)
 
 
-def dropout_masks(module: nn.RNNBase, inputs: TimeMajor, rng: Tensor | None) -> list[Tensor]:
+def dropout_masks(module: SequenceModule, inputs: TimeMajor, rng: Tensor | None) -> list[Tensor]:
     """What was drawn between the layers, drawn again: same generator state, shapes and order; none if `rng` is None."""
     if rng is None:
         return []

@@ -102,7 +102,8 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *errors: Any) -> Any:
         x, *saved = ctx.saved_tensors
-        w, kept, needs = Weights(*saved[:5]), saved[5:], ctx.needs_input_grad[2:]
+        n = len(Weights._fields)
+        w, kept, needs = Weights(*saved[:n]), saved[n:], ctx.needs_input_grad[2:]
         device = x.device.type
         gradients, recorded = [], ctx.plan.recorder is not None
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():

@@ -24,7 +24,7 @@ from unvanish.flow import (
     Flow,
     GateStatistics,
     LayerFlow,
-    LyapunovHistory,
+    LyapunovSpectrum,
     SourceGradients,
     StateTerms,
 )
@@ -301,7 +301,7 @@ def sources(record: SourceGradients, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def lyapunov(record: LyapunovHistory, ax: Axes | None = None) -> Axes:
+def lyapunov(record: LyapunovSpectrum, ax: Axes | None = None) -> Axes:
     """How the estimates of the Lyapunov exponents settle over the steps."""
     ax = ax or new_axes()
     for i in range(record.history.shape[1]):

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from unvanish import flow
-from unvanish.cells import CARRY
 from unvanish.nn.modules import layer_directions
 from unvanish.train.models import SequenceModel
 from unvanish.train.records import Anatomy
@@ -37,7 +36,7 @@ def dissect(model: SequenceModel, task: Task, update: int, probes: int) -> Anato
     found = flow.adjoint_map(layer, x, sources=min(SOURCES, x.shape[1]))
     T = x.shape[1]
     steps = sorted({round(i * (T - 1) / (POINTS - 1)) for i in range(POINTS)}) if T > POINTS else list(range(T))
-    carries = layer_directions(layer)[0].cell.name in CARRY
+    carries = layer_directions(layer)[0].cell.carries
     assert own.dweight is not None
     assert own.partial is not None
     return Anatomy(

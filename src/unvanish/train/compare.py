@@ -53,7 +53,7 @@ def measure(model: SequenceModel, task: Task, update: int, fraction: float = 0.0
     if not error.isfinite():
         raise ArithmeticError(f"the loss became {error.item()} at update {update}; try a smaller lr")
     (source,) = torch.autograd.grad(error, last)
-    found = flow.adjoint_map(double.recurrent, x, sources=[-1], cotangent=source.unsqueeze(0))
+    found = flow.adjoint_map(double.recurrent, x, sources=[-1], error=source.unsqueeze(0))
     log_norms = found.over_lag(0)
     relative = log_norms - log_norms[0]
     # No interpolation: between two exact zeros, −inf, it would make a NaN.

@@ -1,0 +1,339 @@
+"""The calculus of a step: adjoint, Jacobian–vector product and Jacobian of any cell, from its elementwise derivatives.
+
+Since the step is elementwise, each of its derivatives is a diagonal. With s_t = φ(p_t, q_t, s_{t-1}; v) and, where a
+state is made from another of the same step (the LSTM's h_t = o_t ⊙ tanh c_t),
+
+    U_ab = ∂s^a_t/∂s^b_t        K_aγ = ∂s^a_t/∂q^γ_t        C_ab = ∂s^a_t/∂s^b_{t-1}      at fixed other arguments,
+
+one step back is, for a total derivative δs_t,
+
+    δs^b_t     += Σ_a U_ab ⊙ δs^a_t                               states made from it in the same step
+    δq^γ_t      = Σ_a K_aγ ⊙ δs^a_t
+    δs^b_{t-1} += Σ_a C_ab ⊙ δs^a_t + Σ_{γ: src γ = b} W_γᵀ δq^γ_t
+
+and the Jacobian ∂s_t/∂s_{t-1} has the blocks C_ab + Σ_γ diag(K_aγ) W_γ, completed along U. The gates in
+`Cell.same_step` read a state of the same step: their W_γᵀ δq^γ_t goes to δs^b_t instead. A projection W_hr acts on h
+last.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unvanish.cells.base import Cell, State, Weights, blocks
+
+Diagonals = dict[tuple[str, str], Tensor]
+"""(state, argument) → `[..., H]`; what is identically zero is absent"""
+
+
+class Partials(NamedTuple):
+    """The derivatives of one or many steps, each a diagonal; the first of each pair of names is the state derived."""
+
+    made: Diagonals
+    """U: (a, b) for a state a made from state b of the same step"""
+    q: Diagonals
+    """K: (a, γ)"""
+    p: Diagonals
+    """(a, γ), by the input's share; the same tensors as in `q` where p and q enter as a sum"""
+    s: Diagonals
+    """C: (a, b)"""
+    v: Diagonals
+    """(a, vector)"""
+
+    def at(self, where: int | slice) -> "Partials":
+        """Of one step or a slice of them."""
+        return Partials(*({key: d[where] for key, d in kind.items()} for kind in self))
+
+    def steps(self, T: int) -> list["Partials"]:
+        """Of each of T steps: as `at`, but fast."""
+        kinds = [({key: d.unbind(0) for key, d in kind.items()}) for kind in self]
+        return [Partials(*({key: d[t] for key, d in kind.items()} for kind in kinds)) for t in range(T)]
+
+
+class Adjoint(NamedTuple):
+    """What one step of backpropagation through time yields."""
+
+    state: State
+    """δs_t: total derivatives of the error with respect to each state at t"""
+    da: Tensor
+    """[..., G·H] with respect to the input's shares p_t, gates in the order of `Cell.input_gates`"""
+    da_hh: Tensor | None
+    """[..., G·H] with respect to the recurrent shares q_t, gates in the order of `Cell.sources`; the same tensor as
+    `da` where the two enter as a sum; None for a cell without matrices"""
+    previous: State
+    """what the error of step t and later contributes to δs_{t-1}"""
+
+
+class Point:
+    """One or many steps of a cell whose states are known: where its derivatives are taken.
+
+    All tensors are `[..., H]` with the same leading dimensions.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        weights: Weights,
+        x: Tensor,
+        before: State,
+        after: State,
+        kept: Tensor | None = None,
+    ) -> None:
+        self.cell, self.weights, self.x, self.before, self.after = cell, weights, x, before, after
+        self.kept = kept
+        """[..., ≥ G, H] the gates' values, where whoever ran the steps kept them, and after them what else the cell's
+        own `partials` reads"""
+
+    @cached_property
+    def p(self) -> Tensor:
+        """[..., G·H] the input's shares."""
+        return self.cell.project(self.x, self.weights)
+
+    @cached_property
+    def q(self) -> Tensor | None:
+        """[..., G·H] the recurrent shares."""
+        return self.cell.shares(self.before, self.after, self.weights)
+
+    @cached_property
+    def gates(self) -> Tensor:
+        """[..., G, H] the gates' values."""
+        if self.kept is None:
+            return self.cell.activations(self)
+        return self.kept[..., : len(self.cell.gates), :]
+
+    @cached_property
+    def partials(self) -> Partials:
+        """The step's derivatives here."""
+        return self.cell.partials(self)
+
+    def state_before(self, name: str) -> Tensor:
+        """s_{t-1} by name."""
+        return self.before[self.cell.states.index(name)]
+
+
+def backward_order(cell: Cell, made: Diagonals) -> list[str]:
+    """The states, each after all that are made from it in the same step."""
+    return list(_backward_order(cell.name, cell.states, tuple(made), cell.same_step, tuple(cell.sources.items())))
+
+
+@lru_cache
+def _backward_order(
+    name: str,
+    states: tuple[str, ...],
+    made: tuple[tuple[str, str], ...],
+    same_step: tuple[str, ...],
+    sources: tuple[tuple[str, str], ...],
+) -> tuple[str, ...]:
+    order: list[str] = []
+    waiting = list(states)
+    read = {source for gate, source in sources if gate in same_step}
+    later = {*made, *((a, source) for source in read for a in states if a not in read)}
+    while waiting:
+        ready = [b for b in waiting if not any(y == b and x in waiting and x != b for x, y in later)]
+        if not ready:
+            raise ValueError(f"step: states of {name} are made from each other in a circle: {', '.join(waiting)}")
+        order += ready
+        waiting = [b for b in waiting if b not in ready]
+    return tuple(order)
+
+
+def adjoint(cell: Cell, d: Partials, error: State, w: Weights) -> Adjoint:
+    """One step back; error = what arrives at each state at t from outside and from later steps, not through another
+    state of the same step."""
+    names = cell.states
+    total, dq = completed(cell, d, dict(zip(names, error, strict=True)), w)
+    reported = tuple(total[a] for a in names) if w.w_hr is None else (error[0], *(total[a] for a in names[1:]))
+    for gate in cell.sources:
+        if gate not in dq:
+            dq[gate] = sum_of(d.q, gate, total)
+    da_hh = torch.cat(list(dq_in_order(cell, dq)), dim=-1) if len(dq) > 1 else next(iter(dq.values()), None)
+    if d.p is d.q:
+        assert da_hh is not None
+        da = da_hh
+    else:
+        parts = [dq[g] if same(d, g) and g in dq else sum_of(d.p, g, total) for g in cell.input_gates]
+        da = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+    previous = {}
+    for (a, b), c in d.s.items():
+        previous[b] = c * total[a] if b not in previous else previous[b] + c * total[a]
+    for source, back in through_matrices(cell, w, dq, da_hh):
+        previous[source] = back if source not in previous else previous[source] + back
+    like = dict(zip(names, error, strict=True))
+    back = tuple(previous[a] if a in previous else torch.zeros_like(like[a]) for a in names)
+    return Adjoint(reported, da, da_hh, back)
+
+
+def completed(
+    cell: Cell, d: Partials, arrived: dict[str, Tensor], w: Weights
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(δs_t of every state, before any projection; δq of the `same_step` gates) from what arrived at each state from
+    outside and from later steps; a state at which nothing arrived may be missing, and stays so."""
+    total, dq = dict(arrived), dict[str, Tensor]()
+    h = cell.states[0]
+    if w.w_hr is not None and h in total:
+        total[h] = total[h] @ w.w_hr
+    if not (d.made or cell.same_step):
+        return total, dq
+    for b in backward_order(cell, d.made):
+        for (a, of), u in d.made.items():
+            if of == b and a in total:
+                total[b] = total[b] + u * total[a] if b in total else u * total[a]
+        for gate in cell.same_step:
+            if cell.sources[gate] == b and any((a, gate) in d.q for a in total):
+                dq[gate] = sum_of(d.q, gate, total)
+                back = dq[gate] @ block(cell, w, gate)
+                total[b] = total[b] + back if b in total else back
+    return total, dq
+
+
+def carry(cell: Cell, d: Partials) -> Tensor | None:
+    """C_mm, `[..., H]`: what a unit keeps of its memory m in one step at fixed shares (f of the LSTM, z of the GRU); None
+    for a cell that carries nothing."""
+    return d.s.get((cell.remembers, cell.remembers))
+
+
+def same(d: Partials, gate: str) -> bool:
+    """Whether p and q of a gate enter as a sum, so that their derivatives are one."""
+    pairs = [(key, v) for key, v in d.p.items() if key[1] == gate]
+    return bool(pairs) and all(d.q.get(key) is v for key, v in pairs)
+
+
+def sum_of(d: Diagonals, argument: str, total: dict[str, Tensor]) -> Tensor:
+    """Σ_a D_a,argument ⊙ δs^a."""
+    found: Tensor | None = None
+    for (a, name), k in d.items():
+        if name == argument and a in total:
+            found = k * total[a] if found is None else torch.addcmul(found, k, total[a])
+    if found is None:
+        a = next(iter(total.values()))
+        return torch.zeros_like(a)
+    return found
+
+
+def dq_in_order(cell: Cell, dq: dict[str, Tensor]) -> Iterator[Tensor]:
+    """δq of the gates in the order in which their matrices are stacked."""
+    return (dq[gate] for gate in cell.sources)
+
+
+def block(cell: Cell, w: Weights, gate: str) -> Tensor:
+    """W_γ `[H, R]`."""
+    assert w.w_hh is not None
+    gates = tuple(cell.sources)
+    H = w.w_hh.shape[0] // len(gates)
+    i = gates.index(gate)
+    return w.w_hh[i * H : (i + 1) * H]
+
+
+def through_matrices(
+    cell: Cell, w: Weights, dq: dict[str, Tensor], stacked: Tensor | None
+) -> Iterator[tuple[str, Tensor]]:
+    """(source, Σ_γ W_γᵀ δq^γ) for every state that matrices read, but not those of this very step."""
+    if w.w_hh is None:
+        return
+    sources = cell.sources
+    gates = tuple(g for g in sources if g not in cell.same_step)
+    groups = blocks(tuple(sources.items()), gates)
+    if len(groups) == 1 and len(gates) == len(sources):
+        assert stacked is not None
+        yield groups[0][0], stacked @ w.w_hh
+        return
+    for source, rows in groups:
+        yield source, sum(dq[g] @ block(cell, w, g) for g, _ in rows)  # type: ignore[misc]
+
+
+def jvp(cell: Cell, d: Partials, tangent: State, w: Weights) -> State:
+    """J v: how the states at t move with those at t − 1; tangent one `[..., n]` per state."""
+    moved = dict(zip(cell.states, tangent, strict=True))
+    sources = cell.sources
+    dq = {
+        gate: moved[source] @ block(cell, w, gate).mT for gate, source in sources.items() if gate not in cell.same_step
+    }
+    new: dict[str, Tensor] = {}
+    H = next(iter(d.s.values()), next(iter(d.q.values()), tangent[0])).shape[-1]
+    for a in reversed(backward_order(cell, d.made)):
+        found = tangent[0].new_zeros(*tangent[0].shape[:-1], H)
+        for (x, b), c in d.s.items():
+            if x == a:
+                found = found + c * moved[b]
+        for (x, gate), k in d.q.items():
+            if x == a:
+                if gate not in dq:
+                    dq[gate] = new[sources[gate]] @ block(cell, w, gate).mT
+                found = found + k * dq[gate]
+        for (x, b), u in d.made.items():
+            if x == a:
+                found = found + u * new[b]
+        new[a] = found
+    if w.w_hr is not None:
+        new[cell.states[0]] = new[cell.states[0]] @ w.w_hr.mT
+    return tuple(new[a] for a in cell.states)
+
+
+def matrices(cell: Cell, d: Partials, w: Weights, pairs: set[tuple[str, str]] | None = None) -> Diagonals:
+    """(a, b) → `[..., H, n_b]` ∂s^a_t/∂s^b_{t-1} directly, not through another state of the same step; C_ab lies on the
+    diagonal. `pairs` leaves the others out."""
+    found: Diagonals = {}
+    for gate, source in cell.sources.items():
+        if gate in cell.same_step:
+            continue
+        for (a, name), k in d.q.items():
+            if name == gate:
+                w_gate = block(cell, w, gate)
+                if (a, source) in found:
+                    found[a, source].addcmul_(k.unsqueeze(-1), w_gate)
+                else:
+                    found[a, source] = k.unsqueeze(-1) * w_gate
+    for (a, b), c in d.s.items():
+        if (a, b) in found:
+            found[a, b].diagonal(dim1=-2, dim2=-1).add_(c)
+        elif pairs is None or (a, b) in pairs:
+            found[a, b] = torch.diag_embed(c)
+    return found
+
+
+def late_matrices(cell: Cell, d: Partials, w: Weights) -> Diagonals:
+    """(a, source) → `[..., H, H]` diag(K_aγ) W_γ of the gates that read a state of the same step."""
+    found: Diagonals = {}
+    for gate in cell.same_step:
+        for (a, name), k in d.q.items():
+            if name == gate:
+                part = k.unsqueeze(-1) * block(cell, w, gate)
+                key = a, cell.sources[gate]
+                found[key] = part if key not in found else found[key] + part
+    return found
+
+
+def jacobian(cell: Cell, d: Partials, w: Weights, sizes: tuple[int, ...]) -> Tensor:
+    """∂s_t/∂s_{t-1}, `[..., S, S]`, of the full state, all states side by side; sizes: of each state."""
+    direct, late = matrices(cell, d, w), late_matrices(cell, d, w)
+    like = next(iter(direct.values()))
+    width = dict(zip(cell.states, sizes, strict=True))
+    rows: dict[str, dict[str, Tensor]] = {}
+
+    def add(row: dict[str, Tensor], b: str, part: Tensor) -> None:
+        row[b] = row[b] + part if b in row else part
+
+    for a in reversed(backward_order(cell, d.made)):
+        row = {b: m for (x, b), m in direct.items() if x == a}
+        for (x, c), u in d.made.items():
+            if x == a:
+                for b, m in rows[c].items():
+                    add(row, b, u.unsqueeze(-1) * m)
+        for (x, source), through in late.items():
+            if x == a:
+                for b, m in rows[source].items():
+                    add(row, b, through @ m)
+        rows[a] = row
+    if w.w_hr is not None:
+        h = cell.states[0]
+        rows[h] = {b: w.w_hr @ m for b, m in rows[h].items()}
+
+    def zero(a: str, b: str) -> Tensor:
+        return like.new_zeros(*like.shape[:-2], width[a], width[b])
+
+    return torch.cat(
+        [torch.cat([rows[a].get(b, zero(a, b)) for b in cell.states], dim=-1) for a in cell.states], dim=-2
+    )
