@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from typing import Any as _Any
 
 if TYPE_CHECKING:
-    from unvanish import cures, engine, flow, nn, report, train
+    from unvanish import cells, cures, engine, flow, nn, report, train
+    from unvanish.cells import Cell
     from unvanish.diagnose import diagnose
     from unvanish.flow.watch import mark, watch
     from unvanish.nn import accelerate, restore
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cell",
     "__version__",
     "accelerate",
+    "cells",
     "cures",
     "diagnose",
     "engine",
@@ -36,7 +39,7 @@ __all__ = [
     "watch",
 ]
 
-_FROM = {"diagnose": "diagnose", "mark": "flow.watch", "watch": "flow.watch", "accelerate": "nn", "restore": "nn"}
+_FROM = {"diagnose": "diagnose", "mark": "flow.watch", "watch": "flow.watch", "accelerate": "nn", "restore": "nn", "Cell": "cells"}
 
 
 def __getattr__(name: str) -> _Any:

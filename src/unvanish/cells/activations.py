@@ -1,7 +1,7 @@
 """The gates' values of a cell that gives only its step: what its activation functions put out.
 
-A gate's activation is the first nonlinear function in `step` whose argument depends on that gate's pre-activation and on
-no other gate's. Which call that is, is found once per cell; the values are then read off one evaluation of the step.
+A gate's activation is the first nonlinear function in `step` whose argument depends on that gate's pre-activation and
+on no other gate's. Which call that is, is found once per cell; the values are then read off one evaluation of the step.
 """
 
 from typing import Any, NamedTuple
@@ -79,23 +79,23 @@ def _places(cell: Cell) -> dict[str, int]:
         drawn = (torch.randn(4, generator=generator, dtype=torch.float64, device="cpu") for _ in names)
         return named(names)(*(v.requires_grad_() for v in drawn))
 
+    found: dict[str, int] = {}
     with torch.enable_grad():
         p, q = draw(cell.input_gates), draw(tuple(cell.sources))
         mode = _Calls()
         with mode:
             cell.step(p, q, draw(cell.states), draw(cell.vectors))
-    leaves = [(name, leaf) for part in (p, q) for name, leaf in zip(part._fields, part, strict=True)]
-    found: dict[str, int] = {}
-    for number, (_, argument, _) in enumerate(mode.calls):
-        if not argument.requires_grad:
-            continue
-        reached = torch.autograd.grad(
-            argument.sum(), [leaf for _, leaf in leaves], retain_graph=True, allow_unused=True
-        )
-        gates = {name for (name, _), d in zip(leaves, reached, strict=True) if d is not None}
-        direct = gates - set(found)
-        # n = tanh(p_n + r ⊙ q_n) depends on r too, whose own activation has come before.
-        if len(direct) == 1:
-            found[direct.pop()] = number
+        leaves = [(name, leaf) for part in (p, q) for name, leaf in zip(part._fields, part, strict=True)]
+        for number, (_, argument, _) in enumerate(mode.calls):
+            if not argument.requires_grad:
+                continue
+            reached = torch.autograd.grad(
+                argument.sum(), [leaf for _, leaf in leaves], retain_graph=True, allow_unused=True
+            )
+            gates = {name for (name, _), d in zip(leaves, reached, strict=True) if d is not None}
+            direct = gates - set(found)
+            # n = tanh(p_n + r ⊙ q_n) depends on r too, whose own activation has come before.
+            if len(direct) == 1:
+                found[direct.pop()] = number
     _PLACES[cell] = found
     return found

@@ -122,6 +122,7 @@ class Cell(ABC):
 
     def initialise_(self, w: Weights, generator: torch.Generator | None = None) -> None:
         """Change freshly drawn weights in place, which are U(−1/√H, 1/√H); nothing by default."""
+        return
 
     # What follows from the declarations.
 

@@ -16,7 +16,8 @@ and the Jacobian ∂s_t/∂s_{t-1} has the blocks C_ab + Σ_γ diag(K_aγ) W_γ,
 last.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -29,7 +30,12 @@ Diagonals = dict[tuple[str, str], Tensor]
 """(state, argument) → `[..., H]`; what is identically zero is absent"""
 
 
-class Partials(NamedTuple):
+Stacked = dict[str, tuple[tuple[str, ...], Tensor]]
+"""state a → (gates, K_aγ of these gates side by side `[..., n, H]`)"""
+
+
+@dataclass(frozen=True)
+class Partials:
     """The derivatives of one or many steps, each a diagonal; the first of each pair of names is the state derived."""
 
     made: Diagonals
@@ -42,15 +48,41 @@ class Partials(NamedTuple):
     """C: (a, b)"""
     v: Diagonals
     """(a, vector)"""
+    stacked: Stacked | None = None
+    """`q` again, where whoever made it has it so; see `by_state`"""
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "Partials":
+        """f of every diagonal."""
+        q = {key: f(d) for key, d in self.q.items()}
+        p = q if self.p is self.q else {key: q[key] if self.q.get(key) is d else f(d) for key, d in self.p.items()}
+        made, s, v = ({key: f(d) for key, d in kind.items()} for kind in (self.made, self.s, self.v))
+        return Partials(made, q, p, s, v)
 
     def at(self, where: int | slice) -> "Partials":
         """Of one step or a slice of them."""
-        return Partials(*({key: d[where] for key, d in kind.items()} for kind in self))
+        return self.map(lambda d: d[where])
 
-    def steps(self, T: int) -> list["Partials"]:
+    def steps(self, T: int) -> "list[Partials]":
         """Of each of T steps: as `at`, but fast."""
-        kinds = [({key: d.unbind(0) for key, d in kind.items()}) for kind in self]
-        return [Partials(*({key: d[t] for key, d in kind.items()} for kind in kinds)) for t in range(T)]
+        kinds = [
+            ({key: d.unbind(0) for key, d in kind.items()}) for kind in (self.made, self.q, self.p, self.s, self.v)
+        ]
+        found = []
+        for t in range(T):
+            made, q, p, s, v = ({key: d[t] for key, d in kind.items()} for kind in kinds)
+            if self.p is self.q:
+                p = q
+            else:
+                p = {key: q[key] if self.q.get(key) is d else p[key] for key, d in self.p.items()}
+            found.append(Partials(made, q, p, s, v))
+        return found
+
+    def by_state(self, cell: Cell) -> Stacked:
+        """K side by side for each state that gates move directly, gates in the order of `Cell.sources`."""
+        if self.stacked is not None:
+            return self.stacked
+        gates = {a: tuple(g for g in cell.sources if (a, g) in self.q) for a in cell.states}
+        return {a: (names, torch.stack([self.q[a, g] for g in names], dim=-2)) for a, names in gates.items() if names}
 
 
 class Adjoint(NamedTuple):
@@ -149,21 +181,50 @@ def adjoint(cell: Cell, d: Partials, error: State, w: Weights) -> Adjoint:
     for gate in cell.sources:
         if gate not in dq:
             dq[gate] = sum_of(d.q, gate, total)
-    da_hh = torch.cat(list(dq_in_order(cell, dq)), dim=-1) if len(dq) > 1 else next(iter(dq.values()), None)
+    ordered = [dq[gate] for gate in cell.sources]
+    da_hh = None if not ordered else ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim=-1)
     if d.p is d.q:
         assert da_hh is not None
         da = da_hh
     else:
         parts = [dq[g] if same(d, g) and g in dq else sum_of(d.p, g, total) for g in cell.input_gates]
         da = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-    previous = {}
-    for (a, b), c in d.s.items():
-        previous[b] = c * total[a] if b not in previous else previous[b] + c * total[a]
-    for source, back in through_matrices(cell, w, dq, da_hh):
-        previous[source] = back if source not in previous else previous[source] + back
+    stacked = None if da_hh is None else da_hh.unflatten(-1, (len(ordered), -1))
+    previous = handed_back(cell, d, total, w, stacked)
     like = dict(zip(names, error, strict=True))
     back = tuple(previous[a] if a in previous else torch.zeros_like(like[a]) for a in names)
     return Adjoint(reported, da, da_hh, back)
+
+
+def handed_back(cell: Cell, d: Partials, total: dict[str, Tensor], w: Weights, dq: Tensor | None) -> dict[str, Tensor]:
+    """What goes to each state at t − 1: Σ_a C_ab ⊙ δs^a_t + Σ_γ W_γᵀ δq^γ_t, from the complete δs_t and
+    δq_t `[..., Q, H]`; states to which nothing goes are absent."""
+    found: dict[str, Tensor] = {}
+    if w.w_hh is not None:
+        assert dq is not None
+        for source, rows, weights in _by_source(cell, w):
+            part = dq if rows is None else dq[..., rows, :]
+            found[source] = part.flatten(-2) @ weights
+    for (a, b), c in d.s.items():
+        found[b] = torch.addcmul(found[b], c, total[a]) if b in found else c * total[a]
+    return found
+
+
+def _by_source(cell: Cell, w: Weights) -> list[tuple[str, list[int] | None, Tensor]]:
+    """(state, which of the gates read it at t − 1, their rows of W_hh); None for all of them."""
+    assert w.w_hh is not None
+    sources = cell.sources
+    gates = tuple(g for g in sources if g not in cell.same_step)
+    groups = blocks(tuple(sources.items()), gates)
+    if len(groups) == 1 and len(gates) == len(sources):
+        return [(groups[0][0], None, w.w_hh)]
+    H = w.w_hh.shape[0] // len(sources)
+    stacked = w.w_hh.view(len(sources), H, -1)
+    found = []
+    for source, rows in groups:
+        chosen = [row for _, row in rows]
+        found.append((source, chosen, stacked[chosen].flatten(0, 1)))
+    return found
 
 
 def completed(
@@ -190,8 +251,8 @@ def completed(
 
 
 def carry(cell: Cell, d: Partials) -> Tensor | None:
-    """C_mm, `[..., H]`: what a unit keeps of its memory m in one step at fixed shares (f of the LSTM, z of the GRU); None
-    for a cell that carries nothing."""
+    """C_mm, `[..., H]`: what a unit keeps of its memory m in one step at fixed shares (f of the LSTM, z of the GRU);
+    None for a cell that carries nothing."""
     return d.s.get((cell.remembers, cell.remembers))
 
 
@@ -213,11 +274,6 @@ def sum_of(d: Diagonals, argument: str, total: dict[str, Tensor]) -> Tensor:
     return found
 
 
-def dq_in_order(cell: Cell, dq: dict[str, Tensor]) -> Iterator[Tensor]:
-    """δq of the gates in the order in which their matrices are stacked."""
-    return (dq[gate] for gate in cell.sources)
-
-
 def block(cell: Cell, w: Weights, gate: str) -> Tensor:
     """W_γ `[H, R]`."""
     assert w.w_hh is not None
@@ -225,23 +281,6 @@ def block(cell: Cell, w: Weights, gate: str) -> Tensor:
     H = w.w_hh.shape[0] // len(gates)
     i = gates.index(gate)
     return w.w_hh[i * H : (i + 1) * H]
-
-
-def through_matrices(
-    cell: Cell, w: Weights, dq: dict[str, Tensor], stacked: Tensor | None
-) -> Iterator[tuple[str, Tensor]]:
-    """(source, Σ_γ W_γᵀ δq^γ) for every state that matrices read, but not those of this very step."""
-    if w.w_hh is None:
-        return
-    sources = cell.sources
-    gates = tuple(g for g in sources if g not in cell.same_step)
-    groups = blocks(tuple(sources.items()), gates)
-    if len(groups) == 1 and len(gates) == len(sources):
-        assert stacked is not None
-        yield groups[0][0], stacked @ w.w_hh
-        return
-    for source, rows in groups:
-        yield source, sum(dq[g] @ block(cell, w, g) for g, _ in rows)  # type: ignore[misc]
 
 
 def jvp(cell: Cell, d: Partials, tangent: State, w: Weights) -> State:

@@ -7,6 +7,7 @@ Which derivatives exist at all, which states are made from which, and which gate
 cell, by evaluating its step at random numbers.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,6 +20,9 @@ from unvanish.cells.calculus import Diagonals, Partials, Point
 
 UNITS, SAMPLES = 16, 64
 """of the random evaluation"""
+
+CHUNK_ELEMENTS = 2**16
+"""of each state that are derived at a time"""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,12 @@ class Structure:
     """gates whose p and q enter as a sum"""
     carry_gate: tuple[str, int] | None
     """see `Cell.carry_gate`"""
+
+    def asks(self, kind: int, state: str, name: str) -> bool:
+        """Whether a derivative has to be computed; kinds in the order of `Partials`."""
+        if kind == 2 and name in self.shared:
+            return False
+        return (state, name) in (self.made, self.q, self.p, self.s, self.v)[kind]
 
 
 _STRUCTURES: WeakKeyDictionary[Cell, Structure] = WeakKeyDictionary()
@@ -53,15 +63,40 @@ def structure(cell: Cell) -> Structure:
 
 def partials(cell: Cell, at: Point) -> Partials:
     """All derivatives at these points, without those that are identically zero."""
-    return _derive(cell, structure(cell), at.p.detach(), at.q, at.before, at.weights.v)
+    known, p, q, v = structure(cell), at.p.detach(), at.q, at.weights.v
+    lead, H = at.before[-1].shape[:-1], at.before[-1].shape[-1]
+    span = max(1, CHUNK_ELEMENTS // max(1, math.prod(lead[1:]) * H)) if len(lead) > 1 else 0
+    if not span or span >= lead[0]:
+        return _derive(cell, known, p, q, at.before, v)
+    # A few steps at a time, so that the many intermediate values stay in the cache.
+    like = p.new_empty(0)
+    stacked = {
+        a: (gates, like.new_empty(*lead, len(gates), H))
+        for a in cell.states
+        if (gates := tuple(g for g in cell.sources if (a, g) in known.q))
+    }
+    dq = {(a, g): k[..., i, :] for a, (gates, k) in stacked.items() for i, g in enumerate(gates)}
+    made, dp, ds, dv = (
+        {key: like.new_empty(*lead, H) for key in keys}
+        for keys in (known.made, [k for k in known.p if k[1] not in known.shared], known.s, known.v)
+    )
+    for first in range(0, lead[0], span):
+        part = slice(first, first + span)
+        found = _derive(cell, known, p[part], None if q is None else q[part], tuple(s[part] for s in at.before), v)
+        for whole, kind in ((made, found.made), (dq, found.q), (dp, found.p), (ds, found.s), (dv, found.v)):
+            for key, into in whole.items():
+                into[part] = kind[key]
+    return Partials(made, dq, _with_shared(cell, known, dq, dp), ds, dv, stacked)
 
 
 def _derive(
     cell: Cell, known: Structure | None, p: Tensor, q: Tensor | None, before: State, v: Tensor | None
 ) -> Partials:
-    """By one vjp with ones per state; `known` None: everything is asked for, and absent where autograd finds no path."""
-    shape = before[-1].shape[:-1] + (p.shape[-1] // max(1, len(cell.input_gates)),)
-    arguments = cell.arguments(p, q, before, None if v is None else v.expand(*shape[:-1], *v.shape).movedim(-2, 0))
+    """By one vjp with ones per state; `known` None: everything is asked for, and absent where autograd finds no
+    path."""
+    lead, H = before[-1].shape[:-1], p.shape[-1] // len(cell.input_gates)
+    wide = None if v is None else v.expand(*lead, *v.shape).movedim(-2, 0)
+    arguments = cell.arguments(p, q, before, wide)
     with torch.enable_grad():
         leaves = [type(group)(*(x.detach().requires_grad_() for x in group)) for group in arguments]
         out = cell.step(*leaves)
@@ -69,57 +104,56 @@ def _derive(
         states: list[Tensor] = []
         for a in out if isinstance(out, tuple) else (out,):
             states.append(a.view_as(a) if a.is_leaf or any(a is b for b in states) else a)
-    named = dict(zip(cell.states, states, strict=True))
-    kinds: list[Diagonals] = [{}, {}, {}, {}, {}]
-    names = (cell.states, tuple(cell.sources), cell.input_gates, cell.states, cell.vectors)
-    groups = (leaves[1], leaves[0], leaves[2], leaves[3])
-    for a, value in named.items():
+    made, dq, dp, ds, dv = kinds = [Diagonals() for _ in range(5)]
+    named_states = dict(zip(cell.states, states, strict=True))
+    for a, value in named_states.items():
         if not value.requires_grad:
             continue
-        others = {b: w for b, w in named.items() if b != a and w.requires_grad and not w.is_leaf}
-        asked: list[tuple[int, str, Tensor]] = []
-        for b, other in others.items():
-            if known is None or (a, b) in known.made:
-                asked.append((0, b, other))
-        for kind, (fields, group) in enumerate(zip(names[1:], groups, strict=True), start=1):
-            wanted = None if known is None else (known.q, known.p, known.s, known.v)[kind - 1]
-            for field, leaf in zip(fields, group, strict=True):
-                if wanted is not None and ((a, field) not in wanted or (kind == 2 and field in known.shared)):  # type: ignore[union-attr]
-                    continue
-                asked.append((kind, field, leaf))
-        if not asked:
-            continue
-        # What comes through another state of the same step is that state's: its derivative stops there.
-        through: dict[str, Tensor] = {}
+        others = [(b, s) for b, s in named_states.items() if b != a and s.requires_grad and not s.is_leaf]
+        by_kind = [others, *(zip(g._fields, g, strict=True) for g in (leaves[1], leaves[0], leaves[2], leaves[3]))]
+        asked = [
+            (kind, name, leaf)
+            for kind, pairs in enumerate(by_kind)
+            for name, leaf in pairs
+            if known is None or known.asks(kind, a, name)
+        ]
+        if asked:
+            for (kind, name, _), diagonal in zip(asked, _vjp(value, asked), strict=True):
+                if diagonal is not None:
+                    kinds[kind][a, name] = diagonal
+                elif known is not None:
+                    kinds[kind][a, name] = torch.zeros_like(value).expand(*lead, H)
+    return Partials(made, dq, dp if known is None else _with_shared(cell, known, dq, dp), ds, dv)
 
-        def stop(b: str, through: dict[str, Tensor] = through) -> Any:
-            def hook(d: Tensor) -> Tensor:
-                through[b] = d
-                return torch.zeros_like(d)
 
-            return hook
+def _vjp(value: Tensor, asked: list[tuple[int, str, Tensor]]) -> list[Tensor | None]:
+    """The derivative of a state by each of these; what comes through another state of the same step (kind 0) stops
+    there, since it is that state's."""
+    through: dict[str, Tensor] = {}
 
-        stops = [other.register_hook(stop(b)) for kind, b, other in asked if kind == 0]
-        try:
-            found = torch.autograd.grad(
-                value, [leaf for *_, leaf in asked], torch.ones_like(value), retain_graph=True, allow_unused=True
-            )
-        finally:
-            for handle in stops:
-                handle.remove()
-        for (kind, field, _), reached in zip(asked, found, strict=True):
-            diagonal = through.get(field) if kind == 0 else reached
-            if diagonal is not None:
-                kinds[kind][a, field] = diagonal
-            elif known is not None:
-                kinds[kind][a, field] = torch.zeros_like(value)
-    made, dq, dp, ds, dv = kinds
-    if known is not None and known.shared:
-        shared = {(a, g): d for (a, g), d in dq.items() if g in known.shared}
-        dp = {**dp, **shared}
-        if set(dp) == set(dq) and len(shared) == len(dq) and cell.input_gates == tuple(cell.sources):
-            dp = dq
-    return Partials(made, dq, dp, ds, dv)
+    def stop(name: str) -> Any:
+        def hook(d: Tensor) -> Tensor:
+            through[name] = d
+            return torch.zeros_like(d)
+
+        return hook
+
+    handles = [leaf.register_hook(stop(name)) for kind, name, leaf in asked if kind == 0]
+    try:
+        found = torch.autograd.grad(
+            value, [leaf for *_, leaf in asked], torch.ones_like(value), retain_graph=True, allow_unused=True
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [through.get(name) if kind == 0 else d for (kind, name, _), d in zip(asked, found, strict=True)]
+
+
+def _with_shared(cell: Cell, known: Structure, dq: Diagonals, dp: Diagonals) -> Diagonals:
+    """∂/∂p with the gates whose p and q enter as a sum; `dq` itself where these are all."""
+    if len(known.shared) == len(cell.gates):
+        return dq
+    return dp | {(a, g): d for (a, g), d in dq.items() if g in known.shared}
 
 
 def _probe(cell: Cell) -> Structure:
@@ -135,7 +169,8 @@ def _probe(cell: Cell) -> Structure:
     v = draw(V, UNITS) if V else None
     _check_step(cell, p, q, before, v)
     with_hooks = _derive(cell, None, p, q, before, v)
-    kinds = [tuple(key for key, d in kind.items() if bool((d != 0).any())) for kind in with_hooks]
+    found = (with_hooks.made, with_hooks.q, with_hooks.p, with_hooks.s, with_hooks.v)
+    kinds = [tuple(key for key, d in kind.items() if bool((d != 0).any())) for kind in found]
     made, dq, dp, ds, dv = kinds
     shared = frozenset(
         g

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unvanish.cells import Cell, Point, State, Weights, calculus
+from unvanish.cells import Cell, Partials, Point, State, Weights, calculus
 from unvanish.engine import reference
 from unvanish.engine.sequence import active_steps, clip_rows, states_before, steps, without_padding
 
@@ -88,32 +88,85 @@ def trace(
 
 
 def adjoint(tr: Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None = None) -> Deltas:
-    """Backpropagation through time, from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero."""
-    T, cell = tr.x.shape[0], tr.cell
-    later = tuple(torch.zeros_like(s) if d is None else d for s, d in zip(tr.final, dfinal, strict=True))
-    found: list[calculus.Adjoint] = [None] * T  # type: ignore[list-item]
-    partials = tr.partials.steps(T)
+    """Backpropagation through time, from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero.
+
+    The same step back as `calculus.adjoint`, written into memory for all steps at once.
+    """
+    cell, d, w = tr.cell, tr.partials, tr.weights
+    T, B, h = *tr.x.shape[:2], cell.states[0]
+    later = {a: torch.zeros_like(s) if e is None else e for a, s, e in zip(cell.states, tr.final, dfinal, strict=True)}
+    H, Q = w.w_ih.shape[0] // len(cell.input_gates), len(cell.sources)
+    dstate = {a: s.new_empty(T, B, H) for a, s in zip(cell.states, tr.final, strict=True)}
+    projected = None if w.w_hr is None else tr.x.new_empty(T, B, w.w_hr.shape[0])
+    dq = tr.x.new_empty(T, B, Q, H)
+    into = _places(cell, d, dq)
+    partials = d.steps(T)
     for t in steps(T, not tr.reverse):
-        d = later if dy is None else (later[0] + dy[t], *later[1:])
-        state, da, da_hh, back = calculus.adjoint(cell, partials[t], d, tr.weights)
+        arrived = dict(later)
+        if dy is not None:
+            arrived[h] = arrived[h] + dy[t]
+        if tr.active is not None:
+            arrived = {a: torch.where(tr.active[t], v, 0.0) for a, v in arrived.items()}
+        if projected is not None:
+            projected[t] = arrived[h]
+        total, _ = calculus.completed(cell, partials[t], arrived, w)
+        for a, v in total.items():
+            dstate[a][t] = v
+        for a, k, place, first in into:
+            if first:
+                torch.mul(k[t], total[a].unsqueeze(-2), out=place[t])
+            else:
+                place[t].addcmul_(k[t], total[a].unsqueeze(-2))
+        back = calculus.handed_back(cell, partials[t], total, w, dq[t])
         if clip is not None:
-            back = tuple(clip_rows(b, clip) for b in back)
+            back = {a: clip_rows(v, clip) for a, v in back.items()}
         if tr.active is None:
-            later = back
+            later = {a: back[a] if a in back else torch.zeros_like(v) for a, v in later.items()}
         else:
-            on = tr.active[t]
-            shared = da_hh is da
-            state, da = tuple(torch.where(on, s, 0.0) for s in state), torch.where(on, da, 0.0)
-            da_hh = da if shared else None if da_hh is None else torch.where(on, da_hh, 0.0)
-            later = tuple(torch.where(on, new, old) for new, old in zip(back, later, strict=True))
-        found[t] = calculus.Adjoint(state, da, da_hh, ())
-    dstate = tuple(torch.stack(s) for s in zip(*(f.state for f in found), strict=True))
-    da = torch.stack([f.da for f in found])
-    if found[0].da_hh is None:
-        da_hh = None
-    else:
-        da_hh = da if found[0].da_hh is found[0].da else torch.stack([f.da_hh for f in found])  # type: ignore[misc]
-    return Deltas(dstate, da, da_hh, later)
+            held = tr.active[t]
+            later = {a: torch.where(held, back.get(a, 0.0), v) for a, v in later.items()}  # type: ignore[call-overload]
+    da_hh = dq.flatten(2) if Q else None
+    reported = tuple(dstate[a] if a != h or projected is None else projected for a in cell.states)
+    return Deltas(reported, input_deltas(cell, d, dstate, da_hh), da_hh, tuple(later[a] for a in cell.states))
+
+
+def _places(cell: Cell, d: Partials, dq: Tensor) -> list[tuple[str, Tensor, Tensor, bool]]:
+    """What each state adds to δq: (a, K_a, where it goes in dq, whether it is the first to go there)."""
+    order = {gate: i for i, gate in enumerate(cell.sources)}
+    written: set[str] = set()
+    found = []
+    for a, (gates, k) in d.by_state(cell).items():
+        # Gates that stand side by side, and are all new or all there already, go in one operation.
+        run: list[int] = []
+        for n, gate in enumerate(gates):
+            if run and (order[gate] != order[gates[run[-1]]] + 1 or (gate in written) != (gates[run[-1]] in written)):
+                found.append(_run(a, gates, k, run, dq, order, written))
+                run = []
+            run.append(n)
+        found.append(_run(a, gates, k, run, dq, order, written))
+        written |= set(gates)
+    untouched = [i for gate, i in order.items() if gate not in written]
+    dq[:, :, untouched] = 0
+    return found
+
+
+def _run(
+    a: str, gates: tuple[str, ...], k: Tensor, run: list[int], dq: Tensor, order: dict[str, int], written: set[str]
+) -> tuple[str, Tensor, Tensor, bool]:
+    first = order[gates[run[0]]]
+    return a, k[..., run[0] : run[-1] + 1, :], dq[:, :, first : first + len(run)], gates[run[0]] not in written
+
+
+def input_deltas(cell: Cell, d: Partials, dstate: dict[str, Tensor], da_hh: Tensor | None) -> Tensor:
+    """δp `[..., G·H]` of all steps from δs; `da_hh` itself where p and q enter as a sum."""
+    if d.p is d.q:
+        assert da_hh is not None
+        return da_hh
+    shared = dict(zip(cell.sources, () if da_hh is None else da_hh.chunk(len(cell.sources), dim=-1), strict=True))
+    parts = [
+        shared[g] if calculus.same(d, g) and g in shared else calculus.sum_of(d.p, g, dstate) for g in cell.input_gates
+    ]
+    return torch.cat(parts, dim=-1)
 
 
 def weight_gradients(tr: Trace, flow: Deltas) -> Weights:
@@ -141,8 +194,8 @@ def weight_gradients(tr: Trace, flow: Deltas) -> Weights:
 
 
 def recurrent_pairs(at: Point, da_hh: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(δq^γ, the state that γ's matrix reads), `[..., n·H]` and `[..., R]`, in the order of the rows of W_hh; gates that
-    all read one state stand together."""
+    """(δq^γ, the state that γ's matrix reads), `[..., n·H]` and `[..., R]`, in the order of the rows of W_hh; gates
+    that all read one state stand together."""
     cell = at.cell
     sources = cell.sources
     gates = tuple(sources)

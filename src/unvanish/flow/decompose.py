@@ -73,8 +73,8 @@ class Term(Record):
 class StateTerms(Record):
     """The terms of one layer and direction by name, also as attributes: `terms.carry`, `terms.forget_gate`, …
 
-    A gate's term is the path through that gate's recurrent matrix; `carry` is the path along the state itself: diag(f_t)
-    for the LSTM, diag(z_t) for the GRU.
+    A gate's term is the path through that gate's recurrent matrix; `carry` is the path along the state itself:
+    diag(f_t) for the LSTM, diag(z_t) for the GRU.
     """
 
     _picture = "terms"
@@ -151,7 +151,8 @@ def decompose(
     cell = tr.cell
     if textbook and (cell.states[0], cell.remembers) not in tr.partials.made:
         raise ValueError(
-            f"textbook: its product is of a memory that the output is made from, as the LSTM's c; a {cell.name} has none"
+            f"textbook: its product is of a memory that the output is made from, as the LSTM's c; a {cell.name} has
+            none"
         )
     if probes is not None and not (textbook and probes >= 1):
         raise ValueError(f"probes: expected a count of 1 or more, together with textbook=True; got {probes}")
@@ -229,14 +230,14 @@ def _present(v: Tensor, tr: engine.Trace) -> Tensor:
 
 
 def _matrices(tr: engine.Trace) -> dict[str, Tensor]:
-    """Each term as a matrix `[T, B, H, H]` that acts on the memory at t; what acts on m_{t+1} only through another state
-    of step t + 1, as the LSTM's O, is zero as such a matrix and absent."""
+    """Each term as a matrix `[T, B, H, H]` that acts on the memory at t; what acts on m_{t+1} only through another
+    state of step t + 1, as the LSTM's O, is zero as such a matrix and absent."""
     cell, d, w = tr.cell, tr.partials, tr.weights
     m = cell.remembers
     found = {}
     if (m, m) in d.s:
         found["carry"] = _one_step_earlier(torch.diag_embed(d.s[m, m]), tr)
-    per_row = type(d)(*({key: v.unsqueeze(-2) for key, v in kind.items()} for kind in d))
+    per_row = d.map(lambda v: v.unsqueeze(-2))
     for gate, source in cell.sources.items():
         if (m, gate) not in d.q or gate in cell.same_step:
             continue

@@ -30,8 +30,8 @@ class GateStatistics(Record):
     saturation: Tensor
     """[G, H] share of steps at which φ' is below 5 % of its maximum"""
     log_carry: Tensor | None
-    """[H] mean ln|∂m_t/∂m_{t−1}| of the memory m at fixed shares, nats per step: ln f of the LSTM, ln z of the GRU; None
-    for a cell that carries nothing, as the plain RNN"""
+    """[H] mean ln|∂m_t/∂m_{t−1}| of the memory m at fixed shares, nats per step: ln f of the LSTM, ln z of the GRU;
+    None for a cell that carries nothing, as the plain RNN"""
 
     @property
     def _picture(self) -> str:  # type: ignore[override]

@@ -205,7 +205,7 @@ def _pairs(tr: engine.Trace) -> set[tuple[str, str]]:
 
 def _per_row(d: Partials) -> Partials:
     """`[..., B, H]` as `[..., B, 1, H]`, for all rows of a sample."""
-    return Partials(*({key: v.unsqueeze(-2) for key, v in kind.items()} for kind in d))
+    return d.map(lambda v: v.unsqueeze(-2))
 
 
 def _present(adjoint: calculus.Adjoint, on: Tensor) -> calculus.Adjoint:

@@ -68,8 +68,8 @@ def _summarise_steps(tr: engine.Trace, deltas: engine.Deltas, span: slice) -> tu
 
 
 def by_gate(cell: Cell, da: Tensor, da_hh: Tensor | None) -> Tensor:
-    """δ of every gate's pre-activation, `[..., G, H]`: by the input's share, or by the recurrent one where a gate reads no
-    input."""
+    """δ of every gate's pre-activation, `[..., G, H]`: by the input's share, or by the recurrent one where a gate reads
+    no input."""
     parts = dict(zip(cell.input_gates, da.chunk(len(cell.input_gates), dim=-1), strict=True))
     if da_hh is not None and len(parts) < len(cell.gates):
         parts = dict(zip(cell.sources, da_hh.chunk(len(cell.sources), dim=-1), strict=True)) | parts

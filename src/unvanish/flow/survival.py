@@ -61,8 +61,8 @@ def survival(
         paths="carry"   ∂m_k/∂m_{k−ℓ} = diag(Π_t C_t), C_t = f_t or z_t: the constant error carousel alone
         paths="exact"   the whole derivative, through every gate and every other state
 
-    k is the last step a sample reads. For an error whose direction is uniformly distributed, S² is the expected share of
-    its square that remains; S = 1 means kept. Computed in float64.
+    k is the last step a sample reads. For an error whose direction is uniformly distributed, S² is the expected share
+    of its square that remains; S = 1 means kept. Computed in float64.
 
     Args:
         layer: nn.LSTM, nn.GRU or `unvanish.nn.Recurrent` with a cell that carries its memory. Dropout between layers is

@@ -54,8 +54,11 @@ class LayerStates:
         return self.states.get("c")
 
 
-class EngineSequence(nn.RNNBase):
+class SequenceLayer(nn.Module):
     """How a sequence is run: layer by layer and direction by direction on `unvanish.engine`."""
+
+    batch_first: bool
+    dropout: float
 
     # Class attributes, so that accelerate() can turn a torch layer into this one, and back, without adding anything
     # to it.
@@ -66,10 +69,6 @@ class EngineSequence(nn.RNNBase):
     _autocast_promotes: ClassVar[bool] = False
     """whether torch's layer returns the wider of autocast's dtype and the initial state's, as its GRU does"""
 
-    def _torch_forward(self) -> Any:
-        """torch's own forward, for graphs that must not hold our operator and for devices where torch is faster."""
-        return next(base for base in type(self).__mro__ if base.__module__ == "torch.nn.modules.rnn").forward
-
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -77,7 +76,7 @@ class EngineSequence(nn.RNNBase):
         *,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Any, Any]:
-        """As torch's: (output, h_n), or (output, (h_n, c_n)) for the LSTM.
+        """As torch's: (output, h_n), or (output, (h_n, c_n)) where the cell has several states.
 
         Args:
             input: `[T, B, I]`, `[B, T, I]` with batch_first, `[T, I]`, or packed.
@@ -88,8 +87,6 @@ class EngineSequence(nn.RNNBase):
         Raises:
             ValueError, RuntimeError: as torch's, and for lengths that do not fit.
         """
-        if self._needs_torch(input) and lengths is None and self.clip is None and self.checkpoint_every is None:
-            return self._torch_forward()(self, input, hx)
         self._check(input, hx)
         inputs, layers = time_major(self, input, lengths), layer_directions(self, used_weights(self))
         if _autocasts(layers, inputs, hx):
@@ -143,6 +140,78 @@ class EngineSequence(nn.RNNBase):
             found[d.name] = LayerStates(*({name: arrange(v) for name, v in kind} for kind in (states, gates)))
         return found
 
+    def _check(self, x: Tensor | PackedSequence, hx: Any) -> None:
+        """Input and initial state fit; errors in torch's words."""
+        raise NotImplementedError
+
+    def _run(self, layers: list[LayerDirection], inputs: TimeMajor, hx: Any) -> tuple[Tensor, State]:
+        """([T, B, D·R], ([L·D, B, R], ...)) in internal order."""
+        states = initial_states(self, hx, inputs)
+        x, finals = inputs.x, []
+        for number, (here, initial) in enumerate(_by_layer(layers, states)):
+            if number and self.dropout and self.training:
+                x = x * inputs.dropout_mask(x.shape[-1], self.dropout)
+            ran = [self._run_direction(d, x, s, inputs) for d, s in zip(here, initial, strict=True)]
+            x = torch.cat([y for y, _ in ran], dim=-1) if len(ran) > 1 else ran[0][0]
+            finals += [final for _, final in ran]
+        return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
+
+    def _run_direction(self, d: LayerDirection, x: Tensor, state: State, inputs: TimeMajor) -> tuple[Tensor, State]:
+        lengths = inputs.lengths
+        recorders = self._recording
+        if recorders is not None and engine.explain(d.cell, x).rung != "native":
+            recorders = None
+        if self.checkpoint_every is None:
+            record = None if recorders is None else recorders(inputs, d, 0)
+            return engine.run(d.cell, x, state, d.weights, lengths, d.reverse, self.clip, record=record)
+        every = self.checkpoint_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"checkpoint_every: expected None or a whole number of steps, at least 1, got {every!r}")
+        return run_in_pieces(
+            every,
+            x,
+            state,
+            d.weights,
+            lengths,
+            d.reverse,
+            lambda part, before, w, here, record: engine.run(
+                d.cell, part, before, w, here, d.reverse, self.clip, record=record
+            ),
+            None if recorders is None else lambda start: recorders(inputs, d, start),
+        )
+
+    def _in_layout(self, given: Tensor | PackedSequence, inputs: TimeMajor, y: Tensor, final: State) -> tuple[Any, Any]:
+        """As the user gave the input."""
+        if isinstance(given, PackedSequence):
+            lengths = torch.full((y.shape[1],), y.shape[0]) if inputs.lengths is None else inputs.lengths.cpu()
+            data = pack_padded_sequence(y, lengths).data
+            final = tuple(inputs.in_user_order(s, 1) for s in final)
+            output: Any = PackedSequence(data, given.batch_sizes, given.sorted_indices, given.unsorted_indices)
+        elif given.dim() == 2:
+            output, final = y.squeeze(1), tuple(s.squeeze(1) for s in final)
+        else:
+            output = y.transpose(0, 1) if self.batch_first else y
+        return output, (final if len(final) > 1 else final[0])
+
+
+class EngineSequence(SequenceLayer, nn.RNNBase):
+    """torch's layers on the engine."""
+
+    def _torch_forward(self) -> Any:
+        """torch's own forward, for graphs that must not hold our operator and for devices where torch is faster."""
+        return next(base for base in type(self).__mro__ if base.__module__ == "torch.nn.modules.rnn").forward
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Any, Any]:
+        if self._needs_torch(input) and lengths is None and self.clip is None and self.checkpoint_every is None:
+            return self._torch_forward()(self, input, hx)
+        return super().forward(input, hx, lengths=lengths)
+
     def extra_repr(self) -> str:
         """torch's, and what was added."""
         added = ["nonlinearity='sigmoid'"] if self.mode == "RNN_SIGMOID" else []
@@ -193,55 +262,6 @@ class EngineSequence(nn.RNNBase):
         if not all(isinstance(h, Tensor) for h in hx):
             raise AttributeError(f"hx: expected two tensors, got {', '.join(type(h).__name__ for h in hx)}")
         return hx[0], hx[1]
-
-    def _run(self, layers: list[LayerDirection], inputs: TimeMajor, hx: Any) -> tuple[Tensor, State]:
-        """([T, B, D·R], ([L·D, B, R], ...)) in internal order."""
-        states = initial_states(self, hx, inputs)
-        x, finals = inputs.x, []
-        for number, (here, initial) in enumerate(_by_layer(layers, states)):
-            if number and self.dropout and self.training:
-                x = x * inputs.dropout_mask(x.shape[-1], self.dropout)
-            ran = [self._run_direction(d, x, s, inputs) for d, s in zip(here, initial, strict=True)]
-            x = torch.cat([y for y, _ in ran], dim=-1) if len(ran) > 1 else ran[0][0]
-            finals += [final for _, final in ran]
-        return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
-
-    def _run_direction(self, d: LayerDirection, x: Tensor, state: State, inputs: TimeMajor) -> tuple[Tensor, State]:
-        lengths = inputs.lengths
-        recorders = self._recording
-        if recorders is not None and engine.explain(d.cell, x).rung != "native":
-            recorders = None
-        if self.checkpoint_every is None:
-            record = None if recorders is None else recorders(inputs, d, 0)
-            return engine.run(d.cell, x, state, d.weights, lengths, d.reverse, self.clip, record=record)
-        every = self.checkpoint_every
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"checkpoint_every: expected None or a whole number of steps, at least 1, got {every!r}")
-        return run_in_pieces(
-            every,
-            x,
-            state,
-            d.weights,
-            lengths,
-            d.reverse,
-            lambda part, before, w, here, record: engine.run(
-                d.cell, part, before, w, here, d.reverse, self.clip, record=record
-            ),
-            None if recorders is None else lambda start: recorders(inputs, d, start),
-        )
-
-    def _in_layout(self, given: Tensor | PackedSequence, inputs: TimeMajor, y: Tensor, final: State) -> tuple[Any, Any]:
-        """As the user gave the input."""
-        if isinstance(given, PackedSequence):
-            lengths = torch.full((y.shape[1],), y.shape[0]) if inputs.lengths is None else inputs.lengths.cpu()
-            data = pack_padded_sequence(y, lengths).data
-            final = tuple(inputs.in_user_order(s, 1) for s in final)
-            output: Any = PackedSequence(data, given.batch_sizes, given.sorted_indices, given.unsorted_indices)
-        elif given.dim() == 2:
-            output, final = y.squeeze(1), tuple(s.squeeze(1) for s in final)
-        else:
-            output = y.transpose(0, 1) if self.batch_first else y
-        return output, (final if len(final) > 1 else final[0])
 
 
 class RNN(EngineSequence, nn.RNN):

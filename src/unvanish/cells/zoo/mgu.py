@@ -1,0 +1,23 @@
+"""Minimal gated unit (Zhou et al. 2016), with the gate after the matrix product as in torch's GRU.
+
+f = σ(p + q)      n = tanh(p_n + f ⊙ q_n)      h_t = (1 − f) ⊙ h_{t-1} + f ⊙ n
+
+The carry is 1 − f, and the same gate lets the recurrent product in: where a unit keeps its state, it hardly listens to
+the others.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from unvanish.cells.base import Cell
+
+
+class MGU(Cell):
+    """One gate for forgetting, writing and resetting."""
+
+    gates, states = ("f", "n"), ("h",)
+
+    def step(self, p: Any, q: Any, s: Any, v: Any) -> Tensor:
+        f = (p.f + q.f).sigmoid()
+        return (1 - f) * s.h + f * (p.n + f * q.n).tanh()
