@@ -54,8 +54,8 @@ def chrono_(module: M, max_lag: float, generator: torch.Generator | None = None)
     leaky unit of time constant τ is c_t = (1 − 1/τ) c_{t-1} + (1/τ) g_t, which explains b_i.
 
     In the GRU the coefficients of h_{t-1} and of the candidate are z and 1 − z = σ(−b_z), so that b_z = ln u alone
-    gives both; likewise for every cell without a `write_gate`. torch adds two biases; their sum is set (in `bias_ih`, the gates' blocks of `bias_hh` are zeroed).
-    Other gates keep theirs.
+    gives both; likewise for every cell without a `write_gate`. torch adds two biases; their sum is set (in `bias_ih`,
+    the gates' blocks of `bias_hh` are zeroed). Other gates keep theirs.
 
     Args:
         module: nn.LSTM, nn.GRU, their cells, `unvanish.nn.Recurrent` with a carry gate, or any module whose recurrent

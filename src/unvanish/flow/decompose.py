@@ -151,8 +151,7 @@ def decompose(
     cell = tr.cell
     if textbook and (cell.states[0], cell.remembers) not in tr.partials.made:
         raise ValueError(
-            f"textbook: its product is of a memory that the output is made from, as the LSTM's c; a {cell.name} has
-            none"
+            f"textbook: expected a cell whose output is made from its memory, as the LSTM's h from c; got {cell.name}"
         )
     if probes is not None and not (textbook and probes >= 1):
         raise ValueError(f"probes: expected a count of 1 or more, together with textbook=True; got {probes}")
