@@ -31,12 +31,12 @@ def test_equal_to_one_backward_pass_per_source(case: ModuleCase, data: st.DataOb
     at = data.draw(st.sampled_from(case.names))
     state = data.draw(st.sampled_from(["h", "c"] if isinstance(module, nn.LSTM) else ["h"]))
     width = outputs(case).shape[-1]
-    cotangent = torch.randn(len(sources), B, width, dtype=torch.float64)
-    found = uv.flow.adjoint_map(module, case.x, case.hx, sources=sources, state=state, error=cotangent, at=at)
+    error = torch.randn(len(sources), B, width, dtype=torch.float64)
+    found = uv.flow.adjoint_map(module, case.x, case.hx, sources=sources, state=state, error=error, at=at)
     assert found.norms.shape == (len(sources), T, B)
     for i, k in enumerate(sources):
         with uv.watch(module) as flow:
-            (outputs(case)[k] * cotangent[i]).sum().backward()
+            (outputs(case)[k] * error[i]).sum().backward()
         expected = getattr(flow[at], f"d{state}")
         torch.testing.assert_close(found.norms[i], expected, rtol=1e-10, atol=1e-15)
 
@@ -44,10 +44,10 @@ def test_equal_to_one_backward_pass_per_source(case: ModuleCase, data: st.DataOb
 @given(case=module_cases(), scale=st.sampled_from([1e-250, 1e250]))
 def test_scaling_the_error_shifts_the_logarithm(case: ModuleCase, scale: float) -> None:
     T, B = max(case.lengths), len(case.lengths)
-    cotangent = torch.randn(1, B, outputs(case).shape[-1], dtype=torch.float64)
+    error = torch.randn(1, B, outputs(case).shape[-1], dtype=torch.float64)
     one, other = (
-        uv.flow.adjoint_map(case.module, case.x, case.hx, sources=[T - 1], error=c).log_norms
-        for c in (cotangent, cotangent * scale)
+        uv.flow.adjoint_map(case.module, case.x, case.hx, sources=[T - 1], error=e).log_norms
+        for e in (error, error * scale)
     )
     torch.testing.assert_close(other, one + math.log(scale), rtol=0, atol=1e-9)
 
@@ -74,13 +74,13 @@ def test_right_at_ten_to_the_minus_400(dtype: torch.dtype, layers: int) -> None:
 def test_sources_add_up_to_the_total_flow() -> None:
     torch.manual_seed(0)
     gru, x = nn.GRU(2, 1, dtype=torch.float64), torch.randn(6, 3, 2, dtype=torch.float64)
-    cotangent = torch.rand(6, 3, 1, dtype=torch.float64)
+    error = torch.rand(6, 3, 1, dtype=torch.float64)
     with torch.no_grad():
         # Positive Jacobians of one unit, so that norms of the parts add up to the norm of the sum.
         gru.weight_hh_l0.zero_()
-    total = uv.flow.adjoint_map(gru, x, error=cotangent).norms.sum(0)
+    total = uv.flow.adjoint_map(gru, x, error=error).norms.sum(0)
     with uv.watch(gru) as flow:
-        (gru(x)[0] * cotangent).sum().backward()
+        (gru(x)[0] * error).sum().backward()
     torch.testing.assert_close(total, flow["l0"].dh, rtol=1e-12, atol=0)
 
 
@@ -110,8 +110,8 @@ def test_spread_and_negative_sources() -> None:
         ({"hx": 0}, "hx: expected h_0, 1 of tensors, got 1: int"),
         ({"state": "c"}, "state: expected h for gru"),
         ({"at": "l3"}, "at: expected one of l0"),
-        ({"cotangent": torch.zeros(1, 1, 1)}, r"cotangent: expected \[K, B, D·R\] = \(10, 2, 3\)"),
-        ({"cotangent": torch.zeros(10, 2, 3, dtype=torch.float64)}, "cotangent: expected the layer's dtype"),
+        ({"error": torch.zeros(1, 1, 1)}, r"error: expected \[K, B, D·R\] = \(10, 2, 3\)"),
+        ({"error": torch.zeros(10, 2, 3, dtype=torch.float64)}, "error: expected the layer's dtype"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, object], message: str) -> None:

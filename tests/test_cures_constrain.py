@@ -16,7 +16,8 @@ ALL = [*LAYERS, nn.RNNCell, nn.LSTMCell, nn.GRUCell]
 
 
 def blocks(module):
-    return [b for layer in recurrent_layers(module, "test") for b in layer.blocks(layer.weight("weight_hh")).values()]
+    layers = recurrent_layers(module, "test")
+    return [b for layer in layers for b in layer.blocks("weight_hh", layer.weight("weight_hh")).values()]
 
 
 def holds(module, kind, scale, tolerance=1e-12):

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import unvanish as uv
-from unvanish.cures import chrono_, rescue, rescue_, survival
+from unvanish.cures import chrono_, rescue, rescue_
 from unvanish.cures.smallest_shift import kept, smallest_shift
+from unvanish.flow import survival
 from unvanish.flow.survival import windows
 
 
@@ -257,7 +258,7 @@ def test_rescue_errors():
     hole = torch.where(torch.arange(10)[:, None, None] == 7, math.nan, x)
     for call in (survival, rescue_):
         with pytest.raises(ValueError, match="x: expected finite numbers"):
-            call(lstm, hole, 5)
+            call(lstm, hole, lag=5)
     bad = nn.LSTM(2, 4)
     nn.init.constant_(bad.weight_ih_l0, math.nan)
     with pytest.raises(ValueError, match="NaN"):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.strategies import LayerCase, layer_cases
@@ -16,7 +16,7 @@ FAST = [rung for rung in engine.RUNGS if rung != "reference"]
 
 
 def outcome(case: LayerCase, rung: str, clip: float | None, seed: int) -> list[torch.Tensor]:
-    """Outputs, final state and every gradient under a random cotangent."""
+    """Outputs, final state and every gradient under a random error."""
     y, final = engine.run(case.cell, case.x, case.state, case.weights, case.lengths, case.reverse, clip, rung)
     generator = torch.Generator().manual_seed(seed)
     out = [y, *final]
@@ -32,29 +32,36 @@ def test_rungs_agree_with_the_reference(rung: str, case: LayerCase, clip: float 
     )
 
 
-@pytest.mark.parametrize("rung", list(engine.RUNGS))
-@given(case=layer_cases(torch.float64, ("rnn_tanh", "rnn_relu", "lstm", "gru")))
-def test_equal_to_torch_modules(rung: str, case: LayerCase) -> None:
-    x, w, n_in = case.x, case.weights, case.x.shape[-1]
+def torchs(case: LayerCase) -> torch.nn.RNNBase:
+    """torch's module with the weights of this case."""
+    w, (_, n_in) = case.weights, case.weights.w_ih.shape
     H, R = case.state[-1].shape[-1], case.state[0].shape[-1]
-    options = {"bias": w.b_ih is not None, "dtype": torch.float64}
-    if case.cell.name == "lstm":
-        module = (
-            torch.nn.LSTM(n_in, H, proj_size=0 if w.w_hr is None else R, **options) if w.w_hr is None or R < H else None
-        )
-    else:
-        kind = torch.nn.GRU if case.cell.name == "gru" else torch.nn.RNN
-        extra = {} if kind is torch.nn.GRU else {"nonlinearity": case.cell.name.removeprefix("rnn_")}
-        module = kind(n_in, H, **options, **extra)
-    if module is None:
-        return
+    options: dict[str, Any] = {"bias": w.b_ih is not None, "dtype": torch.float64}
+    kind = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}.get(case.cell.name, torch.nn.RNN)
+    if kind is torch.nn.RNN:
+        options["nonlinearity"] = case.cell.name.removeprefix("rnn_")
+    if w.w_hr is not None:
+        options["proj_size"] = R
+    module = kind(n_in, H, **options)
     with torch.no_grad():
         for mine, theirs in zip([v for v in w if v is not None], module.parameters(), strict=True):
             theirs.copy_(mine)
+    return module
+
+
+@pytest.mark.parametrize("rung", list(engine.RUNGS))
+@given(case=layer_cases(torch.float64, ("rnn_tanh", "rnn_relu", "lstm", "gru")), seed=st.integers(0, 99))
+def test_equal_to_torch_modules(rung: str, case: LayerCase, seed: int) -> None:
+    assume(case.weights.w_hr is None or case.state[0].shape[-1] < case.state[-1].shape[-1])
+    case.lengths, case.reverse = None, False
+    module = torchs(case)
     hx = tuple(s.unsqueeze(0) for s in case.state)
-    expected, _ = module(x, hx if len(hx) > 1 else hx[0])
-    y, _ = engine.run(case.cell, x, case.state, w, rung=rung)
-    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-13)
+    y, final = module(case.x, hx if len(hx) > 1 else hx[0])
+    out = [y, *(s[0] for s in (final if isinstance(final, tuple) else (final,)))]
+    generator = torch.Generator().manual_seed(seed)
+    errors = [torch.randn(v.shape, generator=generator, dtype=v.dtype) for v in out]
+    gradients = torch.autograd.grad(out, [case.x, *case.state, *module.parameters()], errors)
+    torch.testing.assert_close(outcome(case, rung, None, seed), [*out, *gradients], rtol=1e-12, atol=1e-12)
 
 
 def drawn(cell: Cell, T: int) -> Iterator[torch.Tensor]:
@@ -209,7 +216,7 @@ def test_what_stands_beyond_a_samples_end_is_not_read(rung: str, case: LayerCase
         found.append(outcome(case, rung, None, seed))
         tr = engine.trace(case.cell, case.x.detach(), tuple(s.detach() for s in case.state), case.weights.detach(),
                           case.lengths, case.reverse)  # fmt: skip
-        found[-1] += [tr.x, tr.y, *tr.final, *tr.saved]
+        found[-1] += [tr.x, tr.y, *tr.final, *tr.before, *tr.after, tr.gates]
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
 

@@ -97,12 +97,12 @@ def test_without_recurrent_weights_only_the_carry_remains() -> None:
     lstm = nn.LSTM(2, 3, dtype=torch.float64)
     with torch.no_grad():
         lstm.weight_hh_l0.zero_()
-    terms = uv.flow.decompose(lstm, torch.randn(6, 2, 2, dtype=torch.float64), article=True)
+    terms = uv.flow.decompose(lstm, torch.randn(6, 2, 2, dtype=torch.float64), textbook=True)
     for name in ("forget_gate", "input_gate", "candidate", "output_gate"):
         assert (getattr(terms, name).norm == 0).all()
     torch.testing.assert_close(terms.carry.share[:-1], torch.ones(5, 2, dtype=torch.float64))
-    assert terms.article is not None
-    assert terms.article.apart.max() < 1e-12
+    assert terms.textbook is not None
+    assert terms.textbook.apart.max() < 1e-12
 
 
 @pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, -70.0), (torch.float64, -500.0)])
@@ -127,7 +127,7 @@ def test_autocast_rounds_nothing_that_is_measured() -> None:
     measures = (
         lambda: uv.flow.adjoint_map(lstm, x, sources=3).log_norms,
         lambda: uv.flow.decompose(lstm, x).carry.share[:-1],
-        lambda: uv.flow.lyapunov(lstm, x),
+        lambda: uv.flow.lyapunov(lstm, x).exponents,
         lambda: uv.flow.jacobian(lstm, x, t=3),
         lambda: uv.flow.singular_values(lstm, x, j=0, k=4),
         lambda: uv.flow.source_gradients(lstm, x, error=torch.ones(6, 2, 3)).log_norms,
@@ -144,30 +144,31 @@ def test_the_textbook_product_is_exact_over_one_step_and_not_over_more() -> None
     lstm, x = nn.LSTM(2, 3, dtype=torch.float64), torch.randn(5, 1, 2, dtype=torch.float64)
     with torch.no_grad():
         lstm.weight_hh_l0.mul_(3)
-    terms = uv.flow.decompose(lstm, x, matrices=True, article=True)
-    article = terms.article
-    assert article is not None
-    assert article.apart[4] < 1e-12
-    assert article.apart[3] < 1e-12
-    assert (article.apart[:3] > 1e-4).all()
+    terms = uv.flow.decompose(lstm, x, matrices=True, textbook=True)
+    product = terms.textbook
+    assert product is not None
+    assert product.apart[4] < 1e-12
+    assert product.apart[3] < 1e-12
+    assert (product.apart[:3] > 1e-4).all()
     stack = run_stack(lstm, x)
-    saved = stack.traces[0].saved
+    tr = stack.traces[0]
 
     def last_cell_state(c: Tensor, t: int) -> Tensor:
-        h = saved.o[t, 0] * c.tanh()
+        h = tr.gates[t, 0, tr.cell.gates.index("o")] * c.tanh()
         for s in range(t + 1, 5):
             h, c = torch._VF.lstm_cell(x[s], (h.unsqueeze(0), c.unsqueeze(0)), *lstm.parameters())
             h, c = h[0], c[0]
         return c
 
     for t in range(5):
-        exact = torch.autograd.functional.jacobian(lambda c, t=t: last_cell_state(c, t), saved.c[t, 0])
-        assert float(article.log_exact[t, 0]) == pytest.approx(math.log(float(exact.norm())), abs=1e-9)
-        product = torch.eye(3, dtype=torch.float64)
+        exact = torch.autograd.functional.jacobian(lambda c, t=t: last_cell_state(c, t), tr.after[1][t, 0])
+        assert float(product.log_exact[t, 0]) == pytest.approx(math.log(float(exact.norm())), abs=1e-9)
+        multiplied = torch.eye(3, dtype=torch.float64)
         for s in reversed(range(t, 4)):
             names = ("forget_gate", "carry", "input_gate", "candidate")
-            product = product @ sum(getattr(terms, n).matrix[s, 0] for n in names)
-        assert float(article.apart[t, 0]) == pytest.approx(float((product - exact).norm() / exact.norm()), abs=1e-9)
+            multiplied = multiplied @ sum(getattr(terms, n).matrix[s, 0] for n in names)
+        apart = float((multiplied - exact).norm() / exact.norm())
+        assert float(product.apart[t, 0]) == pytest.approx(apart, abs=1e-9)
 
 
 @given(case=module_cases(), data=st.data())
@@ -216,8 +217,8 @@ def test_exponents_of_a_linear_network_are_its_eigenvalues() -> None:
         rnn.bias_ih_l0.fill_(1.0)
     x = torch.zeros(600, 2, 2, dtype=torch.float64)
     expected = torch.linalg.eigvalsh(rnn.weight_hh_l0).abs().log().sort(descending=True).values.detach()
-    torch.testing.assert_close(uv.flow.lyapunov(rnn, x, warmup=300), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(uv.flow.lyapunov(rnn, x, n=2, warmup=300), expected[:2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(uv.flow.lyapunov(rnn, x, warmup=300).exponents, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(uv.flow.lyapunov(rnn, x, n=2, warmup=300).exponents, expected[:2], rtol=0, atol=1e-6)
 
 
 @given(case=module_cases())
@@ -225,16 +226,14 @@ def test_exponents_add_up_to_the_mean_log_determinant(case: ModuleCase) -> None:
     if case.module.mode == "RNN_RELU" or case.module.proj_size or len(set(case.lengths)) > 1:
         return
     T = max(case.lengths)
-    found = uv.flow.lyapunov(case.module, case.x, case.hx)
+    found = uv.flow.lyapunov(case.module, case.x, case.hx).exponents
     logs = [torch.linalg.slogdet(uv.flow.jacobian(case.module, case.x, case.hx, t=t)).logabsdet for t in range(T)]
     assert float(found.sum()) == pytest.approx(float(torch.stack(logs).mean()), rel=1e-8, abs=1e-8)
 
 
 def test_history_ends_at_the_estimate() -> None:
     torch.manual_seed(0)
-    found = uv.flow.lyapunov(
-        nn.GRU(2, 4, dtype=torch.float64), torch.randn(30, 3, 2, dtype=torch.float64), n=3, history=True
-    )
+    found = uv.flow.lyapunov(nn.GRU(2, 4, dtype=torch.float64), torch.randn(30, 3, 2, dtype=torch.float64), n=3)
     torch.testing.assert_close(found.history[-1], found.exponents)
     assert found.history.shape == (30, 3)
     torch.testing.assert_close(found.per_sample.mean(0), found.exponents)
@@ -312,7 +311,7 @@ def test_source_gradients_equal_autograd() -> None:
         (lambda g, x: uv.flow.singular_values(g, x, j=0, k=1, iterations=0), "iterations: expected one turn at least"),
         (lambda g, x: uv.flow.lyapunov(g, x, warmup=4), "warmup: expected 0 to 3"),
         (lambda g, x: uv.flow.singular_values(g, x, j=3, k=1), "j read before k"),
-        (lambda g, x: uv.flow.decompose(g, x, article=True), "article: its product is of the LSTM"),
+        (lambda g, x: uv.flow.decompose(g, x, textbook=True), "textbook: expected a cell whose output is made from"),
         (lambda g, x: uv.flow.decompose(g, x, error=torch.zeros(1)), r"error: expected \[T, B, D·R\] = \(4, 2, 3\)"),
         (lambda g, x: uv.flow.source_gradients(g, x, error=torch.zeros(4, 2, 3)), "error: expected a non-zero error"),
         (lambda g, x: uv.flow.decompose(g, x.double()), "x: expected the layer's dtype"),

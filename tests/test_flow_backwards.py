@@ -2,7 +2,6 @@
 
 import math
 import sys
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +14,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import unvanish as uv
 from tests.strategies import ModuleCase, module_cases
 from tests.test_adjoint_map import outputs
-from unvanish.flow.backwards import arriving_at, backwards, flow_at, log_norms_directly, made_at
-from unvanish.flow.collapsed import log_norms_collapsed
+from unvanish import engine
+from unvanish.flow.descent import arriving_at, flow_at
 from unvanish.flow.exponents import Rows, log_norms, times_power_of_two
+from unvanish.flow.scaled_rows import backwards, log_norms_of, made_at
 from unvanish.flow.stack import run_stack
 
 
@@ -34,8 +34,8 @@ def test_collapsed_and_direct_maps_agree(case: ModuleCase, data: Any) -> None:
     error = scale * torch.randn(len(sources), B, stack.directions * tr.y.shape[-1], dtype=torch.float64)
     for state in range(len(tr.final)):
         direct, collapsed = (
-            measure(tr, len(sources), arriving_at(stack, place, len(sources), made_at(sources, error)), state)
-            for measure in (log_norms_directly, log_norms_collapsed)
+            log_norms_of(tr, len(sources), arriving_at(stack, place, len(sources), made_at(sources, error)), state, way)
+            for way in (False, True)
         )
         torch.testing.assert_close(collapsed, direct, rtol=1e-11, atol=1e-10)
 
@@ -50,8 +50,8 @@ def test_sources_add_up_to_the_total_flow(case: ModuleCase, data: Any) -> None:
     internal = stack.inputs.in_internal_order(error, 1)
     entering = arriving_at(stack, place, T, made_at(list(range(T)), internal))
     for step in backwards(tr, T, entering):
-        for apart, whole in zip(step.adjoint.state, total.flow.dstate, strict=True):
-            added = times_power_of_two(apart, step.exponent.unsqueeze(-1)).sum(0)
+        for apart, whole in zip(step.state, total.deltas.dstate, strict=True):
+            added = times_power_of_two(apart, step.exponent.unsqueeze(-1)).sum(1)
             expected = times_power_of_two(whole[step.t], total.exponent[step.t].unsqueeze(-1))
             torch.testing.assert_close(added, expected, rtol=1e-10, atol=1e-14)
 
@@ -63,7 +63,7 @@ def test_our_layers_are_measured_as_torchs(kind: str) -> None:
     ours = getattr(uv.nn, kind)(2, 3, num_layers=2)
     ours.load_state_dict(stock.state_dict())
     assert torch.equal(uv.flow.adjoint_map(ours, x).log_norms, uv.flow.adjoint_map(stock, x).log_norms)
-    assert torch.equal(uv.flow.lyapunov(ours, x), uv.flow.lyapunov(stock, x))
+    assert torch.equal(uv.flow.lyapunov(ours, x).exponents, uv.flow.lyapunov(stock, x).exponents)
 
 
 @pytest.mark.parametrize("sources", [[5], list(range(6))])
@@ -92,12 +92,13 @@ def test_right_however_much_one_step_changes(scale: float, dtype: torch.dtype, s
     steps = list(range(T - sources, T))
     tr = run_stack(rnn, torch.zeros(T, 2, 1, dtype=dtype)).traces[0]
     # As if every state were 1: positive, so that φ' = 1, and finite at any scale.
-    tr = replace(tr, saved=type(tr.saved)(*(torch.ones_like(v) for v in tr.saved)))
+    before, after = (tuple(torch.ones_like(s) for s in kind) for kind in (tr.before, tr.after))
+    tr = engine.Trace(tr.cell, tr.weights, tr.x, before, after, tr.final, tr.active, tr.reverse)
     error = torch.nn.functional.normalize(torch.rand(sources, 2, H, dtype=dtype), dim=-1)
     lag = torch.tensor([[k - t for t in range(T)] for k in steps], dtype=torch.float64)
     expected = torch.where(lag >= 0, lag * math.log(scale), -torch.inf).unsqueeze(-1).expand(-1, -1, 2)
-    for measure in (log_norms_directly, log_norms_collapsed):
-        found = measure(tr, sources, made_at(steps, error), 0)
+    for way in (False, True):
+        found = log_norms_of(tr, sources, made_at(steps, error), 0, way)
         torch.testing.assert_close(found, expected, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=1e-6)
 
 
@@ -241,9 +242,9 @@ def test_measuring_changes_no_model() -> None:
 
 
 def test_an_error_of_another_dtype_is_refused() -> None:
-    for measure in (uv.flow.source_gradients, lambda layer, x, e: uv.flow.decompose(layer, x, error=e)):
+    for measure in (uv.flow.source_gradients, uv.flow.decompose):
         with pytest.raises(ValueError, match=r"error: expected the layer's dtype torch\.float32, got torch.float64"):
-            measure(nn.GRU(2, 3), torch.randn(4, 2, 2), torch.ones(4, 2, 3, dtype=torch.float64))
+            measure(nn.GRU(2, 3), torch.randn(4, 2, 2), error=torch.ones(4, 2, 3, dtype=torch.float64))
 
 
 def test_clip_plays_no_part() -> None:
@@ -288,18 +289,18 @@ def test_neighbours_order_and_scale_change_no_sample(case: ModuleCase, data: Any
         torch.testing.assert_close(scaled[i], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_random_probes_estimate_the_article() -> None:
+def test_random_probes_estimate_the_textbook_product() -> None:
     torch.manual_seed(0)
     lstm, x = nn.LSTM(2, 4, dtype=torch.float64), torch.randn(8, 2, 2, dtype=torch.float64)
     with torch.no_grad():
         lstm.weight_hh_l0.mul_(3)
-    exact, guess = (uv.flow.decompose(lstm, x, article=True, probes=probes).article for probes in (None, 4000))
+    exact, guess = (uv.flow.decompose(lstm, x, textbook=True, probes=probes).textbook for probes in (None, 4000))
     assert exact is not None
     assert guess is not None
     torch.testing.assert_close(guess.log_exact, exact.log_exact, rtol=0, atol=0.1)
     torch.testing.assert_close(guess.log_textbook, exact.log_textbook, rtol=0, atol=0.1)
     torch.testing.assert_close(guess.apart, exact.apart, rtol=0.15, atol=1e-10)
-    with pytest.raises(ValueError, match="probes: expected a count of 1 or more, together with article=True"):
+    with pytest.raises(ValueError, match="probes: expected a count of 1 or more, together with textbook=True"):
         uv.flow.decompose(lstm, x, probes=3)
 
 

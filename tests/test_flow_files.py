@@ -27,7 +27,7 @@ def records() -> dict[str, Any]:
     return {
         "flow": uv.flow.Flow(flow.layers),
         "map": uv.flow.adjoint_map(lstm, x, sources=[1, 4], at="l0.reverse"),
-        "terms": uv.flow.decompose(lstm, x, article=True, matrices=True),
+        "terms": uv.flow.decompose(lstm, x, textbook=True, matrices=True),
         "sources": uv.flow.source_gradients(lstm, x, error=torch.ones_like(y)),
         "gates": uv.flow.gate_statistics(lstm, x),
         "lyapunov": uv.flow.lyapunov(lstm, x, n=3),
@@ -77,10 +77,10 @@ def test_data_frames_hold_the_same_numbers() -> None:
     gates = found["gates"].to_dataframe()
     assert gates.mean_f.tolist() == found["gates"].mean[1].tolist()
     assert len(found["lyapunov"].to_dataframe()) == 6 * 3
-    article = found["terms"].article
-    rows = article.to_dataframe()
+    product = found["terms"].textbook
+    rows = product.to_dataframe()
     assert rows.columns.tolist() == ["t", "sample", "apart", "log_exact", "log_textbook"]
-    assert rows[rows["sample"] == 1].apart.tolist() == article.apart[:, 1].tolist()
+    assert rows[rows["sample"] == 1].apart.tolist() == product.apart[:, 1].tolist()
     flow = found["flow"].to_dataframe()
     assert (
         flow[(flow.layer == "l0.reverse") & (flow["sample"] == 1)].dh.tolist()

@@ -8,9 +8,9 @@ from torch import Tensor
 from tests.strategies import LayerCase, layer_cases
 from tests.test_native import isa, layer
 from unvanish import engine
-from unvanish.cells import CARRY, CELLS, Weights
+from unvanish.cells import CELLS, Weights, calculus
 from unvanish.engine import manual, native
-from unvanish.flow.subgradients import dweight
+from unvanish.flow.subgradients import dweight, weight_pairs
 
 __all__ = ["isa"]
 
@@ -51,17 +51,19 @@ def expected(
         dy, *dfinal = (e.double() for e in errors)
         flow = manual.adjoint(tr, dy, tuple(dfinal), clip)
     G = len(case.cell.gates)
-    mean = case.cell.activations(tr.saved).mean(-1)
-    shut = (case.cell.sensitivity(tr.saved) < engine.SATURATED).double().mean(-1)
+    mean = tr.gates.mean(-1)
+    shut = (case.cell.sensitivity(tr) < engine.SATURATED).double().mean(-1)
     carry = None
-    if case.cell.name in CARRY:
-        logs = getattr(tr.saved, CARRY[case.cell.name]).log()
+    if case.cell.carries:
+        kept = calculus.carry(case.cell, tr.partials)
+        assert kept is not None
+        logs = kept.log()
         carry = (logs if tr.active is None else torch.where(tr.active, logs, 0.0)).sum((0, 1))
     if tr.active is not None:
         mean, shut = (torch.where(tr.active, v, torch.nan) for v in (mean, shut))
     norms = [d.norm(dim=-1) for d in flow.dstate]
     gates = flow.da.unflatten(-1, (G, -1)).norm(dim=-1)
-    whole = dweight(flow.da, flow.da_hh, tr.x, tr.saved.h_prev)
+    whole = dweight(weight_pairs(tr, flow.da, flow.da_hh))
     return engine.Statistics(mean, shut, carry), engine.Norms(norms[0], (*norms, None)[1], gates, whole)
 
 
@@ -160,7 +162,7 @@ def test_only_the_native_rung_records() -> None:
         engine.run(case.cell, case.x, case.state, case.weights, rung="manual", record=Heard())
 
 
-@pytest.mark.parametrize("name", list(CARRY))
+@pytest.mark.parametrize("name", [name for name, cell in CELLS.items() if cell.carries])
 def test_a_gate_that_is_no_number_gives_no_carry(name: str, isa: str) -> None:
     heard, case = Heard(), layer(name, 5, 3, 2, 4, torch.float32)
     x = case.x.detach().clone()

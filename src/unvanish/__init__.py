@@ -39,7 +39,14 @@ __all__ = [
     "watch",
 ]
 
-_FROM = {"diagnose": "diagnose", "mark": "flow.watch", "watch": "flow.watch", "accelerate": "nn", "restore": "nn", "Cell": "cells"}
+_FROM = {
+    "diagnose": "diagnose",
+    "mark": "flow.watch",
+    "watch": "flow.watch",
+    "accelerate": "nn",
+    "restore": "nn",
+    "Cell": "cells",
+}
 
 
 def __getattr__(name: str) -> _Any:
