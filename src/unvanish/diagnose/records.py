@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from unvanish import draw
 from unvanish.diagnose.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 LIKELY = 0.5
 """chance of learning from which nothing is prescribed"""
+ARRIVED = 0.01
+"""of the gradient at lag 0 that still counts as having arrived"""
 BAD = ("vanishes", "explodes", "chaotic", "saturated", "dead")
 
 
@@ -173,13 +175,14 @@ class Verification:
             rows.append(row)
         return pd.DataFrame(rows)
 
-    # Looked up by name: drawing stands above measuring.
     def plot(self, ax: Any = None) -> Any:
         """The error over the lag in every layer; returns the matplotlib Axes."""
-        return import_module("unvanish.report.plot").diagnosis(self, ax=ax)
+        curves = {f"{name}, before: {d.verdict}": d.curve for name, d in self.before.items()}
+        curves |= {f"{name}, after: {d.verdict}": d.curve for name, d in self.after.items()}
+        return draw.over_lag(curves, ax, mark=ARRIVED)
 
     def _repr_html_(self) -> str:
-        return import_module("unvanish.report.notebook").card(self)
+        return draw.card(self.plot(), type(self).__name__, repr(self))
 
     def __repr__(self) -> str:
         return "\n".join(f"{name}: {_brief(self.before.get(name))} → {_brief(now)}" for name, now in self.after.items())
@@ -242,13 +245,13 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         rows = [{n: getattr(d, n) for n in names} | d.evidence for d in self.layers.values()]
         return pd.DataFrame(rows).rename(columns={"name": "layer"})
 
-    # Looked up by name: drawing stands above measuring.
     def plot(self, ax: Any = None) -> Any:
         """The error over the lag in every layer; returns the matplotlib Axes."""
-        return import_module("unvanish.report.plot").diagnosis(self, ax=ax)
+        curves = {f"{name}: {d.verdict}": d.curve for name, d in self.layers.items()}
+        return draw.over_lag(curves, ax, mark=ARRIVED)
 
     def _repr_html_(self) -> str:
-        return import_module("unvanish.report.notebook").card(self)
+        return draw.card(self.plot(), type(self).__name__, repr(self))
 
     def __getitem__(self, name: str) -> LayerDiagnosis:
         if name not in self.layers:

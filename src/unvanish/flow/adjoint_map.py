@@ -34,8 +34,6 @@ MANY = 32
 class AdjointMap(Record):
     """‖∂E_k/∂s_t‖₂ of each source, step and sample."""
 
-    _picture = "adjoint_map"
-
     log_norms: Tensor
     """[K, T, B] float64, natural logarithm; −inf where no error arrives (t > k)"""
     sources: tuple[int, ...]
@@ -66,6 +64,28 @@ class AdjointMap(Record):
         lag = t - k if self.at.endswith(".reverse") else k - t
         columns = {"source": k, "t": t, "lag": lag, "sample": b, "log_norm": self.log_norms, "norm": self.norms}
         return pd.DataFrame({name: v[lag >= 0].numpy() for name, v in columns.items()})
+
+    def plot(self, ax: Any = None, sample: int | None = None) -> Any:
+        """‖∂E_k/∂s_t‖ of every source k over the step t: a heat map, or up to eight sources as curves.
+
+        Args:
+            ax: matplotlib Axes; None: new ones.
+            sample: which one to show; None: the median over samples.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        from unvanish import draw
+
+        values = self.log_norms.median(2).values if sample is None else self.log_norms[:, :, sample]
+        text = rf"$\|\partial E_k/\partial {self.state}_t\|$"
+        if len(self.sources) > len(draw.LINES):
+            return draw.heat_map(range(values.shape[1]), self.sources, values.numpy(), text, ax)
+        curves = {f"k = {k}": draw.decades(row.tolist()) for k, row in zip(self.sources, values, strict=True)}
+        return draw.per_step(curves, range(values.shape[1]), "step t", text, ax)
+
+    def _draw(self, ax: Any) -> Any:
+        return self.plot(ax)
 
     def __repr__(self) -> str:
         K, T, B = self.log_norms.shape

@@ -1,7 +1,6 @@
 """A Lightning callback: how far the error reaches back, logged while a model trains."""
 
 import math
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import lightning
@@ -160,15 +159,16 @@ class GradientFlow(lightning.Callback):
             logger.log_metrics(metrics, step)
         if not self.pictures:
             return
-        # Drawing stands above measuring: it is looked up by name, so that flow does not import it.
-        pictures = import_module("unvanish.report.plot")
+        from unvanish import draw
+
+        shown = {name: curve.tolist() for name, curve in curves.items()}
         for logger in trainer.loggers:
-            draw = getattr(logger, "log_image", None)
+            log_image = getattr(logger, "log_image", None)
             add = getattr(getattr(logger, "experiment", None), "add_figure", None)
-            if draw is not None:
-                draw("gradient_flow", [pictures.decay(curves).figure], step=step)
+            if log_image is not None:
+                log_image("gradient_flow", [draw.over_lag(shown).figure], step=step)
             elif add is not None:
-                add("gradient_flow", pictures.decay(curves).figure, step)
+                add("gradient_flow", draw.over_lag(shown).figure, step)
 
 
 def _first_samples(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any, lengths: Any, n: int) -> _Heard:

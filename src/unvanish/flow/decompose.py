@@ -5,6 +5,7 @@ and one per gate,
 
     carry     C_mm ⊙ δm_t                     the state's own old value
     from_a    C_am ⊙ δs^a_t                   another state that reads it
+    through_b Σ_a C_ab ⊙ δs^a_t               another state that is read
     gate γ    W_γᵀ δq^γ_t                     through γ's matrix, to the state that it reads
 
 and what comes to another state than m counts as far as that state is made from m. For the LSTM, whose h_t is made from
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
-from unvanish.cells import calculus
+from unvanish.cells import Cell, calculus
 from unvanish.flow.descent import flow_at
 from unvanish.flow.exponents import Rows, log_norms, times_power_of_two
 from unvanish.flow.files import Record
@@ -77,8 +78,6 @@ class StateTerms(Record):
     diag(f_t) for the LSTM, diag(z_t) for the GRU.
     """
 
-    _picture = "terms"
-
     cell: str
     at: str
     """the layer and direction: "l0", "l1.reverse" """
@@ -103,6 +102,13 @@ class StateTerms(Record):
         import pandas as pd
 
         return pd.concat([term.to_dataframe() for term in self.terms.values()], ignore_index=True)
+
+    def _draw(self, ax: Any) -> Any:
+        from unvanish import draw
+
+        shares = {in_words(name): term.share.nanmedian(1).values.tolist() for name, term in self.terms.items()}
+        steps = range(len(self.log_total))
+        return draw.lines(shares, steps, "step t", "share of the gradient that comes back", ax, zero=True)
 
     def __repr__(self) -> str:
         return "\n".join([f"StateTerms of {self.cell} {self.at}", *(f"  {term!r}" for term in self.terms.values())])
@@ -196,10 +202,13 @@ def _terms(tr: engine.Trace, deltas: engine.Deltas) -> dict[str, Tensor]:
     total = dict(zip(cell.states, deltas.dstate, strict=True))
     if w.w_hr is not None:
         total[cell.states[0]] = total[cell.states[0]] @ w.w_hr
-    found = {}
+    found: dict[str, Tensor] = {}
     for (a, b), c in d.s.items():
-        if b == m:
-            found["carry" if a == m else f"from_{a}"] = _one_step_earlier(c * total[a], tr)
+        arrived = _one_step_earlier(c * total[a], tr)
+        in_memory, _ = calculus.completed(cell, d, {b: arrived}, w)
+        if m in in_memory:
+            name = _path(cell, a, b)
+            found[name] = found[name] + in_memory[m] if name in found else in_memory[m]
     if deltas.da_hh is None:
         return found
     shares = zip(cell.sources.items(), deltas.da_hh.chunk(len(cell.sources), dim=-1), strict=True)
@@ -228,15 +237,26 @@ def _present(v: Tensor, tr: engine.Trace) -> Tensor:
     return torch.where(tr.active.reshape(*tr.active.shape[:2], *(1,) * (v.dim() - 2)), v, 0.0)
 
 
+def _path(cell: Cell, a: str, b: str) -> str:
+    """The name of the path from state a at t back to state b at t − 1, at fixed shares."""
+    if b != cell.remembers:
+        return f"through_{b}"
+    return "carry" if a == b else f"from_{a}"
+
+
 def _matrices(tr: engine.Trace) -> dict[str, Tensor]:
     """Each term as a matrix `[T, B, H, H]` that acts on the memory at t; what acts on m_{t+1} only through another
     state of step t + 1, as the LSTM's O, is zero as such a matrix and absent."""
     cell, d, w = tr.cell, tr.partials, tr.weights
     m = cell.remembers
-    found = {}
-    if (m, m) in d.s:
-        found["carry"] = _one_step_earlier(torch.diag_embed(d.s[m, m]), tr)
+    found: dict[str, Tensor] = {}
     per_row = d.map(lambda v: v.unsqueeze(-2))
+    for (a, b), c in d.s.items():
+        if a == m:
+            rows = _one_step_earlier(torch.diag_embed(c), tr)
+            in_memory, _ = calculus.completed(cell, per_row, {b: rows}, w)
+            if m in in_memory:
+                found[_path(cell, a, b)] = in_memory[m]
     for gate, source in cell.sources.items():
         if (m, gate) not in d.q or gate in cell.same_step:
             continue
@@ -245,3 +265,12 @@ def _matrices(tr: engine.Trace) -> dict[str, Tensor]:
         if m in in_memory:
             found[cell.titles.get(gate, gate)] = in_memory[m]
     return found
+
+
+def in_words(term: str) -> str:
+    """What a term is called in pictures: the carry is the state's own path, any other a path through weights."""
+    if term == "carry":
+        return "carry: the state itself"
+    if term.startswith(("from_", "through_")):
+        return term.replace("_", " ")
+    return f"through the weights of {term.replace('_', ' ')}"

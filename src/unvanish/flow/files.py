@@ -5,7 +5,6 @@ import math
 import os
 import tempfile
 from dataclasses import fields, is_dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,8 +23,6 @@ class Record:
     """
 
     _kinds: ClassVar[dict[str, type["Record"]]] = {}
-    _picture: ClassVar[str] = ""
-    """the function of `uv.plot` that draws it"""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -53,19 +50,28 @@ class Record:
         tree = json.dumps(_pack(self, tensors))
         write_atomically(Path(path), save(tensors, {"unvanish.flow": str(SCHEMA), "record": tree}))
 
-    # Drawing stands above measuring: it is looked up by name, so that flow does not import it.
     def plot(self, ax: Any = None) -> Any:
-        """Its picture (see `uv.plot`), on the matplotlib Axes given or on new ones; returns them.
+        """Its picture, on the matplotlib Axes given or on new ones; returns them.
 
         Raises:
             TypeError: there is no picture of this kind of record.
         """
-        if not self._picture:
+        drawn = self._draw(ax)
+        if drawn is None:
             raise TypeError(f"there is no picture of a {self.kind}")
-        return getattr(import_module("unvanish.report.plot"), self._picture)(self, ax=ax)
+        return drawn
+
+    def _draw(self, ax: Any) -> Any:
+        """The picture on the axes, or on new ones; None where a record has none. matplotlib is imported here."""
+        return None
 
     def _repr_html_(self) -> str | None:
-        return import_module("unvanish.report.notebook").card(self) if self._picture else None
+        drawn = self._draw(None)
+        if drawn is None:
+            return None
+        from unvanish import draw
+
+        return draw.card(drawn, self.kind, repr(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -33,9 +33,13 @@ class GateStatistics(Record):
     """[H] mean ln|∂m_t/∂m_{t−1}| of the memory m at fixed shares, nats per step: ln f of the LSTM, ln z of the GRU;
     None for a cell that carries nothing, as the plain RNN"""
 
-    @property
-    def _picture(self) -> str:  # type: ignore[override]
-        return "" if self.log_carry is None else "memory"
+    def _draw(self, ax: Any) -> Any:
+        if self.log_carry is None:
+            return None
+        from unvanish import draw
+
+        counts, edges = self.histogram()
+        return draw.histogram(counts.numpy(), edges.numpy(), ax)
 
     @property
     def half_life(self) -> Tensor:

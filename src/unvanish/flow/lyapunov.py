@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 class LyapunovSpectrum(Record):
     """The exponents, and how they converge."""
 
-    _picture = "lyapunov"
-
     exponents: Tensor
     """[n] nats per step, mean over samples, largest first"""
     history: Tensor
@@ -41,6 +39,13 @@ class LyapunovSpectrum(Record):
         t, i = torch.meshgrid(*map(torch.arange, self.history.shape), indexing="ij")
         columns = {"t": t, "exponent": i, "estimate": self.history}
         return pd.DataFrame({name: v.flatten().numpy() for name, v in columns.items()})
+
+    def _draw(self, ax: Any) -> Any:
+        from unvanish import draw
+
+        curves = {f"λ{i + 1}": v.tolist() for i, v in enumerate(self.history.unbind(1))}
+        steps = range(len(self.history))
+        return draw.lines(curves, steps, "steps read", "exponent (nats per step)", ax, zero=True, width=1.4)
 
     def __repr__(self) -> str:
         found = ", ".join(f"{float(e):.3g}" for e in self.exponents[:8])

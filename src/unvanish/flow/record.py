@@ -8,14 +8,13 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from unvanish.flow.files import Record
+from unvanish.flow.files import Record, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,8 +36,6 @@ class LayerFlow(Record):
     gate statistics NaN. A field that does not exist for the cell is None: `dc` but for the LSTM, all but `dh` for
     `uv.mark`.
     """
-
-    _picture = "flow"
 
     name: str
     """module path, layer, direction: "encoder.lstm.l0", "rnn.l1.reverse" """
@@ -79,6 +76,17 @@ class LayerFlow(Record):
                 lines.append(f"  {label}: ‖∂E/∂{label[1]}_t‖ median over samples {first} at t=0, {last} at t={T - 1}")
         return "\n".join(lines)
 
+    def _draw(self, ax: Any) -> Any:
+        from unvanish import draw
+
+        return draw.norms_over_time(self._norms(), ax)
+
+    def _norms(self) -> list[Any]:
+        from unvanish.draw.pictures import Norms
+
+        found = (("h", self.dh), ("c", self.dc))
+        return [Norms(self.name, s, v.numpy(), self.lengths.numpy()) for s, v in found if v is not None]
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields that are present."""
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
@@ -106,8 +114,6 @@ class LayerFlow(Record):
 
 class Flow(Record, Mapping[str, LayerFlow]):
     """Layer name → LayerFlow."""
-
-    _picture = "flow"
 
     def __init__(self, layers: Mapping[str, LayerFlow]) -> None:
         self._layers = dict(layers)
@@ -148,7 +154,31 @@ class Flow(Record, Mapping[str, LayerFlow]):
     def contents(self) -> dict[str, Any]:
         return {"layers": self.layers}
 
-    # Looked up by name, as in Record.plot.
+    def _draw(self, ax: Any) -> Any:
+        from unvanish import draw
+
+        return draw.norms_over_time([norm for layer in self.layers.values() for norm in layer._norms()], ax)
+
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """`plot`, interactive, in one self-contained HTML file."""
-        import_module("unvanish.report.html").write_flow(self, Path(path))
+        """`plot` and a table of the layers in one self-contained HTML file, which needs neither network nor script.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        from unvanish import draw
+
+        backwards = any(name.endswith(".reverse") for name in self)
+        way = "from the last step to the first" + (", in reversed layers from the first to the last" * backwards)
+        rows = [
+            [name, layer.cell, str(len(layer.dh)), str(layer.dh.shape[1]), f"{layer.residual:.1e}"]
+            for name, layer in self.layers.items()
+        ]
+        text = draw.page(
+            "Gradient flow through time",
+            f"The norm of the gradient at each step, per recurrent layer; it travels {way}.",
+            self.plot(),
+            ("layer", "cell", "steps", "samples", "residual"),
+            rows,
+            ["residual: ‖Σ_t g_t − autograd's ∂E/∂W‖ / ‖autograd's‖, the record's own checksum."],
+        )
+        write_atomically(Path(path), text.encode())

@@ -80,8 +80,6 @@ def partial_sums(pairs: Pairs) -> Tensor:
 class SourceGradients(Record):
     """How much each error source contributes to ∂E/∂W, W = [W_hh, W_ih], of one layer and direction."""
 
-    _picture = "sources"
-
     log_norms: Tensor
     """[K] float64 ln‖∂E_k/∂W‖_F"""
     log_partial_sums: Tensor
@@ -118,6 +116,17 @@ class SourceGradients(Record):
             "log_longest_path": self.log_longest_path,
         }
         return pd.DataFrame({"source": list(self.sources), **{name: v.numpy() for name, v in columns.items()}})
+
+    def _draw(self, ax: Any) -> Any:
+        from unvanish import draw
+
+        curves = {
+            r"$\|\partial E_k/\partial W\|$": self.log_norms,
+            r"$\|S_k\|$": self.log_partial_sums,
+            "the first step's term alone": self.log_longest_path,
+        }
+        powers = {name: draw.decades(v.tolist()) for name, v in curves.items()}
+        return draw.per_step(powers, self.sources, "error source k", "norm of the weight's gradient", ax)
 
     def __repr__(self) -> str:
         low, high = self.norms.min(), self.norms.max()

@@ -4,8 +4,8 @@
 """
 
 from unvanish.report import plot
-from unvanish.report.html import write_comparison, write_flow
+from unvanish.report.html import write_comparison
 from unvanish.report.plot import save_figures
 from unvanish.report.text import print_comparison
 
-__all__ = ["plot", "print_comparison", "save_figures", "write_comparison", "write_flow"]
+__all__ = ["plot", "print_comparison", "save_figures", "write_comparison"]

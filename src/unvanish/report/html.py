@@ -7,14 +7,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from unvanish.draw import LINES, LN10, decades, line, short
+from unvanish.flow.decompose import in_words
 from unvanish.flow.files import write_atomically
-from unvanish.flow.record import Flow
 from unvanish.report import verdict
-from unvanish.report.style import LINES, LN10, decades, line, short, spans_decades
+from unvanish.report.plot import spans_decades
 from unvanish.train.records import Anatomy, Comparison, Reach, TaskResult
 
 
@@ -33,32 +33,6 @@ def write_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> No
         colour=line,
         data=_script_safe({"palette": palette, "tasks": data}),
     )
-    write_atomically(Path(path), page.encode())
-
-
-def write_flow(flow: Flow, path: str | os.PathLike[str]) -> None:
-    """‖∂E/∂h_t‖ and ‖∂E/∂c_t‖ over t of every layer: one HTML file.
-
-    Raises:
-        OSError: the file can't be written.
-    """
-    traces = []
-    for index, layer in enumerate(flow.values()):
-        for norm, dash, label in ((layer.dh, "solid", "h"), (layer.dc, "dash", "c")):
-            if norm is not None:
-                present = (np.arange(len(norm))[:, None] < layer.lengths.numpy()[None, :]) & (norm.numpy() > 0)
-                values = np.ma.masked_where(~present, np.log10(np.where(present, norm.numpy(), 1.0)))
-                middle = np.ma.median(values, axis=1).filled(np.nan)
-                traces.append(
-                    {
-                        "x": list(range(len(middle))),
-                        "y": [None if np.isnan(v) else float(v) for v in middle],
-                        "name": f"{layer.name} ∂E/∂{label}",
-                        "colour": line(index).colour,
-                        "dash": dash,
-                    }
-                )
-    page = _render("flow.html.j2", flow=flow, data=_script_safe({"traces": traces}))
     write_atomically(Path(path), page.encode())
 
 
@@ -125,7 +99,7 @@ def _moment(reach: Reach) -> dict[str, Any]:
 def _anatomy(a: Anatomy) -> dict[str, Any]:
     return {
         "steps": a.steps,
-        "share": {name.replace("_", " "): share for name, share in a.share.items()},
+        "share": {in_words(name): share for name, share in a.share.items()},
         "subgradient": _powers(a.subgradient),
         "partial": _powers(a.partial),
         "tau": a.time_constants,

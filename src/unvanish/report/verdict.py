@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from unvanish.report.style import LN10
+from unvanish.draw import LN10
 from unvanish.train.records import Cured, Reach, Run, TaskResult
 
 _CALLS = {

@@ -171,16 +171,7 @@ function drawAnatomy(name) {
   }], layout("step t", "error source k", {}));
 }
 
-function drawFlow() {
-  const traces = data.traces.map((t) => ({
-    x: t.x, y: t.y, mode: "lines", name: escapeText(t.name), line: { color: shade(t.colour), dash: t.dash, width: 2.2 },
-    customdata: t.y.map(factor), hovertemplate: "step %{x}<br>norm %{customdata}<extra>" + escapeText(t.name) + "</extra>",
-  }));
-  draw("flow", traces, layout("step t", "error gradient norm, median over samples", decadeTicks(data.traces.map((t) => t.y))));
-}
-
 function drawAll() {
-  if (document.getElementById("flow")) return drawFlow();
   for (const name of Object.keys(data.tasks)) {
     drawReach(name);
     drawLearning(name);

@@ -2,13 +2,12 @@
 print."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
-
-from unvanish.train.records import TaskResult
 
 
 class Line(NamedTuple):
-    """How one model is drawn everywhere."""
+    """How one model, layer or curve is drawn everywhere."""
 
     colour: str
     dash: str
@@ -27,17 +26,17 @@ LINES = (
     Line("#7F7F7F", "solid", "-"),
     Line("#B8A900", "dash", (0, (4, 4))),
 )
-"""In order of a comparison's runs; beyond eight they repeat."""
+"""In order; beyond eight they repeat."""
 
 LN10 = math.log(10)
 
 
 def line(index: int) -> Line:
-    """How the run with this index is drawn."""
+    """How the curve with this index is drawn."""
     return LINES[index % len(LINES)]
 
 
-def decades(log_norm: list[float]) -> list[float | None]:
+def decades(log_norm: Iterable[float]) -> list[float | None]:
     """Natural logarithms as powers of ten; None where the norm is exactly zero or unknown."""
     return [value / LN10 if math.isfinite(value) else None for value in log_norm]
 
@@ -45,9 +44,3 @@ def decades(log_norm: list[float]) -> list[float | None]:
 def short(name: str, most: int = 40) -> str:
     """A name that leaves room for the picture."""
     return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def spans_decades(task: TaskResult) -> bool:
-    """Whether the errors of a task want a logarithmic axis: they span more than one power of ten, and none is 0."""
-    errors = [task.chance, task.solved_below, *(error for run in task.runs for error in run.curve_error)]
-    return min(errors) > 0 and max(errors) > 10 * min(errors)

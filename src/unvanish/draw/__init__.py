@@ -1,0 +1,30 @@
+"""Pictures from arrays: matplotlib axes, a notebook card, a page around a picture.
+
+Nothing here knows a record, a layer or a model: whoever has measured hands over numbers and names.
+"""
+
+from unvanish.draw.axes import figure_of, label, new_axes
+from unvanish.draw.card import card
+from unvanish.draw.page import page
+from unvanish.draw.pictures import heat_map, histogram, lines, norms_over_time, over_lag, per_step
+from unvanish.draw.style import LINES, LN10, Line, decades, line, short
+
+__all__ = [
+    "LINES",
+    "LN10",
+    "Line",
+    "card",
+    "decades",
+    "figure_of",
+    "heat_map",
+    "histogram",
+    "label",
+    "line",
+    "lines",
+    "new_axes",
+    "norms_over_time",
+    "over_lag",
+    "page",
+    "per_step",
+    "short",
+]
