@@ -19,6 +19,8 @@ import unvanish as uv
 from unvanish.cells import CELLS, ZOO, Cell, Point, State, Weights, calculus
 from unvanish.cells.activations import activations
 from unvanish.cells.derived import partials, structure
+from unvanish.train.models import RECIPES, Shape
+from unvanish.train.tasks import make_task
 
 DOUBLE = torch.float64
 every_cell = pytest.mark.parametrize("name", list(ZOO))
@@ -369,3 +371,11 @@ def test_it_trains_copies_pickles_and_loads(name: str) -> None:
     assert torch.equal(pad_packed_sequence(packed[0])[0], y)
     for a, b in zip(*(s if isinstance(s, tuple) else (s,) for s in (packed[1], final)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.removesuffix("-chrono") in ZOO])
+def test_it_can_be_compared_and_trained_by_name(name: str) -> None:
+    model = RECIPES[name].build(make_task("adding", 10), hidden=4)
+    assert model(torch.randn(2, 10, 2)).shape == (2, 1)
+    shape = Shape(name, inputs=2, outputs=3, hidden=4, layers=2, bidirectional=True, clip_recurrence=1.0)
+    assert shape.build(10)(torch.randn(2, 10, 2), torch.tensor([10, 4])).shape == (2, 3)

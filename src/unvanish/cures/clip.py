@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from unvanish.cures.layers import M, finite, recurrent_modules
 from unvanish.engine.sequence import clip_rows
 from unvanish.nn import accelerate
+from unvanish.nn.modules import SequenceModule
 
 
 class GradientClipper:
@@ -163,7 +164,7 @@ def clip_recurrence_(module: M, limit: float | None) -> M:
     if any(isinstance(m, nn.RNNBase) for m in found):
         accelerate(module)
     for m in found:
-        if isinstance(m, nn.RNNBase):
+        if isinstance(m, SequenceModule):
             m.clip = limit  # type: ignore[assignment]
         else:
             _clip_cell(m, limit)

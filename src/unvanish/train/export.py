@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unvanish import nn as layers
 from unvanish.flow.files import write_atomically
 from unvanish.nn import restore
+from unvanish.nn.modules import SequenceModule
 from unvanish.train.data.sequences import Scale
 from unvanish.train.models import SequenceModel
 from unvanish.train.problems import from_json
@@ -104,8 +106,10 @@ class Exported(nn.Module):
         return x[torch.arange(x.shape[0], device=x.device), lengths - 1]
 
 
-def _directions(layer: nn.RNNBase) -> nn.ModuleList:
+def _directions(layer: SequenceModule) -> nn.ModuleList:
     """[layer][forward, backward], each a layer that runs forward."""
+    if isinstance(layer, layers.Recurrent):
+        return _directions_of_a_cell(layer)
     options = {"nonlinearity": layer.nonlinearity} if isinstance(layer, nn.RNN) else {}
     found = nn.ModuleList()
     for k in range(layer.num_layers):
@@ -114,6 +118,19 @@ def _directions(layer: nn.RNNBase) -> nn.ModuleList:
         for one, suffix in zip(pair, ("", "_reverse"), strict=True):
             parts = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             one.load_state_dict({f"{part}_l0": getattr(layer, f"{part}_l{k}{suffix}") for part in parts})
+        found.append(nn.ModuleList(pair))
+    return found.requires_grad_(False)
+
+
+def _directions_of_a_cell(layer: layers.Recurrent) -> nn.ModuleList:
+    found = nn.ModuleList()
+    for k in range(layer.num_layers):
+        inputs, pair = layer.input_size if k == 0 else 2 * layer.hidden_size, []
+        for suffix in ("", "_reverse"):
+            one = layers.Recurrent(layer.cell, inputs, layer.hidden_size, bias=layer.bias, batch_first=True)
+            end = f"_l{k}{suffix}"
+            one.load_state_dict({name: getattr(layer, name.removesuffix("_l0") + end) for name in one.state_dict()})
+            pair.append(one)
         found.append(nn.ModuleList(pair))
     return found.requires_grad_(False)
 
@@ -149,6 +166,11 @@ def export(trained: Trained, path: str | os.PathLike[str], *, steps: int | None 
         raise ValueError(f"model: expected one that was trained on data, got one of the {trained.config['kind']}")
     if not path.parent.is_dir():
         raise OSError(f"OUT: {path} can't be written: there is no folder {path.parent}")
+    if isinstance(trained.model.recurrent, layers.Recurrent) and steps is None:
+        raise ValueError(
+            f"steps: expected a number of steps and a name that ends in .pt2, since the loop of a "
+            f"{trained.model.recurrent.cell.name} is written out step by step; got none"
+        )
     window = trained.config.get("window")
     examples = [_example(trained, batch, steps or window or length, seed) for seed, (batch, length) in enumerate(SIZES)]
     module = Exported(trained, plain=path.suffix == ".onnx" or steps is not None).eval()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from unvanish import cures
 from unvanish import nn as layers
+from unvanish.cells import CELLS, ZOO
+from unvanish.nn.modules import SequenceModule
 from unvanish.train.tasks import Task
 
 Read = Literal["last", "mean", "all"]
@@ -19,7 +22,7 @@ class SequenceModel(nn.Module):
     """answer = W r + b, r out of the states h_t of `recurrent`: the last `answers` of them, their mean, or every one.
 
     Args:
-        recurrent: RNN, LSTM or GRU, batch_first.
+        recurrent: RNN, LSTM, GRU or `unvanish.nn.Recurrent`, batch_first.
         outputs: O.
         answers: how many of the last states are read, for "last".
         read: "last" (each sample's own last state; of a bidirectional network each direction's own), "mean" or "all".
@@ -30,7 +33,7 @@ class SequenceModel(nn.Module):
 
     def __init__(
         self,
-        recurrent: nn.RNNBase,
+        recurrent: SequenceModule,
         outputs: int,
         answers: int = 1,
         *,
@@ -100,12 +103,12 @@ class Recipe:
     """A cell, and what is done to it before training."""
 
     title: str
-    layer: Callable[..., nn.RNNBase]
-    prepare: Callable[[nn.RNNBase, int], object] | None = None
+    layer: Callable[..., SequenceModule]
+    prepare: Callable[[SequenceModule, int], object] | None = None
     """in place, given the layer and the sequence length"""
     nonlinearity: str | None = None
 
-    def recurrent(self, inputs: int, hidden: int, length: int, **options: Any) -> nn.RNNBase:
+    def recurrent(self, inputs: int, hidden: int, length: int, **options: Any) -> SequenceModule:
         """The prepared layer, batch_first; weights come from torch's global generator."""
         if self.nonlinearity is not None:
             options["nonlinearity"] = self.nonlinearity
@@ -130,11 +133,29 @@ RECIPES: dict[str, Recipe] = {
     "lstm-chrono": Recipe("chrono LSTM", layers.LSTM, lambda layer, length: cures.chrono_(layer, max_lag=length)),
 }
 
+
+def _of_the_zoo() -> dict[str, Recipe]:
+    """The cells of `unvanish.cells.ZOO` that torch has not, as they are; and with chrono biases where one gate
+    carries."""
+    found = {}
+    for name, kind in ZOO.items():
+        if name in CELLS:
+            continue
+        title = kind.__name__
+        layer = partial(layers.Recurrent, kind())
+        found[name] = Recipe(title, layer)
+        if kind().carry_gate is not None:
+            found[f"{name}-chrono"] = Recipe(f"chrono {title}", layer, RECIPES["lstm-chrono"].prepare)
+    return found
+
+
+RECIPES |= _of_the_zoo()
+
 REMEDIES: dict[str, tuple[str, ...]] = {
     "rnn": ("gru-chrono", "rnn-orthogonal", "irnn"),
     "gru": ("gru-chrono",),
     "lstm": ("lstm-chrono", "lstm-forget1"),
-}
+} | {name: (f"{name}-chrono",) for name in ZOO if name not in CELLS and f"{name}-chrono" in RECIPES}
 """Plain recipe → the recipes that cure it, the one to prefer first."""
 
 
