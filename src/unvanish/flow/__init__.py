@@ -5,6 +5,7 @@
 - `decompose(layer, x)`: which path carries the error: forget gate, carry, input gate, candidate, output gate
 - `source_gradients(layer, x, error)`: ‖∂E_k/∂W‖ of each source and of their partial sums
 - `lyapunov(layer, x, n=8)`: exponents of the full state; also `jacobian`, `singular_values`
+- `from_arrays("lstm", weights, x, dy)`: the record of a layer that Keras, JAX or any other framework ran
 - `gate_statistics(layer, x)`: how open the gates are and how long each unit remembers
 - `GradientFlow(every=100)`: a Lightning callback that logs rate, half-life and reach of every layer
 - `replay(folder)`: the records of a training watched with `watch(model, every=100, stream=folder)`
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from unvanish.flow.adjoint_map import AdjointMap, adjoint_map
 from unvanish.flow.decompose import Article, StateTerms, Term, decompose
 from unvanish.flow.files import Record, load
+from unvanish.flow.from_arrays import from_arrays
 from unvanish.flow.gates import GateStatistics, gate_statistics
 from unvanish.flow.lyapunov import LyapunovHistory, jacobian, lyapunov, singular_values
 from unvanish.flow.reach import Decay, decay
@@ -46,6 +48,7 @@ __all__ = [
     "adjoint_map",
     "decay",
     "decompose",
+    "from_arrays",
     "gate_statistics",
     "jacobian",
     "load",
