@@ -14,6 +14,7 @@ from typing import Any as _Any
 if TYPE_CHECKING:
     from unvanish import cures, engine, flow, nn, report, train
     from unvanish.diagnose import diagnose
+    from unvanish.flow.audit import audit
     from unvanish.flow.watch import mark, watch
     from unvanish.nn import accelerate, restore
     from unvanish.report import plot
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "accelerate",
+    "audit",
     "cures",
     "diagnose",
     "engine",
@@ -36,7 +38,14 @@ __all__ = [
     "watch",
 ]
 
-_FROM = {"diagnose": "diagnose", "mark": "flow.watch", "watch": "flow.watch", "accelerate": "nn", "restore": "nn"}
+_FROM = {
+    "audit": "flow.audit",
+    "diagnose": "diagnose",
+    "mark": "flow.watch",
+    "watch": "flow.watch",
+    "accelerate": "nn",
+    "restore": "nn",
+}
 
 
 def __getattr__(name: str) -> _Any:

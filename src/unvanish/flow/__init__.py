@@ -6,6 +6,7 @@
 - `source_gradients(layer, x, error)`: ‖∂E_k/∂W‖ of each source and of their partial sums
 - `lyapunov(layer, x, n=8)`: exponents of the full state; also `jacobian`, `singular_values`
 - `from_arrays("lstm", weights, x, dy)`: the record of a layer that Keras, JAX or any other framework ran
+- `audit(model, x, y, loss=...)`: the backend's gradients against a float64 reference, layer by layer
 - `gate_statistics(layer, x)`: how open the gates are and how long each unit remembers
 - `GradientFlow(every=100)`: a Lightning callback that logs rate, half-life and reach of every layer
 - `replay(folder)`: the records of a training watched with `watch(model, every=100, stream=folder)`
@@ -14,6 +15,8 @@
 from typing import TYPE_CHECKING, Any
 
 from unvanish.flow.adjoint_map import AdjointMap, adjoint_map
+from unvanish.flow.audit import audit
+from unvanish.flow.audit_report import Audit, LayerAudit
 from unvanish.flow.decompose import Article, StateTerms, Term, decompose
 from unvanish.flow.files import Record, load
 from unvanish.flow.from_arrays import from_arrays
@@ -32,10 +35,12 @@ if TYPE_CHECKING:
 __all__ = [
     "AdjointMap",
     "Article",
+    "Audit",
     "Decay",
     "Flow",
     "GateStatistics",
     "GradientFlow",
+    "LayerAudit",
     "LayerFlow",
     "LyapunovHistory",
     "NoBackwardError",
@@ -46,6 +51,7 @@ __all__ = [
     "Term",
     "Watch",
     "adjoint_map",
+    "audit",
     "decay",
     "decompose",
     "from_arrays",

@@ -59,7 +59,7 @@ def accelerate(model: M, strict: bool = False) -> M:
     for name, module in model.named_modules():
         if isinstance(module, EngineSequence):
             taken.append((module, _kind(module)))
-        elif _recurrent(module):
+        elif isinstance(module, nn.RNNBase) or sealed(module):
             why = _obstacle(module)
             if why is None:
                 taken.append((module, _accelerated(_kind(module))))
@@ -104,22 +104,18 @@ def _check(model: Any) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _recurrent(module: nn.Module) -> bool:
-    """Whether it is a recurrent layer of torch's in any form, also in those that cannot be accelerated."""
-    return isinstance(module, nn.RNNBase) or _scripted(module) or _quantized(module)
-
-
-def _scripted(module: nn.Module) -> bool:
+def sealed(module: nn.Module) -> str | None:
+    """What hides a recurrent layer of torch's from Python, "scripted" or "quantized"; None for anything else."""
     # A scripted subclass goes by its own name, but keeps the attributes of torch's layer.
-    return isinstance(module, torch.jit.ScriptModule) and (
-        module.original_name in _TORCH_NAMES or hasattr(module, "_flat_weights_names")
-    )
-
-
-def _quantized(module: nn.Module) -> bool:
-    return any(
-        base.__module__.startswith("torch.ao.nn.quant") and base.__name__ in {*_TORCH_NAMES, "RNNBase"}
-        for base in type(module).__mro__
+    if isinstance(module, torch.jit.ScriptModule):
+        recurrent = module.original_name in _TORCH_NAMES or hasattr(module, "_flat_weights_names")
+        return "scripted" if recurrent else None
+    names = {*_TORCH_NAMES, "RNNBase"}
+    bases = type(module).__mro__
+    return (
+        "quantized"
+        if any(b.__module__.startswith("torch.ao.nn.quant") and b.__name__ in names for b in bases)
+        else None
     )
 
 
@@ -129,10 +125,9 @@ def _class_name(module: nn.Module) -> str:
 
 def _obstacle(module: nn.Module) -> str | None:
     """Why the engine can't run this layer, in words; None if it can."""
-    if _scripted(module):
-        return "is scripted; accelerate the module before torch.jit.script"
-    if _quantized(module):
-        return "is quantized"
+    form = sealed(module)
+    if form:
+        return f"is {form}; accelerate the model before it is {form}"
     kind = _kind(module)
     theirs = next((base for base in kind.__mro__ if base in _OURS), None)
     if theirs is None:
