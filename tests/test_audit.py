@@ -240,6 +240,14 @@ class Named(nn.LSTM):
         return super().forward(frames if mask is None else frames * mask)
 
 
+class BothWays(nn.LSTM):
+    """Two calls with the same weights."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        y, s = super().forward(input, hx)
+        return super().forward(input.flip(1), s)[0] + y, s
+
+
 class Registers(nn.LSTM):
     made: list[type] = []  # noqa: RUF012
 
@@ -247,7 +255,7 @@ class Registers(nn.LSTM):
         Registers.made.append(cls)
 
 
-@pytest.mark.parametrize("kind", [Scaled, OnlyOutput, Three, Named, Registers])
+@pytest.mark.parametrize("kind", [Scaled, OnlyOutput, Three, Named, BothWays, Registers])
 def test_a_forward_of_its_own(kind: Any) -> None:
     """What torch's forward was given inside it is compared."""
     torch.manual_seed(0)
@@ -378,6 +386,20 @@ def test_a_compiled_model(ours: bool, fullgraph: bool) -> None:
     assert off.layers["rnn"].output is None
     assert "–" in repr(off)
     assert "compiled graph" in off.skipped["rnn.x"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_whose_loss_also_has_the_weight() -> None:
+    class Penalised(Last):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.rnn.weight_hh_l0.square().sum()  # type: ignore[union-attr]
+
+    torch.manual_seed(0)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        found = uv.audit(torch.compile(Penalised(lstm()), backend="eager"), X, Y, loss=mse)  # type: ignore[arg-type]
+    assert found.ok, found
+    assert list(found.layers["rnn"].errors) == ["W_ih", "W_hh", "b_ih", "b_hh"]
     torch._dynamo.reset()
 
 
