@@ -157,7 +157,7 @@ def test_a_sigmoid_rnn_and_a_clipped_one() -> None:
     layer = uv.nn.GRU(5, 8, batch_first=True)
     layer.clip = 1e-4
     layer.checkpoint_every = 5
-    assert uv.audit(Last(layer), X, Y, loss=mse).ok
+    assert uv.audit(Last(layer), torch.randn(4, 40, 5), Y, loss=mse).ok
 
 
 class WrongOutput(nn.LSTM):
@@ -281,6 +281,38 @@ def test_a_forward_that_computes_something_else() -> None:
         assert found.says == "No recurrent layer could be audited."
         assert not found.ok
         assert math.isnan(found.worst)
+
+
+def test_equations_that_are_not_known() -> None:
+    class Cell(nn.RNNCellBase):
+        def __init__(self) -> None:
+            super().__init__(5, 8, bias=True, num_chunks=2)
+
+        def forward(self, x: Tensor, h: Any = None) -> Tensor:
+            return (x @ self.weight_ih[:8].T).tanh()
+
+    class Layer(nn.RNNBase):
+        def __init__(self, mode: str) -> None:
+            super().__init__("LSTM", 5, 8, batch_first=True)
+            self.mode = mode
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.weight_ih_l0[:8].T).tanh()
+
+    class More(nn.LSTM):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.extra = nn.Parameter(torch.zeros(8))
+            self._flat_weights_names.append("extra")
+            self._init_flat_weights()
+
+        def forward(self, input: Any, hx: Any = None) -> Any:
+            return (input @ self.weight_ih_l0[:8].T).tanh(), hx
+
+    assert "nn.RNNCellBase" in uv.audit(Loop(Cell()), X, Y, loss=mse).skipped["cell"]
+    assert "its mode is 'MINE'" in uv.audit(Last(Layer("MINE")), X, Y, loss=mse).skipped["rnn"]
+    assert "computes something else" in uv.audit(Last(Layer("LSTM")), X, Y, loss=mse).skipped["rnn"]
+    assert "it has 5 weights, where a LSTM" in uv.audit(Last(lstm(More)), X, Y, loss=mse).skipped["rnn"]
 
 
 def test_a_wrong_output_is_told_from_a_wrong_gradient() -> None:
@@ -475,6 +507,18 @@ def test_packed_inside_a_model_with_lengths_for_ours() -> None:
     assert found.ok, found
 
 
+@pytest.mark.parametrize("steps", [33, 100])
+def test_long_sequences_of_different_length(steps: int) -> None:
+    """The reference runs them in spans."""
+    torch.manual_seed(0)
+    layer = nn.GRU(5, 8, num_layers=2, bidirectional=True)
+    lengths = torch.tensor([steps, 1, 32, 31, 64 % steps + 1])
+    x = pack_padded_sequence(torch.randn(steps, 5, 5), lengths, enforce_sorted=False)
+    for module in (layer, uv.accelerate(layer)):
+        found = uv.audit(module, x, loss=flat)
+        assert found.ok, found
+
+
 def test_errors() -> None:
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
         uv.audit(3, X, loss=mse)  # type: ignore[arg-type]
@@ -482,6 +526,8 @@ def test_errors() -> None:
         uv.audit(Last(lstm()), X, loss="mse")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch: expected"):
         uv.audit(Last(lstm()), loss=mse)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"got torch\.inference_mode; call it outside"):
+        uv.audit(Last(lstm()), X, Y, loss=mse)
     with pytest.raises(ValueError, match="Linear has none"):
         uv.audit(nn.Linear(5, 1), X, loss=lambda y: y.sum())
     with pytest.raises(ValueError, match=r"loss: expected a scalar tensor, got \(4, 1\)"):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unvanish.cells import CELLS
 from unvanish.flow.audit_compare import arrived, compare
 from unvanish.flow.audit_report import Audit, LayerAudit
 from unvanish.flow.model_copy import detached_copy, forked, without_compile
@@ -52,6 +53,7 @@ def audit(model: nn.Module, *batch: Any, loss: Loss) -> Audit:
     Raises:
         TypeError: model is not a module, or loss not a function.
         ValueError: there is no recurrent layer or no batch, or the loss is not a scalar that depends on the model.
+        RuntimeError: within torch.inference_mode.
 
     >>> model = nn.LSTM(3, 4)
     >>> found = audit(model, torch.randn(20, 2, 3), loss=lambda out: out[0][-1].square().sum())
@@ -64,11 +66,15 @@ def audit(model: nn.Module, *batch: Any, loss: Loss) -> Audit:
         raise TypeError(f"loss: expected a function (output, target) → scalar, got {type(loss).__name__}")
     if not batch:
         raise ValueError("batch: expected the model's input and its target")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("audit: expected gradients to be possible, got torch.inference_mode; call it outside")
     inputs, target = (batch[:-1], batch[-1:]) if len(batch) > 1 else (batch, ())
     twin = without_compile(detached_copy(model))
     names = {_name(path, m): m for path, m in twin.named_modules()}
     skipped = {name: f"it is {form}" for name, m in names.items() if (form := sealed(m)) is not None}
-    taps = {name: tap(m) for name, m in names.items() if isinstance(m, nn.RNNBase | nn.RNNCellBase)}
+    recurrent = {name: m for name, m in names.items() if isinstance(m, nn.RNNBase | nn.RNNCellBase)}
+    skipped |= {name: why for name, m in recurrent.items() if (why := _unknown(m)) is not None}
+    taps = {name: tap(m) for name, m in recurrent.items() if name not in skipped}
     if not taps and not skipped:
         raise ValueError(
             "model: expected an nn.RNN, nn.LSTM or nn.GRU in it, or one of their cells; "
@@ -202,6 +208,19 @@ def _judge(
             found = compare(name, seen, reached, gradients, compiled)
         return found if found.errors else "none of its weights is trained inside the compiled graph"
     return why
+
+
+def _unknown(module: nn.RNNBase | nn.RNNCellBase) -> str | None:
+    """Why the equations of a subclass are not known; None if they are."""
+    if isinstance(module, nn.RNNCellBase):
+        known = isinstance(module, nn.RNNCell | nn.LSTMCell | nn.GRUCell)
+        return None if known else "it derives from nn.RNNCellBase, so that its equations are not known"
+    if module.mode.lower() not in CELLS:
+        return f"its mode is {module.mode!r}, whose equations are not known"
+    places = module.num_layers * (2 if module.bidirectional else 1)
+    expected = places * (2 + 2 * module.bias + (module.proj_size > 0))
+    found = sum(w is not None for w in module._flat_weights)
+    return None if found == expected else f"it has {found} weights, where a {module.mode} of its options has {expected}"
 
 
 def _name(path: str, module: nn.Module) -> str:

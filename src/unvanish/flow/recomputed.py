@@ -26,6 +26,9 @@ from unvanish.nn.modules import (
     time_major,
 )
 
+SPAN = 32
+"""steps that are run at a time: autograd's cost of reading one step of many grows with their number"""
+
 Gradients = dict[str, Tensor]
 """ "x", "h0", "c0" and torch's names of the weights → ∂E/∂(it)"""
 
@@ -123,8 +126,13 @@ def _layers(
     clip = getattr(module, "clip", None)
 
     def run(d: LayerDirection, x: Tensor, state: State) -> _Ran:
-        y, final = engine.run(d.cell, x, state, d.weights, inputs.lengths, d.reverse, clip, rung="reference")
-        return _Ran(y, final)
+        spans = x.split(SPAN)
+        y: list[Tensor] = [x] * len(spans)
+        for k in reversed(range(len(spans))) if d.reverse else range(len(spans)):
+            part = spans[k]
+            lengths = None if inputs.lengths is None else (inputs.lengths - k * SPAN).clamp(0, len(part))
+            y[k], state = engine.run(d.cell, part, state, d.weights, lengths, d.reverse, clip, rung="reference")
+        return _Ran(torch.cat(y), state)
 
     # A single state is torch's bare tensor.
     given = hx[0] if len(hx) == 1 else (hx or None)
