@@ -211,12 +211,36 @@ def test_a_wrong_backward_is_caught(kind: Any, off: set[str]) -> None:
     assert "so the backward pass is wrong" in found.says
     assert " off\n" in repr(found)
     frame = found.to_dataframe()
-    assert set(frame[~frame.ok].quantity) == {f"∂E/∂{q}" for q in off}
+    steps = {"∂E/∂x, single steps"} if "x" in off else set()
+    assert set(frame[~frame.ok].quantity) == {f"∂E/∂{q}" for q in off} | steps
 
 
 def test_a_gradient_that_is_missing_is_an_error_of_one() -> None:
     torch.manual_seed(0)
     assert uv.audit(Last(lstm(NoGradient)), X, Y, loss=mse).layers["rnn"].errors["x"] == 1.0
+
+
+class Truncated(nn.GRU):
+    """Backpropagation through the last steps only."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        with torch.no_grad():
+            first, h = super().forward(input[:, :-35], hx)
+        last, h = super().forward(input[:, -35:], h)
+        return torch.cat([first, last], 1), h
+
+
+def test_a_gradient_that_is_cut_short_is_caught_where_it_has_vanished() -> None:
+    torch.manual_seed(0)
+    model, x = Last(Truncated(5, 8, batch_first=True)), torch.randn(4, 60, 5)
+    found = uv.audit(model, x, Y, loss=mse)
+    layer = found.layers["rnn"]
+    assert layer.worst <= layer.explained, "the norms do not show it"
+    assert layer.step is not None
+    assert layer.step.worst == pytest.approx(1.0)
+    assert not found.ok
+    assert "at single steps" in found.says
+    assert uv.audit(Last(nn.GRU(5, 8, batch_first=True)), x, Y, loss=mse).ok
 
 
 class Scaled(nn.LSTM):
@@ -468,7 +492,7 @@ def test_what_it_says_and_how_it_looks() -> None:
     ]
     frame = found.to_dataframe()
     assert list(frame.columns) == ["layer", "kind", "dtype", "quantity", "error", "explained", "ok"]
-    assert len(frame) == 16 + 1 + 1
+    assert len(frame) == 16 + 3
     assert frame.error.max() >= found.worst
     assert list(uv.audit(lstm(), X, loss=flat).layers) == ["LSTM"]
 

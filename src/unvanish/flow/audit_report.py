@@ -2,10 +2,19 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class StepError(NamedTuple):
+    """∂E/∂x step by step: a backend that cuts the gradient short errs only where it is small."""
+
+    worst: float
+    """the largest ‖found_t − reference_t‖ / ‖reference_t‖ of a step t"""
+    explained: float
+    """what the dtype explains of it"""
 
 
 @dataclass(frozen=True)
@@ -22,15 +31,19 @@ class LayerAudit:
     """calls that a gradient reached"""
     errors: dict[str, float]
     """relative error of ∂E/∂W_ih, ∂E/∂W_hh, …, ∂E/∂x, ∂E/∂h0; "W_hh l1.reverse" where there are several layers"""
-    output: float | None
-    """relative error of the outputs; None inside a compiled graph, where they cannot be seen"""
     explained: float
     """relative error that the dtype explains"""
+    output: float | None = None
+    """relative error of the outputs; None inside a compiled graph, where they cannot be seen"""
+    step: StepError | None = None
+    """of ∂E/∂x at single steps; None inside a compiled graph"""
 
-    def rows(self) -> dict[str, float]:
-        """All errors by name: "∂E/∂W_hh", …, "output"."""
-        gradients = {f"∂E/∂{q}": e for q, e in self.errors.items()}
-        return gradients if self.output is None else gradients | {"output": self.output}
+    def rows(self) -> dict[str, tuple[float, float]]:
+        """What was compared → (relative error, what the dtype explains): "∂E/∂W_hh", …, "output"."""
+        found = {f"∂E/∂{q}": (e, self.explained) for q, e in self.errors.items()}
+        if self.step is not None:
+            found["∂E/∂x, single steps"] = (self.step.worst, self.step.explained)
+        return found if self.output is None else found | {"output": (self.output, self.explained)}
 
     @property
     def worst(self) -> float:
@@ -44,8 +57,8 @@ class LayerAudit:
 
     @property
     def ok(self) -> bool:
-        """Whether the dtype explains every error, also that of the outputs."""
-        return self.worst <= self.explained and (self.output is None or self.output <= self.explained)
+        """Whether the dtype explains every error, also those of the outputs and of single steps."""
+        return all(error <= explained for error, explained in self.rows().values())
 
     @property
     def says(self) -> str:
@@ -59,6 +72,11 @@ class LayerAudit:
         if self.output is not None and not self.output <= self.explained:
             rest = f", its gradients by up to {self.worst:.0e}" if off else ""
             return f"{self.name}: the output is off by {self.output:.0e}{rest}, {explains}; the forward pass is wrong"
+        if not off and self.step is not None:
+            return (
+                f"{self.name}: ∂E/∂x is off by {self.step.worst:.0e} at single steps, where it is small, "
+                f"{self.dtype} explains {self.step.explained:.0e}; is the gradient cut off on its way back?"
+            )
         first, *others = off
         also = f" (also {', '.join(f'∂E/∂{q} by {self.errors[q]:.0e}' for q in others)})" if others else ""
         agrees = (
@@ -113,9 +131,9 @@ class Audit:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("to_dataframe needs pandas: pip install pandas", name="pandas") from error
         rows = [
-            {"layer": a.name, "kind": a.kind, "dtype": a.dtype, "quantity": q, "error": e, "explained": a.explained}
+            {"layer": a.name, "kind": a.kind, "dtype": a.dtype, "quantity": q, "error": error, "explained": explained}
             for a in self.layers.values()
-            for q, e in a.rows().items()
+            for q, (error, explained) in a.rows().items()
         ]
         frame = pd.DataFrame(rows, columns=["layer", "kind", "dtype", "quantity", "error", "explained"])
         return frame.assign(ok=frame["error"] <= frame["explained"])

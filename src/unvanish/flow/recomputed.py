@@ -188,3 +188,14 @@ def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     if scale == 0:
         return math.inf if bool(found.any()) else 0.0
     return float(torch.linalg.vector_norm((found - reference) / scale) / torch.linalg.vector_norm(reference / scale))
+
+
+def step_norms(module: RecurrentModule, call: TappedCall, d: Tensor) -> Tensor:
+    """‖d_t‖ of each step, `[T]` float64, of a gradient in the layout of the call's input."""
+    d = d.detach().cpu().double()
+    if not isinstance(module, nn.RNNBase):
+        return torch.linalg.vector_norm(d).reshape(1)
+    inputs = time_major(module, _input(call.x, torch.float64)[0], call.lengths)
+    by_step = output_error(module, inputs, d)
+    assert by_step is not None
+    return torch.linalg.vector_norm(by_step.flatten(1), dim=1)

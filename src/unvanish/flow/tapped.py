@@ -38,7 +38,7 @@ class TappedCall:
     weights: dict[str, Tensor]
     """torch's name → the tensor that was used"""
     dtype: torch.dtype
-    """the least precise one at work: the output's, or autocast's"""
+    """the input's, or autocast's"""
     rng: Tensor | None
     """the CPU generator's state before the call, where dropout between layers was drawn"""
     drawn_in: torch.dtype
