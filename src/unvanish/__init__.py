@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from unvanish import cells, cures, engine, flow, nn, report, train
     from unvanish.cells import Cell
     from unvanish.diagnose import diagnose
+    from unvanish.flow.audit import audit
     from unvanish.flow.watch import mark, watch
     from unvanish.nn import accelerate, restore
     from unvanish.report import plot
@@ -25,6 +26,7 @@ __all__ = [
     "Cell",
     "__version__",
     "accelerate",
+    "audit",
     "cells",
     "cures",
     "diagnose",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _FROM = {
+    "audit": "flow.audit",
     "diagnose": "diagnose",
     "mark": "flow.watch",
     "watch": "flow.watch",

@@ -152,8 +152,8 @@ def clip_recurrence_(module: M, limit: float | None) -> M:
 
     Raises:
         TypeError: module is no module, or limit no number.
-        ValueError: there is no recurrent layer, one is of a subclass with its own forward, or limit is not finite and
-            positive.
+        ValueError: there is no recurrent layer, one cannot be accelerated (a subclass with its own forward), or limit
+            is not finite and positive; nothing is changed then.
 
     >>> rnn = clip_recurrence_(nn.RNN(3, 4), 1.0)
     >>> rnn.clip
@@ -162,7 +162,7 @@ def clip_recurrence_(module: M, limit: float | None) -> M:
     limit = None if limit is None else finite("limit", limit, above=0.0)
     found = recurrent_modules(module, "clip_recurrence_").values()
     if any(isinstance(m, nn.RNNBase) for m in found):
-        accelerate(module)
+        accelerate(module, strict=True)
     for m in found:
         if isinstance(m, SequenceModule):
             m.clip = limit  # type: ignore[assignment]

@@ -35,7 +35,8 @@ def run(
     """(y, final state) for x `[T, B, I]`; see `unvanish.engine.run`."""
     T = x.shape[0]
     active = active_steps(lengths, T, x.device)
-    projected = cell.project(without_padding(x, active), w)
+    # Not read one by one: the gradient of a step that is read alone is as long as the sequence.
+    projected = cell.project(without_padding(x, active), w).unbind(0)
     y: list[Tensor] = [state[0]] * T
     for t in steps(T, reverse):
         previous = state

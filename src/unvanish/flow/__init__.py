@@ -6,6 +6,8 @@
 - `source_gradients(layer, x, error=error)`: ‖∂E_k/∂W‖ of each source and of their partial sums
 - `lyapunov(layer, x, n=8)`: exponents of the full state; also `jacobian`, `singular_values`
 - `survival(layer, x, lag=100)`: how much of an error remains a lag earlier
+- `from_arrays("lstm", weights, x, dy)`: the record of a layer that Keras, JAX or any other framework ran
+- `audit(model, x, y, loss=...)`: the backend's gradients against a float64 reference, layer by layer
 - `gate_statistics(layer, x)`: how open the gates are and how long each unit remembers
 - `GradientFlow(every=100)`: a Lightning callback that logs rate, half-life and reach of every layer
 - `replay(folder)`: the records of a training watched with `watch(model, every=100, stream=folder)`
@@ -14,8 +16,11 @@
 from typing import TYPE_CHECKING, Any
 
 from unvanish.flow.adjoint_map import AdjointMap, adjoint_map
+from unvanish.flow.audit import audit
+from unvanish.flow.audit_report import Audit, LayerAudit
 from unvanish.flow.decompose import StateTerms, Term, decompose
 from unvanish.flow.files import Record, load
+from unvanish.flow.from_arrays import from_arrays
 from unvanish.flow.gates import GateStatistics, gate_statistics
 from unvanish.flow.lyapunov import LyapunovSpectrum, jacobian, lyapunov, singular_values
 from unvanish.flow.reach import Decay, decay
@@ -32,10 +37,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdjointMap",
+    "Audit",
     "Decay",
     "Flow",
     "GateStatistics",
     "GradientFlow",
+    "LayerAudit",
     "LayerFlow",
     "LyapunovSpectrum",
     "NoBackwardError",
@@ -47,8 +54,10 @@ __all__ = [
     "TextbookProduct",
     "Watch",
     "adjoint_map",
+    "audit",
     "decay",
     "decompose",
+    "from_arrays",
     "gate_statistics",
     "jacobian",
     "load",

@@ -40,11 +40,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+LETTERS = {"forget_gate": "A", "carry": "B", "input_gate": "C", "candidate": "D", "output_gate": "O"}
+"""The letters of the equations above, for a cell with exactly the LSTM's five paths."""
+
+
 @dataclass(frozen=True, repr=False)
 class Term(Record):
     """One path of the error from step t + 1 (as the layer reads) back to the state at t."""
 
     name: str
+    title: str
+    """its name in pictures: "B · carry, diag(f)", "A · through the forget gate's weights" """
     log_norm: Tensor
     """[T, B] float64 ln‖term‖₂; −inf where it is zero, as at the last step, to which nothing comes back"""
     share: Tensor
@@ -106,7 +112,7 @@ class StateTerms(Record):
     def _draw(self, ax: Any) -> Any:
         from unvanish import draw
 
-        shares = {in_words(name): term.share.nanmedian(1).values.tolist() for name, term in self.terms.items()}
+        shares = {term.title: term.share.nanmedian(1).values.tolist() for term in self.terms.values()}
         steps = range(len(self.log_total))
         return draw.lines(shares, steps, "step t", "share of the gradient that comes back", ax, zero=True)
 
@@ -168,6 +174,7 @@ def decompose(
     unit = Rows.of(total)
     square = unit.v.double().square().sum(-1)
     forms = _matrices(tr) if matrices else {}
+    titles = _titles(cell, list(parts))
     terms = {}
     for name, part in parts.items():
         log_norm = stack.inputs.in_user_order(log_norms(part, exponent), 1).cpu()
@@ -175,7 +182,7 @@ def decompose(
         share = (scaled.double() * unit.v.double()).sum(-1) / torch.where(square > 0, square, torch.nan)
         form = forms.get(name, torch.zeros(()).to(part).expand(*part.shape, part.shape[-1])) if matrices else None
         shown = None if form is None else stack.inputs.in_user_order(form, 1).cpu()
-        terms[name] = Term(name, log_norm, stack.inputs.in_user_order(share, 1).cpu(), shown)
+        terms[name] = Term(name, titles[name], log_norm, stack.inputs.in_user_order(share, 1).cpu(), shown)
     log_total = stack.inputs.in_user_order(log_norms(total, exponent), 1).cpu()
     product = textbook_product(stack, tr, probes, seed) if textbook else None
     return StateTerms(cell.name, stack.layers[place].name, terms, log_total, product)
@@ -267,10 +274,23 @@ def _matrices(tr: engine.Trace) -> dict[str, Tensor]:
     return found
 
 
-def in_words(term: str) -> str:
-    """What a term is called in pictures: the carry is the state's own path, any other a path through weights."""
+def _titles(cell: Cell, terms: list[str]) -> dict[str, str]:
+    """What the terms are called in pictures: the carry by its diagonal, a gate's term as a path through weights."""
+    gates = {cell.titles.get(gate, gate): gate for gate in cell.sources}
+    lettered = set(terms) == set(LETTERS)
+    return {term: (f"{LETTERS[term]} · " if lettered else "") + _in_words(cell, term, gates) for term in terms}
+
+
+def _in_words(cell: Cell, term: str, gates: dict[str, str]) -> str:
     if term == "carry":
-        return "carry: the state itself"
-    if term.startswith(("from_", "through_")):
-        return term.replace("_", " ")
-    return f"through the weights of {term.replace('_', ' ')}"
+        if cell.carry_gate is None:
+            return "carry"
+        gate, sign = cell.carry_gate
+        return f"carry, diag({gate})" if sign > 0 else f"carry, diag(1 − {gate})"
+    if term not in gates:
+        return f"{term.partition('_')[0]} state {term.partition('_')[2]}"
+    if len(gates) == 1:
+        return "through the recurrent weights"
+    if term == gates[term]:
+        return f"through the weights of gate {term}"
+    return f"through the {term.replace('_', ' ')}'s weights"

@@ -1,7 +1,19 @@
-"""Turn a model's torch layers into ours and back, in place, touching no weight."""
+"""Run a model's torch layers on the engine, and turn them back into torch's; no weight is touched.
 
+Only the class of a layer changes. A layer of a user's subclass gets a class derived on the fly,
+
+    nn.LSTM            →  unvanish.nn.LSTM
+    Mine(nn.LSTM)      →  Mine(unvanish.nn.LSTM, Mine)
+
+so that `isinstance(layer, Mine)`, its methods and its name stay. Pickles and copies name Mine and derive the class
+again when they are read.
+"""
+
+import types
+import warnings
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -9,19 +21,31 @@ from unvanish.nn.layers import GRU, LSTM, RNN, EngineSequence
 
 M = TypeVar("M", bound=nn.Module)
 
-_OURS: dict[type[nn.Module], type[nn.Module]] = {nn.RNN: RNN, nn.LSTM: LSTM, nn.GRU: GRU}
-_TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
+_OURS: dict[type[nn.Module], type[EngineSequence]] = {nn.RNN: RNN, nn.LSTM: LSTM, nn.GRU: GRU}
+_TORCHS: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in _OURS.items()}
+_TORCH_NAMES = {kind.__name__ for kind in _OURS}
+
+_UNCALLED = ("permute_hidden",)
+"""methods that torch's forward calls and the engine does not"""
+_DERIVED = {"__reduce_ex__", "__reduce__", "__init_subclass__", "_origin"}
+"""what a derived class defines for itself, or calls"""
 
 
-def accelerate(model: M) -> M:
-    """Let every nn.RNN, nn.LSTM and nn.GRU in the model run on unvanish's engine; returns the model.
+def accelerate(model: M, strict: bool = False) -> M:
+    """Run every nn.RNN, nn.LSTM and nn.GRU in the model on unvanish's engine; returns the model.
 
-    Only the class of each layer changes: weights, optimizer state, hooks and state_dict stay what they are.
+    Only the class of each layer changes: weights, optimizer state, hooks and state_dict stay as they are. A subclass
+    that leaves `forward` to torch is accelerated too and remains an instance of its own class. A layer that cannot be
+    accelerated is left as it is and named in one UserWarning: it has a forward of its own, is scripted or quantized,
+    or uses a name that unvanish's layers use.
+
+    Args:
+        model: any module with recurrent layers, or one of them.
+        strict: raise instead of leaving a layer as it is; nothing is changed then.
 
     Raises:
-        TypeError: model is no nn.Module.
-        ValueError: it has no nn.RNN, nn.LSTM or nn.GRU, or one of a subclass, whose own forward would be lost; what is
-            derived from unvanish.nn stays as it is.
+        TypeError: model is not an nn.Module.
+        ValueError: it contains no recurrent layer; with `strict`, one that cannot be accelerated.
 
     >>> model = nn.Sequential(nn.LSTM(3, 4))
     >>> restore(accelerate(model))
@@ -30,40 +54,48 @@ def accelerate(model: M) -> M:
     )
     """
     _check(model)
-    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.RNNBase)}
-    if not found:
+    taken: list[tuple[nn.Module, type[nn.Module]]] = []
+    left: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, EngineSequence):
+            taken.append((module, _kind(module)))
+        elif isinstance(module, nn.RNNBase) or sealed(module):
+            why = _obstacle(module)
+            if why is None:
+                taken.append((module, _accelerated(_kind(module))))
+            else:
+                left.append(f"{name or 'the model itself'} ({_class_name(module)}): {why}")
+    if not taken and not left:
         raise ValueError(f"model: expected an nn.RNN, nn.LSTM or nn.GRU in it; {type(model).__name__} has none")
-    for name, module in found.items():
-        if _kind(module) not in _OURS and not isinstance(module, EngineSequence):
-            raise ValueError(
-                f"model: {name or 'it'} is a {type(module).__name__}, a subclass whose own forward would be lost; "
-                "derive it from unvanish.nn instead"
-            )
-    for module in found.values():
-        _turn_into(module, _OURS.get(_kind(module), _kind(module)))
+    if left and strict:
+        raise ValueError(f"model: cannot accelerate {'; '.join(left)}. Leave out strict=True to skip these layers")
+    for module, kind in taken:
+        _turn_into(module, kind)
+    if left:
+        warnings.warn(f"accelerate left these layers as they are: {'; '.join(left)}", UserWarning, stacklevel=2)
     return model
 
 
 def restore(model: M) -> M:
-    """Undo `accelerate`: our layers become torch's again; returns the model.
+    """Undo `accelerate`: our layers become torch's, or the user's subclass, again; returns the model.
 
     Raises:
-        TypeError: model is no nn.Module.
+        TypeError: model is not an nn.Module.
         ValueError: a layer uses what torch's does not have: sigmoid, clip or checkpoint_every.
     """
     _check(model)
-    ours = {name: m for name, m in model.named_modules() if _kind(m) in _TORCHS}
-    for name, module in ours.items():
+    ours = [(name, m, origin) for name, m in model.named_modules() if (origin := _origin(_kind(m))) is not None]
+    for name, module, _ in ours:
         used = [k for k in ("clip", "checkpoint_every") if getattr(module, k) is not None]
         used += ["nonlinearity='sigmoid'"] if module.mode == "RNN_SIGMOID" else []
         if used:
             raise ValueError(
                 f"model: {name or 'it'} uses {', '.join(used)}, which torch's layer does not have; unset it first"
             )
-    for module in ours.values():
+    for _, module, origin in ours:
         for k in ("clip", "checkpoint_every"):
             vars(module).pop(k, None)
-        _turn_into(module, _TORCHS[_kind(module)])
+        _turn_into(module, origin)
     return model
 
 
@@ -72,9 +104,96 @@ def _check(model: Any) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _kind(module: nn.Module) -> type[nn.Module]:
+def sealed(module: nn.Module) -> str | None:
+    """What hides a recurrent layer of torch's from Python, "scripted" or "quantized"; None for anything else."""
+    # A scripted subclass goes by its own name, but keeps the attributes of torch's layer.
+    if isinstance(module, torch.jit.ScriptModule):
+        recurrent = module.original_name in _TORCH_NAMES or hasattr(module, "_flat_weights_names")
+        return "scripted" if recurrent else None
+    names = {*_TORCH_NAMES, "RNNBase"}
+    bases = type(module).__mro__
+    return (
+        "quantized"
+        if any(b.__module__.startswith("torch.ao.nn.quant") and b.__name__ in names for b in bases)
+        else None
+    )
+
+
+def _class_name(module: nn.Module) -> str:
+    return module.original_name if isinstance(module, torch.jit.ScriptModule) else _kind(module).__name__
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why the engine can't run this layer, in words; None if it can."""
+    form = sealed(module)
+    if form:
+        return f"is {form}; accelerate the model before it is {form}"
+    kind = _kind(module)
+    theirs = next((base for base in kind.__mro__ if base in _OURS), None)
+    if theirs is None:
+        return "derives from nn.RNNBase, but not from nn.RNN, nn.LSTM or nn.GRU"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if kind.forward is not theirs.forward:
+        return "has a forward of its own"
+    for name in _UNCALLED:
+        if getattr(kind, name) is not getattr(theirs, name):
+            return f"has a {name} of its own, which the engine would not call"
+    clash = sorted(_defined(kind, theirs) & (_DERIVED | _names(_OURS[theirs])))
+    if clash:
+        return f"defines {', '.join(clash)}, which unvanish's layer needs for itself"
+    held = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    clash = sorted(held & _names(_OURS[theirs]))
+    return f"has an attribute {', '.join(clash)}, which means something else to unvanish's layer" if clash else None
+
+
+def _names(ours: type[EngineSequence]) -> set[str]:
+    """What our class defines that a subclass of torch's must not define in another sense."""
+    shared = {"forward", "extra_repr"}
+    return {name for name in _defined(ours, nn.RNNBase) - shared if not name.startswith("__")}
+
+
+def _defined(kind: type[Any], base: type[Any]) -> set[str]:
+    """Names that `kind` and its bases define, without `base`, what it inherits from, and torch's own classes."""
+    own = [c for c in kind.__mro__ if c not in base.__mro__ and not c.__module__.startswith("torch.nn.")]
+    return {name for c in own for name in vars(c)}
+
+
+def _kind(module: nn.Module) -> type[Any]:
     """Its class; of a parametrised module the one that it had before, from which torch has derived one of its own."""
     return type(module).__bases__[0] if is_parametrized(module) else type(module)
+
+
+def _accelerated(kind: type[Any]) -> type[nn.Module]:
+    """Our class for torch's, or one derived from ours and the user's. Derived once: the user's class knows it."""
+    if kind in _OURS:
+        return _OURS[kind]
+    for known in kind.__subclasses__():
+        if vars(known).get("_origin") is kind:
+            return known
+    theirs = next(base for base in kind.__mro__ if base in _OURS)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        """Pickled and copied by way of the user's class: the derived one can't be imported."""
+        found = super(derived, self).__reduce_ex__(protocol)
+        if type(self) is not derived:
+            return found
+        function, (_, *rest), *state = found
+        return _rebuild, (kind, function, *rest), *state
+
+    own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    own |= {"_origin": kind, "__reduce_ex__": reduce}
+    derived: Any = types.new_class(kind.__name__, (_OURS[theirs], kind), {}, lambda names: names.update(own))
+    return derived
+
+
+def _origin(kind: type[Any]) -> type[nn.Module] | None:
+    """The class that `accelerate` found, or None if it did not make `kind`."""
+    return _TORCHS.get(kind, vars(kind).get("_origin"))
+
+
+def _rebuild(origin: type[Any], function: Any, *rest: Any) -> Any:
+    return function(_accelerated(origin), *rest)
 
 
 def _turn_into(module: Any, kind: type[nn.Module]) -> None:

@@ -110,11 +110,13 @@ def cell_of(module: RecurrentModule) -> Cell:
     """
     if isinstance(module, CellModule):
         return module.cell
-    if isinstance(module, nn.LSTM | nn.LSTMCell):
+    if isinstance(module, nn.RNNBase) and module.mode.lower() in CELLS:
+        return CELLS[module.mode.lower()]
+    if isinstance(module, nn.LSTMCell):
         return CELLS["lstm"]
-    if isinstance(module, nn.GRU | nn.GRUCell):
+    if isinstance(module, nn.GRUCell):
         return CELLS["gru"]
-    if isinstance(module, nn.RNN | nn.RNNCell):
+    if isinstance(module, nn.RNNCell):
         return CELLS[f"rnn_{module.nonlinearity}"]
     raise TypeError(
         f"module: expected torch's RNN, LSTM, GRU, one of their cells, or unvanish.nn.Recurrent, got "
@@ -152,7 +154,7 @@ def layer_directions(module: SequenceModule, weights: Sequence[Tensor] | None = 
         module._update_flat_weights()
         weights = used_weights(module)
         assert weights is not None
-    cell = CELLS[module.mode.lower()]
+    cell = cell_of(module)
     directions = (False, True) if module.bidirectional else (False,)
     places = [(layer, reverse) for layer in range(module.num_layers) for reverse in directions]
     per_place = len(weights) // len(places)

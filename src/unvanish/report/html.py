@@ -11,7 +11,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from unvanish.draw import LINES, LN10, decades, line, short
-from unvanish.flow.decompose import in_words
 from unvanish.flow.files import write_atomically
 from unvanish.report import verdict
 from unvanish.report.plot import spans_decades
@@ -99,7 +98,7 @@ def _moment(reach: Reach) -> dict[str, Any]:
 def _anatomy(a: Anatomy) -> dict[str, Any]:
     return {
         "steps": a.steps,
-        "share": {in_words(name): share for name, share in a.share.items()},
+        "share": a.share,
         "subgradient": _powers(a.subgradient),
         "partial": _powers(a.partial),
         "tau": a.time_constants,

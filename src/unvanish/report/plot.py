@@ -26,7 +26,6 @@ from unvanish.flow import (
     SourceGradients,
     StateTerms,
 )
-from unvanish.flow.decompose import in_words
 from unvanish.train.records import Anatomy, Comparison, Reach, Run, TaskResult
 
 Moment = Literal["before", "after"]
@@ -127,8 +126,7 @@ def terms(record: StateTerms | Anatomy, ax: Axes | None = None) -> Axes:
     """Each path's share of the gradient that comes back to step t, the median over samples; they sum to 1."""
     if not isinstance(record, Anatomy):
         return record.plot(ax)
-    shares = {in_words(name): share for name, share in record.share.items()}
-    return draw.lines(shares, record.steps, "step t", "share of the gradient that comes back", ax, zero=True)
+    return draw.lines(record.share, record.steps, "step t", "share of the gradient that comes back", ax, zero=True)
 
 
 def memory(record: GateStatistics | Anatomy, bins: int = 20, ax: Axes | None = None) -> Axes:

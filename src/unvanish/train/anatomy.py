@@ -42,7 +42,7 @@ def dissect(model: SequenceModel, task: Task, update: int, probes: int) -> Anato
     return Anatomy(
         update=update,
         steps=steps,
-        share={name: _plain(term.share.nanmedian(1).values[steps]) for name, term in terms.terms.items()},
+        share={term.title: _plain(term.share.nanmedian(1).values[steps]) for term in terms.terms.values()},
         subgradient=_plain(own.dweight[steps].log()),
         partial=_plain(own.partial[steps].log()),
         time_constants=_plain(flow.gate_statistics(layer, x).time_constant) if carries else None,

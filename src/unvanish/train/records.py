@@ -43,7 +43,7 @@ class Anatomy:
     steps: list[int]
     """t of all curves below"""
     share: dict[str, list[float | None]]
-    """path → its signed share of the last step's error that comes back to step t; they sum to 1"""
+    """path, in words → its signed share of the last step's error that comes back to step t; they sum to 1"""
     subgradient: list[float | None]
     """ln‖g_t‖, ∂E/∂W = Σ_t g_t"""
     partial: list[float | None]
