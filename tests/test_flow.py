@@ -331,6 +331,37 @@ def test_unknown_terms_are_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "titles"),
+    [
+        (nn.RNN, {"recurrent": "through the recurrent weights"}),
+        (nn.GRU, {"carry": "carry, diag(z)", "candidate": "through the candidate's weights"}),
+        (nn.LSTM, {"carry": "B · carry, diag(f)", "forget_gate": "A · through the forget gate's weights"}),
+        (nn.LSTM, {"output_gate": "O · through the output gate's weights"}),
+    ],
+)
+def test_terms_are_called_by_what_they_are(kind: Any, titles: dict[str, str]) -> None:
+    terms = uv.flow.decompose(kind(2, 3), torch.randn(4, 2, 2))
+    assert {name: terms.terms[name].title for name in titles} == titles
+    assert {text.get_text() for text in terms.plot().get_legend().get_texts()} >= set(titles.values())
+
+
+def test_terms_of_any_cell_are_called_by_what_they_are() -> None:
+    class Single(uv.Cell):
+        gates, states = ("f", "n"), ("h",)
+
+        def step(self, p: Any, q: Any, s: Any, v: Any) -> Tensor:
+            f = (p.f + q.f).sigmoid()
+            return (1 - f) * s.h + f * (p.n + q.n).tanh()
+
+    terms = uv.flow.decompose(uv.nn.Recurrent(Single(), 2, 3), torch.randn(4, 2, 2)).terms
+    assert {name: term.title for name, term in terms.items()} == {
+        "carry": "carry, diag(1 − f)",
+        "f": "through the weights of gate f",
+        "n": "through the weights of gate n",
+    }
+
+
+@pytest.mark.parametrize(
     ("kind", "names"),
     [
         (nn.LSTM, ["input_gate", "forget_gate", "candidate", "output_gate"]),
