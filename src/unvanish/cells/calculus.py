@@ -250,12 +250,6 @@ def completed(
     return total, dq
 
 
-def carry(cell: Cell, d: Partials) -> Tensor | None:
-    """C_mm, `[..., H]`: what a unit keeps of its memory m in one step at fixed shares (f of the LSTM, z of the GRU);
-    None for a cell that carries nothing."""
-    return d.s.get((cell.remembers, cell.remembers))
-
-
 def same(d: Partials, gate: str) -> bool:
     """Whether p and q of a gate enter as a sum, so that their derivatives are one."""
     pairs = [(key, v) for key, v in d.p.items() if key[1] == gate]
@@ -291,29 +285,35 @@ def jvp(cell: Cell, d: Partials, tangent: State, w: Weights) -> State:
         gate: moved[source] @ block(cell, w, gate).mT for gate, source in sources.items() if gate not in cell.same_step
     }
     new: dict[str, Tensor] = {}
-    H = next(iter(d.s.values()), next(iter(d.q.values()), tangent[0])).shape[-1]
     for a in reversed(backward_order(cell, d.made)):
-        found = tangent[0].new_zeros(*tangent[0].shape[:-1], H)
-        for (x, b), c in d.s.items():
-            if x == a:
-                found = found + c * moved[b]
-        for (x, gate), k in d.q.items():
-            if x == a:
-                if gate not in dq:
-                    dq[gate] = new[sources[gate]] @ block(cell, w, gate).mT
-                found = found + k * dq[gate]
-        for (x, b), u in d.made.items():
-            if x == a:
-                found = found + u * new[b]
-        new[a] = found
+        for gate in cell.same_step:
+            if gate not in dq and (a, gate) in d.q:
+                dq[gate] = new[sources[gate]] @ block(cell, w, gate).mT
+        parts = [(c, moved[b]) for (x, b), c in d.s.items() if x == a]
+        parts += [(k, dq[gate]) for (x, gate), k in d.q.items() if x == a]
+        parts += [(u, new[b]) for (x, b), u in d.made.items() if x == a]
+        if not parts:
+            new[a] = torch.zeros_like(tangent[cell.states.index(a)])
+            continue
+        (first, v), *others = parts
+        total = first * v
+        for k, v in others:
+            total = torch.addcmul(total, k, v)
+        new[a] = total
     if w.w_hr is not None:
         new[cell.states[0]] = new[cell.states[0]] @ w.w_hr.mT
     return tuple(new[a] for a in cell.states)
 
 
-def matrices(cell: Cell, d: Partials, w: Weights, pairs: set[tuple[str, str]] | None = None) -> Diagonals:
+def matrices(
+    cell: Cell, d: Partials, w: Weights, memory: dict[tuple[str, str], Tensor] | None = None
+) -> Diagonals:
     """(a, b) → `[..., H, n_b]` ∂s^a_t/∂s^b_{t-1} directly, not through another state of the same step; C_ab lies on the
-    diagonal. `pairs` leaves the others out."""
+    diagonal.
+
+    With `memory`, which keeps each matrix for the next call of the same or fewer leading steps to overwrite, the pairs
+    that no matrix connects are left out.
+    """
     found: Diagonals = {}
     for gate, source in cell.sources.items():
         if gate in cell.same_step:
@@ -323,12 +323,17 @@ def matrices(cell: Cell, d: Partials, w: Weights, pairs: set[tuple[str, str]] | 
                 w_gate = block(cell, w, gate)
                 if (a, source) in found:
                     found[a, source].addcmul_(k.unsqueeze(-1), w_gate)
-                else:
+                elif memory is None:
                     found[a, source] = k.unsqueeze(-1) * w_gate
+                else:
+                    if (a, source) not in memory:
+                        memory[a, source] = k.new_empty(*k.shape, w_gate.shape[-1])
+                    into = memory[a, source][: len(k)]
+                    found[a, source] = torch.mul(k.unsqueeze(-1), w_gate, out=into)
     for (a, b), c in d.s.items():
         if (a, b) in found:
             found[a, b].diagonal(dim1=-2, dim2=-1).add_(c)
-        elif pairs is None or (a, b) in pairs:
+        elif memory is None:
             found[a, b] = torch.diag_embed(c)
     return found
 

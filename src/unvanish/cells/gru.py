@@ -47,6 +47,10 @@ class GRU(Cell):
         assert at.q is not None
         return at.q.chunk(3, dim=-1)[2]
 
+    def carry(self, at: Point) -> Tensor:
+        """z_t"""
+        return at.gates[..., 1, :]
+
     def activations(self, at: Point) -> Tensor:
         """r, z, n"""
         assert at.q is not None

@@ -49,6 +49,10 @@ class LSTM(Cell):
         """m_t = o_t ⊙ tanh(c_t)"""
         return at.gates[..., 3, :] * at.after[1].tanh()
 
+    def carry(self, at: Point) -> Tensor:
+        """f_t"""
+        return at.gates[..., 1, :]
+
     def activations(self, at: Point) -> Tensor:
         """i, f, g, o"""
         assert at.q is not None

@@ -37,6 +37,9 @@ class RNN(Cell):
         by_gate = {("h", "h"): self.derivative(at.after[0])}
         return Partials({}, by_gate, by_gate, {}, {})
 
+    def carry(self, at: Point) -> None:
+        """Nothing."""
+
     def activations(self, at: Point) -> Tensor:
         """h_t: the only "gate"."""
         return at.after[0].unsqueeze(-2)

@@ -7,6 +7,7 @@ weights   ∂E/∂W_ih = Σ_t δp_tᵀ x_t,  ∂E/∂W_γ = Σ_t δq^γ_tᵀ s^{
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,6 +39,11 @@ class Trace(Point):
         self.final, self.active, self.reverse, self.native = final, active, reverse, native
         """final: the states after the last step read; active: [T, B, 1], None when all samples have T steps; native:
         what the native rung needs to go back, None when the manual rung ran. x is 0 at inactive steps."""
+
+    @cached_property
+    def partials_by_step(self) -> list[Partials]:
+        """The derivatives of each step."""
+        return self.partials.steps(len(self.x))
 
     @property
     def y(self) -> Tensor:

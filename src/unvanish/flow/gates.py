@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from unvanish.cells import calculus
 from unvanish.engine import SATURATED
 from unvanish.flow.files import Record
 from unvanish.flow.stack import run_stack
@@ -111,6 +110,6 @@ def gate_statistics(
         torch.ones(tr.x.shape[:2], dtype=torch.bool, device=tr.x.device) if tr.active is None else tr.active.squeeze(-1)
     )
     values, closed = tr.gates[on].double(), tr.cell.sensitivity(tr)[on] < SATURATED
-    carry = calculus.carry(tr.cell, tr.partials)
+    carry = tr.cell.carry(tr)
     log_carry = None if carry is None else carry[on].double().abs().log().mean(0).cpu()
     return GateStatistics(tr.cell.name, tr.cell.gates, values.mean(0).cpu(), closed.double().mean(0).cpu(), log_carry)

@@ -129,14 +129,14 @@ def lyapunov(
     estimates = []
     for t in reading_order(tr):
         q, factor = _orthonormalised(tangents.forward(tr, t, q))
-        read += 1 if tr.active is None else tr.active[t]
+        read = read + (1 if tr.active is None else tr.active[t])
         grown = factor.double().log()
         # A held state grows by ln 1 = 0.
-        total += torch.where(read > warmup, grown, 0.0)
-        estimates.append(_mean(total, read - warmup))
+        total = total + torch.where(read > warmup, grown, 0.0)
+        estimates.append((total, read - warmup))
     per_sample = torch.where(read > warmup, total / (read - warmup), torch.nan)
     exponents, order = _mean(total, read - warmup).sort(descending=True)
-    shown = torch.stack(estimates)[:, order].cpu()
+    shown = _mean(*(torch.stack(v) for v in zip(*estimates, strict=True)))[:, order].cpu()
     return LyapunovSpectrum(exponents.cpu(), shown, stack.inputs.in_user_order(per_sample, 0)[:, order].cpu())
 
 
@@ -153,6 +153,7 @@ def _orthonormalised(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean(total: Tensor, steps: Tensor) -> Tensor:
-    """Mean over the samples that have steps `[B, 1]` of total / steps, `[n]`; NaN where none has, or where one is."""
+    """Mean over the samples that have steps `[..., B, 1]` of total / steps, `[..., n]`; NaN where none has, or where one
+    is."""
     there = steps > 0
-    return torch.where(there, total / steps, 0.0).sum(0) / there.sum(0)
+    return torch.where(there, total / steps, 0.0).sum(-2) / there.sum(-2)

@@ -179,28 +179,23 @@ def _direct(tr: engine.Trace, order: list[int]) -> Iterator[_Direct]:
 
 
 def _collapsed(tr: engine.Trace, order: list[int]) -> Iterator[_Collapsed]:
-    """Matrices are formed several steps at a time."""
+    """Matrices are formed several steps at a time, in memory that the next steps use again: fresh pages cost as much as
+    the arithmetic."""
     B, H = tr.y.shape[1:]
     block = max(1, BLOCK_ELEMENTS // (B * H * H * len(tr.final)))
+    memory: dict[tuple[str, str], Tensor] = {}
     for first in range(0, len(order), block):
         steps = order[first : first + block]
         low = min(steps)
         d = tr.partials.at(slice(low, max(steps) + 1))
-        with_matrix = {(a, b) for a, b in _pairs(tr)}
         many = _Matrices(
             _per_row(d),
-            calculus.matrices(tr.cell, d, tr.weights, with_matrix),
+            calculus.matrices(tr.cell, d, tr.weights, memory),
             calculus.late_matrices(tr.cell, d, tr.weights),
             calculus.backward_order(tr.cell, d.made),
         )
         for t in steps:
             yield _Collapsed(tr, many, t - low)
-
-
-def _pairs(tr: engine.Trace) -> set[tuple[str, str]]:
-    """(a, b) such that a matrix reads s^b and moves s^a."""
-    sources = tr.cell.sources
-    return {(a, sources[gate]) for a, gate in tr.partials.q if gate not in tr.cell.same_step}
 
 
 def _per_row(d: Partials) -> Partials:

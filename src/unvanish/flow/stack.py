@@ -96,7 +96,7 @@ def reading_order(tr: engine.Trace) -> Iterator[int]:
 def full_jacobians(tr: engine.Trace, t: int) -> Tensor:
     """∂s_t/∂s_{t−1} `[B, S, S]`; the identity where a sample is inactive, whose state is held."""
     sizes = tuple(s.shape[-1] for s in tr.final)
-    jacobian = calculus.jacobian(tr.cell, tr.partials.at(t), tr.weights, sizes)
+    jacobian = calculus.jacobian(tr.cell, tr.partials_by_step[t], tr.weights, sizes)
     if tr.active is None:
         return jacobian
     held = torch.eye(jacobian.shape[-1], dtype=jacobian.dtype, device=jacobian.device)

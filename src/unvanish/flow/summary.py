@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unvanish import engine
-from unvanish.cells import Cell, Point, calculus
+from unvanish.cells import Cell, Point
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.subgradients import dweight, partial_sums, weight_pairs
 
@@ -57,7 +57,7 @@ def _summarise_steps(tr: engine.Trace, deltas: engine.Deltas, span: slice) -> tu
     dgates = torch.linalg.vector_norm(by_gate(cell, da, da_hh), dim=-1)
     closed = (cell.sensitivity(at) < engine.SATURATED).to(tr.x.dtype).mean(-1).double()
     values = at.gates.mean(-1).double()
-    carry = calculus.carry(cell, at.partials)
+    carry = cell.carry(at)
     logs = None if carry is None else carry.abs().log()
     if tr.active is not None:
         on = tr.active[span]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
-from unvanish.cells import State, calculus
+from unvanish.cells import State
 from unvanish.flow.exponents import Rows, log_norms
 from unvanish.flow.scaled_rows import Some, backwards
 from unvanish.flow.stack import check_input
@@ -38,7 +38,7 @@ class Window(NamedTuple):
     @property
     def log_carry(self) -> Tensor:
         """ln|∂m_t/∂m_{t−1}| of the carry alone (LSTM: ln f_t, GRU: ln z_t) `[lag, B, H]`, in input order."""
-        carry = calculus.carry(self.trace.cell, self.trace.partials)
+        carry = self.trace.cell.carry(self.trace)
         assert carry is not None
         B, H = carry.shape[1:]
         # Sample by sample the inside steps are contiguous and equally many.

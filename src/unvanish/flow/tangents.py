@@ -19,14 +19,14 @@ def forward(tr: engine.Trace, t: int, q: Tensor) -> Tensor:
     """J_t q for q `[B, S, n]`; q where a sample is inactive, whose state is held."""
     if q.shape[-1] > FORMED_FROM * q.shape[-2]:
         return full_jacobians(tr, t) @ q
-    return _columns(tr, t, calculus.jvp(tr.cell, tr.partials.at(t), _rows(tr, q), tr.weights), q)
+    return _columns(tr, t, calculus.jvp(tr.cell, tr.partials_by_step[t], _rows(tr, q), tr.weights), q)
 
 
 def transposed(tr: engine.Trace, t: int, q: Tensor) -> Tensor:
     """J_tᵀ q for q `[B, S, n]`."""
     if q.shape[-1] > FORMED_FROM * q.shape[-2]:
         return full_jacobians(tr, t).mT @ q
-    return _columns(tr, t, calculus.adjoint(tr.cell, tr.partials.at(t), _rows(tr, q), tr.weights).previous, q)
+    return _columns(tr, t, calculus.adjoint(tr.cell, tr.partials_by_step[t], _rows(tr, q), tr.weights).previous, q)
 
 
 def _rows(tr: engine.Trace, q: Tensor) -> tuple[Tensor, ...]:
