@@ -76,7 +76,9 @@ class ModuleCase:
 
 
 @st.composite
-def module_cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> ModuleCase:
+def module_cases(
+    draw: st.DrawFn, dtype: torch.dtype = torch.float64, dropout: float = 0.0, projections: bool = True
+) -> ModuleCase:
     kind = draw(st.sampled_from(["rnn_tanh", "rnn_relu", "gru", "lstm"]))
     T, B, n_in, H = (draw(st.integers(least, most)) for least, most in ((1, 7), (1, 4), (1, 3), (2, 5)))
     torch.manual_seed(draw(st.integers(0, 2**31)))
@@ -90,7 +92,7 @@ def module_cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64, dropout: f
     }
     if options["num_layers"] == 1:
         options["dropout"] = 0.0
-    P = draw(st.integers(0, H - 1)) if kind == "lstm" else 0
+    P = draw(st.integers(0, H - 1)) if kind == "lstm" and projections else 0
     if kind == "lstm":
         module: nn.RNNBase = nn.LSTM(n_in, H, proj_size=P, **options)
     elif kind == "gru":
