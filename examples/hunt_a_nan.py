@@ -24,8 +24,8 @@ try:
 except uv.flow.NonFiniteError as error:
     print(error)
 
-rates = uv.flow.lyapunov(model, x[:20], n=1, at="l1")
-print(f"Long before that, a disturbance of layer l1 grows by {float(rates):.2f} nats per step.")
+rate = uv.flow.lyapunov(model, x[:20], n=1, at="l1").exponents
+print(f"Long before that, a disturbance of layer l1 grows by {float(rate):.2f} nats per step.")
 uv.cures.constrain(model, "spectral", scale=1.0)  # σ_max(W_hh) = 1 in every layer, also while training
 
 with uv.watch(model) as flow:

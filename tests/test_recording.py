@@ -8,7 +8,7 @@ from torch import Tensor
 from tests.strategies import LayerCase, layer_cases
 from tests.test_native import isa, layer
 from unvanish import engine
-from unvanish.cells import CELLS, Weights, calculus
+from unvanish.cells import CELLS, Weights
 from unvanish.engine import manual, native
 from unvanish.flow.subgradients import dweight, weight_pairs
 
@@ -55,7 +55,7 @@ def expected(
     shut = (case.cell.sensitivity(tr) < engine.SATURATED).double().mean(-1)
     carry = None
     if case.cell.carries:
-        kept = calculus.carry(case.cell, tr.partials)
+        kept = case.cell.carry(tr)
         assert kept is not None
         logs = kept.log()
         carry = (logs if tr.active is None else torch.where(tr.active, logs, 0.0)).sum((0, 1))
