@@ -223,8 +223,8 @@ class Cell(ABC):
         return partials(self, at)
 
     def carry(self, at: "Point") -> Tensor | None:
-        """C_mm = ∂m_t/∂m_{t-1} of the memory m at fixed shares, `[..., H]`: what a unit keeps of it in one step; None for a
-        cell that carries nothing."""
+        """C_mm = ∂m_t/∂m_{t-1} of the memory m at fixed shares, `[..., H]`: what a unit keeps of it in one step; None
+        for a cell that carries nothing."""
         return at.partials.s.get((self.remembers, self.remembers))
 
     def activations(self, at: "Point") -> Tensor:

@@ -305,9 +305,7 @@ def jvp(cell: Cell, d: Partials, tangent: State, w: Weights) -> State:
     return tuple(new[a] for a in cell.states)
 
 
-def matrices(
-    cell: Cell, d: Partials, w: Weights, memory: dict[tuple[str, str], Tensor] | None = None
-) -> Diagonals:
+def matrices(cell: Cell, d: Partials, w: Weights, memory: dict[tuple[str, str], Tensor] | None = None) -> Diagonals:
     """(a, b) → `[..., H, n_b]` ∂s^a_t/∂s^b_{t-1} directly, not through another state of the same step; C_ab lies on the
     diagonal.
 

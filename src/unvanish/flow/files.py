@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the layout of a flow file."""
 
 

@@ -153,7 +153,7 @@ def _orthonormalised(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean(total: Tensor, steps: Tensor) -> Tensor:
-    """Mean over the samples that have steps `[..., B, 1]` of total / steps, `[..., n]`; NaN where none has, or where one
-    is."""
+    """Mean over the samples that have steps `[..., B, 1]` of total / steps, `[..., n]`; NaN where none has, or where
+    one is."""
     there = steps > 0
     return torch.where(there, total / steps, 0.0).sum(-2) / there.sum(-2)

@@ -1,24 +1,26 @@
-"""A watched nn.RNN, nn.LSTM or nn.GRU."""
+"""A watched layer that is replayed: nn.RNN, nn.LSTM, nn.GRU or `unvanish.nn.Recurrent`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch import Tensor
 
 from unvanish import engine
+from unvanish.capture import Call
 from unvanish.cells import State, Weights
 from unvanish.flow.nonfinite import birthplace
 from unvanish.flow.record import LayerFlow
-from unvanish.flow.sequences import Errors, Measured, Sequence, join, weight_keys
+from unvanish.flow.sequences import Errors, Measured, Sequence, apart, join, weight_keys
 from unvanish.flow.summary import healthy, layer_flow, reorder, summarise
 from unvanish.nn.modules import (
+    CellModule,
     LayerDirection,
+    SequenceModule,
     TimeMajor,
-    as_states,
     detached_call,
     dropout_masks,
+    evaluating,
     final_error,
     layer_directions,
     output_error,
@@ -29,7 +31,7 @@ from unvanish.nn.modules import (
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of nn.RNN, nn.LSTM or nn.GRU."""
+    """One call."""
 
     layers: list[LayerDirection]
     """with detached weights"""
@@ -37,12 +39,14 @@ class _Call:
     states: list[State]
     masks: list[Tensor]
     """dropout between layers: what the output of each layer but the last was multiplied with, `[T, B, D·R]`"""
+    final: State
+    """the final states that it returned, `[L·D, B, ·]` in internal order"""
 
 
 class ModuleSequence(Sequence):
-    """Calls of a torch.nn.RNNBase."""
+    """Calls of a layer that is replayed: torch's, and `unvanish.nn.Recurrent`."""
 
-    def __init__(self, name: str, module: nn.RNNBase, catch: Any, want_partial: bool) -> None:
+    def __init__(self, name: str, module: SequenceModule, catch: Any, want_partial: bool) -> None:
         super().__init__(name, catch)
         self.want_partial = want_partial
         self.module = module
@@ -52,27 +56,29 @@ class ModuleSequence(Sequence):
     def steps(self) -> int:
         return sum(call.inputs.x.shape[0] for call in self.calls)
 
-    def add(self, x: Tensor | PackedSequence, hx: Any, lengths: Any, output: Any, rng: Tensor | None) -> None:
-        """A call that has just returned `output`; `rng` is the generator's state before it, where it drew dropout."""
+    def add(self, call: Call) -> None:
+        """A call that has just returned."""
         module, index = self.module, len(self.calls)
-        y, final = output
-        with torch.no_grad():
-            inputs, states = detached_call(module, x, hx, lengths)
+        with torch.no_grad(), evaluating(module):
+            inputs, states = detached_call(module, call.x, call.hx, call.lengths)
             used = layer_directions(module, used_weights(module))
             layers = [d._replace(weights=d.weights.detach()) for d in used]
-            masks = dropout_masks(module, inputs, rng)
-        self.calls.append(_Call(layers, inputs, states, masks))
-        self.listen(y.data if isinstance(y, PackedSequence) else y, (index, "y"))
-        for i, state in enumerate(as_states(final)):
+            masks = dropout_masks(module, inputs, call.rng)
+            final = [final_error(inputs, s.detach().clone()) for s in call.states]
+        self.calls.append(_Call(layers, inputs, states, masks, tuple(s for s in final if s is not None)))
+        self.listen(call.y, (index, "y"))
+        for i, state in enumerate(call.states):
             self.listen(state, (index, i))
 
     def measure(self, errors: Errors) -> list[Measured]:
         parts: list[list[Measured]] = [self._measure_call(i, call, errors) for i, call in enumerate(self.calls)]
-        return [join(pieces, tuple(self.detached)) for pieces in zip(*parts, strict=True)]
+        return [join(pieces, self) for pieces in zip(*parts, strict=True)]
 
     def _measure_call(self, index: int, call: _Call, errors: Errors) -> list[Measured]:
         dy = output_error(self.module, call.inputs, errors.get((index, "y")))
         passes = self._forward(call)
+        replayed = tuple(torch.stack(s) for s in zip(*(p.final for p in passes), strict=True))
+        problem = apart(call.final, replayed)
         dfinal = [final_error(call.inputs, errors.get((index, i))) for i in range(len(call.states[0]))]
         n_dir = 2 if self.module.bidirectional else 1
         measured: list[Measured] = []
@@ -84,7 +90,7 @@ class ModuleSequence(Sequence):
                 ends = tuple(None if f is None else f[first + d] for f in dfinal)
                 dx, found = self._back(call, layer, ran, dy_d, ends, first > 0)
                 below.append(dx)
-                measured.insert(0, found)
+                measured.insert(0, replace(found, flow=replace(found.flow, problem=problem)))
             if first:
                 dy = sum(below[1:], below[0])
                 if call.masks:
@@ -135,4 +141,6 @@ class ModuleSequence(Sequence):
         if call.inputs.order is not None:
             record = reorder(record, call.inputs.order.argsort())
         both = (grads.w_ih, grads.w_hh)
+        if isinstance(self.module, CellModule):
+            both = self.module.learnt_gradients(layer.layer, layer.reverse, grads)
         return Measured(record, {key: both[i] for key, i in weight_keys(self.module, layer).items()}, born)

@@ -61,15 +61,35 @@ class LayerFlow(Record):
     log_carry: Tensor | None = None
     """[H] mean over steps and samples of ln f (LSTM) or ln z (GRU), nats per step: what a unit keeps of its state"""
     residual: float = math.nan
-    """‖Σ_t g_t − autograd's ∂E/∂W‖ / ‖autograd's‖; NaN when autograd computed none (weights frozen)"""
+    """‖Σ_t g_t − autograd's ∂E/∂W‖ / ‖autograd's‖ of a replayed layer or cell; NaN when autograd computed none (weights
+    frozen), and for layers of `unvanish.nn`, which measure while they run: there is nothing else to hold them against,
+    but `uv.audit`"""
     step: int = 0
     """the training step: how many times the watched model had been called"""
     detached: tuple[int, ...] = ()
     """steps whose incoming state came from the step before, but cut off from its graph"""
+    resets: Tensor | None = None
+    """[T, B] True where a sample's state was set to zero before the step, as between episodes; None where none was"""
+    problem: str | None = None
+    """what speaks against the record; None: nothing does"""
+
+    @property
+    def valid(self) -> bool:
+        """Whether nothing speaks against the record. No verdict should be built on one that is not."""
+        return self.problem is None
+
+    def pieces(self, sample: int) -> list[range]:
+        """The steps of one sample between resets, in order: the episodes that a policy was run through."""
+        length = int(self.lengths[sample])
+        starts = [0] if self.resets is None else [0, *self.resets[1:length, sample].nonzero().flatten().add(1).tolist()]
+        return [range(a, b) for a, b in zip(starts, [*starts[1:], length], strict=True)]
 
     def __repr__(self) -> str:
         T, B = self.dh.shape
-        lines = [f"LayerFlow {self.name!r}: {self.cell}, T={T}, B={B}, residual {self.residual:.1e}"]
+        check = "" if math.isnan(self.residual) else f", residual {self.residual:.1e}"
+        lines = [f"LayerFlow {self.name!r}: {self.cell}, T={T}, B={B}{check}"]
+        if self.problem is not None:
+            lines.append(f"  not valid: {self.problem}")
         for label, norm in (("dh", self.dh), ("dc", self.dc)):
             if norm is not None:
                 first, last = (f"{float(norm[t].median()):.2e}" for t in (0, T - 1))

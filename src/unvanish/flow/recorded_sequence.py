@@ -24,7 +24,8 @@ class _Place(NamedTuple):
 
 
 class _Call:
-    """What one call of a layer said of itself. It knows nothing of who hears of its errors: no cycle keeps it alive."""
+    """What one call of a layer said of itself. It knows nothing of who is notified of its gradients: no cycle keeps it
+    alive."""
 
     def __init__(self) -> None:
         self.places: dict[str, _Place] = {}
@@ -37,7 +38,7 @@ class _Call:
 
 
 class RecordedCall:
-    """One call of a layer, from its start on: who hears of each layer and direction."""
+    """One call of a layer, from its start on: who is notified of each layer and direction."""
 
     def __init__(self, module: nn.RNNBase) -> None:
         self.module = module
@@ -45,7 +46,7 @@ class RecordedCall:
         self.sequence: RecordedSequence | None = None
         self.index = 0
 
-    def __call__(self, inputs: TimeMajor, place: LayerDirection, start: int) -> "_Ear":
+    def __call__(self, inputs: TimeMajor, place: LayerDirection, start: int) -> "_Listener":
         facts, w = self.facts, place.weights
         if place.name not in facts.places:
             suffix = f"_l{place.layer}{'_reverse' if place.reverse else ''}"
@@ -57,7 +58,7 @@ class RecordedCall:
             facts.steps, B = inputs.x.shape[:2]
             facts.order = inputs.order
             facts.lengths = torch.full((B,), facts.steps) if inputs.lengths is None else inputs.lengths.cpu()
-        return _Ear(self, place.name, start)
+        return _Listener(self, place.name, start)
 
     def complete(self, x: Any) -> bool:
         """Whether every layer and direction was recorded, and will hear of the error that comes back."""
@@ -66,8 +67,8 @@ class RecordedCall:
         return len(self.facts.statistics) == expected and (data.requires_grad or self.facts.trainable)
 
 
-class _Ear:
-    """Hears of one layer and direction of a call; an `engine.Recorder`."""
+class _Listener:
+    """Is notified of one layer and direction of a call; an `engine.Recorder`."""
 
     def __init__(self, call: RecordedCall, place: str, start: int) -> None:
         self.call, self.place, self.start = call, place, start
@@ -135,7 +136,7 @@ class RecordedSequence(Sequence):
 
     def measure(self, errors: Errors) -> list[Measured]:
         return [
-            join([self._measure_call(i, call, name, errors) for i, call in enumerate(self.calls)], tuple(self.detached))
+            join([self._measure_call(i, call, name, errors) for i, call in enumerate(self.calls)], self)
             for name in self.calls[0].places
         ]
 

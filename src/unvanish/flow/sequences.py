@@ -16,11 +16,21 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from unvanish import engine
+from unvanish.capture import Call, Link
 from unvanish.cells import State, Weights, calculus
 from unvanish.flow.nonfinite import birthplace
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.summary import healthy, summarise
-from unvanish.nn.modules import LayerDirection, as_states, cell_of, evaluating, hear_gradient
+from unvanish.nn.modules import (
+    CellModule,
+    LayerDirection,
+    RecurrentModule,
+    SequenceModule,
+    as_states,
+    cell_of,
+    evaluating,
+    hear_gradient,
+)
 
 Errors = dict[Hashable, Any]
 """where an error arrived (segment and output) → ∂E/∂(that output), or what was measured of it on the way"""
@@ -46,9 +56,12 @@ class Sequence(ABC):
         """summed over all backward passes so far, as `.grad` is"""
         self.handles: list[RemovableHandle] = []
         self.detached: list[int] = []
-        self.number = self.epoch = 0
-        self.era: tuple[int, int] = (0, 0)
-        self.start: int | None = None
+        self.resets: dict[int, Tensor] = {}
+        """step → [B] samples whose state was set to zero before it"""
+        self.number = 0
+        self.era: tuple[int, ...] = (0, 0)
+        self.differentiated = False
+        """whether a gradient of it has been kept as part of a graph, to be differentiated again"""
         self._catch = catch
 
     @property
@@ -72,10 +85,26 @@ class Sequence(ABC):
         total = self.measure(self.errors)
         return [replace(part, gradients=now.gradients) for part, now in zip(total, found, strict=True)]
 
+    def goes_on(self, link: Link) -> None:
+        """The next step starts from the state of the last."""
+        if link.cut:
+            self.detached.append(self.steps)
+        if link.resets is not None:
+            self.resets[self.steps] = link.resets.cpu()
+
     def listen(self, tensor: Tensor, key: Hashable) -> None:
-        """Hear of the error that reaches `tensor`."""
+        """Be notified of the gradient that reaches `tensor`."""
         if tensor.requires_grad:
-            self.handles.append(hear_gradient(tensor, lambda grad: self._catch(self, key, grad)))
+            self.handles.append(hear_gradient(tensor, lambda grad: self._catch(self, key, grad.detach())))
+
+    def reset_steps(self, T: int, B: int) -> Tensor | None:
+        """[T, B] where samples were reset."""
+        if not self.resets:
+            return None
+        found = torch.zeros(T, B, dtype=torch.bool)
+        for t, which in self.resets.items():
+            found[t, : len(which)] = which
+        return found
 
     def close(self) -> None:
         """Stop listening."""
@@ -95,17 +124,18 @@ class CellSequence(Sequence):
         self.x: list[Tensor] = []
         self.previous: list[State] = []
         self.weights: Weights | None = None
+        self.last: State = ()
+        """the states that the last step returned"""
         self.exposed: list[bool] = []
 
     @property
     def steps(self) -> int:
         return len(self.x)
 
-    def add(self, x: Tensor, hx: Any, output: Any) -> None:
-        """A step that has just returned `output`."""
-        t, module = self.steps, self.module
-        states = as_states(output)
-        given = as_states(hx) or tuple(torch.zeros_like(s) for s in states)
+    def add(self, call: Call) -> None:
+        """A step that has just returned."""
+        t, module, x, states = self.steps, self.module, call.x, call.states
+        given = as_states(call.hx) or tuple(torch.zeros_like(s) for s in states)
         with torch.no_grad(), evaluating(module):
             self.weights = Weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh).detach()
         # Under autocast a step may be given another dtype than the weights'.
@@ -114,6 +144,7 @@ class CellSequence(Sequence):
         self.previous.append(tuple(_batched(s.detach().to(dtype)) for s in given))
         # A fused step (CUDA) returns h_t and c_t from one node: its ∂E/∂c_t lacks the path through h_t.
         self.exposed.append(len(states) == 1 or states[0].grad_fn is not states[1].grad_fn)
+        self.last = tuple(_batched(s.detach().clone()) for s in states)
         for i, state in enumerate(states):
             self.listen(state, (t, i))
 
@@ -145,14 +176,17 @@ class CellSequence(Sequence):
         made = engine.weight_gradients(tr, flow)
         mine = {"weight_ih": made.w_ih, "weight_hh": made.w_hh}
         gradients = {key: mine[name] for name, (key, _) in heard_weights(self.module).items()}
-        record = replace(record, detached=tuple(self.detached))
+        replayed = tuple(s[-1][: len(real)] for s, real in zip(state, self.last, strict=True))
+        problem = apart(self.last, replayed)
+        resets = self.reset_steps(T, B)
+        record = replace(record, detached=tuple(self.detached), resets=resets, problem=problem)
         return [
             Measured(record, gradients, None if healthy(record) else birthplace(self.name, tr, d[0], flow).sentence)
         ]
 
 
 class MarkSequence(Sequence):
-    """Tensors marked one per step by `uv.mark`."""
+    """States shown one per step, by `uv.mark` or by name."""
 
     def __init__(self, name: str, catch: Any) -> None:
         super().__init__(name, catch)
@@ -172,18 +206,57 @@ class MarkSequence(Sequence):
         lengths = torch.tensor([sum(h.shape[0] > b for h in self.like) for b in range(B)])
         d = [_batched(errors[t]) if t in errors else torch.zeros_like(h) for t, h in enumerate(self.like)]
         norms = [torch.linalg.vector_norm(step.flatten(1), dim=1, dtype=torch.float64) for step in d]
-        born = next((t for t in reversed(range(len(norms))) if not norms[t].isfinite().all()), None)
-        where = None if born is None else f"{self.name}: the error ∂E/∂h at step {born} is not finite"
-        return [Measured(LayerFlow(self.name, "mark", (), lengths, _stack(norms, B)), nonfinite=where)]
+        record = LayerFlow(self.name, "mark", (), lengths, _stack(norms, B).cpu())
+        return [Measured(record, nonfinite=self._origin(norms))]
+
+    def _origin(self, norms: list[Tensor]) -> str | None:
+        """Where a NaN or infinity came from: the state forward, the gradient at it backward."""
+        for t, h in enumerate(self.like):
+            if not bool(h.isfinite().all()):
+                return f"{self.name}: {_kind(h)} born forward at step {t}, in the state"
+        for t in reversed(range(len(norms))):
+            if not bool(norms[t].isfinite().all()):
+                return f"{self.name}: {_kind(norms[t])} born backward at step {t}, in the gradient at the state"
+        return None
 
 
-def heard_weights(module: nn.RNNBase | nn.RNNCellBase) -> dict[str, tuple[Hashable, Tensor]]:
+def _kind(v: Tensor) -> str:
+    return "NaN" if bool(v.isnan().any()) else "infinity"
+
+
+def apart(real: State, replayed: State) -> str | None:
+    """What to say where a replay ends elsewhere than the run did, by more than rounding explains; None if it does
+    not."""
+    for a, b in zip(real, replayed, strict=True):
+        if a.shape != b.shape:
+            return f"the replay ends in a state of shape {tuple(b.shape)}, the run in one of {tuple(a.shape)}"
+        size = float(a.double().abs().max()) if a.numel() else 0.0
+        off = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+        allowed = rounding(a) * max(size, 1.0)
+        if off > allowed:
+            return (
+                f"the replay of the layer ends {off:.1e} from where the run ended (rounding explains {allowed:.0e}): "
+                "part of what it computed is hidden, or it amplifies rounding, as a chaotic layer does"
+            )
+    return None
+
+
+def rounding(v: Tensor) -> float:
+    """How far a long sequence's rounding may lead apart, relative to the size of its states."""
+    if v.is_cuda and v.dtype == torch.float32:
+        return 1e-2  # products in TF32
+    return min(0.1, 2e3 * torch.finfo(v.dtype).eps)
+
+
+def heard_weights(module: RecurrentModule) -> dict[str, tuple[Hashable, Tensor]]:
     """Name → (key, tensor) of the weights that the last forward pass used and whose ∂E/∂W can be heard.
 
     A cell reads a parametrised weight anew, out of reach: it is left out, and with it its part of the residual.
     """
     if isinstance(module, nn.RNNBase):
         found = zip(module._flat_weights_names, module._flat_weights, strict=True)
+    elif isinstance(module, CellModule):
+        found = module._parameters.items()
     else:
         found = ((name, module._parameters.get(name)) for name in ("weight_ih", "weight_hh"))
     return {
@@ -198,7 +271,7 @@ def weight_key(module: nn.Module, name: str, weight: Tensor) -> Hashable:
     return id(weight) if weight.is_leaf else (id(module), name)
 
 
-def weight_keys(module: nn.RNNBase, layer: LayerDirection) -> dict[Hashable, int]:
+def weight_keys(module: SequenceModule, layer: LayerDirection) -> dict[Hashable, int]:
     """Key → 0 for W_ih, 1 for W_hh, of one layer and direction; without those whose ∂E/∂W can't be heard."""
     heard, suffix = heard_weights(module), f"l{layer.layer}{'_reverse' if layer.reverse else ''}"
     names = (f"weight_ih_{suffix}", f"weight_hh_{suffix}")
@@ -216,13 +289,14 @@ def _stack(rows: list[Tensor], B: int) -> Tensor:
     return torch.stack([torch.cat([r, r.new_zeros(B - r.shape[0], *r.shape[1:])]) for r in rows])
 
 
-def join(pieces: Iterable[Measured], detached: tuple[int, ...]) -> Measured:
-    """One record of consecutive calls, end to end."""
-    pieces = tuple(pieces)
+def join(pieces: Iterable[Measured], sequence: Sequence) -> Measured:
+    """One record of consecutive calls of a sequence, end to end."""
+    pieces, detached = tuple(pieces), tuple(sequence.detached)
     flows = [piece.flow for piece in pieces]
     if len(pieces) == 1 and not detached:
         return pieces[0]
-    first = replace(flows[0], detached=detached)
+    resets = sequence.reset_steps(sum(len(flow.dh) for flow in flows), flows[0].dh.shape[1])
+    first = replace(flows[0], detached=detached, resets=resets)
     if len(pieces) == 1:
         return replace(pieces[0], flow=first)
     total: dict[Hashable, Tensor] = defaultdict(lambda: torch.zeros(()))
@@ -239,5 +313,6 @@ def join(pieces: Iterable[Measured], detached: tuple[int, ...]) -> Measured:
     if first.log_carry is not None:
         share = lengths.sum(1) / lengths.sum()
         joined["log_carry"] = sum(s * flow.log_carry for s, flow in zip(share, flows, strict=True))  # type: ignore[operator]
-    record = replace(first, lengths=lengths.sum(0), **joined)
+    problem = next((flow.problem for flow in flows if flow.problem is not None), None)
+    record = replace(first, lengths=lengths.sum(0), problem=problem, **joined)
     return Measured(record, dict(total), next((p.nonfinite for p in pieces if p.nonfinite), None))

@@ -1,16 +1,19 @@
 """Watch the error travel back through the recurrent layers of any model: the two functions a user calls."""
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from unvanish.capture.named_states import Getter
 from unvanish.flow.watcher import Watch
 
 
 def watch(
     model: nn.Module,
     *,
+    states: Mapping[str, Getter] | None = None,
     partial: bool = False,
     keep: int = 8,
     every: int = 1,
@@ -24,17 +27,20 @@ def watch(
         flow["encoder.lstm.l0"].dh          # [T, B]
 
     δh_t = ∂E_t/∂h_t + W_hhᵀ δa_{t+1} and so on: exact total derivatives of whatever `backward` was called on, for every
-    nn.RNN, nn.LSTM and nn.GRU in the model (layers, directions, packed, projected, with dropout between layers),
-    every nn.*Cell stepped in a loop, and every state handed to `uv.mark`. Records name layers "path.l0",
-    "path.l1.reverse"; a cell by its path.
+    nn.RNN, nn.LSTM, nn.GRU and `unvanish.nn.Recurrent` in the model (layers, directions, packed, projected, with
+    dropout between layers; subclasses as their kernel is called), every nn.*Cell stepped in a loop, every state named
+    in `states` or handed to `uv.mark`. Records name layers "path.l0", "path.l1.reverse"; a cell by its path.
 
     The model's outputs, gradients, hooks, generator state and attributes are what they would be without the watch,
-    also when the block raises.
+    also when the block raises; nothing in the watch raises in a forward or backward pass. What can't be recorded is
+    named in `flow.skipped`, with the reason; a record that can't be trusted has `valid` False and a `problem`.
 
     What counts as a pass. Each forward call of a module under enabled gradients starts one; calls under
-    `torch.no_grad()` are not recorded. Calls that start from the state the same module or cell returned last go on
-    with the same pass (a decoder's loop, a cell's loop), even if that state was detached: `detached` then lists the
-    steps. A backward pass ends all passes: what runs after it is new. So truncated BPTT gives one pass per chunk.
+    `torch.no_grad()` are not recorded. Calls that start from the state the same module or cell returned last, or from
+    something computed from it, go on with the same pass (a decoder's loop, a cell's loop), even if that state was
+    detached: `detached` then lists the steps. Samples whose state is set to zero in between are marked in `resets`, and
+    `LayerFlow.pieces` gives the steps between. A backward pass ends all passes: what runs after it is new. So truncated
+    BPTT gives one pass per chunk.
 
     - Several forwards: `flow[name]` is the latest pass that an error came back to; `flow.passes(name)` the last `keep`.
     - Several backwards through one forward (`retain_graph=True`): errors add, as `.grad` does; the record shows the
@@ -49,7 +55,9 @@ def watch(
     is replayed in its weights' own dtype, and `residual` is what autocast rounded.
 
     Args:
-        model: any module; not one returned by torch.compile.
+        model: any module.
+        states: module name → where its state is in what it returns: an index, a path of indices, or a function (module,
+            args, output) → the state; for recurrent modules of other libraries, one step per call.
         partial: also record `partial`, ‖Σ_{s≥t} g_s‖_F; costs about as much as ∂E/∂W again.
         keep: passes remembered per layer; older ones are dropped and counted in `flow.dropped`.
         every: record one training step in so many, the first included; a step is a call of `model` with gradients
@@ -58,13 +66,14 @@ def watch(
             `unvanish.flow.replay`; memory stays bounded by `keep`.
 
     Raises:
-        TypeError: model is no nn.Module, or is a compiled one.
+        TypeError: model is no nn.Module.
         FileExistsError: the folder of `stream` holds files.
         OSError: a record can't be written to it.
-        ValueError: on leaving the block, if the model has no recurrent layer and nothing was marked.
-        RuntimeError: dropout between layers inside cuDNN; `every` where `model` itself is never called.
+        ValueError: a name in `states` is that of no module; on leaving the block, if the model has no recurrent layer
+        and
+            nothing was marked.
     """
-    return Watch(model, partial=partial, keep=keep, every=every, stream=stream)
+    return Watch(model, states=states, partial=partial, keep=keep, every=every, stream=stream)
 
 
 def mark(h: Tensor, name: str) -> Tensor:
@@ -72,19 +81,9 @@ def mark(h: Tensor, name: str) -> Tensor:
     h), "mycell")`.
 
     Records ‖∂E/∂h_t‖ under `flow[name].dh`, t counting the calls of one forward pass. Outside a watch, and under
-    `torch.no_grad()`, it does nothing. Returns h itself.
-
-    Raises:
-        TypeError: h is no tensor.
-        ValueError: inside a watch, `name` is that of a layer of the model, or h does not require gradients, so that no
-            error can come back to it.
+    `torch.no_grad()`, it does nothing. Returns h itself. It never raises: what can't be recorded (h is no tensor or
+    requires no gradient, the name is that of a layer) stands in `flow.skipped`.
     """
-    if not isinstance(h, Tensor):
-        raise TypeError(f"h: expected a tensor, got {type(h).__name__}")
     if Watch._active and torch.is_grad_enabled():
-        if not h.requires_grad:
-            raise ValueError(
-                f"h: the state marked {name!r} does not require gradients, so no error can come back to it"
-            )
-        Watch._active[-1].mark(h, name)
+        Watch._active[-1].mark(name, h)
     return h

@@ -1,9 +1,9 @@
-"""Watch the error travel back through the recurrent layers of any model, without touching the model's own numbers.
+"""Watch the gradient travel back through the recurrent layers of any model, without touching the model's own numbers.
 
-Forward and backward run as always. A layer of `unvanish.nn` measures as it runs. Of a layer of torch's, a watch keeps
-what went in and, through hooks on what came out, ∂E/∂h_t as it arrives from outside; from these it replays the layer's
-own backpropagation through time. So outputs and gradients stay bitwise what they were, and the record can be held
-against autograd's ∂E/∂W (`residual`).
+Forward and backward run as always. A layer of `unvanish.nn` measures as it runs. Of any other, a watch keeps what went
+in and, through hooks on what came out, ∂E/∂h_t as it arrives from outside; from these it replays the layer's own
+backpropagation through time. So outputs and gradients stay bitwise what they were, and the record can be held against
+autograd's ∂E/∂W (`residual`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,16 +22,19 @@ from weakref import WeakSet, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.modules import module as hooks
 from torch.utils.hooks import RemovableHandle
 
+from unvanish.capture import Call, Capture, Returned, hidden_parts, link, returned
+from unvanish.capture.named_states import Getter, NamedStates
+from unvanish.capture.parts import unseen
 from unvanish.flow.module_sequence import ModuleSequence
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
 from unvanish.flow.recorded_sequence import RecordedCall, RecordedSequence
-from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, Sequence, heard_weights
+from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, Sequence, heard_weights, rounding
 from unvanish.flow.stream import Stream
 from unvanish.nn.layers import EngineSequence
-from unvanish.nn.modules import as_states, full_precision
+from unvanish.nn.modules import RecurrentModule, as_states, full_precision
 
 S = TypeVar("S", bound=Sequence)
 
@@ -43,6 +46,10 @@ class _Backward:
     errors: dict[Sequence, dict[Hashable, Any]] = field(default_factory=dict)
     gradients: dict[Hashable, Tensor] = field(default_factory=dict)
     """weight key → autograd's ∂E/∂W of this run"""
+    sums: list[tuple[str, Tensor]] = field(default_factory=list)
+    """(parameter, the sum of its gradient): not finite where the gradient is not"""
+    differentiable: bool = False
+    """whether its gradients are kept as part of a graph (create_graph)"""
 
 
 class Watch(Flow):
@@ -54,6 +61,7 @@ class Watch(Flow):
         self,
         model: nn.Module,
         *,
+        states: Mapping[str, Getter] | None = None,
         partial: bool = False,
         keep: int = 8,
         every: int = 1,
@@ -65,26 +73,24 @@ class Watch(Flow):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a whole number, at least 1 {what}, got {value!r}")
         self._every = every
-        self._stream = None if stream is None else Stream(Path(stream))
         self._model = model
         self._partial = partial
         self._keep = keep
-        self._modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)}
-        self._names = [name for path, module in self._modules.items() for name in _record_names(path, module)]
-        if any(isinstance(m, torch._dynamo.OptimizedModule) for m in model.modules()):
-            raise TypeError(
-                "model: a torch.compile'd module hides its layers; watch the module it was made from (._orig_mod)"
-            )
+        self._capture = Capture(model, self._after, self._before)
+        self._named = NamedStates(model, states or {}, self.mark, self._capture.problems)
+        self._stream = None if stream is None else Stream(Path(stream))
+        self._names = [n for path, module in self._capture.parts.modules.items() for n in _record_names(path, module)]
         self._handles: list[RemovableHandle] = []
         self._weights: dict[Hashable, tuple[Tensor, RemovableHandle]] = {}
         self._sequences: WeakSet[Sequence] = WeakSet()
         self._current: WeakValueDictionary[str, Sequence] = WeakValueDictionary()
-        self._last_state: dict[str, tuple[Tensor, ...]] = {}
+        self._last: dict[str, Returned] = {}
         self._epoch = self._cut = self._count = 0
         self._runs: dict[int, _Backward] = {}
         self._passes: OrderedDict[tuple[int, int], Measured] = OrderedDict()
-        self._seen: dict[str, None] = {}
-        self._rng: dict[str, Tensor | None] = {}
+        self._seen: dict[str, int] = {}
+        """name → calls, or marks, so far"""
+        self._bad_parameter: str | None = None
         self.dropped = 0
         """passes measured and forgotten, since more than `keep` of a layer came"""
 
@@ -93,18 +99,23 @@ class Watch(Flow):
         """Whether the present training step is one of those recorded."""
         return self._every == 1 or (self._epoch - 1) % self._every == 0
 
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Name → why, of recurrent parts that were not recorded, or not at every call."""
+        found = {name: why for name, why in hidden_parts(self._model) if name not in self._seen}
+        return found | self._named.unrecorded | self._capture.problems
+
     def __enter__(self) -> Watch:
         if self in Watch._active:
             raise RuntimeError("this watch is already active; make a second one with uv.watch(model)")
-        # First, since the model may itself be a layer.
-        self._handles.append(self._model.register_forward_pre_hook(self._begin))
-        for name, module in self._modules.items():
-            if isinstance(module, nn.RNNBase):
-                self._handles.append(module.register_forward_pre_hook(self._before_module(name), with_kwargs=True))
-                hook = self._after_module(name)
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=True))
-            else:
-                self._handles.append(module.register_forward_hook(self._after_cell(name), with_kwargs=True))
+        # torch's hooks for all modules: one on the model itself would be pickled and copied with it.
+        self._handles.append(hooks.register_module_forward_pre_hook(self._begin))
+        self._named.open()
+        self._capture.__enter__()
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad:
+                handle = parameter.register_hook(partial(self._look_at, name))
+                self._weights["", name] = (parameter, handle)
         Watch._active.append(self)
         return self
 
@@ -112,6 +123,8 @@ class Watch(Flow):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         Watch._active.remove(self)
+        self._capture.__exit__()
+        self._named.close()
         for handle in self._handles:
             handle.remove()
         for sequence in list(self._sequences):
@@ -120,12 +133,12 @@ class Watch(Flow):
             handle.remove()
             if not weight._backward_hooks:
                 weight._backward_hooks = None
-        for held in (self._handles, self._weights, self._current, self._last_state, self._runs, self._rng):
+        for held in (self._handles, self._weights, self._current, self._last, self._runs):
             held.clear()
-        if kind is None and not self._modules and not self._seen:
+        if kind is None and not self._capture.parts.modules and not self._seen and not self.skipped:
             raise ValueError(
                 f"model: {type(self._model).__name__} has no nn.RNN, nn.LSTM, nn.GRU or cell, and nothing was marked; "
-                "mark the states of a custom cell with uv.mark(h, 'name')"
+                "mark the states of a custom cell with uv.mark(h, 'name'), or name the module with states={'name': ...}"
             )
 
     @property
@@ -138,7 +151,7 @@ class Watch(Flow):
         """
         latest = {measured.flow.name: measured for measured in self._passes.values()}
         if not latest:
-            raise NoBackwardError(self._silence("any layer"))
+            raise NoBackwardError(self._silence(None))
         for measured in latest.values():
             if measured.nonfinite is not None:
                 raise NonFiniteError(measured.nonfinite)
@@ -149,7 +162,7 @@ class Watch(Flow):
         if name in self._passed():
             return self.passes(name)[-1]
         if name in self._names or name in self._seen:
-            raise NoBackwardError(self._silence(repr(name)))
+            raise NoBackwardError(self._silence(name))
         known = dict.fromkeys([*self._names, *self._passed()])
         raise KeyError(f"no layer {name!r} here; there are {', '.join(known) or 'none'}")
 
@@ -172,21 +185,30 @@ class Watch(Flow):
         return [measured.flow for measured in found]
 
     def __repr__(self) -> str:
-        return (
-            super().__repr__() if self._passes else f"Watch of {type(self._model).__name__}: no error has come back yet"
-        )
+        nothing = f"Watch of {type(self._model).__name__}: no gradient has come back yet"
+        text = super().__repr__() if self._passes else nothing
+        return "\n".join([text, *(f"not recorded: {name or 'the model'}: {why}" for name, why in self.skipped.items())])
 
     def _passed(self) -> dict[str, None]:
         return dict.fromkeys(measured.flow.name for measured in self._passes.values())
 
-    def _silence(self, what: str) -> str:
+    def _silence(self, name: str | None) -> str:
+        what = "any layer" if name is None else repr(name)
+        if name in self.skipped:
+            return f"{what}: {self.skipped[name]}"
         if not self._seen:
+            reasons = "".join(f"; {part or 'the model'}: {why}" for part, why in self.skipped.items())
             return (
                 f"{what}: no forward pass with gradients ran inside the watch; "
-                "call the model and loss.backward() in the with block"
+                f"call the model and loss.backward() in the with block{reasons}"
             )
         if not self._passes:
             return f"{what}: no backward pass ran inside the watch; call loss.backward() in the with block"
+        if name is not None and name not in self._names and name in self._seen:
+            return (
+                f"{what}: marked {self._seen[name]} times, and no gradient reached it: does it go through a step that "
+                "has no derivative, or was it detached?"
+            )
         return f"{what}: a backward pass ran, but no error came back to it: the loss does not depend on it"
 
     def _begin(self, module: nn.Module, args: Any) -> None:
@@ -195,118 +217,93 @@ class Watch(Flow):
             # What an aborted backward pass left behind.
             self._runs.clear()
 
-    def _mine(self, name: str, module: nn.Module) -> bool:
-        """Whether a call of `module` is one of the model's own: a copy that is made within the block takes the hooks
-        along. nn.DataParallel runs replicas."""
-        return (module is self._modules[name] or getattr(module, "_is_replica", False)) and self._awake()
-
-    def _awake(self) -> bool:
+    def _awake(self, name: str) -> bool:
         """Whether a call is to be recorded."""
         if self._every > 1 and not self._epoch:
-            raise RuntimeError(
-                f"every: counts calls of the watched {type(self._model).__name__}, but only its parts are called; "
-                "watch the module that is called, or leave every=1"
+            self._capture.problems[name] = (
+                f"every={self._every} counts calls of the watched {type(self._model).__name__}, but only its parts are "
+                "called; watch the module that is called, or leave every=1"
             )
-        return self.on and torch.is_grad_enabled()
+            return False
+        return self.on
 
-    def _before_module(self, name: str) -> Any:
-        def hook(module: nn.RNNBase, args: Any, kwargs: Any) -> None:
-            if not self._mine(name, module):
-                return
-            if isinstance(module, EngineSequence) and not self._partial:
-                module._recording = RecordedCall(module)
-            draws = module.training and module.dropout > 0 and module.num_layers > 1
-            if draws and next(module.parameters()).device.type != "cpu":
-                raise RuntimeError(
-                    f"watch: dropout between the layers of {name or 'the model'!r} is drawn inside cuDNN, where it "
-                    "can't be drawn again; set its dropout to 0, use one module per layer, or watch on the CPU"
-                )
-            self._rng[name] = torch.get_rng_state() if draws else None
+    def _before(self, call: Call) -> bool:
+        if not self._awake(call.name):
+            return False
+        if isinstance(call.module, EngineSequence) and not self._partial:
+            call.recorders = RecordedCall(call.module)
+        return True
 
-        return hook
+    def _after(self, call: Call) -> None:
+        name = call.name
+        if isinstance(call.module, nn.RNNCellBase):
+            name = name or "cell"
+            sequence = self._going_on(name, call)
+            if not isinstance(sequence, CellSequence):
+                sequence = self._new(name, CellSequence(name, call.module, self._catch, self._partial))
+            self._hear_weights(call.module)
+            sequence.add(call)
+            return
+        sequence = self._going_on(name, call)
+        if call.module.bidirectional or self._partial:
+            sequence = None
+        self._hear_weights(call.module)
+        measured = call.recorders
+        if isinstance(measured, RecordedCall) and measured.complete(call.x):
+            if not isinstance(sequence, RecordedSequence):
+                sequence = self._new(name, RecordedSequence(name, self._catch))
+            sequence.add(measured)
+            return
+        if not isinstance(sequence, ModuleSequence):
+            sequence = self._new(name, ModuleSequence(name, call.module, self._catch, self._partial))
+        sequence.add(call)
 
-    def _after_module(self, name: str) -> Any:
-        def hook(module: nn.RNNBase, args: Any, kwargs: Any, output: Any) -> None:
-            # A watch with `partial` replays; what another within it records is not its own.
-            call = None if self._partial else module.__dict__.pop("_recording", None)
-            if output is None or not self._mine(name, module):
-                return
-            x = args[0] if args else kwargs["input"]
-            hx = args[1] if len(args) > 1 else kwargs.get("hx")
-            stepwise = _steps(module, x) == 1
-            sequence = self._continued(name, hx, as_states(output[1]), stepwise)
-            if module.bidirectional or self._partial:
-                sequence = None
-            self._hear_weights(module)
-            rng = self._rng.pop(name, None)
-            if call is not None and call.complete(x):
-                if not isinstance(sequence, RecordedSequence):
-                    sequence = self._new(name, hx, RecordedSequence(name, self._catch))
-                sequence.add(call)
-                return
-            if not isinstance(sequence, ModuleSequence):
-                sequence = self._new(name, hx, ModuleSequence(name, module, self._catch, self._partial))
-            sequence.add(x, hx, kwargs.get("lengths"), output, rng)
-
-        return hook
-
-    def _after_cell(self, name: str) -> Any:
-        def hook(module: nn.RNNCellBase, args: Any, kwargs: Any, output: Any) -> None:
-            if not self._mine(name, module):
-                return
-            x = args[0] if args else kwargs["input"]
-            hx = args[1] if len(args) > 1 else kwargs.get("hx")
-            title = name or "cell"
-            sequence = self._continued(title, hx, as_states(output), stepwise=True)
-            if sequence is None:
-                sequence = self._new(title, hx, CellSequence(title, module, self._catch, self._partial))
-            assert isinstance(sequence, CellSequence)
-            self._hear_weights(module)
-            sequence.add(x, hx, output)
-
-        return hook
-
-    def _continued(self, name: str, hx: Any, output: tuple[Tensor, ...], stepwise: bool) -> Sequence | None:
-        """The sequence that this call goes on with: the one whose last state it starts from, attached to the graph or
-        not."""
-        given = as_states(hx)
-        last = self._last_state.get(name, ())
-        self._last_state[name] = tuple(state.detach() for state in output)
+    def _going_on(self, name: str, call: Call) -> Sequence | None:
+        """The sequence that this call goes on with."""
+        found = link(as_states(call.hx), self._last.get(name))
+        self._last[name] = returned(call.states)
         sequence = self._current.get(name)
-        if sequence is None or not given or sequence.era != (self._cut, _graph_task()):
+        self._seen[name] = self._seen.get(name, 0) + 1
+        if found is None or sequence is None or sequence.era != (self._cut, _graph_task()):
             return None
-        attached = any(g.requires_grad for g in given)
-        if any(g.data_ptr() == s.data_ptr() for g, s in zip(given, last, strict=True)):
-            if not attached:
-                sequence.detached.append(sequence.steps)
-            return sequence
-        # A state that was changed between two steps (attention, dropout) still goes on, unless it is the learnt
-        # initial state again.
-        fresh = given[0].data_ptr() == sequence.start
-        return sequence if stepwise and attached and not fresh and sequence.epoch == self._epoch else None
-
-    def _new(self, name: str, hx: Any, sequence: S) -> S:
-        self._count += 1
-        sequence.number, sequence.era, sequence.epoch = self._count, (self._cut, _graph_task()), self._epoch
-        sequence.start = None if hx is None else as_states(hx)[0].data_ptr()
-        self._current[name] = sequence
-        self._sequences.add(sequence)
-        self._seen[name] = None
+        sequence.goes_on(found)
         return sequence
 
-    def mark(self, h: Tensor, name: str) -> None:
-        """See `unvanish.mark`."""
-        if name in self._modules or name in self._names:
-            raise ValueError(f"name: {name!r} is that of a layer of the model; mark the state under another")
-        if not self._awake():
+    def _new(self, name: str, sequence: S) -> S:
+        self._count += 1
+        sequence.number, sequence.era = self._count, (self._cut, _graph_task())
+        self._current[name] = sequence
+        self._sequences.add(sequence)
+        return sequence
+
+    def mark(self, name: str, h: Any) -> None:
+        """A state of the next step; see `unvanish.mark`."""
+        problems = self._capture.problems
+        if name in self._capture.parts.modules or name in self._names:
+            problems[name] = "marked under the name of a layer of the model; mark the state under another"
+            return
+        if not isinstance(h, Tensor):
+            problems[name] = (
+                f"its state is a {type(h).__name__}, not a tensor; name the place of a tensor in its output"
+            )
+            return
+        why = unseen([h])
+        if why is not None:
+            problems[name] = why
+            return
+        if not self._awake(name):
+            return
+        self._seen[name] = self._seen.get(name, 0) + 1
+        if not h.requires_grad:
+            problems[name] = "a state of it does not require gradients, so that no gradient can come back to it"
             return
         sequence = self._current.get(name)
-        if sequence is None or sequence.era != (self._cut, _graph_task()) or sequence.epoch != self._epoch:
-            sequence = self._new(name, None, MarkSequence(name, self._catch))
-        assert isinstance(sequence, MarkSequence)
+        if not isinstance(sequence, MarkSequence) or sequence.era != (self._cut, _graph_task(), self._epoch):
+            sequence = self._new(name, MarkSequence(name, self._catch))
+            sequence.era = (*sequence.era[:2], self._epoch)
         sequence.add(h)
 
-    def _hear_weights(self, module: nn.RNNBase | nn.RNNCellBase) -> None:
+    def _hear_weights(self, module: RecurrentModule) -> None:
         for key, weight in heard_weights(module).values():
             if weight.requires_grad and not (weight.is_leaf and key in self._weights):
                 handle = weight.register_hook(partial(self._hear, key))
@@ -317,10 +314,14 @@ class Watch(Flow):
         gradients = self._run().gradients
         gradients[key] = gradients[key] + grad if key in gradients else grad
 
+    def _look_at(self, name: str, grad: Tensor) -> None:
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        self._run().sums.append((name, grad.detach().sum(dtype=dtype)))
+
     def _run(self) -> _Backward:
         task = _graph_task()
         if task not in self._runs:
-            self._runs[task] = _Backward()
+            self._runs[task] = _Backward(differentiable=torch.is_grad_enabled())
             Variable._execution_engine.queue_callback(lambda: self._finish(task))
         return self._runs[task]
 
@@ -333,23 +334,37 @@ class Watch(Flow):
         """A backward pass has ended: measure every sequence it reached, before an optimizer moves the weights."""
         run = self._runs.pop(task)
         self._cut += 1
+        self._capture.guarded("", lambda: self._measure(run))
+
+    def _measure(self, run: _Backward) -> None:
+        bad = [name for name, total in run.sums if not bool(total.isfinite())]
         ours: dict[Hashable, Tensor] = {}
         measured: list[tuple[Sequence, list[Measured]]] = []
         for sequence, errors in run.errors.items():
+            if sequence.differentiated:
+                # Part of this pass runs through the gradients of an earlier one, which are no errors of the sequence:
+                # the record stays that of the gradient that was differentiated.
+                continue
+            sequence.differentiated = run.differentiable
             with full_precision():
-                found = sequence.arrive(errors)
+                found = self._capture.guarded(sequence.name, lambda s=sequence, e=errors: s.arrive(e)) or []
             for part in found:
                 for key, gradient in part.gradients.items():
                     ours[key] = ours[key] + gradient if key in ours else gradient
             measured.append((sequence, found))
+        self._bad_parameter = bad[0] if bad else None
         if not measured:
             return
         # Errors arrive at the last call first; records stand in the order of the calls.
         for sequence, found in sorted(measured, key=lambda m: m[0].number):
             for index, part in enumerate(found):
-                residual = _residual({key: ours[key] for key in part.gradients}, run.gradients)
-                record = replace(part.flow, residual=residual, step=self._epoch)
-                self._store(sequence, index, replace(part, gradients={}, flow=record))
+                record = replace(part.flow, step=self._epoch)
+                if not isinstance(sequence, RecordedSequence):
+                    record = _judged(record, {key: ours[key] for key in part.gradients}, run.gradients, self._weights)
+                origin = part.nonfinite
+                if origin is None and bad:
+                    origin = f"{bad[0]}: its gradient is not finite, although every gradient at {record.name} is"
+                self._store(sequence, index, replace(part, gradients={}, flow=record, nonfinite=origin))
         if self._stream is not None:
             latest = {m.flow.name: m.flow for m in self._passes.values() if m.flow.step == self._epoch}
             self._stream.write(Flow(latest), self._epoch)
@@ -363,17 +378,11 @@ class Watch(Flow):
             self.dropped += 1
 
 
-def _record_names(path: str, module: nn.RNNBase | nn.RNNCellBase) -> list[str]:
+def _record_names(path: str, module: RecurrentModule) -> list[str]:
     if isinstance(module, nn.RNNCellBase):
         return [path or "cell"]
     ends = ("", ".reverse") if module.bidirectional else ("",)
     return [f"{path}.l{k}{end}".removeprefix(".") for k in range(module.num_layers) for end in ends]
-
-
-def _steps(module: nn.RNNBase, x: Tensor | PackedSequence) -> int:
-    if isinstance(x, PackedSequence):
-        return len(x.batch_sizes)
-    return x.shape[1 if module.batch_first and x.dim() == 3 else 0]
 
 
 def _graph_task() -> int:
@@ -381,15 +390,38 @@ def _graph_task() -> int:
     return torch._C._current_graph_task_id()
 
 
-def _residual(ours: dict[Hashable, Tensor], autograd: dict[Hashable, Tensor]) -> float:
-    pairs = [(mine, autograd[key]) for key, mine in ours.items() if key in autograd]
+def _judged(
+    record: LayerFlow,
+    ours: dict[Hashable, Tensor],
+    autograd: dict[Hashable, Tensor],
+    weights: Mapping[Hashable, tuple[Tensor, Any]],
+) -> LayerFlow:
+    """The record with its residual, and with what a large one says."""
+    pairs = {key: (mine, autograd[key]) for key, mine in ours.items() if key in autograd}
     if not pairs:
-        return math.nan
-    # Where nothing else uses a weight, autograd hands on the very tensor that the engine made.
-    if all(mine is theirs and math.isfinite(float(mine.sum())) for mine, theirs in pairs):
-        return 0.0
+        return record
     apart, size = (
         math.hypot(*(float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in vs))
-        for vs in ([mine - theirs for mine, theirs in pairs], [theirs for _, theirs in pairs])
+        for vs in ([mine - theirs for mine, theirs in pairs.values()], [theirs for _, theirs in pairs.values()])
     )
-    return apart / size if size > 0 else (0.0 if apart == 0 else math.inf)
+    residual = apart / size if size > 0 else (0.0 if apart == 0 else math.inf)
+    allowed = rounding(next(iter(pairs.values()))[1])
+    record = replace(record, residual=residual)
+    if residual <= 10 * allowed or record.problem is not None or not math.isfinite(residual):
+        return record
+    if all(_is_a_penalty(theirs - mine, weights.get(key)) for key, (mine, theirs) in pairs.items()):
+        return record
+    return replace(
+        record,
+        problem=f"its own ∂E/∂W differs from autograd's by {residual:.1e} (rounding explains {10 * allowed:.0e}): a "
+        "weight takes part elsewhere in the loss too, part of the backward pass is hidden, or the backend's gradient is "
+        "wrong, which uv.audit tells",
+    )
+
+
+def _is_a_penalty(extra: Tensor, weight: tuple[Tensor, Any] | None) -> bool:
+    """Whether what autograd adds is the gradient of a squared or absolute norm of the weight."""
+    if weight is None:
+        return False
+    w, cosine = weight[0].detach(), nn.functional.cosine_similarity
+    return any(float(cosine(extra.flatten(), v.flatten(), dim=0)) > 0.999 for v in (w, w.sign()))

@@ -10,7 +10,7 @@ A subclass adds three things to how a sequence is run:
 `layer.states(x)` returns every h_t, c_t and gate of every layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ from unvanish.nn.modules import (
     time_major,
     used_weights,
 )
+from unvanish.nn.observing import Recorders, observed
 from unvanish.nn.pieces import run_in_pieces
 
 
@@ -64,8 +65,6 @@ class SequenceLayer(nn.Module):
     # to it.
     clip: float | None = None
     checkpoint_every: int | None = None
-    _recording: Callable[[TimeMajor, LayerDirection, int], engine.Recorder] | None = None
-    """set by a watch for the length of one call: (input, layer and direction, first step) → who hears of it"""
     _autocast_promotes: ClassVar[bool] = False
     """whether torch's layer returns the wider of autocast's dtype and the initial state's, as its GRU does"""
 
@@ -87,6 +86,15 @@ class SequenceLayer(nn.Module):
         Raises:
             ValueError, RuntimeError: as torch's, and for lengths that do not fit.
         """
+        return observed(self, input, hx, lengths, lambda recorders: self._forward(input, hx, lengths, recorders))
+
+    def _forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any,
+        lengths: Tensor | Sequence[int] | None,
+        recorders: Recorders | None,
+    ) -> tuple[Any, Any]:
         self._check(input, hx)
         inputs, layers = time_major(self, input, lengths), layer_directions(self, used_weights(self))
         if _autocasts(layers, inputs, hx):
@@ -95,10 +103,10 @@ class SequenceLayer(nn.Module):
             if self._autocast_promotes:
                 dtype = torch.promote_types(dtype, inputs.x.dtype if hx is None else hx.dtype)
             with torch.autocast(device, enabled=False):
-                y, final = self._run(*_in_float32(layers, inputs, hx))
+                y, final = self._run(*_in_float32(layers, inputs, hx), recorders)
             y, final = y.to(dtype), tuple(s.to(dtype) for s in final)
         else:
-            y, final = self._run(layers, inputs, hx)
+            y, final = self._run(layers, inputs, hx, recorders)
         return self._in_layout(input, inputs, y, final)
 
     def states(
@@ -144,21 +152,24 @@ class SequenceLayer(nn.Module):
         """Input and initial state fit; errors in torch's words."""
         raise NotImplementedError
 
-    def _run(self, layers: list[LayerDirection], inputs: TimeMajor, hx: Any) -> tuple[Tensor, State]:
+    def _run(
+        self, layers: list[LayerDirection], inputs: TimeMajor, hx: Any, recorders: Recorders | None
+    ) -> tuple[Tensor, State]:
         """([T, B, D·R], ([L·D, B, R], ...)) in internal order."""
         states = initial_states(self, hx, inputs)
         x, finals = inputs.x, []
         for number, (here, initial) in enumerate(_by_layer(layers, states)):
             if number and self.dropout and self.training:
                 x = x * inputs.dropout_mask(x.shape[-1], self.dropout)
-            ran = [self._run_direction(d, x, s, inputs) for d, s in zip(here, initial, strict=True)]
+            ran = [self._run_direction(d, x, s, inputs, recorders) for d, s in zip(here, initial, strict=True)]
             x = torch.cat([y for y, _ in ran], dim=-1) if len(ran) > 1 else ran[0][0]
             finals += [final for _, final in ran]
         return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
 
-    def _run_direction(self, d: LayerDirection, x: Tensor, state: State, inputs: TimeMajor) -> tuple[Tensor, State]:
+    def _run_direction(
+        self, d: LayerDirection, x: Tensor, state: State, inputs: TimeMajor, recorders: Recorders | None
+    ) -> tuple[Tensor, State]:
         lengths = inputs.lengths
-        recorders = self._recording
         if recorders is not None and engine.explain(d.cell, x).rung != "native":
             recorders = None
         if self.checkpoint_every is None:

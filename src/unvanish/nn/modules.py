@@ -32,6 +32,10 @@ class CellModule(nn.Module):
         """The weights of one layer and direction as the engine takes them."""
         raise NotImplementedError
 
+    def learnt_gradients(self, layer: int, reverse: bool, gradients: Weights) -> tuple[Tensor, Tensor | None]:
+        """∂E/∂(learnt W_ih, learnt W_hh) from those by the weights that the engine takes."""
+        raise NotImplementedError
+
 
 SequenceModule = nn.RNNBase | CellModule
 """What reads whole sequences."""

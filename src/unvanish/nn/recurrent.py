@@ -121,6 +121,20 @@ class Recurrent(SequenceLayer, CellModule):
         """The weights of one layer and direction as the engine takes them; differentiable."""
         return self.cell.effective(self._weights(layer, reverse))
 
+    def learnt_gradients(self, layer: int, reverse: bool, gradients: Weights) -> tuple[Tensor, Tensor | None]:
+        """∂E/∂(learnt W_ih, learnt W_hh) from those by the weights that the step multiplies with."""
+        with torch.enable_grad():
+            weights = self._weights(layer, reverse)
+            learnt = Weights(*(None if w is None else w.detach().requires_grad_() for w in weights))  # type: ignore[arg-type]
+            used = self.cell.effective(learnt)
+        if used is learnt:
+            return gradients.w_ih, gradients.w_hh
+        pairs = [(u, g) for u, g in zip(used[:2], gradients[:2], strict=True) if u is not None and u.requires_grad]
+        ends, arrived = zip(*pairs, strict=True)
+        wanted = [w for w in learnt[:2] if w is not None]
+        found = torch.autograd.grad(ends, wanted, arrived, allow_unused=True, materialize_grads=True)
+        return (*found, None)[:2]  # type: ignore[return-value]
+
     def _weights(self, layer: int, reverse: bool) -> Weights:
         end, vectors = _suffix(layer, reverse), self.cell.vectors
         w_ih, w_hh, b_ih, b_hh = (

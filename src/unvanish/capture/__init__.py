@@ -1,0 +1,18 @@
+"""What runs in a model: one definition of call, sequence, continuation, cut and state, for all who listen.
+
+- A *call* is one call of a recurrent module at its kernel (`Call`): what it was given and what it gave.
+- A *state* is what a module hands to its next call: h, or h and c.
+- A call *continues* the one before if the state that it is given is the state which that one returned: the same tensor,
+  a view or a copy of it, or something computed from it (`continuation`). Else it starts a new *sequence*.
+- A *cut* is a continuation in value but not in the graph: no gradient passes.
+- A *reset* is a sample whose state was set to zero on the way from one call to the next, as at the end of an episode.
+
+`watch`, `diagnose`, `Omega`, `GradientFlossing` and `GradientFlow` listen through `Capture`. It never raises in the
+user's pass, changes no number and puts nothing on a module.
+"""
+
+from unvanish.capture.calls import Call, Capture, steps_of
+from unvanish.capture.continuation import Link, Returned, link, returned
+from unvanish.capture.parts import Parts, hidden_parts
+
+__all__ = ["Call", "Capture", "Link", "Parts", "Returned", "hidden_parts", "link", "returned", "steps_of"]

@@ -1,0 +1,130 @@
+"""The calls of a model's recurrent modules, as their kernels saw them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from unvanish.capture.parts import Parts, unseen
+from unvanish.nn import observing
+from unvanish.nn.modules import RecurrentModule, as_states
+
+
+class Call:
+    """One call of a recurrent module: what its kernel was given, and, once it has returned, what it gave."""
+
+    def __init__(self, name: str, module: RecurrentModule, x: Any, hx: Any, lengths: Any) -> None:
+        self.name, self.module, self.x, self.hx, self.lengths = name, module, x, hx, lengths
+        self.output: Any = None
+        self.rng: Tensor | None = None
+        """the generator's state before it, where dropout between layers was drawn on the CPU"""
+        self.recorders: observing.Recorders | None = None
+
+    @property
+    def states(self) -> tuple[Tensor, ...]:
+        """The states that it returned."""
+        return as_states(self.output if isinstance(self.module, nn.RNNCellBase) else self.output[1])
+
+    @property
+    def y(self) -> Tensor:
+        """What it put out, as one tensor; packed output as its data."""
+        out = self.output if isinstance(self.module, nn.RNNCellBase) else self.output[0]
+        out = out[0] if isinstance(out, tuple) and not isinstance(out, PackedSequence) else out
+        return out.data if isinstance(out, PackedSequence) else out
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether it read one step."""
+        return steps_of(self.module, self.x) == 1
+
+
+def steps_of(module: RecurrentModule, x: Any) -> int:
+    """How many steps an input has."""
+    if isinstance(module, nn.RNNCellBase):
+        return 1
+    if isinstance(x, PackedSequence):
+        return len(x.batch_sizes)
+    return x.shape[1 if module.batch_first and x.dim() == 3 else 0]
+
+
+class Capture:
+    """Notifies of every call of a model's recurrent modules, in every thread, while it is open.
+
+    Whatever goes wrong in here, or in those who are notified, ends in `problems`, never in the user's pass.
+
+    Args:
+        model: whose modules.
+        after: a call has returned; what it returns takes the place of the output, None: the output stays.
+        before: a call begins; it may set `call.recorders`, and returns whether `after` is to be notified.
+        without_gradients: also under torch.no_grad().
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        after: Callable[[Call], Any],
+        before: Callable[[Call], bool] = lambda call: True,
+        without_gradients: bool = False,
+    ) -> None:
+        self.parts = Parts(model)
+        self.problems: dict[str, str] = {}
+        """name → why calls of it could not be recorded"""
+        self._observer = _Observer(self, before, after, without_gradients)
+
+    def __enter__(self) -> "Capture":
+        observing.begin(self._observer)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        observing.end(self._observer)
+
+    def guarded(self, name: str, do: Callable[[], Any]) -> Any:
+        """do(), and None where it raises, which is then the problem of `name`."""
+        try:
+            return do()
+        except Exception as error:
+            self.problems[name] = f"could not be recorded: {type(error).__name__}: {error}"
+            return None
+
+
+class _Observer:
+    """What the modules notify: the calls of the model's own modules, nothing else, and guarded."""
+
+    def __init__(
+        self, capture: Capture, before: Callable[[Call], bool], after: Callable[[Call], Any], always: bool
+    ) -> None:
+        self._capture, self._before, self._after, self._always = capture, before, after, always
+
+    def before(self, module: nn.Module, x: Any, hx: Any, lengths: Any) -> Call | None:
+        name = self._capture.parts.name_of(module)
+        if name is None or not (self._always or torch.is_grad_enabled()):
+            return None
+        return self._capture.guarded(name, lambda: self._begun(name, module, x, hx, lengths))
+
+    def _begun(self, name: str, module: Any, x: Any, hx: Any, lengths: Any) -> Call | None:
+        data = x.data if isinstance(x, PackedSequence) else x
+        tensors = [v for v in (data, *as_states(hx)) if isinstance(v, Tensor)]
+        why = unseen([*tensors, *module.parameters(recurse=False)])
+        if why is not None:
+            self._capture.problems[name] = why
+            return None
+        call = Call(name, module, x, hx, lengths)
+        draws = getattr(module, "num_layers", 1) > 1 and module.dropout > 0 and module.training
+        if draws and data.device.type != "cpu":
+            self._capture.problems[name] = (
+                "dropout between its layers is drawn inside cuDNN, where it can't be drawn again; set its dropout to 0, "
+                "use one module per layer, or run on the CPU"
+            )
+            return None
+        if draws:
+            call.rng = torch.get_rng_state()
+        return call if self._before(call) else None
+
+    def recorders(self, token: Call) -> observing.Recorders | None:
+        return token.recorders
+
+    def after(self, token: Call, output: Any) -> Any:
+        token.output = output
+        return self._capture.guarded(token.name, lambda: self._after(token))

@@ -1,0 +1,112 @@
+"""The states of modules that are no recurrent layers of torch or unvanish, by the modules' names; and which such
+modules there seem to be."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from torch.utils.hooks import RemovableHandle
+
+from unvanish.nn.modules import RecurrentModule
+
+Getter = int | str | tuple[Any, ...] | Callable[[nn.Module, Any, Any], Any]
+"""where in a module's output its state is: an index or key, a path of them, or (module, args, output) → the state"""
+
+LOOPS = 2
+"""times that a module must be given what it has just returned, to be taken for a recurrent one"""
+
+
+class NamedStates:
+    """Notifies of the state of each named module, once per call, through torch's hooks for all modules, which leave
+    nothing on any.
+
+    Raises:
+        ValueError: the model has no module of that name.
+        TypeError: what stands for the place of a state is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        states: Mapping[str, Getter],
+        show: Callable[[str, Any], None],
+        problems: dict[str, str],
+    ) -> None:
+        self._getters: WeakKeyDictionary[nn.Module, list[tuple[str, Getter]]] = WeakKeyDictionary()
+        for name, getter in states.items():
+            try:
+                module = model.get_submodule(name)
+            except AttributeError as error:
+                known = ", ".join(key for key, _ in model.named_modules() if key)
+                raise ValueError(f"states: expected names of the model's modules ({known}), got {name!r}") from error
+            if not (isinstance(getter, int | str | tuple) or callable(getter)):
+                raise TypeError(
+                    f"states: expected for {name!r} an index, a path of indices or a function (module, args, output), "
+                    f"got {type(getter).__name__}"
+                )
+            self._getters.setdefault(module, []).append((name, getter))
+        self._show, self._problems = show, problems
+        self._model = ref(model)
+        self._unknown = WeakKeyDictionary(
+            {m: name for name, m in model.named_modules() if name and not _known(m) and m not in self._getters}
+        )
+        self._last: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
+        self._loops: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self._handle: RemovableHandle | None = None
+
+    def open(self) -> None:
+        """Begin."""
+        self._handle = hooks.register_module_forward_hook(self._after)
+
+    def close(self) -> None:
+        """End."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    @property
+    def unrecorded(self) -> dict[str, str]:
+        """Modules called step after step on what they had returned, and not named."""
+        why = (
+            "called step after step on the state that it returned, and no layer that is known; name it in states= to "
+            "record it"
+        )
+        return {self._unknown[m]: why for m, n in self._loops.items() if n >= LOOPS and m in self._unknown}
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        for name, getter in self._getters.get(module, ()):
+            try:
+                self._show(name, _state_of(getter, module, args, output))
+            except Exception as error:
+                self._problems[name] = f"its state can't be read: {type(error).__name__}: {error}"
+        if module in self._unknown:
+            # Held until the next call, so that no other tensor can come to be the same object.
+            given, last = _tensors(args), self._last.get(module, [])
+            if any(g is s for g in given for s in last):
+                self._loops[module] = self._loops.get(module, 0) + 1
+            self._last[module] = [v for v in _tensors(output) if v.requires_grad]
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether a module is a recurrent layer that is recorded anyway, or holds one."""
+    return any(isinstance(m, RecurrentModule) for m in module.modules())
+
+
+def _state_of(getter: Getter, module: nn.Module, args: Any, output: Any) -> Any:
+    if callable(getter):
+        return getter(module, args, output)
+    for key in getter if isinstance(getter, tuple) else (getter,):
+        output = output[key]
+    return output
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [v for item in value for v in _tensors(item)] if isinstance(value, tuple | list) else []

@@ -1,0 +1,123 @@
+"""Where a recurrent layer says what it was given and what it gave: at the call of its kernel, inside `forward`.
+
+`unvanish.nn`'s layers come here by themselves. torch's do while somebody observes: then the *class attribute* `forward`
+of nn.RNN, LSTM, GRU and their cells is a wrapper, so that a subclass's `super().forward(...)`, `layer.forward(x)`
+called directly, and whatever hooks change before or after are all seen as the kernel sees them. Nothing is ever put on
+an instance: models pickle, copy and script as they do unobserved.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import RLock
+from types import CellType, FunctionType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from unvanish import engine
+from unvanish.nn.modules import LayerDirection, TimeMajor
+
+Recorders = Callable[[TimeMajor, LayerDirection, int], engine.Recorder]
+"""(input, layer and direction, first step) → who is notified of it"""
+
+
+class Observer(Protocol):
+    """Is notified of every call of a recurrent layer. It must not raise, and change nothing it is shown."""
+
+    def before(self, module: nn.Module, x: Any, hx: Any, lengths: Any) -> Any:
+        """A call begins; what is returned comes back in `recorders` and `after`; None: not interested."""
+
+    def recorders(self, token: Any) -> Recorders | None:
+        """Who measures inside the engine, for a layer of `unvanish.nn`; None: nobody."""
+
+    def after(self, token: Any, output: Any) -> Any:
+        """It has returned. What is returned takes the place of the output, None: the output stays."""
+
+
+TORCHS = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+
+# A plain tuple, replaced as a whole: read without the lock by every thread.
+_observers: tuple[Observer, ...] = ()
+_originals: dict[type[nn.Module], Any] = {}
+_lock = RLock()
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Notify `observer` of all calls, in every thread, within the block."""
+    begin(observer)
+    try:
+        yield
+    finally:
+        end(observer)
+
+
+def begin(observer: Observer) -> None:
+    """Notify `observer` of all calls from now on."""
+    global _observers
+    with _lock:
+        if not _observers:
+            for kind in TORCHS:
+                _originals[kind] = vars(kind)["forward"]
+                kind.forward = _wrapper(kind.forward)
+        _observers = (*_observers, observer)
+
+
+def end(observer: Observer) -> None:
+    """No longer."""
+    global _observers
+    with _lock:
+        _observers = tuple(other for other in _observers if other is not observer)
+        if not _observers:
+            for kind, original in _originals.items():
+                kind.forward = original
+            _originals.clear()
+
+
+def observed(module: nn.Module, x: Any, hx: Any, lengths: Any, run: Callable[[Recorders | None], Any]) -> Any:
+    """`run(recorders)`, and everybody who observes is notified of it."""
+    observers = _observers
+    if not observers or torch.compiler.is_compiling():
+        return run(None)
+    tokens = [(observer, observer.before(module, x, hx, lengths)) for observer in observers]
+    chosen: Recorders | None = None
+    for observer, token in tokens:
+        if token is not None:
+            # Of several the innermost; the others compute for themselves.
+            chosen = observer.recorders(token) or chosen
+    output = run(chosen)
+    for observer, token in tokens:
+        if token is not None:
+            shown = observer.after(token, output)
+            output = output if shown is None else shown
+    return output
+
+
+def _of_torch(original: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    # What doesn't fit ends in torch's own error, unobserved.
+    x = args[0] if args else kwargs.get("input")
+    hx = args[1] if len(args) > 1 else kwargs.get("hx")
+    return observed(module, x, hx, None, lambda _: original(module, *args, **kwargs))
+
+
+def _wrapper(original: Any) -> Any:
+    """As a function of the original's own module: torch.jit.script compiles what `__wrapped__` and the globals lead
+    to."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return of_torch(original, self, args, kwargs)
+
+    of_torch = _of_torch
+    cells = {"original": original, "of_torch": of_torch}
+    made = FunctionType(
+        forward.__code__,
+        original.__globals__,
+        original.__name__,
+        original.__defaults__,
+        tuple(CellType(cells[name]) for name in forward.__code__.co_freevars),
+    )
+    made.__qualname__, made.__module__, made.__doc__ = original.__qualname__, original.__module__, original.__doc__
+    made.__annotations__ = original.__annotations__
+    made.__wrapped__ = original  # type: ignore[attr-defined]
+    return made
