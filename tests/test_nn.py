@@ -57,7 +57,7 @@ def test_a_watch_on_ours_equals_a_watch_on_torch(case: ModuleCase, seed: int) ->
     theirs, ours = record(case.module), record(uv.accelerate(case.module))
     for name in case.names:
         torch.testing.assert_close(ours[name].dh, theirs[name].dh, rtol=1e-11, atol=1e-14)
-        assert ours[name].residual <= 1e-12
+        assert ours[name].valid
 
 
 @pytest.mark.parametrize("kind", [uv.nn.RNN, uv.nn.LSTM, uv.nn.GRU])
@@ -83,7 +83,7 @@ def test_lengths_equal_packing_and_may_be_zero(kind: Any, dtype: torch.dtype) ->
             torch.testing.assert_close([f[:, b : b + 1] for f in finals], list(theirs), rtol=1e-12, atol=1e-14)
         else:
             assert all((f[:, b] == 0).all() for f in finals)
-    with uv.watch(layer) as flow:
+    with uv.watch(layer, partial=True) as flow:
         layer(x, lengths=lengths)[0].sum().backward()
     assert flow["l0"].lengths.tolist() == [3, 0, 6, 1]
     assert flow["l1.reverse"].residual <= 1e-12
@@ -122,7 +122,7 @@ def test_clip_bounds_the_error_handed_back() -> None:
         rnn.weight_hh_l0.mul_(8)
     rnn.clip = 0.01
     x = torch.randn(20, 3, 2, dtype=torch.float64)
-    with uv.watch(rnn) as flow:
+    with uv.watch(rnn, partial=True) as flow:
         rnn(x)[0][-1].sum().backward()
     assert (flow["l0"].dh[:-1] <= 0.01 * (1 + 1e-12)).all()
     assert (flow["l0"].dh[-1] > 1).all()

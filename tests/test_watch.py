@@ -230,8 +230,9 @@ def test_wrong_models_are_refused() -> None:
         pass
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got int"):
         uv.watch(3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="does not require gradients"), uv.watch(nn.LSTM(2, 2)):
+    with uv.watch(nn.LSTM(2, 2)) as flow:
         uv.mark(torch.zeros(2), "h")
+    assert "does not require gradients" in flow.skipped["h"]
 
 
 @pytest.mark.parametrize("option", ["every", "keep"])
@@ -270,7 +271,8 @@ def test_under_autocast_the_record_is_that_of_the_weights_own_dtype(family: Any,
                     loss(mine.float()).backward()
                 name = next(iter(flow))
                 torch.testing.assert_close(flow[name].dh, right[name].dh, rtol=3e-2, atol=1e-3)
-                assert flow[name].residual < 2e-2
+                recorded = isinstance(layer, uv.nn.layers.EngineSequence) and not options
+                assert math.isnan(flow[name].residual) if recorded else flow[name].residual < 2e-2
 
 
 @pytest.mark.parametrize("family", [nn, uv.nn])

@@ -126,8 +126,12 @@ def test_marks_in_a_custom_cell() -> None:
 @pytest.mark.parametrize("name", ["rnn", "rnn.l0"])
 def test_a_mark_may_not_take_a_layers_name(name: str) -> None:
     model = nn.ModuleDict({"rnn": nn.RNN(2, 3)})
-    with uv.watch(model), pytest.raises(ValueError, match=f"name: '{name}' is that of a layer of the model"):
-        uv.mark(model["rnn"](torch.zeros(4, 1, 2))[0][-1], name)
+    with uv.watch(model) as flow:
+        h = model["rnn"](torch.zeros(4, 1, 2))[0][-1]
+        assert uv.mark(h, name) is h
+        h.sum().backward()
+    assert "name of a layer of the model" in flow.skipped[name]
+    assert flow["rnn.l0"].cell == "rnn_tanh"
 
 
 def test_several_backwards_add_up() -> None:

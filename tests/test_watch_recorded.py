@@ -1,6 +1,7 @@
 """Our own layers record as they run; what they record equals the replay of torch's."""
 
 import copy
+import math
 import gc
 from typing import Any
 
@@ -27,7 +28,9 @@ def assert_same(found: uv.flow.Flow, right: uv.flow.Flow, tolerance: float = 1e-
         assert fields.keys() == layer.tensors().keys()
         for field, value in layer.tensors().items():
             torch.testing.assert_close(fields[field], value, rtol=tolerance, atol=tolerance, equal_nan=True)
-        assert found[name].residual < 1e-6
+        # The tensor that autograd uses is the engine's own: there is nothing to hold it against.
+        assert math.isnan(found[name].residual)
+        assert found[name].valid
         assert found[name].detached == layer.detached
 
 
@@ -42,7 +45,7 @@ def test_equal_to_the_replay(case: ModuleCase, seed: int, every: int | None) -> 
             project_out(module(case.x, case.hx), seed).backward()
         flows.append(flow)
     assert_same(flows[1], flows[0])
-    assert "_recording" not in ours.__dict__
+    assert ours.__dict__.keys() - {"checkpoint_every"} == case.module.__dict__.keys()
 
 
 @given(case=module_cases(), seed=st.integers(0, 99))
@@ -143,7 +146,7 @@ def test_only_the_trainable_layers_of_a_frozen_stack_are_replayed() -> None:
     with uv.watch(lstm) as flow:
         lstm(torch.randn(6, 2, 3))[0].square().sum().backward()
     assert float(flow["l0"].dh.max()) > 0
-    assert flow["l1"].residual < 1e-5
+    assert float(flow["l1"].dh.max()) > 0
 
 
 @pytest.mark.parametrize("every", [None, 2])
@@ -176,7 +179,7 @@ def test_an_error_in_the_layer_leaves_no_recorder_behind() -> None:
     lstm = uv.nn.LSTM(2, 3)
     with pytest.raises(RuntimeError, match="input"), uv.watch(lstm):
         lstm(torch.zeros(4, 1, 9))
-    assert "_recording" not in lstm.__dict__
+    assert lstm.__dict__.keys() == nn.LSTM(2, 3).__dict__.keys()
 
 
 def test_a_backward_after_the_block_is_not_seen() -> None:
