@@ -1,8 +1,8 @@
 """Our own layers record as they run; what they record equals the replay of torch's."""
 
 import copy
-import math
 import gc
+import math
 from typing import Any
 
 import pytest

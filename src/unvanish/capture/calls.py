@@ -114,8 +114,8 @@ class _Observer:
         draws = getattr(module, "num_layers", 1) > 1 and module.dropout > 0 and module.training
         if draws and data.device.type != "cpu":
             self._capture.problems[name] = (
-                "dropout between its layers is drawn inside cuDNN, where it can't be drawn again; set its dropout to 0, "
-                "use one module per layer, or run on the CPU"
+                "dropout between its layers is drawn inside cuDNN, where it can't be drawn again; set its dropout to "
+                "0, use one module per layer, or run on the CPU"
             )
             return None
         if draws:

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from unvanish import engine
+from unvanish.capture import Call, Capture
 from unvanish.cells import State
 from unvanish.cures.layers import recurrent_modules
 from unvanish.flow.singular import orthonormal, orthonormalised
 from unvanish.flow.stack import full_jacobians, reading_order
 from unvanish.nn.modules import (
     LayerDirection,
+    SequenceModule,
     evaluating,
     full_precision,
     initial_states,
@@ -67,10 +69,11 @@ class GradientFlossing:
     def __init__(self, model: nn.Module, n: int = 1, every: int = 1, warmup: int = 0, seed: int = 0) -> None:
         self._model, self._modules = model, {}
         for path, module in recurrent_modules(model, "GradientFlossing").items():
-            if not isinstance(module, nn.RNNBase):
+            if not isinstance(module, SequenceModule):
                 raise TypeError(
-                    f"model: GradientFlossing expected nn.RNN, nn.LSTM or nn.GRU, but {path!r} is a "
-                    f"{type(module).__name__}, which has no sequence of its own; use the layer that runs them whole"
+                    "model: GradientFlossing expected nn.RNN, nn.LSTM, nn.GRU or unvanish.nn.Recurrent, but "
+                    f"{path!r} is a {type(module).__name__}, which has no sequence of its own; use the layer that runs "
+                    "them whole"
                 )
             self._modules[path] = module
         if n < 1 or every < 1 or warmup < 0:
@@ -105,35 +108,22 @@ class GradientFlossing:
         Raises:
             ValueError: no recurrent layer ran, n exceeds its state, or a sample has no more than `warmup` steps.
         """
-        calls: list[tuple[str, Any, Any, Any]] = []
-        handles = [
-            module.register_forward_pre_hook(self._listener(path, calls), with_kwargs=True)
-            for path, module in self._modules.items()
-        ]
-        try:
+        calls: list[Call] = []
+        with Capture(self._model, calls.append, without_gradients=True) as capture:
             self._model(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        for name, why in capture.problems.items():
+            raise ValueError(f"model: {name or 'it'}: {why}")
         if not calls:
             raise ValueError("model: none of its recurrent layers ran on this input")
         found: dict[str, list[Tensor]] = {}
-        for path, *given in calls:
+        for call in calls:
             with full_precision():
-                spectra = self._spectra(self._modules[path], *given)
+                spectra = self._spectra(self._modules[call.name], call.x, call.hx, call.lengths)
             for name, value in spectra.items():
-                found.setdefault(f"{path}.{name}".removeprefix("."), []).append(value)
+                found.setdefault(f"{call.name}.{name}".removeprefix("."), []).append(value)
         return {name: torch.stack(values).mean(0) if len(values) > 1 else values[0] for name, values in found.items()}
 
-    def _listener(self, path: str, calls: list[tuple[str, Any, Any, Any]]) -> Any:
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else kwargs["input"]
-            hx = args[1] if len(args) > 1 else kwargs.get("hx")
-            calls.append((path, x, hx, kwargs.get("lengths")))
-
-        return before
-
-    def _spectra(self, module: nn.RNNBase, x: Any, hx: Any, lengths: Any) -> dict[str, Tensor]:
+    def _spectra(self, module: SequenceModule, x: Any, hx: Any, lengths: Any) -> dict[str, Tensor]:
         inputs = time_major(module, x, lengths)
         with evaluating(module):
             layers = layer_directions(module)

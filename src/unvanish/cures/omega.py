@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
+from unvanish.capture import Call, Capture
 from unvanish.cells import Point, State, Weights, calculus
 from unvanish.cures.layers import layers_of, recurrent_modules
 from unvanish.flow.stack import reading_order
 from unvanish.nn.modules import (
     LayerDirection,
     as_states,
+    descend_layers,
     detached_call,
     dropout_masks,
     evaluating,
@@ -28,19 +30,13 @@ from unvanish.nn.modules import (
 
 
 @dataclass
-class _Call:
-    """One forward call of a recurrent module, detached, and the error that came back to its outputs."""
+class _Heard:
+    """One call of a recurrent module, detached, and the error that came back to its outputs."""
 
-    module: Any
-    x: Any
-    hx: Any
-    lengths: Any
-    rng: Tensor | None
-    """the generator before the call, where it drew dropout"""
+    call: Call
     attached: bool
     """whether the state it started from was part of the graph"""
-    output: Any = None
-    fused: bool = False
+    fused: bool
     """h_t and c_t of one autograd node: ∂E/∂c_t then lacks the path through h_t"""
     errors: dict[int, Tensor] = field(default_factory=dict)
     """output (0: y or h, then the final states) → its error"""
@@ -106,26 +102,24 @@ class Omega:
     def __init__(self, model: nn.Module, norms: Literal["plain", "squared"] = "plain") -> None:
         if norms not in ("plain", "squared"):
             raise ValueError(f"norms: expected 'plain' (equation 9) or 'squared' (equation 10), got {norms!r}")
-        self._modules = recurrent_modules(model, "Omega")
+        recurrent_modules(model, "Omega")
+        self._capture = Capture(model, self._after)
         self._norms = norms
-        self._calls: list[_Call] = []
-        self._handles: list[Any] = []
+        self._calls: list[_Heard] = []
+        self._listening = False
 
     def __enter__(self) -> "Omega":
-        if self._handles:
+        if self._listening:
             raise RuntimeError("Omega: already listening; one `with` at a time")
         self._calls.clear()
-        for module in self._modules.values():
-            self._handles += [
-                module.register_forward_pre_hook(self._before, with_kwargs=True),
-                module.register_forward_hook(self._after),
-            ]
+        self._capture.problems.clear()
+        self._capture.__enter__()
+        self._listening = True
         return self
 
     def __exit__(self, *raised: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._capture.__exit__()
+        self._listening = False
         if raised[0] is not None:
             self._calls.clear()
 
@@ -133,8 +127,10 @@ class Omega:
         """Ω of the pass inside the `with`, a scalar whose backward gives ∂⁺Ω/∂W_hh.
 
         Raises:
-            RuntimeError: no error came back to any recurrent layer inside the `with`.
+            RuntimeError: no error came back to any recurrent layer inside the `with`, or a call could not be captured.
         """
+        for name, why in self._capture.problems.items():
+            raise RuntimeError(f"Omega: {name or 'the model'}: {why}")
         heard = [call for call in self._calls if call.errors]
         if not heard:
             raise RuntimeError(
@@ -142,38 +138,25 @@ class Omega:
             )
         # The sum of many small numbers: in float64, then in the weights' own dtype.
         with full_precision():
-            parts = [self._of_cell(c) if isinstance(c.module, nn.RNNCellBase) else self._of_module(c) for c in heard]
-        return torch.stack(parts).sum().to(next(heard[0].module.parameters()).dtype)
+            parts = [
+                self._of_cell(h) if isinstance(h.call.module, nn.RNNCellBase) else self._of_module(h) for h in heard
+            ]
+        return torch.stack(parts).sum().to(next(heard[0].call.module.parameters()).dtype)
 
-    def _before(self, module: Any, args: Any, kwargs: Any) -> None:
-        if not torch.is_grad_enabled():
-            return
-        x = args[0] if args else kwargs["input"]
-        hx = args[1] if len(args) > 1 else kwargs.get("hx")
-        draws = isinstance(module, nn.RNNBase) and module.training and module.dropout > 0 and module.num_layers > 1
-        if draws and next(module.parameters()).device.type != "cpu":
-            raise RuntimeError("Omega: dropout drawn inside cuDNN can't be drawn again; use one module per layer")
-        rng = torch.get_rng_state() if draws else None
-        attached = any(s.requires_grad for s in as_states(hx))
-        self._calls.append(_Call(module, _detached(x), _detached(hx), kwargs.get("lengths"), rng, attached))
+    def _after(self, call: Call) -> None:
+        states, cell = call.states, isinstance(call.module, nn.RNNCellBase)
+        attached = any(s.requires_grad for s in as_states(call.hx))
+        fused = cell and len(states) == 2 and states[0].grad_fn is states[1].grad_fn
+        outputs = states if cell else (call.y, *states)
+        call.x, call.hx, call.output = _detached(call.x), _detached(call.hx), _detached(call.output)
+        heard = _Heard(call, attached, fused)
+        self._calls.append(heard)
+        heard.listen(outputs)
 
-    def _after(self, module: Any, args: Any, output: Any) -> None:
-        if not torch.is_grad_enabled():
-            return
-        call = next(c for c in reversed(self._calls) if c.module is module)
-        call.output = _detached(output)
-        if isinstance(module, nn.RNNCellBase):
-            states = as_states(output)
-            call.fused = len(states) == 2 and states[0].grad_fn is states[1].grad_fn
-            call.listen(states)
-        else:
-            y, final = output
-            y = y.data if isinstance(y, PackedSequence) else y
-            call.listen((y, *as_states(final)))
-
-    def _of_cell(self, call: _Call) -> Tensor:
+    def _of_cell(self, heard: _Heard) -> Tensor:
         """One step of a loop. Its δ are the outputs' own: autograd has summed every use of them."""
-        if not call.attached:
+        call = heard.call
+        if not heard.attached:
             return torch.zeros((), dtype=torch.float64, device=call.x.device)
         (layer,) = layers_of(call.module)
         with evaluating(call.module):
@@ -183,16 +166,16 @@ class Omega:
             new = layer.cell.advance(layer.cell.project(x, w), tuple(batched), w)
             at = Point(layer.cell, w.detach(), x, tuple(batched), new)
             d = [
-                call.errors.get(i, torch.zeros_like(s)).to(x.dtype).reshape(batched[0].shape)
+                heard.errors.get(i, torch.zeros_like(s)).to(x.dtype).reshape(batched[0].shape)
                 for i, s in enumerate(as_states(call.output))
             ]
-            if not call.fused:
+            if not heard.fused:
                 d = list(_arrived(at, tuple(d)))
         return self._omega(at, w, tuple(d), None)
 
-    def _of_module(self, call: _Call) -> Tensor:
+    def _of_module(self, heard: _Heard) -> Tensor:
         """Every layer and direction of one call, from the last to the first."""
-        module = call.module
+        call, module = heard.call, heard.call.module
         # With gradients enabled: a parametrized weight is computed here.
         with evaluating(module):
             layers = layer_directions(module)
@@ -204,25 +187,20 @@ class Omega:
                 return engine.trace(layer.cell, x, state, layer.weights.detach(), inputs.lengths, layer.reverse)
 
             traces = run_layers(layers, inputs.x, states, run, masks)
-        D = 2 if module.bidirectional else 1
-        dy = output_error(module, inputs, call.errors.get(0))
-        dfinal = [final_error(inputs, call.errors.get(i + 1)) for i in range(len(traces[0].final))]
-        total = torch.zeros((), dtype=torch.float64, device=inputs.x.device)
-        for first in range(len(layers) - D, -1, -D):
-            below = []
-            for place in range(first, first + D):
-                tr, layer = traces[place], layers[place]
-                with torch.no_grad():
-                    dy_d = None if dy is None else dy.tensor_split(D, dim=-1)[place - first]
-                    ends = tuple(None if d is None else d[place] for d in dfinal)
-                    flow = engine.adjoint(tr, dy_d, ends, getattr(module, "clip", None))
-                    below.append(flow.da @ tr.weights.w_ih)
-                    d = _arrived(tr, flow.dstate)
-                total = total + self._omega(tr, layer.weights, d, _counted(tr))
-            dy = torch.stack(below).sum(0)
-            if first and masks:
-                dy = dy * masks[first // D - 1]
-        return total
+        dy = output_error(module, inputs, heard.errors.get(0))
+        dfinal = [final_error(inputs, heard.errors.get(i + 1)) for i in range(len(traces[0].final))]
+        parts: list[Tensor] = []
+
+        def back(place: int, own: Tensor | None, ends: tuple[Tensor | None, ...], want_dx: bool) -> Tensor | None:
+            tr = traces[place]
+            with torch.no_grad():
+                deltas = engine.adjoint(tr, own, ends, getattr(module, "clip", None))
+                d, dx = _arrived(tr, deltas.dstate), deltas.da @ tr.weights.w_ih if want_dx else None
+            parts.append(self._omega(tr, layers[place].weights, d, _counted(tr)))
+            return dx
+
+        descend_layers(layers, dy, dfinal, masks, back)
+        return torch.stack(parts).sum()
 
     def _omega(self, at: Point, w: Weights, d: State, counted: Tensor | None) -> Tensor:
         """Σ_t Ω_t, mean over samples; d `[..., B, ·]` is the adjoint of the full state, counted `[..., B]`."""

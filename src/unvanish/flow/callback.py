@@ -1,6 +1,8 @@
-"""A Lightning callback: how far the error reaches back, logged while a model trains."""
+"""A Lightning callback: how far the gradient reaches back, logged while a model trains."""
 
 import math
+import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import lightning
@@ -8,9 +10,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from unvanish.capture import Call, Capture
+from unvanish.capture.named_states import Getter, NamedStates
 from unvanish.flow.adjoint_map import adjoint_map
+from unvanish.flow.gates import gate_statistics
 from unvanish.flow.reach import Decay, decay
-from unvanish.nn.modules import evaluating, layer_directions, time_major
+from unvanish.flow.state_reach import log_norms_of_states
+from unvanish.nn.modules import SequenceModule, evaluating, layer_directions, time_major
 
 
 class _Heard(NamedTuple):
@@ -20,21 +26,31 @@ class _Heard(NamedTuple):
     hx: Any
 
 
+STUCK = 3
+"""measurements after which a loss that has not fallen is spoken of"""
+SHORT, FALLEN = 0.25, 0.95
+"""a reach below this share of the steps is short; a loss above this share of the first has not fallen"""
+
+
 class GradientFlow(lightning.Callback):
-    """Rate, half-life and reach of the error in every recurrent layer, at every `every`-th optimizer step.
+    """Rate, reach and saturation of every recurrent layer, at every `every`-th optimizer step.
 
     The error is one made at the layer's last step alone, a random unit vector: of the flow summed over all steps
     nothing can be said of reach, since new error enters everywhere. Measured is ‖∂E_T/∂s_{T−ℓ}‖ of the samples that
-    the layer has just been given, s = c for the LSTM and h for the others, with the weights of the moment.
+    the layer has just been given, s the state that the cell remembers by (c for the LSTM), with the weights of the
+    moment.
 
         lightning.Trainer(callbacks=[uv.flow.GradientFlow(every=100)])
 
     Logged to all of the trainer's loggers, per layer and direction:
 
-    - `gradient_flow/encoder.lstm.l0/rate`, nats per step; −∞ where the layer is dead and lets no error in;
-    - `…/half_life`, steps; left out where the error does not fade;
-    - `…/reach`, steps: the largest lag at which a `fraction` of the error is left;
+    - `gradient_flow/encoder.lstm.l0/reach`, steps: the largest lag at which a `fraction` of the gradient remains;
+    - `…/rate`, nats per step; −∞ where the layer is dead and lets no error in;
+    - `…/saturation`, the share of gates and steps that are saturated;
     - a picture of the curves, where a logger takes pictures (TensorBoard, W&B).
+
+    The progress bar shows the shortest reach and the steps there are, `reach 7/39`. Once in a training it warns that
+    the loss has not fallen while a gradient reaches over less than a quarter of the steps.
 
     In a distributed run every process measures its own samples, and the median is taken over those of all.
     `latest` holds what was logged last.
@@ -43,57 +59,116 @@ class GradientFlow(lightning.Callback):
         every: optimizer steps between two measurements; the first is measured.
         fraction: of the error at lag 0 that still counts as reached.
         samples: measured per process and step.
+        states: module name → where its state is, as in `watch`: measured by autograd alone, before the backward pass.
         pictures: whether to draw.
         seed: of the random error.
 
     Raises:
-        ValueError: an option is out of range; on fitting, the model has no nn.RNN, nn.LSTM or nn.GRU.
+        ValueError: an option is out of range; on fitting, the model has no recurrent layer and no state is named.
     """
 
     def __init__(
-        self, every: int = 100, *, fraction: float = 0.01, samples: int = 8, pictures: bool = True, seed: int = 0
+        self,
+        every: int = 100,
+        *,
+        fraction: float = 0.01,
+        samples: int = 8,
+        states: Mapping[str, Getter] | None = None,
+        pictures: bool = True,
+        seed: int = 0,
     ) -> None:
         if every < 1 or samples < 1:
             raise ValueError(f"every, samples: expected at least 1, got {every} and {samples}")
         if not 0 < fraction < 1:
             raise ValueError(f"fraction: expected a number between 0 and 1, got {fraction}")
         self.every, self.fraction, self.samples, self.pictures, self.seed = every, fraction, samples, pictures, seed
+        self.states = dict(states or {})
         self.latest: dict[str, Decay] = {}
         """layer and direction → rate, half-life and reach"""
+        self.saturation: dict[str, float] = {}
+        """layer and direction → share of gates and steps at which φ' is below 5 % of its maximum"""
+        self._steps: dict[str, int] = {}
         self._heard: dict[str, _Heard] = {}
-        self._handles: list[Any] = []
-        self._layers: dict[str, nn.RNNBase] = {}
+        self._shown: dict[str, list[Tensor]] = {}
+        self._curves: dict[str, Tensor] = {}
+        self._capture: Capture | None = None
+        self._named: NamedStates | None = None
+        self._listening = False
         self._measured = -1
+        self._losses: list[float] = []
+        self._means: list[float] = []
+        self._warned = False
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._layers = {name: m for name, m in pl_module.named_modules() if isinstance(m, nn.RNNBase)}
-        if not self._layers:
+        self._capture = Capture(pl_module, lambda call: None, self._take, without_gradients=False)
+        self._capture.parts.modules = {
+            name: m for name, m in self._capture.parts.modules.items() if isinstance(m, SequenceModule)
+        }
+        self._named = NamedStates(pl_module, self.states, self._show, self._capture.problems)
+        if not self._capture.parts.modules and not self.states:
             raise ValueError(
-                f"model: {type(pl_module).__name__} has no nn.RNN, nn.LSTM or nn.GRU; drop the GradientFlow callback"
+                f"model: {type(pl_module).__name__} has no nn.RNN, nn.LSTM, nn.GRU or unvanish.nn.Recurrent; name the "
+                "module whose state recurs with states=, or drop the GradientFlow callback"
             )
-        self._measured = -1
+        self._measured, self._losses, self._means, self._warned = -1, [], [], False
+        bar = trainer.progress_bar_callback
+        if bar is not None:
+            usual = bar.get_metrics
+            bar.get_metrics = lambda t, m: usual(t, m) | self._in_the_bar()  # type: ignore[method-assign]
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every == 0 and trainer.global_step != self._measured and not self._handles:
-            for name, layer in self._layers.items():
-                self._handles.append(layer.register_forward_pre_hook(self._hear(name), with_kwargs=True))
+        if trainer.global_step % self.every == 0 and trainer.global_step != self._measured and not self._listening:
+            assert self._capture is not None
+            assert self._named is not None
+            self._capture.__enter__()
+            self._named.open()
+            self._listening = True
+
+    def on_before_backward(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Tensor
+    ) -> None:
+        if self._listening and self._shown:
+            assert self._capture is not None
+            for name, states in self._shown.items():
+                curve = self._capture.guarded(name, lambda s=states: log_norms_of_states(s, self.seed))
+                if curve is not None:
+                    self._curves[name] = curve[:, : self.samples].cpu()
+            self._shown.clear()
 
     def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if not self._handles:
+        if not self._listening:
             return
         self._stop_listening()
         self._measured = trainer.global_step
-        curves = _gather({name: curve for layer in self._heard for name, curve in self._measure(layer)})
+        own = {name: curve for layer in self._heard for name, curve in self._measure(layer)}
+        curves = _gather(own | self._curves)
+        self.saturation = {name: share for layer in self._heard for name, share in self._saturated(layer)}
         self._heard.clear()
+        self._curves.clear()
         middle = {name: _middle(curve) for name, curve in curves.items()}
         self.latest = {name: _decay(curve, self.fraction) for name, curve in middle.items()}
+        self._steps = {name: len(curve) for name, curve in curves.items()}
+        self._look_at_the_loss(trainer.global_step)
         if trainer.is_global_zero:
             self._log(trainer, middle)
 
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._losses.append(float(loss.detach()))
+
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._stop_listening()
+        bar = trainer.progress_bar_callback
+        if bar is not None:
+            vars(bar).pop("get_metrics", None)
+        assert self._capture is not None
+        for name, why in self._capture.problems.items():
+            warnings.warn(f"GradientFlow: {name or 'the model'}: {why}", RuntimeWarning, stacklevel=2)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
@@ -107,24 +182,57 @@ class GradientFlow(lightning.Callback):
         self.latest = {name: Decay(*found) for name, found in state_dict["latest"].items()}
 
     def _stop_listening(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if self._listening:
+            assert self._capture is not None
+            assert self._named is not None
+            self._capture.__exit__()
+            self._named.close()
+            self._listening = False
 
-    def _hear(self, name: str) -> Any:
-        def hook(layer: nn.RNNBase, args: Any, kwargs: Any) -> None:
-            # The first call of the step; under checkpointing it comes again.
-            if name not in self._heard:
-                x = args[0] if args else kwargs["input"]
-                hx = args[1] if len(args) > 1 else kwargs.get("hx")
-                self._heard[name] = _first_samples(layer, x, hx, kwargs.get("lengths"), self.samples)
+    def _take(self, call: Call) -> bool:
+        """A call begins: the first of the step is kept; under checkpointing it comes again."""
+        if call.name not in self._heard and isinstance(call.module, SequenceModule):
+            self._heard[call.name] = _first_samples(call.module, call.x, call.hx, call.lengths, self.samples)
+        return False
 
-        return hook
+    def _show(self, name: str, h: Any) -> None:
+        if isinstance(h, Tensor):
+            self._shown.setdefault(name, []).append(h)
+
+    def _in_the_bar(self) -> dict[str, str]:
+        if not self._steps:
+            return {}
+        name = min(self._steps, key=self._share)
+        return {"reach": f"{self.latest[name].reach}/{self._steps[name] - 1}"}
+
+    def _share(self, name: str) -> float:
+        """Of the steps, over which the gradient reaches."""
+        return self.latest[name].reach / max(self._steps[name] - 1, 1)
+
+    def _look_at_the_loss(self, step: int) -> None:
+        """Warn once where the loss stays where it was and a gradient reaches over few of the steps."""
+        if self._losses:
+            self._means.append(sum(self._losses) / len(self._losses))
+            self._losses.clear()
+        name = min(self._steps, key=self._share, default=None)
+        if self._warned or name is None or self._share(name) >= SHORT or len(self._means) < STUCK:
+            return
+        first, *_, last = self._means
+        if last < FALLEN * first:
+            return
+        self._warned = True
+        warnings.warn(
+            f"after {step} steps the loss has not fallen ({first:.3g} → {last:.3g}), and the gradient at {name} "
+            f"reaches over {self.latest[name].reach} of {self._steps[name] - 1} steps; uv.diagnose tells whether that is "
+            "the reason",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def _measure(self, name: str) -> list[tuple[str, Tensor]]:
         """Of each layer and direction: its name and ln‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0, `[T, B]`, T each sample's own
         last step; NaN beyond its length."""
-        layer, (x, hx) = self._layers[name], self._heard[name]
+        layer, (x, hx) = self._layer(name), self._heard[name]
         lengths, unit, found = _lengths(layer, x), self._error(layer), []
         with evaluating(layer):
             places = layer_directions(layer)
@@ -141,7 +249,19 @@ class GradientFlow(lightning.Callback):
             found.append((f"{name}.{place.name}".removeprefix("."), curves))
         return found
 
-    def _error(self, layer: nn.RNNBase) -> Tensor:
+    def _layer(self, name: str) -> SequenceModule:
+        assert self._capture is not None
+        return self._capture.parts.modules[name]  # type: ignore[return-value]
+
+    def _saturated(self, name: str) -> list[tuple[str, float]]:
+        """Of each layer and direction."""
+        layer, (x, hx) = self._layer(name), self._heard[name]
+        with evaluating(layer):
+            places = [place.name for place in layer_directions(layer)]
+        found = [(place, gate_statistics(layer, x, hx, at=place).saturation) for place in places]
+        return [(f"{name}.{place}".removeprefix("."), float(share.mean())) for place, share in found]
+
+    def _error(self, layer: SequenceModule) -> Tensor:
         """[D·R] one random unit vector per direction."""
         shape = (2 if layer.bidirectional else 1, layer.proj_size or layer.hidden_size)
         random = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
@@ -152,8 +272,7 @@ class GradientFlow(lightning.Callback):
         for name, found in self.latest.items():
             metrics[f"gradient_flow/{name}/rate"] = found.rate
             metrics[f"gradient_flow/{name}/reach"] = float(found.reach)
-            if found.half_life is not None:
-                metrics[f"gradient_flow/{name}/half_life"] = found.half_life
+        metrics |= {f"gradient_flow/{name}/saturation": share for name, share in self.saturation.items()}
         step = trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
@@ -171,7 +290,7 @@ class GradientFlow(lightning.Callback):
                 add("gradient_flow", draw.over_lag(shown).figure, step)
 
 
-def _first_samples(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any, lengths: Any, n: int) -> _Heard:
+def _first_samples(layer: SequenceModule, x: Tensor | PackedSequence, hx: Any, lengths: Any, n: int) -> _Heard:
     """A few samples in the weights' dtype, detached; packed where they differ in length."""
     dtype = next(layer.parameters()).dtype
     batch_axis = 0 if layer.batch_first else 1
@@ -197,7 +316,7 @@ def _first_samples(layer: nn.RNNBase, x: Tensor | PackedSequence, hx: Any, lengt
     return _Heard(packed, states(keep.to(padded.device)))
 
 
-def _lengths(layer: nn.RNNBase, x: Tensor | PackedSequence) -> Tensor:
+def _lengths(layer: SequenceModule, x: Tensor | PackedSequence) -> Tensor:
     """[B] in the user's order."""
     if isinstance(x, PackedSequence):
         return pad_packed_sequence(x)[1]

@@ -18,6 +18,7 @@ from unvanish.nn.modules import (
     LayerDirection,
     SequenceModule,
     TimeMajor,
+    descend_layers,
     detached_call,
     dropout_masks,
     evaluating,
@@ -80,21 +81,14 @@ class ModuleSequence(Sequence):
         replayed = tuple(torch.stack(s) for s in zip(*(p.final for p in passes), strict=True))
         problem = apart(call.final, replayed)
         dfinal = [final_error(call.inputs, errors.get((index, i))) for i in range(len(call.states[0]))]
-        n_dir = 2 if self.module.bidirectional else 1
         measured: list[Measured] = []
-        for first in range(len(passes) - n_dir, -1, -n_dir):
-            below = []
-            for d in reversed(range(n_dir)):
-                ran, layer = passes[first + d], call.layers[first + d]
-                dy_d = None if dy is None else dy.tensor_split(n_dir, dim=-1)[d]
-                ends = tuple(None if f is None else f[first + d] for f in dfinal)
-                dx, found = self._back(call, layer, ran, dy_d, ends, first > 0)
-                below.append(dx)
-                measured.insert(0, replace(found, flow=replace(found.flow, problem=problem)))
-            if first:
-                dy = sum(below[1:], below[0])
-                if call.masks:
-                    dy = dy * call.masks[first // n_dir - 1]
+
+        def back(place: int, own: Tensor | None, ends: tuple[Tensor | None, ...], want_dx: bool) -> Tensor | None:
+            dx, found = self._back(call, call.layers[place], passes[place], own, ends, want_dx)
+            measured.insert(0, replace(found, flow=replace(found.flow, problem=problem)))
+            return dx
+
+        descend_layers(call.layers, dy, dfinal, call.masks, back)
         return measured
 
     def _forward(self, call: _Call) -> list[engine.Pass | engine.Trace]:

@@ -194,13 +194,13 @@ class Watch(Flow):
 
     def _silence(self, name: str | None) -> str:
         what = "any layer" if name is None else repr(name)
-        if name in self.skipped:
-            return f"{what}: {self.skipped[name]}"
+        for part, why in self.skipped.items():
+            if not part or name is None or name == part or name.startswith(f"{part}."):
+                return f"{what}: not recorded: {part or 'the model'}: {why}"
         if not self._seen:
-            reasons = "".join(f"; {part or 'the model'}: {why}" for part, why in self.skipped.items())
             return (
                 f"{what}: no forward pass with gradients ran inside the watch; "
-                f"call the model and loss.backward() in the with block{reasons}"
+                "call the model and loss.backward() in the with block"
             )
         if not self._passes:
             return f"{what}: no backward pass ran inside the watch; call loss.backward() in the with block"
@@ -413,9 +413,9 @@ def _judged(
         return record
     return replace(
         record,
-        problem=f"its own ∂E/∂W differs from autograd's by {residual:.1e} (rounding explains {10 * allowed:.0e}): a "
-        "weight takes part elsewhere in the loss too, part of the backward pass is hidden, or the backend's gradient is "
-        "wrong, which uv.audit tells",
+        problem=f"its own ∂E/∂W differs from autograd's by {residual:.1e} (rounding explains {10 * allowed:.0e}): "
+        "a weight takes part elsewhere in the loss too, part of the backward pass is hidden, or the backend's gradient "
+        "is wrong, which uv.audit tells",
     )
 
 

@@ -238,6 +238,29 @@ def run_layers(
     return ran
 
 
+def descend_layers(
+    layers: list[LayerDirection],
+    dy: Tensor | None,
+    dfinal: Sequence[Tensor | None],
+    masks: Sequence[Tensor],
+    back: Callable[[int, Tensor | None, tuple[Tensor | None, ...], bool], Tensor | None],
+) -> None:
+    """`run_layers` the other way: `back(place, ∂E/∂y, ∂E/∂(final states), whether ∂E/∂x is wanted)` → ∂E/∂x of each
+    layer and direction, from the last to the first, each under what the one above handed down."""
+    D = 2 if any(layer.reverse for layer in layers) else 1
+    for first in range(len(layers) - D, -1, -D):
+        handed = []
+        for d in reversed(range(D)):
+            own = None if dy is None else dy.tensor_split(D, dim=-1)[d]
+            ends = tuple(None if f is None else f[first + d] for f in dfinal)
+            handed.append(back(first + d, own, ends, first > 0))
+        if first:
+            parts = [dx for dx in handed if dx is not None]
+            dy = sum(parts[1:], parts[0])
+            if masks:
+                dy = dy * masks[first // D - 1]
+
+
 def as_states(hx: Any) -> tuple[Tensor, ...]:
     """(h,) or (h, c) of what a module or cell was given or has returned; () of None."""
     return () if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
