@@ -136,8 +136,7 @@ class _Recorded(torch.autograd.Function):
         given = [*errors, None][:3]
         out = None
         if listening or not torch.is_grad_enabled():
-            with torch.no_grad():
-                out = _recorded_backward(ctx, saved, given, want_dx, listening)
+            out = _recorded_backward(ctx, saved, given, want_dx, listening)
         if torch.is_grad_enabled():
             state = (h0,) if c0 is None else (h0, c0)
             dx, dh0, *rest = reference.gradients(
@@ -154,13 +153,24 @@ class _Recorded(torch.autograd.Function):
 def _recorded_backward(
     ctx: Any, saved: Any, errors: list[Tensor | None], want_dx: bool, listening: bool
 ) -> list[Tensor]:
-    """All gradients, and what the recorder is to hear."""
+    """All gradients; the recorder is notified, in the grad mode of the backward pass."""
+    with torch.no_grad():
+        out, notify = _measured_backward(ctx, saved, errors, want_dx, listening)
+    if notify is not None:
+        ctx.record.backward(*notify)
+    return out
+
+
+def _measured_backward(
+    ctx: Any, saved: Any, errors: list[Tensor | None], want_dx: bool, listening: bool
+) -> tuple[list[Tensor], tuple[Norms, Weights, Replay] | None]:
+    """(all gradients, what the recorder is to be notified of)."""
     how = _how(ctx.cell, ctx.reverse, ctx.clip)
     now: Any = [None if d is None else d.contiguous() for d in errors]
     first = ctx.errors is None
     out = native.backward(*now, *saved, **how, want_dx=want_dx, want_delta=False, want_norms=listening and first)
     if not listening:
-        return out
+        return out, None
     # A second backward through the same graph: errors add, as .grad does.
     total: Any = now if first else [add(a, b) for a, b in zip(ctx.errors, now, strict=True)]
     if first:
@@ -181,8 +191,7 @@ def _recorded_backward(
         tr = native_trace.trace(ctx.cell, _in_order(x, 1, ctx.back), state, w, in_order, ctx.reverse)
         return tr, dy, native_trace.adjoint(tr, dy, tuple(dfinal[: len(state)]), ctx.clip)
 
-    ctx.record.backward(_norms(norms, ctx.back), _present(out[3:8], w), replay)
-    return out[:8]
+    return out[:8], (_norms(norms, ctx.back), _present(out[3:8], w), replay)
 
 
 def run_recorded(

@@ -223,8 +223,8 @@ class GradientFlow(lightning.Callback):
         self._warned = True
         warnings.warn(
             f"after {step} steps the loss has not fallen ({first:.3g} → {last:.3g}), and the gradient at {name} "
-            f"reaches over {self.latest[name].reach} of {self._steps[name] - 1} steps; uv.diagnose tells whether that is "
-            "the reason",
+            f"reaches over {self.latest[name].reach} of {self._steps[name] - 1} steps; uv.diagnose tells whether that "
+            "is the reason",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -15,6 +15,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import RLock, get_ident
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakSet, WeakValueDictionary
@@ -48,6 +49,8 @@ class _Backward:
     """weight key → autograd's ∂E/∂W of this run"""
     sums: list[tuple[str, Tensor]] = field(default_factory=list)
     """(parameter, the sum of its gradient): not finite where the gradient is not"""
+    thread: int = 0
+    """that it runs in"""
     differentiable: bool = False
     """whether its gradients are kept as part of a graph (create_graph)"""
 
@@ -77,6 +80,7 @@ class Watch(Flow):
         self._partial = partial
         self._keep = keep
         self._capture = Capture(model, self._after, self._before)
+        self._lock = RLock()
         self._named = NamedStates(model, states or {}, self.mark, self._capture.problems)
         self._stream = None if stream is None else Stream(Path(stream))
         self._names = [n for path, module in self._capture.parts.modules.items() for n in _record_names(path, module)]
@@ -212,10 +216,13 @@ class Watch(Flow):
         return f"{what}: a backward pass ran, but no error came back to it: the loss does not depend on it"
 
     def _begin(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         if module is self._model and _graph_task() < 0 and torch.is_grad_enabled():
             self._epoch += 1
-            # What an aborted backward pass left behind.
-            self._runs.clear()
+            # What an aborted backward pass of this thread left behind.
+            for task in [task for task, run in self._runs.items() if run.thread == get_ident()]:
+                del self._runs[task]
 
     def _awake(self, name: str) -> bool:
         """Whether a call is to be recorded."""
@@ -235,6 +242,11 @@ class Watch(Flow):
         return True
 
     def _after(self, call: Call) -> None:
+        with self._lock:
+            self._add(call)
+
+    def _add(self, call: Call) -> None:
+        """To the sequence that it goes on with, or to one of its own."""
         name = call.name
         if isinstance(call.module, nn.RNNCellBase):
             name = name or "cell"
@@ -315,13 +327,15 @@ class Watch(Flow):
         gradients[key] = gradients[key] + grad if key in gradients else grad
 
     def _look_at(self, name: str, grad: Tensor) -> None:
+        if unseen([grad]) is not None:
+            return
         dtype = torch.promote_types(grad.dtype, torch.float32)
         self._run().sums.append((name, grad.detach().sum(dtype=dtype)))
 
     def _run(self) -> _Backward:
         task = _graph_task()
         if task not in self._runs:
-            self._runs[task] = _Backward(differentiable=torch.is_grad_enabled())
+            self._runs[task] = _Backward(thread=get_ident(), differentiable=torch.is_grad_enabled())
             Variable._execution_engine.queue_callback(lambda: self._finish(task))
         return self._runs[task]
 
@@ -332,9 +346,11 @@ class Watch(Flow):
     @torch.no_grad()
     def _finish(self, task: int) -> None:
         """A backward pass has ended: measure every sequence it reached, before an optimizer moves the weights."""
-        run = self._runs.pop(task)
+        run = self._runs.pop(task, None)
         self._cut += 1
-        self._capture.guarded("", lambda: self._measure(run))
+        if run is not None:
+            with self._lock:
+                self._capture.guarded("", lambda: self._measure(run))
 
     def _measure(self, run: _Backward) -> None:
         bad = [name for name, total in run.sums if not bool(total.isfinite())]

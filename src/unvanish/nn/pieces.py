@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -110,8 +111,12 @@ class _InPieces(torch.autograd.Function):
             if recorded or not torch.is_grad_enabled():
                 # A second backward through the same graph: heard of are the errors of both, as .grad adds them up.
                 total = None if ctx.errors is None else [add(a, b) for a, b in zip(ctx.errors, errors, strict=True)]
+                notices: list[Callable[[], None]] = []
                 with torch.no_grad():
-                    gradients = _back(ctx.plan, x, w, kept, needs, errors, total)
+                    gradients = _back(ctx.plan, x, w, kept, needs, errors, total, notices)
+                # In the grad mode of the backward pass, by which a recorder knows whether a graph is made of it.
+                for notify in notices:
+                    notify()
                 keeps = recorded and _autograd._get_current_graph_task_keep_graph()
                 ctx.errors = (total or errors) if keeps else None
             if torch.is_grad_enabled():
@@ -120,7 +125,14 @@ class _InPieces(torch.autograd.Function):
 
 
 def _back(
-    plan: Plan, x: Tensor, w: Weights, kept: list[Tensor], needs: Any, errors: Any, total: Any
+    plan: Plan,
+    x: Tensor,
+    w: Weights,
+    kept: list[Tensor],
+    needs: Any,
+    errors: Any,
+    total: Any,
+    notices: list[Callable[[], None]],
 ) -> list[Tensor | None]:
     """The gradients of x, the initial state and w from the errors of (y, final state); recorders hear of `total`, or of
     the same errors where it is None."""
@@ -136,7 +148,7 @@ def _back(
         if held is not None:
             if total is not None:
                 d_total = _piece(plan, *inputs, [piece.of(dy_total), *d_total], held)[1 : 1 + n]
-            held.hand_on(here[1 + n :])
+            notices.append(partial(held.hand_on, here[1 + n :]))
         if dx is not None and here[0] is not None:
             piece.of(dx).copy_(here[0])
         d = here[1 : 1 + n]
