@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import unvanish as uv
+from unvanish.cells import ZOO
 
 from .strategies import ModuleCase, module_cases
 
@@ -572,3 +573,19 @@ def test_a_batch_that_requires_gradients_gets_none() -> None:
     with contextlib.suppress(AttributeError):
         assert uv.audit(Last(lstm()), x, Y, loss=mse).ok
     assert x.grad is None
+
+
+@pytest.mark.parametrize("name", ["peephole", "indrnn", "lem", "antisymmetric", "lif"])
+def test_cells_of_the_zoo_are_audited(name: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = uv.nn.Recurrent(ZOO[name](), 5, 8, num_layers=2, bidirectional=True)
+            self.head = nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x)[0][-1])
+
+    found = uv.audit(Model(), torch.randn(9, 4, 5), torch.randn(4, 2), loss=nn.functional.mse_loss)
+    assert found.ok
+    assert set(found.layers["layer"].errors) >= {"W_ih", "x"}

@@ -23,6 +23,7 @@ from unvanish.flow.audit_report import Audit, LayerAudit
 from unvanish.flow.model_copy import detached_copy, forked, without_compile
 from unvanish.flow.tapped import Tapped, TappedCall, tap
 from unvanish.nn.accelerate import sealed
+from unvanish.nn.modules import CellModule, RecurrentModule
 
 Loss = Callable[..., Tensor]
 
@@ -72,12 +73,12 @@ def audit(model: nn.Module, *batch: Any, loss: Loss) -> Audit:
     twin = without_compile(detached_copy(model))
     names = {_name(path, m): m for path, m in twin.named_modules()}
     skipped = {name: f"it is {form}" for name, m in names.items() if (form := sealed(m)) is not None}
-    recurrent = {name: m for name, m in names.items() if isinstance(m, nn.RNNBase | nn.RNNCellBase)}
+    recurrent = {name: m for name, m in names.items() if isinstance(m, RecurrentModule)}
     skipped |= {name: why for name, m in recurrent.items() if (why := _unknown(m)) is not None}
     taps = {name: tap(m) for name, m in recurrent.items() if name not in skipped}
     if not taps and not skipped:
         raise ValueError(
-            "model: expected an nn.RNN, nn.LSTM or nn.GRU in it, or one of their cells; "
+            "model: expected an nn.RNN, nn.LSTM, nn.GRU, one of their cells or unvanish.nn.Recurrent in it; "
             f"{type(model).__name__} has none"
         )
     for name in _compiled_in_place(model, twin):
@@ -124,7 +125,7 @@ def _compiled(model: nn.Module, run: Callable[[nn.Module], Tensor], expected: Te
         for path, outer in twin.named_modules()
         if isinstance(outer, torch._dynamo.OptimizedModule)
         for part, m in outer.named_modules()
-        if isinstance(m, nn.RNNBase | nn.RNNCellBase)
+        if isinstance(m, RecurrentModule)
     }
     # Imported here: it takes as long as all of torch, and only a compiled model needs it, which has it already.
     inductor: Any = import_module("torch._inductor.config")
@@ -210,8 +211,10 @@ def _judge(
     return why
 
 
-def _unknown(module: nn.RNNBase | nn.RNNCellBase) -> str | None:
+def _unknown(module: RecurrentModule) -> str | None:
     """Why the equations of a subclass are not known; None if they are."""
+    if isinstance(module, CellModule):
+        return None
     if isinstance(module, nn.RNNCellBase):
         known = isinstance(module, nn.RNNCell | nn.LSTMCell | nn.GRUCell)
         return None if known else "it derives from nn.RNNCellBase, so that its equations are not known"

@@ -15,7 +15,9 @@ from unvanish.flow.tapped import TappedCall
 from unvanish.nn.modules import (
     LayerDirection,
     RecurrentModule,
+    SequenceModule,
     cell_of,
+    directions_of_a_cell,
     dropout_masks,
     final_error,
     full_precision,
@@ -83,7 +85,7 @@ def recomputed(
         x, leaf = _input(call.x, dtype)
         hx = tuple(_leaf(s, dtype) for s in call.hx)
         weights = {name: _leaf(w, dtype) for name, w in call.weights.items()}
-        if isinstance(module, nn.RNNBase):
+        if isinstance(module, SequenceModule):
             outputs, arrived = _layers(module, call, errors, x, hx, weights)
         else:
             outputs, arrived = _step(module, errors, x, hx, weights)
@@ -102,7 +104,7 @@ def recomputed(
 
 def outputs_of(module: RecurrentModule, call: TappedCall) -> tuple[Tensor, ...]:
     """(y, *final) as the backend gave them, in the layout of `recomputed`'s, float64 on the CPU."""
-    if not isinstance(module, nn.RNNBase):
+    if not isinstance(module, SequenceModule):
         return tuple(s.detach().cpu().double() for s in call.final)
     inputs = time_major(module, _input(call.x, torch.float64)[0], call.lengths)
     y = output_error(module, inputs, _on_cpu(call.y))
@@ -111,7 +113,7 @@ def outputs_of(module: RecurrentModule, call: TappedCall) -> tuple[Tensor, ...]:
 
 
 def _layers(
-    module: nn.RNNBase,
+    module: SequenceModule,
     call: TappedCall,
     errors: Errors,
     x: Tensor | PackedSequence,
@@ -119,7 +121,11 @@ def _layers(
     weights: dict[str, Tensor],
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     inputs = time_major(module, x, call.lengths)
-    layers = layer_directions(module, [weights[n] for n in module._flat_weights_names if n in weights])
+    layers = (
+        layer_directions(module, [weights[n] for n in module._flat_weights_names if n in weights])
+        if isinstance(module, nn.RNNBase)
+        else directions_of_a_cell(module, weights)
+    )
     # Masks are drawn in the dtype that the backend drew them in.
     drawn = inputs._replace(x=inputs.x.detach().to(call.drawn_in))
     masks = [m.to(inputs.x.dtype) for m in dropout_masks(module, drawn, call.rng)]
@@ -193,7 +199,7 @@ def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 def step_norms(module: RecurrentModule, call: TappedCall, d: Tensor) -> Tensor:
     """‖d_t‖ of each step, `[T]` float64, of a gradient in the layout of the call's input."""
     d = d.detach().cpu().double()
-    if not isinstance(module, nn.RNNBase):
+    if not isinstance(module, SequenceModule):
         return torch.linalg.vector_norm(d).reshape(1)
     inputs = time_major(module, _input(call.x, torch.float64)[0], call.lengths)
     by_step = output_error(module, inputs, d)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from unvanish.nn.layers import GRU, LSTM, RNN, EngineSequence
-from unvanish.nn.modules import RecurrentModule, as_states, evaluating
+from unvanish.nn.layers import GRU, LSTM, RNN, SequenceLayer
+from unvanish.nn.modules import CellModule, RecurrentModule, SequenceModule, as_states, evaluating
+from unvanish.nn.recurrent import Recurrent
 
-_LAYERS = (RNN, LSTM, GRU, nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+_LAYERS = (Recurrent, RNN, LSTM, GRU, nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 """whose forward computes the cell's equations"""
 _not_compiled: Any = torch.compiler.disable
 """Compiled code must not look inside: it would trace the bookkeeping instead of doing it."""
@@ -120,6 +121,10 @@ class _Open:
     call: TappedCall | None = None
 
 
+def _of_a_cell(module: nn.Module) -> bool:
+    return isinstance(module, CellModule)
+
+
 def _nothing() -> None:
     pass
 
@@ -135,7 +140,7 @@ def _own_weights(module: Any) -> tuple[dict[str, Tensor], Callable[[], None]]:
     A parametrized weight is computed at each call; it is found after the call, if at all.
     """
     flat: bool = isinstance(module, nn.RNNBase)
-    names = module._flat_weights_names if flat else _CELL_WEIGHTS
+    names = module._flat_weights_names if flat else list(module._parameters) if _of_a_cell(module) else _CELL_WEIGHTS
     if not torch.is_grad_enabled():
         return {}, _nothing
     before: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -172,7 +177,7 @@ def _enter(
         seen.problems.append(_NO_GRADIENTS)
         return None, args, kwargs
     given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
-    known = {"input", "hx", *(["lengths"] if isinstance(module, EngineSequence) else [])}
+    known = {"input", "hx", *(["lengths"] if isinstance(module, SequenceLayer) else [])}
     foreign = sorted(k for k, v in given.items() if k not in known and v is not None)
     x: Any = given.get("input")
     hx: Any = given.get("hx")
@@ -183,7 +188,7 @@ def _enter(
         return None, args, kwargs
     data = x.data if isinstance(x, PackedSequence) else x
     rng = None
-    if isinstance(module, nn.RNNBase) and module.training and module.dropout > 0 and module.num_layers > 1:
+    if isinstance(module, SequenceModule) and module.training and module.dropout > 0 and module.num_layers > 1:
         if data.device.type != "cpu":
             seen.problems.append(
                 f"dropout between its layers is drawn inside the {data.device.type} kernel, where it cannot be drawn "
@@ -224,7 +229,7 @@ def _leave(seen: Tapped, calls: list[TappedCall], call: TappedCall, output: Any)
     if isinstance(seen.module, nn.RNNBase):
         flat = zip(seen.module._flat_weights_names, seen.module._flat_weights, strict=True)
         call.weights = {name: w for name, w in flat if w is not None} | call.weights
-    else:
+    elif not _of_a_cell(seen.module):
         # A parametrized one: only its value can be had, not the tensor that this call computed.
         with torch.no_grad(), evaluating(seen.module):
             missing = [n for n in _CELL_WEIGHTS if n not in call.weights and getattr(seen.module, n) is not None]

@@ -1,6 +1,6 @@
 """A torch recurrent module as the layers and directions it consists of, and its input as a time-major sequence."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -28,8 +28,8 @@ class CellModule(nn.Module):
     bidirectional: bool
     proj_size = 0
 
-    def direction_weights(self, layer: int, reverse: bool) -> Weights:
-        """The weights of one layer and direction as the engine takes them."""
+    def direction_weights(self, layer: int, reverse: bool, named: Mapping[str, Tensor] | None = None) -> Weights:
+        """The weights of one layer and direction as the engine takes them, from learnt ones by name or its own."""
         raise NotImplementedError
 
     def learnt_gradients(self, layer: int, reverse: bool, gradients: Weights) -> tuple[Tensor, Tensor | None]:
@@ -141,15 +141,7 @@ def layer_directions(module: SequenceModule, weights: Sequence[Tensor] | None = 
         TypeError: module is none of torch's recurrent modules, nor `unvanish.nn.Recurrent`.
     """
     if isinstance(module, CellModule):
-        directions = [
-            (layer, reverse)
-            for layer in range(module.num_layers)
-            for reverse in ((False, True) if module.bidirectional else (False,))
-        ]
-        return [
-            LayerDirection(module.cell, module.direction_weights(layer, reverse), layer, reverse, place(layer, reverse))
-            for layer, reverse in directions
-        ]
+        return directions_of_a_cell(module)
     if not isinstance(module, nn.RNNBase) or module.mode.lower() not in CELLS:
         raise TypeError(
             f"layer: expected torch.nn.RNN, LSTM or GRU, or unvanish.nn.Recurrent, got {type(module).__name__}"
@@ -170,6 +162,15 @@ def layer_directions(module: SequenceModule, weights: Sequence[Tensor] | None = 
         weights_here = Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
         found.append(LayerDirection(cell, weights_here, layer, reverse, place(layer, reverse)))
     return found
+
+
+def directions_of_a_cell(module: CellModule, named: Mapping[str, Tensor] | None = None) -> list[LayerDirection]:
+    """The layers and directions of `unvanish.nn.Recurrent`, with the learnt weights `named`, or its own."""
+    return [
+        LayerDirection(module.cell, module.direction_weights(k, reverse, named), k, reverse, place(k, reverse))
+        for k in range(module.num_layers)
+        for reverse in ((False, True) if module.bidirectional else (False,))
+    ]
 
 
 def place(layer: int, reverse: bool) -> str:

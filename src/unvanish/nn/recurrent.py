@@ -1,7 +1,7 @@
 """torch.nn's contract for a layer of any cell."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -117,9 +117,10 @@ class Recurrent(SequenceLayer, CellModule):
                 for name, value in zip(self.cell.vectors, w.v, strict=True):
                     getattr(self, name + _suffix(layer, reverse)).copy_(value)
 
-    def direction_weights(self, layer: int, reverse: bool) -> Weights:
-        """The weights of one layer and direction as the engine takes them; differentiable."""
-        return self.cell.effective(self._weights(layer, reverse))
+    def direction_weights(self, layer: int, reverse: bool, named: Mapping[str, Tensor] | None = None) -> Weights:
+        """The weights of one layer and direction as the engine takes them, from learnt ones by name or its own;
+        differentiable."""
+        return self.cell.effective(self._weights(layer, reverse, named))
 
     def learnt_gradients(self, layer: int, reverse: bool, gradients: Weights) -> tuple[Tensor, Tensor | None]:
         """∂E/∂(learnt W_ih, learnt W_hh) from those by the weights that the step multiplies with."""
@@ -135,12 +136,14 @@ class Recurrent(SequenceLayer, CellModule):
         found = torch.autograd.grad(ends, wanted, arrived, allow_unused=True, materialize_grads=True)
         return (*found, None)[:2]  # type: ignore[return-value]
 
-    def _weights(self, layer: int, reverse: bool) -> Weights:
+    def _weights(self, layer: int, reverse: bool, named: Mapping[str, Tensor] | None = None) -> Weights:
         end, vectors = _suffix(layer, reverse), self.cell.vectors
-        w_ih, w_hh, b_ih, b_hh = (
-            getattr(self, name + end, None) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        )
-        v = torch.stack([getattr(self, name + end) for name in vectors]) if vectors else None
+
+        def weight(name: str) -> Any:
+            return getattr(self, name + end, None) if named is None else named.get(name + end)
+
+        w_ih, w_hh, b_ih, b_hh = map(weight, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        v = torch.stack([weight(name) for name in vectors]) if vectors else None
         return Weights(w_ih, w_hh, b_ih, b_hh, None, v)  # type: ignore[arg-type]
 
     def flatten_parameters(self) -> None:
