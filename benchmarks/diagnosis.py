@@ -2,7 +2,7 @@
 
     python benchmarks/diagnosis.py train  --out grid --half design   # trains the runs; goes on where it stopped
     python benchmarks/diagnosis.py judge  --out grid --half design   # diagnoses them before training and after 5 %
-    python benchmarks/diagnosis.py fit    --out grid                 # the weights of unvanish.diagnose.trial
+    python benchmarks/diagnosis.py fit    --out grid                 # the weights of unvanish.diagnosis.trial
     python benchmarks/diagnosis.py cure   --out grid --half design   # trains again after the first prescription
     python benchmarks/diagnosis.py report --out grid                 # AUC, calibration, cures, false alarms
 
@@ -247,7 +247,7 @@ def report(out: Path, runs: list[Run]) -> None:
 
 
 def fit(out: Path, runs: list[Run]) -> None:
-    """The weights of `unvanish.diagnose.trial`, from the design half alone."""
+    """The weights of `unvanish.diagnosis.trial`, from the design half alone."""
     rows = [_row(out, run) for run in runs if run.half == "design"]
     x = [
         (row[w]["readable"], math.log(min(1.0, max(row[w]["survival"], math.exp(-20)))))

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import unvanish as uv
 from unvanish import cures
-from unvanish.diagnose import Diagnosis
-from unvanish.diagnose.capture import capture
+from unvanish.diagnosis import Diagnosis
+from unvanish.diagnosis.capture import capture
 
 T, B, H = 60, 8, 24
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import unvanish as uv
 from unvanish import cures
-from unvanish.diagnose import trial
+from unvanish.diagnosis import trial
 
 T, B, H = 24, 96, 6
 
@@ -162,7 +162,7 @@ def test_an_undecided_layer_has_no_part_in_the_chance(monkeypatch: pytest.Monkey
     torch.manual_seed(0)
     seen: list[float] = []
     monkeypatch.setattr(
-        "unvanish.diagnose.Odds", lambda readable, survival: seen.append(survival) or trial.Odds(readable, survival)
+        "unvanish.diagnosis.diagnose.Odds", lambda readable, survival: seen.append(survival) or trial.Odds(readable, survival)
     )
     found = uv.diagnose(Beside(), x, y, loss=mse_loss, trial=True)
     assert [found[name].verdict for name in ("rnn.l0", "short.l0")] == ["healthy", "undecided"]

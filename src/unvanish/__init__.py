@@ -13,7 +13,7 @@ from typing import Any as _Any
 
 if TYPE_CHECKING:
     from unvanish import cures, engine, flow, nn, report, train
-    from unvanish.diagnose import diagnose
+    from unvanish.diagnosis import diagnose
     from unvanish.flow.watch import mark, watch
     from unvanish.nn import accelerate, restore
     from unvanish.report import plot
@@ -36,7 +36,7 @@ __all__ = [
     "watch",
 ]
 
-_FROM = {"diagnose": "diagnose", "mark": "flow.watch", "watch": "flow.watch", "accelerate": "nn", "restore": "nn"}
+_FROM = {"diagnose": "diagnosis", "mark": "flow.watch", "watch": "flow.watch", "accelerate": "nn", "restore": "nn"}
 
 
 def __getattr__(name: str) -> _Any:

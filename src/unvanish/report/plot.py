@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
-from unvanish.diagnose import Diagnosis, Verification
-from unvanish.diagnose.measure import FRACTION
+from unvanish.diagnosis import Diagnosis, Verification
+from unvanish.diagnosis.measure import FRACTION
 from unvanish.flow import (
     AdjointMap,
     Flow,

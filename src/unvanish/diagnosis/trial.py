@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from unvanish.diagnose.capture import Given, capture
+from unvanish.diagnosis.capture import Given, capture
 
 UPDATES, BATCH, CLIP = 100, 32, 1.0
 FOLDS, RIDGE, STEPS, CLASSES = 4, 1e-3, 6, 64

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from unvanish.diagnose.cell_loop import CellLoop
+from unvanish.diagnosis.cell_loop import CellLoop
 from unvanish.nn.modules import LayerDirection, evaluating, hear_gradient, layer_directions, time_major
 
 

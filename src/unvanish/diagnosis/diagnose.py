@@ -2,23 +2,20 @@
 
 import copy
 import math
-import sys
 from collections.abc import Callable
 from numbers import Integral
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unvanish.diagnose.capture import Given, capture
-from unvanish.diagnose.measure import Measured, half_width, measure
-from unvanish.diagnose.prescribe import prescribe
-from unvanish.diagnose.records import Diagnosis, LayerDiagnosis, Prescription, Verification
-from unvanish.diagnose.trial import Odds, checked_target, readable_after
-from unvanish.diagnose.verdict import Verdict, judge
+from unvanish.diagnosis.capture import Given, capture
+from unvanish.diagnosis.measure import Measured, half_width, measure
+from unvanish.diagnosis.prescribe import prescribe
+from unvanish.diagnosis.records import Diagnosis, LayerDiagnosis
+from unvanish.diagnosis.trial import Odds, checked_target, readable_after
+from unvanish.diagnosis.verdict import judge
 
-__all__ = ["Diagnosis", "LayerDiagnosis", "Prescription", "Verdict", "Verification", "diagnose"]
 
 
 def diagnose(
@@ -137,12 +134,3 @@ def _record(name: str, m: Measured) -> LayerDiagnosis:
         name, m.place.cell.name, verdict, cause, m.decay.rate, interval, m.decay.half_life, m.decay.reach, m.lag,
         m.evidence, curve,
     )  # fmt: skip
-
-
-class _Package(ModuleType):
-    """Importing this package puts it in the place of `uv.diagnose`, which users call: so it is callable."""
-
-    __call__ = staticmethod(diagnose)
-
-
-sys.modules[__name__].__class__ = _Package

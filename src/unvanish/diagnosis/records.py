@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from unvanish.diagnose.verdict import Verdict
+from unvanish.diagnosis.verdict import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd

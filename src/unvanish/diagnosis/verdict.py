@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from unvanish.diagnose.measure import FRACTION, Measured
+from unvanish.diagnosis.measure import FRACTION, Measured
 
 Verdict = Literal["vanishes", "healthy", "explodes", "chaotic", "saturated", "dead", "undecided"]
 

@@ -12,9 +12,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from unvanish import cures
 from unvanish import nn as layers
-from unvanish.diagnose.capture import Given
-from unvanish.diagnose.records import BAD, LIKELY, LayerDiagnosis, Prescription
-from unvanish.diagnose.trial import Odds
+from unvanish.diagnosis.capture import Given
+from unvanish.diagnosis.records import BAD, LIKELY, LayerDiagnosis, Prescription
+from unvanish.diagnosis.trial import Odds
 from unvanish.nn.modules import layer_directions
 
 Act = Callable[[nn.Module], nn.Module]
