@@ -55,6 +55,8 @@ class Arm:
         self.seconds += time.perf_counter() - begun
 
     def _update(self) -> None:
+        # Each update has its own random numbers, so that they don't depend on where the clock cut the training.
+        torch.manual_seed(self.seed + self.updates)
         self.optimizer.zero_grad()
         try:
             with torch.enable_grad():

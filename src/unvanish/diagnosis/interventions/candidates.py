@@ -141,26 +141,23 @@ def of_reach(model: nn.Module, lag: int, seed: int) -> list[Candidate]:
         return []
     longest = float(max(2, lag + 1))
     found: list[Candidate] = []
-    chrono = [_chrono(path, longest, seed) for path in _paths(model, gated, plain)]
-    replaceable = {p: m for p, m in plain.items() if type(m) in _PLAIN and not _hooked(m)}
-    if replaceable and replaceable.keys() == plain.keys():
-        new = _replaced(model, replaceable, longest, seed)
-        found.append(Candidate(f"gated successor with chrono_(max_lag={longest:g})", "reach", (new, *chrono)))
+    everywhere = _paths(model, [*gated, *plain])
+    if plain and _replaceable(model):
+        chrono = (_chrono(path, longest, seed) for path in everywhere)
+        name = f"gated successor with chrono_(max_lag={longest:g})"
+        found.append(Candidate(name, "reach", (_replaced(plain, seed), *chrono)))
     if gated:
-        name = f"chrono_(max_lag={longest:g})"
-        found.append(Candidate(name, "reach", tuple(chrono)))
-    same = list(gated) + list(plain)
-    whole = len(same) == len(_all(model))
-    where = [""] if whole else same
-    orthogonal = tuple(_orthogonal(path, seed) for path in where)
+        chrono = (_chrono(path, longest, seed) for path in _paths(model, [*gated]))
+        found.append(Candidate(f"chrono_(max_lag={longest:g})", "reach", tuple(chrono)))
+    orthogonal = tuple(_orthogonal(path, seed) for path in everywhere)
     # Of matrices that are too large these are the same cure as a smaller radius.
     kind: Kind = "radius" if any(_radius(m) > RADIUS for m in plain.values()) else "reach"
     relu = plain and not gated and all(cell_of(m).name == "rnn_relu" for m in plain.values())
     if relu:
-        found.append(Candidate("identity_()", kind, tuple(_identity(path) for path in where)))
+        found.append(Candidate("identity_()", kind, tuple(_identity(path) for path in everywhere)))
     if gated and not plain:
         value = round(math.log(max(lag, 2)), 2)
-        bias = tuple(_forget_bias(path, value) for path in _paths(model, gated, plain))
+        bias = tuple(_forget_bias(path, value) for path in everywhere)
         found.append(Candidate(f"forget_bias_({value:g})", "reach", bias))
     found.append(Candidate("orthogonal_()", kind, orthogonal))
     return found
@@ -209,9 +206,15 @@ def _recurrent(model: nn.Module) -> tuple[Modules, Modules]:
     return gated, plain
 
 
-def _paths(model: nn.Module, gated: Modules, plain: Modules) -> list[str]:
-    """Where a cure of carry gates goes: the whole model if all its modules have one, or will have."""
-    return [""] if len(gated) + len(plain) == len(_all(model)) else [*gated, *plain]
+def _paths(model: nn.Module, paths: list[str]) -> list[str]:
+    """Where to write a cure of these modules: into the model as a whole where they are all that it has."""
+    return [""] if len(paths) == len(_all(model)) else paths
+
+
+def _replaceable(model: nn.Module) -> bool:
+    """Whether every plain RNN of the model can have a gated successor: it is torch's or ours, as it was made."""
+    plain = [m for m in _all(model).values() if cell_of(m).name not in CARRY]
+    return all(type(m) in _PLAIN and not is_parametrized(m) and not _hooked(m) for m in plain)
 
 
 def _hooked(m: nn.Module) -> bool:
@@ -268,7 +271,7 @@ def _identity(path: str) -> Step:
     )
 
 
-def _replaced(model: nn.Module, plain: Modules, longest: float, seed: int) -> Step:
+def _replaced(plain: Modules, seed: int) -> Step:
     ours = any(isinstance(m, layers.RNN) for m in plain.values())
     given = "uv.restore(model)" if ours else "model"
 

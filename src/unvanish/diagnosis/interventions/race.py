@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from unvanish.diagnosis.interventions.arm import CHUNK, Arm, next_judgement
 from unvanish.diagnosis.interventions.bar import Bar, best_constant
 from unvanish.diagnosis.interventions.candidates import AS_IS, Candidate
+from unvanish.diagnosis.interventions.chance import EARLY
 from unvanish.diagnosis.interventions.material import Material
 from unvanish.diagnosis.interventions.optimizers import Recipe
 
@@ -40,6 +41,7 @@ def race(
     material: Material,
     recipe: Recipe,
     candidates: Callable[[Arm], list[Candidate]],
+    early: Callable[[Arm], None],
     budget: float,
     seed: int,
     progress: Progress,
@@ -52,6 +54,7 @@ def race(
         material: what is trained and judged on.
         recipe: the optimizer.
         candidates: from the copy that was trained as it is, those worth a trial, the most promising first.
+        early: is called once with the copy as it is, after its first `EARLY` updates or fewer.
         budget: seconds.
         seed: of the order of samples, of dropout and of whatever the step draws.
         progress: is called with a sentence on what is being tried.
@@ -78,7 +81,10 @@ def race(
         return found
     own = found.as_is = Arm(AS_IS, material, recipe, found.bar, seed)
     own.judge()
-    _run(own, min(end, time.perf_counter() + OWN * (end - time.perf_counter())), MOST, progress)
+    until = time.perf_counter() + OWN * (end - time.perf_counter())
+    _run(own, until, min(EARLY, MOST), progress)
+    early(own)
+    _run(own, until, MOST, progress)
     if own.clear or own.untrainable:
         return found
     entered = candidates(own)

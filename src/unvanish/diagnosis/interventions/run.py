@@ -12,6 +12,7 @@ from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.interventions import candidates as candidates_of
 from unvanish.diagnosis.interventions.arm import Arm
 from unvanish.diagnosis.interventions.candidates import Candidate
+from unvanish.diagnosis.interventions.chance import Features, features
 from unvanish.diagnosis.interventions.conclude import conclude
 from unvanish.diagnosis.interventions.inputs import Fed, fed
 from unvanish.diagnosis.interventions.material import material
@@ -52,6 +53,13 @@ class Outcome:
     plan: Plan = Plan()  # noqa: RUF009 (frozen; nothing to do)
     notes: tuple[str, ...] = ()
     tried: tuple[Tried, ...] = ()
+    features: Features | None = None
+    """what a copy of the model as it is showed in its first updates; None if there was none"""
+
+    @property
+    def chance(self) -> float | None:
+        """That a short training learns, from `features`; None without them, or before weights were fitted."""
+        return None if self.features is None else self.features.chance()
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per copy that was trained, in the order of trial."""
@@ -113,14 +121,19 @@ def run(
     def entered(arm: Arm) -> list[Candidate]:
         return _candidates(arm, own, fed(data, seed), layers or {}, lag, seed)
 
-    raced = race(data, own, entered, budget, seed, say)
+    seen: list[Features] = []
+
+    def early(arm: Arm) -> None:
+        seen.append(features(arm, read_out(arm, seed), layers or {}))
+
+    raced = race(data, own, entered, early, budget, seed, say)
     finished = raced.as_is
     reading = None
     if finished is not None and not finished.learns and finished.judgements and not finished.failed:
         say("a linear read-out of the states")
         reading = read_out(finished, seed)
     findings, plan, concluded = conclude(raced, own, reading)
-    return Outcome(findings, plan, (*notes, *raced.notes, *concluded), _table(raced))
+    return Outcome(findings, plan, (*notes, *raced.notes, *concluded), _table(raced), seen[0] if seen else None)
 
 
 def _candidates(
