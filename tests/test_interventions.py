@@ -14,13 +14,14 @@ from unvanish.diagnosis.finding import Finding
 
 import unvanish as uv
 from tests.interventions_subjects import Last, RandomTargets, drawn, recall, subject
-from unvanish.diagnosis.interventions import Outcome, race, run
+from unvanish.diagnosis.interventions import Outcome, conclude, race, run
 
 
 @pytest.fixture(autouse=True)
 def few_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the numbers of updates, not the clock, end each copy's training."""
-    monkeypatch.setattr(race, "MOST", 300)
+    monkeypatch.setattr(race, "MOST", 200)
+    monkeypatch.setattr(conclude, "UPDATES", 200)
 
 
 def outcome(model: nn.Module, *batch: Any, loss: Callable[..., Tensor] = cross_entropy, **options: Any) -> Outcome:

@@ -1,5 +1,6 @@
 """One copy in training: a candidate, its optimizer, and what became of its loss."""
 
+import copy
 import math
 import time
 from dataclasses import dataclass, field
@@ -25,7 +26,15 @@ SPIKE = 30.0
 class Arm:
     """A copy of the user's model with a candidate's changes, trained bit by bit."""
 
-    def __init__(self, candidate: Candidate, material: Material, recipe: Recipe, bar: Bar | None, seed: int) -> None:
+    def __init__(
+        self,
+        candidate: Candidate,
+        material: Material,
+        recipe: Recipe,
+        bar: Bar | None,
+        seed: int,
+        start: nn.Module | None = None,
+    ) -> None:
         self.candidate, self.material, self.seed = candidate, material, seed
         self.bar = Bar(torch.zeros(1)) if bar is None else bar
         self.failed = ""
@@ -38,7 +47,7 @@ class Arm:
         self.losses: list[float] = []
         """of the training samples"""
         self.judgements: list[Judgement] = []
-        self.model = candidate.applied(material.subject.twin())
+        self.model = candidate.applied(material.subject.twin() if start is None else copy.deepcopy(start))
         if not self.model.training:
             self.model.train()
         self.optimizer = candidate.recipe(recipe).build(self.model)

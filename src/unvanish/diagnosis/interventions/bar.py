@@ -7,19 +7,18 @@ A freely fitted constant is no answer of a model that ends in a softmax: the con
 function, which is read from the output's autograd node, so that the bar is a loss which the model can attain.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
-from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.diagnosis.interventions.material import Material
+from unvanish.diagnosis.structure import floating, mapped, tensors
 from unvanish.nn.modules import evaluating
 
 LINKS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -125,7 +124,7 @@ def _outermost(twin: nn.Module, material: Material) -> dict[str, nn.Module]:
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
         stack.pop()
-        tensors = list(_floats(out))
+        tensors = floating(out)
         if any(t.dim() == 0 for t in tensors):
             scalars.add(id(module))
         calls.append((module, tuple(stack), bool(tensors)))
@@ -160,12 +159,12 @@ class _Constant:
     """whether an answer per step can differ from one for all steps"""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        key = tuple((tuple(t.shape), t.dtype) for t in _tensors((args, kwargs)))
+        key = tuple((tuple(t.shape), t.dtype) for t in tensors((args, kwargs)))
         out = self.templates.get(key)
         if out is None or not self.answers:
             with torch.enable_grad():
                 out = self.real(*args, **kwargs)
-            if not self.answers or all(t.is_floating_point() and t.requires_grad for t in _tensors(out)):
+            if not self.answers or all(t.is_floating_point() and t.requires_grad for t in tensors(out)):
                 self.templates[key] = out
         numbers = iter(range(1 << 30))
         return _mapped(out, lambda t: self._answer(next(numbers), t))
@@ -173,7 +172,7 @@ class _Constant:
     def make(self, samples: int | None) -> None:
         """Make the answers from the outputs seen so far. The axis of the samples is the one whose size changed between
         them, or else the first of size `samples`, or else the first."""
-        outs = [list(_floats(out)) for out in self.templates.values()]
+        outs = [floating(out) for out in self.templates.values()]
         for number, tensor in enumerate(outs[0] if outs else ()):
             if not tensor.requires_grad or tensor.dim() == 0:
                 continue
@@ -188,7 +187,7 @@ class _Constant:
                 mean = mean.mean(steps, keepdim=True)
             self.answers[number], self.links[number] = nn.Parameter(mean.clone()), link
         if any(
-            not (t.is_floating_point() and t.requires_grad) for out in self.templates.values() for t in _tensors(out)
+            not (t.is_floating_point() and t.requires_grad) for out in self.templates.values() for t in tensors(out)
         ):
             self.templates.clear()
 
@@ -300,43 +299,6 @@ def _sums_to_one(shares: Tensor, axis: int) -> bool:
     return shares.shape[axis] > 1 and bool((shares.sum(axis) - 1).abs().max() < 1e-3)
 
 
-def _tensors(x: Any) -> Iterator[Tensor]:
-    """Every tensor in any structure."""
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, dict):
-        for value in x.values():
-            yield from _tensors(value)
-    elif isinstance(x, list | tuple):
-        for value in x:
-            yield from _tensors(value)
-    elif is_dataclass(x) and not isinstance(x, type):
-        for f in fields(x):
-            yield from _tensors(getattr(x, f.name))
-
-
-def _floats(x: Any) -> Iterator[Tensor]:
-    return (t for t in _tensors(x) if t.is_floating_point())
-
-
 def _mapped(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same structure with its float tensors changed, in the order of `_floats`."""
-    if isinstance(x, Tensor):
-        return change(x) if x.is_floating_point() else x
-    if isinstance(x, PackedSequence):
-        return x._replace(data=change(x.data))
-    if isinstance(x, dict):
-        new = copy.copy(x)
-        for key, value in x.items():
-            new[key] = _mapped(value, change)
-        return new
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*(_mapped(value, change) for value in x))
-    if isinstance(x, list | tuple):
-        return type(x)(_mapped(value, change) for value in x)
-    if is_dataclass(x) and not isinstance(x, type):
-        new = copy.copy(x)
-        for f in fields(x):
-            object.__setattr__(new, f.name, _mapped(getattr(x, f.name), change))
-        return new
-    return x
+    """The same structure with its float tensors changed, in the order of `floating`."""
+    return mapped(x, lambda t: change(t) if t.is_floating_point() else t)

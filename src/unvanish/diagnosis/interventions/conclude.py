@@ -8,7 +8,7 @@ from unvanish.diagnosis.interventions.candidates import Kind
 from unvanish.diagnosis.interventions.optimizers import Recipe
 from unvanish.diagnosis.interventions.race import Race
 from unvanish.diagnosis.interventions.readout import Readout
-from unvanish.diagnosis.interventions.score import SURE, ahead
+from unvanish.diagnosis.interventions.score import ahead
 from unvanish.diagnosis.plan import Plan, Prediction
 
 Concluded = tuple[tuple[Finding, ...], Plan, tuple[str, ...]]
@@ -21,16 +21,23 @@ FAR = 0.4
 """of the bar: a candidate's gain below which a model that learns as it is, if little, is healthy"""
 ORDER: tuple[Kind, ...] = ("input", "rate", "clip", "regularisation", "radius", "reach")
 """from the simplest change to the largest"""
-HOLDS = 0.5
-"""R of a read-out from which the states are said to hold the target"""
+REACHES = 0.01
+"""share of the gradient at the first steps from which a short reach is no cause of memorising"""
 SAMPLES, UPDATES, TRIED, EACH = 128, 300, 3, 60
 """training samples, updates as it is, candidates, and updates of each, below which a failure is thin evidence"""
 HINT = 2.0
 """standard errors below the bar at which a copy may have begun to learn"""
 
 
-def conclude(race: Race, recipe: Recipe, readout: Readout | None) -> Concluded:
-    """(findings, plan, notes)."""
+def conclude(race: Race, recipe: Recipe, readout: Readout | None, reaching: float) -> Concluded:
+    """(findings, plan, notes).
+
+    Args:
+        race: who was trained, and how it ended.
+        recipe: the optimizer of the model as it is.
+        readout: of the states of the copy as it is, if that does not learn.
+        reaching: share of the gradient that reaches the first steps by any way, where the copy as it is memorises.
+    """
     own = race.as_is
     if own is None or not own.judgements:
         return (), Plan(), ()
@@ -39,14 +46,14 @@ def conclude(race: Race, recipe: Recipe, readout: Readout | None) -> Concluded:
     winners = [arm for arm in race.arms if arm.learns and _much_better(arm, own)]
     if winners:
         chosen = _simplest(winners)
+        if own.memorises and not own.learns and (chosen.candidate.kind == "rate" or reaching > REACHES):
+            return (_too_few(own, chosen),), Plan(), ()
         if own.learns or recipe.given or chosen.candidate.kind != "rate":
             plan = _plan(chosen, own, recipe)
             return (_cause(chosen, own, plan),), plan, ()
         own = chosen  # no rate was given, so any at which it learns is the model as it is
     if own.learns:
         return (_healthy(own),), Plan(), _overfits(own)
-    if readout is not None and readout.readable > max(HOLDS, SURE * readout.error):
-        return (_unread(own, readout),), Plan(), ()
     return _nothing(race, own, readout)
 
 
@@ -99,6 +106,19 @@ def _healthy(own: Arm) -> Finding:
     if not own.material.unseen:
         says = f"The loss falls as it is{how}; whether the model learns or memorises can't be told from these samples."
     return Finding("healthy", "note", "", says, _proof(own), "Nothing to change.")
+
+
+def _too_few(own: Arm, chosen: Arm) -> Finding:
+    """The training samples are fitted, so optimisation works; another copy shows that there is something to learn."""
+    return Finding(
+        "healthy",
+        "note",
+        "",
+        f"The model fits its samples as it is, but {own.material.trained_on} are too few for it to answer others: "
+        f"train on more. With {chosen.candidate.name} these are enough.",
+        f"{_proof(own)} {_proof(chosen)}",
+        "Nothing to change in the model; give it more samples, or regularise it.",
+    )
 
 
 def _overfits(own: Arm) -> tuple[str, ...]:
@@ -154,27 +174,27 @@ def _nothing(race: Race, own: Arm, readout: Readout | None) -> Concluded:
     everyone = [own, *race.arms]
     tried = [arm for arm in race.arms if arm.updates >= EACH]
     trained_on = own.material.trained_on
-    few = trained_on is not None and trained_on < SAMPLES
     hints = [a.candidate.name for a in everyone if a.best.score.gain > HINT * a.best.score.error and a.best.updates]
     thin = [
         what
         for what, applies in (
             ("no samples could be held out", not own.material.unseen),
-            (f"there were only {trained_on} samples to train on", few),
             (f"there was time for only {own.updates} updates", own.updates < UPDATES and not own.memorises),
             (f"only {len(tried)} other candidates were tried", len(tried) < TRIED),
             (f"the copy stopped, as {own.failed}", bool(own.failed)),
             (f"some copies may have begun to learn ({', '.join(hints)})", bool(hints)),
-            ("a linear read-out does find something in the states", _finds(readout)),
         )
         if applies
     ]
+    if readout is not None and readout.holds and not readout.used and not (thin and own.updates < UPDATES):
+        return (_unread(own, readout),), Plan(), ()
+    if trained_on is not None and trained_on < SAMPLES:
+        thin.append(f"there were only {trained_on} samples to train on")
+    if readout is not None and readout.readable > max(0.05, HINT * readout.error):
+        thin.append("a linear read-out does find something in the states")
     if thin:
-        return (
-            (),
-            Plan(),
-            (f"Nothing is proved: no copy beat the best constant answer, but {'; '.join(thin)}. {_proof(own)}",),
-        )
+        why = "; ".join(thin)
+        return (), Plan(), (f"Nothing is proved: no copy beat the best constant answer, but {why}. {_proof(own)}",)
     more = ""
     if any(arm.memorises for arm in everyone):
         more = f" The copies only memorised their {trained_on} training samples; far more samples could change that."
@@ -190,7 +210,3 @@ def _nothing(race: Race, own: Arm, readout: Readout | None) -> Concluded:
         "or more samples.",
     )
     return (finding,), Plan(), ()
-
-
-def _finds(readout: Readout | None) -> bool:
-    return readout is not None and readout.readable > max(0.05, HINT * readout.error)

@@ -1,5 +1,6 @@
 """What each recurrent module of a model is fed: its steps, and the scale of its input."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,3 +90,51 @@ def fed(material: Material, seed: int) -> dict[str, Fed]:
     for entry in found.values():
         entry.steps //= max(passes, groups, 1)
     return found
+
+
+def reaching(material: Material, seed: int) -> float:
+    """How much of the gradient reaches the first steps, by whatever way: recurrence, attention, pooling, or a target of
+    their own.
+
+        min over recurrent modules of   mean over the first tenth of the steps of ‖∂E/∂x_t‖ / max over t of ‖∂E/∂x_t‖
+
+    1 where no module has a sequence. With a target at every step this says nothing of how far a single error goes.
+    """
+    twin = material.subject.twin()
+    steps: dict[str, list[tuple[Tensor, int | None]]] = {}
+    handles = []
+
+    def listen(path: str, module: nn.Module) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            if not args or not isinstance(args[0], Tensor):
+                return None
+            x = args[0].clone() if args[0].requires_grad else args[0].detach().clone().requires_grad_()
+            x.retain_grad()
+            cell = isinstance(module, nn.RNNCellBase)
+            axis = None if cell else 1 if getattr(module, "batch_first", False) and x.dim() == 3 else 0
+            steps.setdefault(path, []).append((x, axis))
+            return (x, *args[1:]), kwargs
+
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    for path, module in twin.named_modules():
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            handles.append(listen(path, module))
+    try:
+        with material.subject.rng(seed), torch.enable_grad():
+            material.loss(twin, 0).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return min((_share(calls) for calls in steps.values()), default=1.0)
+
+
+def _share(calls: list[tuple[Tensor, int | None]]) -> float:
+    norms: list[float] = []
+    for x, axis in calls:
+        grad = torch.zeros_like(x) if x.grad is None else x.grad
+        parts = [grad] if axis is None else list(grad.unbind(axis))
+        norms += [float(part.double().norm()) for part in parts]
+    most = max(norms, default=0.0)
+    first = norms[: max(len(norms) // 10, 1)]
+    return sum(first) / len(first) / most if most > 0 and math.isfinite(most) else 1.0

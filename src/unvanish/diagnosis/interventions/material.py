@@ -5,10 +5,12 @@ judged on samples that its training has not seen. They come in groups: the user'
 standard error over samples needs several.
 """
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -112,12 +114,12 @@ class Draws:
         self.subject, self.seed = subject, seed
 
     def loss(self, model: nn.Module, update: int) -> Tensor:
-        torch.manual_seed(self.seed + 1 + update)
+        _seed(self.seed + 1 + update)
         return self.subject.loss(model)
 
     def judged(self, model: nn.Module) -> Tensor:
         def draw(number: int) -> Tensor:
-            torch.manual_seed(self.seed + 1_000_003 + number)
+            _seed(self.seed + 1_000_003 + number)
             return self.subject.loss(model)
 
         return _without_training(self.subject, model, [lambda n=n: draw(n) for n in range(DRAWS)])
@@ -125,7 +127,7 @@ class Draws:
     def fitted(self, model: nn.Module) -> Tensor:
         losses = []
         for number in range(DRAWS):
-            torch.manual_seed(self.seed + 2_000_003 + number)
+            _seed(self.seed + 2_000_003 + number)
             losses.append(self.subject.loss(model))
         return torch.stack(losses).mean()
 
@@ -220,6 +222,13 @@ def _numbers_samples(target: Any) -> bool:
     if not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point() or len(target) < 2:
         return False
     return torch.equal(target.cpu().long(), torch.arange(len(target)))
+
+
+def _seed(seed: int) -> None:
+    """Every source that a step is likely to draw from; within `Subject.rng`, which restores them."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (the user's)
 
 
 def _seeded(seed: int) -> torch.Generator:

@@ -21,8 +21,8 @@ OWN = 0.4
 """share of the budget for the model as it is"""
 ROUNDS = (0.4, 0.35, 0.25)
 """shares of what is left, for all candidates, for the better half, for the better half of those"""
-FITTING = 0.1
-"""share of the budget for the best constant answer"""
+FITTING, LATER = 0.1, 0.1
+"""shares of the budget for the best constant answer, and for what is asked after the race"""
 
 
 @dataclass
@@ -60,7 +60,7 @@ def race(
         progress: is called with a sentence on what is being tried.
     """
     begun = time.perf_counter()
-    end = begun + budget
+    end = begun + (1 - LATER) * budget
     found = Race()
     cost = _cost(material, recipe, seed)
     if isinstance(cost, str):

@@ -6,6 +6,7 @@ h is the last state of a recurrent module, or the mean over its steps; with a ta
 """
 
 import math
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,16 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from unvanish.diagnosis.interventions.arm import Arm
+from unvanish.diagnosis.interventions.arm import CHUNK, Arm
+from unvanish.diagnosis.interventions.candidates import AS_IS
 from unvanish.diagnosis.interventions.material import Rows
+from unvanish.diagnosis.interventions.optimizers import Recipe
+from unvanish.diagnosis.interventions.score import SURE
 from unvanish.nn.modules import evaluating
 
+HOLDS = 0.5
+"""R from which the states are said to hold the target"""
 PER_FEATURE = 4
 """rows that are fitted per feature, at least: with fewer a read-out tells of the rows, not of the state"""
 RIDGE = 1e-2
 STEPS, CLASSES = 6, 64
 MOST = 512
 """rows to fit on"""
+HEAD_LR, HEAD_UPDATES = 1e-2, 300
+"""of a head that is trained alone"""
 
 
 class Readout(NamedTuple):
@@ -36,6 +44,13 @@ class Readout(NamedTuple):
     """the module whose states say most"""
     enough: bool
     """whether there were enough rows that a low R means something"""
+    used: bool = False
+    """whether the model's own head, trained alone, reads it too"""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the states hold the target, by more than chance."""
+        return self.readable > max(HOLDS, SURE * self.error)
 
 
 def read_out(arm: Arm, seed: int) -> Readout | None:
@@ -143,3 +158,25 @@ def _judged(x: Tensor, y: Tensor, x_out: Tensor, y_out: Tensor) -> tuple[float, 
     if total == 0:
         return 0.0, 0.0
     return float(gains.mean()) / total, float(gains.std()) / math.sqrt(len(gains)) / total
+
+
+def head_reads(arm: Arm, recipe: Recipe, seed: int, until: float) -> bool:
+    """Whether the model's own head and loss can read the states of a trained copy, if only they are trained.
+
+    Where a linear read-out finds the target and this does not, something lies between the states and the loss.
+    """
+    inside = {
+        f"{path}.{name}".removeprefix(".")
+        for path, module in arm.model.named_modules()
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase)
+        for name, _ in module.named_parameters()
+    }
+    outside = tuple(name for name, _ in arm.model.named_parameters() if name not in inside)
+    if not outside:
+        return False
+    alone = Recipe(torch.optim.Adam, ((outside, {"lr": HEAD_LR}),), recipe.known, given=True)
+    head = Arm(AS_IS, arm.material, alone, arm.bar, seed, start=arm.model)
+    while head.updates < HEAD_UPDATES and not head.failed and not head.learns and time.perf_counter() < until:
+        head.train(CHUNK, until)
+        head.judge()
+    return head.learns

@@ -1,6 +1,7 @@
 """The way in: from a subject and a budget to findings, a plan, and a table of what was tried."""
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,11 @@ from unvanish.diagnosis.interventions.arm import Arm
 from unvanish.diagnosis.interventions.candidates import Candidate
 from unvanish.diagnosis.interventions.chance import Features, features
 from unvanish.diagnosis.interventions.conclude import conclude
-from unvanish.diagnosis.interventions.inputs import Fed, fed
+from unvanish.diagnosis.interventions.inputs import Fed, fed, reaching
 from unvanish.diagnosis.interventions.material import material
 from unvanish.diagnosis.interventions.optimizers import Recipe, recipe
 from unvanish.diagnosis.interventions.race import Race, race
-from unvanish.diagnosis.interventions.readout import read_out
+from unvanish.diagnosis.interventions.readout import head_reads, read_out
 from unvanish.diagnosis.plan import Plan
 from unvanish.diagnosis.subject import Subject
 
@@ -126,13 +127,18 @@ def run(
     def early(arm: Arm) -> None:
         seen.append(features(arm, read_out(arm, seed), layers or {}))
 
+    end = time.perf_counter() + budget
     raced = race(data, own, entered, early, budget, seed, say)
     finished = raced.as_is
     reading = None
     if finished is not None and not finished.learns and finished.judgements and not finished.failed:
         say("a linear read-out of the states")
         reading = read_out(finished, seed)
-    findings, plan, concluded = conclude(raced, own, reading)
+        if reading is not None and reading.holds:
+            say("the head alone")
+            reading = reading._replace(used=head_reads(finished, own, seed, end))
+    reach = reaching(data, seed) if finished is not None and finished.memorises else 0.0
+    findings, plan, concluded = conclude(raced, own, reading, reach)
     return Outcome(findings, plan, (*notes, *raced.notes, *concluded), _table(raced), seen[0] if seen else None)
 
 
