@@ -95,7 +95,7 @@ class Subject:
     def _layout(self) -> tuple[int | None, tuple[int, ...]]:
         """(samples, axes in the order in which they are looked at)"""
         items = self.inputs if self.step is None else self.call
-        packed = [p for p in _packed(items)]
+        packed = _packed(items)
         if packed:
             return int(packed[0].batch_sizes[0]), (0, 1)
         given = [t for t in tensors(items) if t.dim()]
@@ -148,6 +148,11 @@ class Subject:
         """How many the batch holds; None if no axis agrees among inputs and target."""
         return self._layout[0]
 
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes in which the samples are looked for, in this order."""
+        return self._layout[1]
+
     def rows(self, items: Any, index: Tensor) -> Any:
         """These samples of every tensor that has an axis of them, in the same structure; the rest as it is."""
         samples, axes = self._layout
@@ -167,17 +172,17 @@ class Subject:
 
         devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
         kinds = {d.type for d in devices} or {"cuda"}
-        python, numpy = random.getstate(), np.random.get_state()
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the user's code draws from it)
         kind = next(iter(kinds))
         try:
             with torch.random.fork_rng(devices=[d for d in devices if d.type == kind], device_type=kind):
                 torch.manual_seed(seed)
                 random.seed(seed)
-                np.random.seed(seed % 2**32)
+                np.random.seed(seed % 2**32)  # noqa: NPY002
                 yield
         finally:
             random.setstate(python)
-            np.random.set_state(numpy)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _agreement(size: int, others: list[Tensor]) -> int:
