@@ -20,8 +20,8 @@ from unvanish.diagnosis.interventions import Outcome, conclude, race, run
 @pytest.fixture(autouse=True)
 def few_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the numbers of updates, not the clock, end each copy's training."""
-    monkeypatch.setattr(race, "MOST", 200)
-    monkeypatch.setattr(conclude, "UPDATES", 200)
+    monkeypatch.setattr(race, "MOST", 150)
+    monkeypatch.setattr(conclude, "UPDATES", 150)
 
 
 def outcome(model: nn.Module, *batch: Any, loss: Callable[..., Tensor] = cross_entropy, **options: Any) -> Outcome:

@@ -193,6 +193,14 @@ def test_rows_are_split_once_and_no_judged_row_is_trained_on() -> None:
     assert set(seen) == set(rows.train.float().tolist())
 
 
+def test_answers_that_belong_to_their_samples_are_told_from_answers_that_belong_to_none() -> None:
+    y = (torch.arange(200) % 20 == 0).long()
+    for target, belongs in ((y, True), (y[torch.randperm(200, generator=seeded())], False)):
+        rows = Rows(subject(nn.Embedding.from_pretrained(4.0 * nn.functional.one_hot(y)), torch.arange(200), target,
+                            loss=cross_entropy), 200, 0)  # fmt: skip
+        assert (rows.informed(rows.subject.model) > 5) is belongs
+
+
 def test_targets_that_number_the_samples_are_numbered_anew_and_classes_are_not() -> None:
     rows = Rows(subject(nn.Identity(), X, torch.arange(200), loss=cross_entropy), 200, 0)
     assert rows.targets(torch.tensor([7, 3, 9])).tolist() == [0, 1, 2]
@@ -227,8 +235,9 @@ def test_fresh_batch_norm_is_judged_by_the_batchs_own_statistics_and_keeps_its_b
 def test_a_score_is_sure_only_beyond_the_scatter_over_groups() -> None:
     bar = torch.ones(16)
     scatter = torch.tensor([1.0, -1.0] * 8)
-    assert score(bar - 0.3 + 0.1 * scatter, bar).clear
+    assert score(bar - 0.3 + 0.1 * scatter, bar).learns
     assert not score(bar - 0.3 + 0.8 * scatter, bar).learns
+    assert score(bar - 0.3 + 0.6 * scatter, bar).visible
     assert not score(bar - 0.01, bar).learns  # certain, but too small to see
     assert not score(torch.full((16,), math.inf), bar).learns
     assert ahead(bar - 0.1, bar + 0.01 * scatter)

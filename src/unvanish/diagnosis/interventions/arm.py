@@ -13,7 +13,7 @@ from unvanish.diagnosis.interventions.bar import Bar
 from unvanish.diagnosis.interventions.candidates import Candidate
 from unvanish.diagnosis.interventions.material import Material
 from unvanish.diagnosis.interventions.optimizers import Recipe
-from unvanish.diagnosis.interventions.score import Score, score
+from unvanish.diagnosis.interventions.score import CLEAR, SURE_OF_PAIRS, Score, score
 
 CHUNK = 25
 """updates between two looks at the clock; also between the first judgements"""
@@ -98,10 +98,14 @@ class Arm:
         begun = time.perf_counter()
         with self.material.subject.rng(self.seed):
             found = Judgement(self.updates, self.material.judged(self.model), self.bar.losses)
-            if not found.score.clear and self.material.unseen and self.updates:
+            if not found.clear and self.material.unseen and self.updates:
                 with self.bar.shrunk(self.model, SHRUNK):
                     shrunk = Judgement(self.updates, self.material.judged(self.model), self.bar.losses, SHRUNK)
-                found = min(found, shrunk, key=lambda j: j.score.loss)
+                    if not shrunk.score.learns and shrunk.score.visible:
+                        shrunk.informed = self.material.informed(self.model)
+                if not found.score.learns and found.score.visible:
+                    found.informed = self.material.informed(self.model)
+                found = min(found, shrunk, key=lambda j: (not j.learns, j.score.loss))
         self.judgements.append(found)
         self.seconds += time.perf_counter() - begun
 
@@ -114,14 +118,14 @@ class Arm:
     def clear(self) -> bool:
         """Whether its last two judgements both were clearly below the bar."""
         last = self.judgements[-2:]
-        return len(last) == 2 and all(j.score.clear for j in last)
+        return len(last) == 2 and all(j.clear for j in last)
 
     @property
     def learns(self) -> bool:
         """Whether two judgements in a row were below the bar by more than chance; one, if a loss has no error bar."""
-        told = [j.score.learns for j in self.judgements]
+        told = [j.learns for j in self.judgements]
         if not self.material.unseen:
-            return self.best.score.learns
+            return self.best.learns
         return any(a and b for a, b in pairwise(told))
 
     @property
@@ -153,11 +157,27 @@ class Judgement:
     bar: Tensor
     shrunk: float = 1.0
     """share of the way from the constant answer to the copy's own that was judged"""
+    informed: float = 0.0
+    """see `Material.informed`; looked at where the scatter over groups leaves it open whether the copy learns"""
     score: Score = field(init=False)
 
     def __post_init__(self) -> None:
         self.losses = torch.where(self.losses.isfinite(), self.losses, math.inf)
         self.score = score(self.losses, self.bar)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the loss is below the bar by more than chance.
+
+        Where a few samples decide, as with a rare class, the groups scatter though every one of them is answered
+        right. Then the answers have to belong to their own samples, which random pairings tell far more surely.
+        """
+        return self.score.learns or (self.score.visible and self.informed > SURE_OF_PAIRS)
+
+    @property
+    def clear(self) -> bool:
+        """Whether it learns so well that nothing else needs a trial."""
+        return self.learns and self.score.share > CLEAR
 
 
 def next_judgement(updates: int) -> int:

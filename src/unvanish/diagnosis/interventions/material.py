@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from unvanish.diagnosis.structure import tensors
 from unvanish.diagnosis.subject import Subject
 from unvanish.nn.modules import evaluating
 
@@ -27,6 +28,8 @@ GROUPS, GROUP = 16, 4
 """groups of held-out samples at most, and samples of one group at least"""
 MOST = 512
 """samples that are judged on, and as many that a constant is fitted on besides"""
+PAIRINGS = 24
+"""random pairings of held-out answers and targets"""
 DRAWS = 16
 """fresh batches that a step is judged on"""
 
@@ -56,6 +59,11 @@ class Material(Protocol):
 
     def fitted(self, model: nn.Module) -> Tensor:
         """The loss that a constant answer is fitted on."""
+        ...
+
+    def informed(self, model: nn.Module) -> float:
+        """How much better the answers fit their own samples' targets than those of others, in standard deviations over
+        random pairings; 0 where targets can't be exchanged."""
         ...
 
 
@@ -92,6 +100,26 @@ class Rows:
         # On all rows: a constant that has seen the held-out ones is a bar that is a little too strict, not too lax.
         return self.loss_of(model, torch.cat([*self.groups, self.train[:MOST]]))
 
+    def informed(self, model: nn.Module) -> float:
+        if not tensors(self.subject.target):
+            return 0.0
+        rows = torch.cat(self.groups)
+        inputs, generator = self.subject.rows(self.subject.inputs, rows), _seeded(self.seed)
+        pairings = [torch.arange(len(rows)), *(torch.randperm(len(rows), generator=generator) for _ in range(PAIRINGS))]
+
+        def paired(order: Tensor) -> Tensor:
+            target = self.targets(rows)[order] if self.numbered else self.targets(rows[order])
+            return self.subject.loss(model, inputs, target)
+
+        losses = _without_training(self.subject, model, [lambda order=order: paired(order) for order in pairings])
+        spread = float(losses[1:].std())
+        return float(losses[1:].mean() - losses[0]) / spread if spread > 0 else 0.0
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the targets number the samples of their batch."""
+        return _numbers_samples(self.subject.target)
+
     def loss_of(self, model: nn.Module, rows: Tensor) -> Tensor:
         """Of these samples."""
         return self.subject.loss(model, self.subject.rows(self.subject.inputs, rows), self.targets(rows))
@@ -99,9 +127,7 @@ class Rows:
     def targets(self, rows: Tensor) -> Any:
         """These samples' targets. What numbers the samples of its batch (contrastive losses) is numbered anew."""
         target = self.subject.target
-        if _numbers_samples(target):
-            return target[: len(rows)]
-        return self.subject.rows(target, rows)
+        return target[: len(rows)] if self.numbered else self.subject.rows(target, rows)
 
 
 class Draws:
@@ -131,6 +157,9 @@ class Draws:
             losses.append(self.subject.loss(model))
         return torch.stack(losses).mean()
 
+    def informed(self, model: nn.Module) -> float:
+        return 0.0
+
 
 class Whole:
     """The whole batch, to train and to judge: too small to hold samples out, or not to be split."""
@@ -149,6 +178,9 @@ class Whole:
 
     def fitted(self, model: nn.Module) -> Tensor:
         return self.subject.loss(model)
+
+    def informed(self, model: nn.Module) -> float:
+        return 0.0
 
 
 def material(subject: Subject, seed: int) -> tuple[Material, tuple[str, ...]]:

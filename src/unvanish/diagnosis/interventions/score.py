@@ -7,6 +7,10 @@ from torch import Tensor
 
 SURE = 3.5
 """standard errors over groups of samples; with 16 groups chance alone exceeds it once in 600 times"""
+SURE_OF_PAIRS = 5.0
+"""standard deviations over random pairings of answers and targets"""
+LIKELY = 1.5
+"""standard errors from which it is worth asking further"""
 VISIBLE = 0.03
 """of the bar: a fall that is smaller is not called learning, however certain"""
 CLEAR = 0.25
@@ -40,9 +44,9 @@ class Score(NamedTuple):
         return self.gain > SURE * self.error and self.share > VISIBLE
 
     @property
-    def clear(self) -> bool:
-        """Whether it learns so well that nothing else needs a trial."""
-        return self.learns and self.share > CLEAR
+    def visible(self) -> bool:
+        """Whether the loss is below the bar by something to see, if not yet beyond doubt."""
+        return self.gain > LIKELY * self.error and self.share > VISIBLE
 
 
 def score(losses: Tensor, bar: Tensor) -> Score:
