@@ -4,7 +4,9 @@
 """
 
 from unvanish.diagnosis.diagnose import diagnose
+from unvanish.diagnosis.finding import Finding
+from unvanish.diagnosis.plan import Plan
 from unvanish.diagnosis.records import Diagnosis, LayerDiagnosis, Prescription, Verification
 from unvanish.diagnosis.verdict import Verdict
 
-__all__ = ["Diagnosis", "LayerDiagnosis", "Prescription", "Verdict", "Verification", "diagnose"]
+__all__ = ["Diagnosis", "Finding", "LayerDiagnosis", "Plan", "Prescription", "Verdict", "Verification", "diagnose"]

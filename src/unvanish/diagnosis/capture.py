@@ -3,7 +3,6 @@
 The pass runs on a copy: the user's model, its gradients, buffers, mode and random numbers stay as they are.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from unvanish.diagnosis.cell_loop import CellLoop
+from unvanish.diagnosis.structure import detached_copy
 from unvanish.nn.modules import LayerDirection, evaluating, hear_gradient, layer_directions, time_major
 
 
@@ -72,12 +72,8 @@ class _Call:
         return error.transpose(0, 1) if self.batch_first and self.error.dim() == 3 else error
 
 
-def capture(
-    model: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Tensor], seed: int, target: tuple[Any, ...] = ()
-) -> tuple[list[Given], tuple[str, ...]]:
-    """Run `loss(model(*inputs))` forward and backward, and listen at every nn.RNN, nn.LSTM and nn.GRU, and their cells.
-
-    The target is only looked at to say where a NaN came from.
+def capture(model: nn.Module, loss: Callable[[nn.Module], Tensor], seed: int) -> tuple[list[Given], tuple[str, ...]]:
+    """Run `loss(copy of model)` forward and backward, and observe every nn.RNN, nn.LSTM and nn.GRU, and their cells.
 
     Returns:
         What was found, and notes on what recurs and could not be followed.
@@ -89,7 +85,7 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    twin = copy.deepcopy(model)
+    twin = detached_copy(model)
     modules = {name: m for name, m in twin.named_modules() if isinstance(m, nn.RNNBase)}
     loops = [CellLoop(name, m) for name, m in twin.named_modules() if isinstance(m, nn.RNNCellBase)]
     if not modules and not loops:
@@ -105,11 +101,11 @@ def capture(
     devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
         torch.manual_seed(seed)
-        value = loss(twin(*inputs))
+        value = loss(twin)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(f"loss: expected a scalar tensor, got {getattr(value, 'shape', type(value).__name__)}")
         if not bool(value.isfinite()):
-            raise ValueError(f"loss: expected a finite number, got {value.item()}{_not_finite(inputs, target)}")
+            raise ValueError(f"loss: expected a finite number, got {value.item()}")
         if not value.requires_grad:
             raise ValueError("loss: it does not depend on the model's weights; was the graph detached?")
         value.backward()
@@ -124,16 +120,6 @@ def capture(
             "depend on them: was a state detached, or its output left unused?"
         )
     return found, notes
-
-
-def _not_finite(inputs: tuple[Any, ...], target: tuple[Any, ...]) -> str:
-    """Where a NaN or infinity came in, as far as the batch shows it."""
-    for number, item in enumerate((*inputs, *target)):
-        data = item.data if isinstance(item, PackedSequence) else item
-        if isinstance(data, Tensor) and not bool(data.isfinite().all()):
-            what = "input" if number < len(inputs) else "target"
-            return f"; item {number} of the batch, its {what}, holds a NaN or infinity"
-    return ""
 
 
 def _listen(calls: list[_Call]) -> Any:
