@@ -73,7 +73,7 @@ class Subject:
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"loss: expected a tensor with one number, got {got}; take its mean or sum")
-        return value.reshape(())
+        return value if value.dim() == 0 else value.reshape(())
 
     @staticmethod
     def _batch(inputs: tuple[Any, ...]) -> Any:

@@ -136,7 +136,7 @@ def _nothing_trains(bench: Bench) -> Finding:
     why = (
         f"{len(frozen)} of {len(list(bench.subject.model.parameters()))} parameters have requires_grad False."
         if frozen
-        else "No parameter is frozen, so the graph is cut between the parameters and the loss."
+        else f"None of {len(list(bench.subject.model.parameters()))} parameters is frozen, so the graph is cut between the parameters and the loss."
     )
     return Finding(
         "parameters_unmoved", "error", "loss", "The loss has no gradient: nothing can train.",

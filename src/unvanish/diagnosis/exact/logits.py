@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from unvanish.diagnosis.exact.bench import Bench
+from unvanish.diagnosis.exact.trace import Called
 from unvanish.diagnosis.finding import Finding
 
 _VIEWS = (
@@ -20,7 +21,7 @@ def origin(tensor: Tensor) -> str:
     node = tensor.grad_fn
     while node is not None:
         name = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward").lstrip("_")
-        if not name.startswith(_VIEWS) and name != "T":
+        if name not in _VIEWS:
             return {"LogSoftmax": "LogSoftmax", "SafeSoftmax": "Softmax"}.get(name, name)
         following = [n for n, _ in node.next_functions if n is not None]
         if not following:
@@ -240,11 +241,11 @@ def loss_unbalanced(bench: Bench) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _terms(loss: Tensor, made: dict[int, object], depth: int = 0) -> list[Tensor]:
+def _terms(loss: Tensor, made: dict[int, Called], depth: int = 0) -> list[Tensor]:
     call = made.get(id(loss))
     if call is None or depth > 20:
         return [loss]
-    operands = [a for a in call.args if isinstance(a, Tensor) and a.numel() == 1]  # type: ignore[attr-defined]
+    operands = [a for a in call.args if isinstance(a, Tensor) and a.numel() == 1]
     if len(operands) < 2:
         return [loss]
     return [t for operand in operands for t in _terms(operand, made, depth + 1)]

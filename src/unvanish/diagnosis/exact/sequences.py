@@ -99,7 +99,7 @@ def needs_future(bench: Bench) -> list[Finding]:
     fit = {}
     spans = {"past": range(-WINDOW, 1), "future": range(1, WINDOW + 1)}
     for name, span in spans.items():
-        at = [t for t in range(WINDOW, T - WINDOW)]
+        at = range(WINDOW, T - WINDOW)
         if not at:
             return []
         rows = torch.cat([torch.stack([features[:, t + s] for t in at], 1) for s in span], -1).flatten(0, 1)
@@ -127,14 +127,22 @@ def _features(x: Tensor) -> Tensor | None:
     if x.is_floating_point():
         return x.double() if x.shape[-1] * 5 <= 400 else None
     values = x[..., 0].unique()
-    return nn.functional.one_hot(torch.searchsorted(values, x[..., 0])).double() if len(values) <= 40 else None
+    return (
+        nn.functional.one_hot(torch.searchsorted(values, x[..., 0].contiguous())).double()
+        if len(values) <= 40
+        else None
+    )
 
 
 def _goal(y: Tensor) -> Tensor | None:
     if y.is_floating_point():
         return y.double()
     values = y[..., 0].unique()
-    return nn.functional.one_hot(torch.searchsorted(values, y[..., 0])).double() if 2 <= len(values) <= 40 else None
+    return (
+        nn.functional.one_hot(torch.searchsorted(values, y[..., 0].contiguous())).double()
+        if 2 <= len(values) <= 40
+        else None
+    )
 
 
 def _explained(x: Tensor, y: Tensor, samples: int) -> float:

@@ -108,6 +108,7 @@ def race(
             combined = [Arm(c, material, recipe, found.bar, seed) for c in _combined(running)]
             found.arms += combined
             running += combined
+    found.arms = [arm for arm in found.arms if arm.judgements]
     return found
 
 
