@@ -29,13 +29,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
-from unvanish.diagnosis.subject import Subject
 
+import unvanish as uv
 from unvanish import cures
 from unvanish.diagnosis import interventions
 from unvanish.diagnosis.interventions.bar import best_constant
 from unvanish.diagnosis.interventions.chance import Features
 from unvanish.diagnosis.interventions.material import Rows
+from unvanish.diagnosis.subject import Subject
 
 UPDATES, BATCH, CLIP = 400, 32, 1.0
 TRAINED, DIAGNOSED, JUDGED = 2048, 256, 256
@@ -257,7 +258,9 @@ def measure(run: Run, budget: float) -> dict[str, Any]:
     model, (x, y) = run.build(), run.diagnosed()
     subject = Subject(model, (x,), y, KINDS[run.kind].loss)
     begun = time.process_time()
-    told = interventions.run(subject, budget=budget, optimizer=torch.optim.Adam(model.parameters(), lr=run.lr))
+    layers = uv.diagnose(model, x, y, loss=KINDS[run.kind].loss, budget=0).layers
+    given = torch.optim.Adam(model.parameters(), lr=run.lr)
+    told = interventions.run(subject, budget=budget, optimizer=given, layers=layers)
     found["diagnosis_seconds"] = time.process_time() - begun
     found["codes"] = [f.code for f in told.findings]
     found["features"] = None if told.features is None else astuple(told.features)

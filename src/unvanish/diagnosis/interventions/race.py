@@ -97,17 +97,18 @@ def race(
     running = list(found.arms)
     for number, share in enumerate(ROUNDS):
         left = (end - time.perf_counter()) * share / sum(ROUNDS[number:])
-        if not running or left < len(running) * CHUNK * cost:
-            break
+        running = running[: int(max(left, 0.0) / (CHUNK * cost))]  # the most promising come first
         for arm in running:
             _run(arm, min(time.perf_counter() + left / len(running), end), max(own.updates, LEAST), progress)
-        if any(arm.clear for arm in running):
+        if not running or any(arm.clear for arm in running):
             break
         running = _better_half(running)
         if number == 0:
             combined = [Arm(c, material, recipe, found.bar, seed) for c in _combined(running)]
             found.arms += combined
             running += combined
+    if not any(arm.learns for arm in found.arms):
+        _run(own, end, MOST, progress)
     found.arms = [arm for arm in found.arms if arm.judgements]
     return found
 
