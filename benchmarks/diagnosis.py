@@ -1,25 +1,25 @@
-"""Does the diagnosis say who learns, and do its cures make them learn? A grid of small trainings, measured.
+"""Does the diagnosis say who learns, and does its plan make the others learn? A grid of small trainings, measured.
 
-    python benchmarks/diagnosis.py train  --out grid --half design   # trains the runs; goes on where it stopped
-    python benchmarks/diagnosis.py judge  --out grid --half design   # diagnoses them before training and after 5 %
-    python benchmarks/diagnosis.py fit    --out grid                 # the weights of unvanish.diagnose.trial
-    python benchmarks/diagnosis.py cure   --out grid --half design   # trains again after the first prescription
-    python benchmarks/diagnosis.py report --out grid                 # AUC, calibration, cures, false alarms
+    python benchmarks/diagnosis.py run    --out grid [--budget 6]   # trains, diagnoses, cures; goes on where it stopped
+    python benchmarks/diagnosis.py fit    --out grid                # the weights of interventions.chance
+    python benchmarks/diagnosis.py report --out grid                # leave-one-kind-out: AUC, Brier, alarms, rescues
 
-The grid: 8 recipes × depth 1, 2 × 4 tasks × 2 lengths, the width alternating, one seed per run. Half of it, by a hash
-of the run's name, is to design on; the other half is looked at once. A run has learnt when the mean of its last three
-validation errors is below half of chance.
+The grid: 9 kinds of task × 8 recipes × 2 lags × 3 learning rates; width and depth alternate, one seed per run. Every
+run is trained for `UPDATES` updates of Adam on 2,048 samples, and has learnt when its loss on unseen samples is below
+`LEARNT` of the way from the best constant answer down to the lowest loss that any run of the same task and lag reached.
+It is diagnosed before training from one batch. Where the diagnosis has a plan, the run is trained again with it, as
+long as before.
+
+In the report the chance of each run comes from weights fitted without any run of its kind of task.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,259 +28,350 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
 
 import unvanish as uv
-from unvanish.train.models import RECIPES, SequenceModel
-from unvanish.train.tasks import Task, make_task
-from unvanish.train.tasks.base import Generated, Samples, Split, as_float
+from unvanish import cures
+from unvanish.diagnosis import interventions
+from unvanish.diagnosis.interventions.bar import best_constant
+from unvanish.diagnosis.interventions.chance import Features
+from unvanish.diagnosis.interventions.material import Rows
+from unvanish.diagnosis.subject import Subject
 
-CELLS = ("rnn", "rnn-orthogonal", "irnn", "gru", "gru-chrono", "lstm", "lstm-forget1", "lstm-chrono")
-LENGTHS = {"adding": (20, 50), "delayed-recall": (30, 80), "temporal-order": (20, 60), "copy": (10, 30)}
-UPDATES, WARM_UP, BATCH, LR, CLIP = 600, 30, 32, 3e-3, 1.0
-MEASURED_AT = (100, 200, 300, 400, 500, 550, 600)
-JUDGED = range(256, 768)
-"""validation samples that a diagnosis is given; the 256 before them tell who has learnt"""
+UPDATES, BATCH, CLIP = 400, 32, 1.0
+TRAINED, DIAGNOSED, JUDGED = 2048, 256, 256
+"""samples to train on, those among them that a diagnosis is given, and unseen ones that tell who has learnt"""
+EVERY, ENOUGH = 50, 0.03
+"""updates between two looks; share of the best constant's loss from which a training stops early, as it has learnt"""
 LEARNT = 0.5
-"""of the chance level"""
+RATES = (3e-4, 3e-3, 3e-2)
+TOLD = 0.5
+"""a chance below which a run counts as told that it will fail"""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-class ShortCopy(Generated):
-    """Copy memory small enough for the budget: two symbols out of eight, blanks, a go signal; only the two answers
-    count."""
+@dataclass(frozen=True)
+class Kind:
+    """A kind of task: samples, read-out, loss."""
 
-    name = "copy"
-    title = "Copy of two symbols"
-    describe = "Two symbols are shown; after a blank delay they are to be repeated."
-    source = "after Arjovsky, Shah & Bengio 2016, §5.1"
-    kind = "prediction"
-    default_length = 10
-    inputs, outputs, answers = 10, 8, 2
-    chance = math.log(8)
-    solved_below = chance / 10
+    inputs: int
+    outputs: int
+    lags: tuple[int, int]
+    read: str
+    """ "last", "each" step, or "mean" and "max" over steps"""
+    loss: Loss
+    make: Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
+    """(samples, lag, generator) → (x, y)"""
 
-    def samples(self, split: Split, indices: Sequence[int]) -> Samples:
-        words = np.stack([self.generator(split, index).integers(8, size=2) for index in indices])
-        symbols = np.full((len(indices), self.length + 4), 8)
-        symbols[:, :2], symbols[:, self.length + 1] = words, 9
-        return as_float(np.eye(10, dtype=np.float32)[symbols]), torch.as_tensor(words)
+
+def _recall(n: int, lag: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    x, y = 0.3 * torch.randn(n, lag + 1, 4, generator=g), torch.randint(4, (n,), generator=g)
+    x[torch.arange(n), 0, y] += 2
+    return x, y
+
+
+def _adding(n: int, lag: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    T = lag + 1
+    value, mark = torch.rand(n, T, generator=g), torch.zeros(n, T)
+    first, second = torch.randint(T // 2, (n,), generator=g), torch.randint(T // 2, T, (n,), generator=g)
+    mark[torch.arange(n), first] = mark[torch.arange(n), second] = 1
+    return torch.stack([value, mark], -1), (value * mark).sum(1, keepdim=True)
+
+
+def _order(n: int, lag: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    first, second = torch.randint(2, (2, n), generator=g)
+    x = torch.zeros(n, lag + 1, 4)
+    x[torch.arange(n), 0, first] = x[torch.arange(n), lag // 2, second] = 1
+    x[..., 2:] = 0.3 * torch.randn(n, lag + 1, 2, generator=g)
+    return x, 2 * first + second
+
+
+def _echo(n: int, lag: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Each step's answer is the input of lag/10 steps before."""
+    back = max(lag // 10, 1)
+    x = torch.randn(n, lag + 1, 1, generator=g)
+    return x, torch.cat([torch.zeros(n, back, 1), x[:, :-back]], 1)
+
+
+def _tokens(n: int, lag: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The next token of sequences that repeat a random motif of lag/10 tokens."""
+    period = max(lag // 10, 2)
+    motif = torch.randint(6, (n, period), generator=g)
+    ids = motif.repeat(1, lag // period + 2)[:, : lag + 1]
+    return torch.nn.functional.one_hot(ids[:, :-1], 6).float(), ids[:, 1:]
+
+
+def _copy(n: int, lag: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two symbols, blanks, then both again; only the last two steps count."""
+    words = torch.randint(4, (n, 2), generator=g)
+    ids = torch.full((n, lag + 2), 4)
+    ids[:, :2], ids[:, -2] = words, 5
+    y = torch.full((n, lag + 2), -100)
+    y[:, -2:] = words
+    return torch.nn.functional.one_hot(ids, 6).float(), y
+
+
+def _keyword(n: int, lag: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    x, y = 0.3 * torch.randn(n, lag + 1, 4, generator=g), torch.randint(4, (n,), generator=g)
+    x[torch.arange(n), torch.randint(lag + 1, (n,), generator=g), y] += 3
+    return x, y
+
+
+def _tone(n: int, lag: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """How fast a noisy sine oscillates, from the mean over all states."""
+    rate, phase = torch.rand(n, 1, generator=g), 2 * math.pi * torch.rand(n, 1, generator=g)
+    wave = (phase + (0.1 + 0.9 * rate) * torch.arange(lag + 1)).sin()
+    return (wave + 0.3 * torch.randn(n, lag + 1, generator=g))[..., None], rate
+
+
+def _coin(n: int, lag: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Hopeless: the answer has nothing to do with the input."""
+    return torch.randn(n, lag + 1, 2, generator=g), torch.randint(2, (n,), generator=g)
+
+
+def _each(answers: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(answers.flatten(0, 1), y.flatten())
+
+
+KINDS = {
+    "recall": Kind(4, 4, (20, 60), "last", cross_entropy, _recall),
+    "adding": Kind(2, 1, (20, 50), "last", mse_loss, _adding),
+    "order": Kind(4, 4, (20, 60), "last", cross_entropy, _order),
+    "echo": Kind(1, 1, (20, 80), "each", mse_loss, _echo),
+    "tokens": Kind(6, 6, (30, 80), "each", _each, _tokens),
+    "copy": Kind(6, 4, (10, 40), "each", _each, _copy),
+    "keyword": Kind(4, 4, (20, 100), "max", cross_entropy, _keyword),
+    "tone": Kind(1, 1, (20, 60), "mean", mse_loss, _tone),
+    "coin": Kind(2, 2, (20, 60), "last", cross_entropy, _coin),
+}
+
+CELLS: dict[str, tuple[type[nn.RNNBase], dict[str, Any], Callable[[nn.Module, int], nn.Module]]] = {
+    "rnn": (nn.RNN, {}, lambda m, lag: m),
+    "rnn-orthogonal": (nn.RNN, {}, lambda m, lag: cures.orthogonal_(m)),
+    "irnn": (nn.RNN, {"nonlinearity": "relu"}, lambda m, lag: cures.identity_(m)),
+    "gru": (nn.GRU, {}, lambda m, lag: m),
+    "gru-chrono": (nn.GRU, {}, lambda m, lag: cures.chrono_(m, lag + 1)),
+    "lstm": (nn.LSTM, {}, lambda m, lag: m),
+    "lstm-forget1": (nn.LSTM, {}, lambda m, lag: cures.forget_bias_(m, 1.0)),
+    "lstm-chrono": (nn.LSTM, {}, lambda m, lag: cures.chrono_(m, lag + 1)),
+}
+
+
+class Reader(nn.Module):
+    """A recurrent module and a linear head on its last state, each state, or their mean or maximum."""
+
+    def __init__(self, rnn: nn.RNNBase, outputs: int, read: str) -> None:
+        super().__init__()
+        self.rnn, self.head, self.read = rnn, nn.Linear(rnn.hidden_size, outputs), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.rnn(x)[0]
+        read = {"last": lambda: y[:, -1], "each": lambda: y, "mean": lambda: y.mean(1), "max": lambda: y.amax(1)}
+        return self.head(read[self.read]())
 
 
 @dataclass(frozen=True)
 class Run:
     """One point of the grid."""
 
+    kind: str
     cell: str
-    depth: int
+    lag: int
+    lr: float
     width: int
-    task: str
-    length: int
+    depth: int
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.task}-{self.length}-{self.cell}-{self.depth}x{self.width}"
+        return f"{self.kind}-{self.lag}-{self.cell}-{self.depth}x{self.width}-{self.lr:g}"
 
-    @property
-    def half(self) -> str:
-        return ("design", "held-out")[hashlib.sha256(f"{self.name}-{self.seed}".encode()).digest()[0] % 2]
-
-    def make_task(self) -> Task:
-        return ShortCopy(self.length) if self.task == "copy" else make_task(self.task, self.length)
-
-    def build(self, task: Task) -> SequenceModel:
+    def build(self) -> Reader:
         torch.manual_seed(self.seed)
-        recipe = RECIPES[self.cell]
-        options = {} if recipe.nonlinearity is None else {"nonlinearity": recipe.nonlinearity}
-        layer = recipe.layer(task.inputs, self.width, num_layers=self.depth, batch_first=True, **options)
-        if recipe.prepare is not None:
-            recipe.prepare(layer, task.length)
-        return SequenceModel(layer, task.outputs, task.answers)
+        kind = KINDS[self.kind]
+        layer, options, prepare = CELLS[self.cell]
+        rnn = layer(kind.inputs, self.width, num_layers=self.depth, batch_first=True, **options)  # type: ignore[call-arg]
+        prepare(rnn, self.lag)
+        return Reader(rnn, kind.outputs, kind.read)
+
+    def samples(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Every run of a task and lag sees the same."""
+        return KINDS[self.kind].make(count, self.lag, torch.Generator().manual_seed(seed))
+
+    def diagnosed(self) -> tuple[Tensor, Tensor]:
+        """The first of the samples that it is trained on."""
+        x, y = self.samples(TRAINED, 2)
+        return x[:DIAGNOSED], y[:DIAGNOSED]
 
 
 def grid() -> Iterator[Run]:
-    points = itertools.product(LENGTHS, (0, 1), (1, 2), CELLS)
-    for number, (task, which, depth, cell) in enumerate(points):
-        yield Run(cell, depth, (24, 48)[(number // 8 + number) % 2], task, LENGTHS[task][which], 2000 + number)
+    points = itertools.product(KINDS, (0, 1), RATES, CELLS)
+    for number, (kind, which, lr, cell) in enumerate(points):
+        width, depth = ((16, 1), (32, 1), (16, 2), (32, 2))[(number + number // len(CELLS)) % 4]
+        yield Run(kind, cell, KINDS[kind].lags[which], lr, width, depth, 3000 + number)
 
 
-@cache
-def batches(task: str, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Every run of a task sees the same samples: (x, y) to train on, (x, y) to validate."""
-    made = Run("", 0, 0, task, length, 0).make_task()
-    return *made.samples("train", range(UPDATES * BATCH)), *made.samples("validation", range(256))
-
-
-def train(model: nn.Module, run: Run, keep: Any = None) -> list[float]:
-    """Validation errors at `MEASURED_AT`; `keep()` is called after the warm-up."""
-    task = run.make_task()
-    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-    x, y, x_v, y_v = batches(run.task, run.length)
-    errors = []
+def train(model: nn.Module, run: Run, bar: float, make: Callable[[nn.Module], torch.optim.Optimizer]) -> float:
+    """The lowest loss on unseen samples, looked at every few updates."""
+    loss = KINDS[run.kind].loss
+    optimizer, lowest = make(model), math.inf
+    x_v, y_v = run.samples(JUDGED, 1)
+    x, y = run.samples(TRAINED, 2)
+    order = torch.Generator().manual_seed(run.seed)
     for update in range(UPDATES):
-        if keep is not None and update == WARM_UP:
-            keep()
-        now = slice(update * BATCH, (update + 1) * BATCH)
-        loss = task.loss(model(x[now]), y[now])
-        if not loss.isfinite():
-            return [*errors, float("inf")]
+        if update % (TRAINED // BATCH) == 0:
+            batches = torch.randperm(TRAINED, generator=order).split(BATCH)
+        at = batches[update % (TRAINED // BATCH)]
+        value = loss(model(x[at]), y[at])
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        if not bool(value.isfinite()) or not bool(norm.isfinite()):
+            break
         optimizer.step()
-        if update + 1 in MEASURED_AT:
+        if (update + 1) % EVERY == 0:
             with torch.no_grad():
-                errors.append(float(task.error(model(x_v), y_v)))
-    return errors
+                now = float(loss(model(x_v), y_v))
+            lowest = min(lowest, now if math.isfinite(now) else math.inf)
+            if lowest < ENOUGH * bar:
+                break
+    return lowest
 
 
-def learnt(errors: list[float], chance: float) -> bool:
-    return sum(errors[-3:]) / 3 < LEARNT * chance
+def bar_of(run: Run) -> float:
+    """The loss of the best constant answer on the samples that a diagnosis is given."""
+    x, y = run.diagnosed()
+    found, _ = best_constant(Rows(Subject(run.build(), (x,), y, KINDS[run.kind].loss), DIAGNOSED, 0), 0)
+    if found is None:
+        raise RuntimeError(f"{run.name}: has no best constant answer")
+    return found.mean
 
 
-def run_grid(out: Path, runs: list[Run]) -> None:
-    from safetensors.torch import save_file
+def measure(run: Run, budget: float) -> dict[str, Any]:
+    """Train, diagnose, and train again with the plan if there is one."""
+    bar = bar_of(run)
+    found: dict[str, Any] = {**asdict(run), "bar": bar}
+    begun = time.process_time()
+    found["lowest"] = train(run.build(), run, bar, lambda m: torch.optim.Adam(m.parameters(), lr=run.lr))
+    found["seconds"] = time.process_time() - begun
+    model, (x, y) = run.build(), run.diagnosed()
+    subject = Subject(model, (x,), y, KINDS[run.kind].loss)
+    begun = time.process_time()
+    layers = uv.diagnose(model, x, y, loss=KINDS[run.kind].loss, budget=0).layers
+    given = torch.optim.Adam(model.parameters(), lr=run.lr)
+    told = interventions.run(subject, budget=budget, optimizer=given, layers=layers)
+    found["diagnosis_seconds"] = time.process_time() - begun
+    found["codes"] = [f.code for f in told.findings]
+    found["features"] = None if told.features is None else astuple(told.features)
+    found["plan"] = [step.says for step in told.plan.steps]
+    found["cured"] = None
+    if told.plan:
+        names: dict[str, Any] = {"model": run.build()}
+        exec(told.plan.code, names)  # as a reader would paste it
+        found["cured"] = train(names["model"], run, bar, lambda _: names["optimizer"])
+    return found
 
-    for run in runs:
+
+def run_grid(out: Path, runs: list[Run], budget: float) -> None:
+    for number, run in enumerate(runs, 1):
         result = out / f"{run.name}.json"
         if result.exists():
             continue
-        task = run.make_task()
-        model = run.build(task)
-
-        def keep(when: str = "warm", model: nn.Module = model, run: Run = run) -> None:
-            save_file({k: v.clone() for k, v in model.state_dict().items()}, out / f"{run.name}.{when}.safetensors")
-
-        keep("start")
-        begun = time.process_time()
-        errors = train(model, run, keep)
-        found = {**asdict(run), "errors": errors, "chance": task.chance, "learnt": learnt(errors, task.chance)}
-        found["seconds"] = time.process_time() - begun
+        found = measure(run, budget)
         result.write_text(json.dumps(found))
+        cured = "" if found["cured"] is None else f", {found['cured'] / found['bar']:.2f} with the plan"
         print(
-            f"{run.name:44} {'learns' if found['learnt'] else 'fails '} {errors[-1] / task.chance:.2f} of chance, "
-            f"{found['seconds']:.1f} s",
+            f"{number}/{len(runs)} {run.name:42} {found['lowest'] / found['bar']:.2f} of the bar, "
+            f"{' '.join(found['codes']) or 'nothing proved'}{cured}; {found['seconds']:.1f} + "
+            f"{found['diagnosis_seconds']:.1f} s",
             flush=True,
         )
 
 
-def judge(out: Path, runs: list[Run]) -> None:
-    """The diagnosis of every run, before training and after the warm-up."""
-    from safetensors.torch import load_file
-
-    for run in runs:
-        result = out / f"{run.name}.judged.json"
-        if result.exists():
-            continue
-        task, found = run.make_task(), {}
-        x, y = task.samples("validation", JUDGED)
-        for when in ("start", "warm"):
-            model = run.build(task)
-            model.load_state_dict(load_file(out / f"{run.name}.{when}.safetensors"))
-            begun = time.process_time()
-            diagnosis = uv.diagnose(model, x, y, loss=task.loss, trial=True, lr=LR)
-            told = time.process_time()
-            first = next((p.cure for p in diagnosis.prescriptions if p.act is not None), None)
-            found[when] = {
-                "survival": min(d.evidence["median_survival"] for d in diagnosis.values()),
-                "readable": diagnosis.readable,
-                "chance": diagnosis.chance,
-                "cure": first,
-                "seconds": told - begun,
-                "cure_seconds": time.process_time() - told,
-            }
-        result.write_text(json.dumps(found))
-        start = found["start"]
-        print(f"{run.name:44} {start['chance']:.2f} {start['cure']}, {start['seconds']:.1f} s", flush=True)
+def rows_of(out: Path, runs: list[Run]) -> list[dict[str, Any]]:
+    """Every finished run, with whether it learnt, as it was and with the plan."""
+    rows = [json.loads(p.read_text()) for run in runs if (p := out / f"{run.name}.json").exists()]
+    for row in rows:
+        same = [r for r in rows if (r["kind"], r["lag"]) == (row["kind"], row["lag"])]
+        lowest = min(min(r["lowest"], r["cured"] or math.inf) for r in same)
+        # A task that nobody has learnt, like the hopeless one, has no lowest loss to go by: then it is 0.
+        floor = lowest if lowest < LEARNT * row["bar"] else 0.0
+        threshold = floor + LEARNT * (row["bar"] - floor)
+        row["learnt"] = row["lowest"] < threshold
+        row["rescued"] = row["cured"] is not None and row["cured"] < threshold
+    return [row for row in rows if row["features"] is not None]
 
 
-def cure(out: Path, runs: list[Run]) -> None:
-    """Every run that failed and was told so: the first prescription, the same budget."""
-    for run in runs:
-        result = out / f"{run.name}.cured.json"
-        outcome = json.loads((out / f"{run.name}.json").read_text())
-        told = json.loads((out / f"{run.name}.judged.json").read_text())["start"]["cure"]
-        if result.exists() or outcome["learnt"] or told is None:
-            continue
-        task = run.make_task()
-        model = run.build(task)
-        x, y = task.samples("validation", JUDGED)
-        diagnosis = uv.diagnose(model, x, y, loss=task.loss, trial=True, lr=LR)
-        first = next(p for p in diagnosis.prescriptions if p.act is not None)
-        model = first.apply(model)
-        errors = train(model, run)
-        found = {"cure": first.cure, "learnt": learnt(errors, task.chance), "errors": errors}
-        result.write_text(json.dumps(found))
-        print(f"{run.name:44} {first.cure:45} {'learns' if found['learnt'] else 'fails'}", flush=True)
-
-
-def report(out: Path, runs: list[Run]) -> None:
-    """Everything on the runs chosen, by the chance that the library gives."""
-    rows = [_row(out, run) for run in runs]
-    y = np.array([row["learnt"] for row in rows])
-    print(f"{len(rows)} runs, {y.sum()} learn")
-    tasks = [row["task"] for row in rows]
-    groups = [(row["task"], row["length"]) for row in rows]
-    rates = np.array([y[[other == task for other in tasks]].mean() for task in tasks])
-    base, by_task = np.mean((y.mean() - y) ** 2), np.mean((rates - y) ** 2)
-    print(f"Brier score of the base rate {base:.3f}, of each task's {by_task:.3f}")
-    for when in ("start", "warm"):
-        p, survival, readable = (np.array([row[when][k] for row in rows]) for k in ("chance", "survival", "readable"))
-        inside = [np.array([group == key for group in groups]) for key in dict.fromkeys(groups)]
-        within = [roc_auc_score(y[at], p[at]) for at in inside if 0 < y[at].sum() < at.sum()]
-        print(f"  {when}: AUC {roc_auc_score(y, p):.2f}, by survival alone {roc_auc_score(y, survival):.2f}, by "
-              f"readability alone {roc_auc_score(y, readable):.2f}; Brier {np.mean((p - y) ** 2):.3f}")  # fmt: skip
-        print(f"    within task and length {np.mean(within):.2f} over {len(within)} groups that both learn and fail")
-        for low in (0.0, 0.25, 0.5, 0.75):
-            at = (p >= low) & (p < low + 0.25)
-            if at.any():
-                print(f"    chance {low:.2f}–{low + 0.25:.2f}: {y[at].mean():.2f} learnt of {at.sum()}")
-    failed = [row for row in rows if not row["learnt"]]
-    told = [row for row in failed if row["start"]["cure"] is not None]
-    print(f"  cure: {sum(row['cured'] for row in told)} of {len(told)} failed runs with a prescription learn after it; "
-          f"{len(failed)} failed, {sum(row['start']['chance'] < 0.5 for row in failed)} predicted to")  # fmt: skip
-    alarms = [row for row in rows if row["learnt"] and row["start"]["cure"] is not None]
-    print(f"  false alarms: {len(alarms)} of {y.sum()} learning runs were told to change")
-    for what, key in (("a diagnosis", "seconds"), ("trying the cures", "cure_seconds")):
-        taken = np.array([row[when][key] for row in rows for when in ("start", "warm")])
-        print(f"  {what}: median {np.median(taken):.2f} s of one core, {(taken < 2).mean():.0%} of {len(taken)} under "
-              f"2 s, at most {taken.max():.1f} s")  # fmt: skip
+def _weights(rows: list[dict[str, Any]]) -> tuple[float, ...]:
+    learnt = [row["learnt"] for row in rows]
+    if len(set(learnt)) < 2:
+        raise SystemExit(f"the {len(rows)} runs to fit on all {'learn' if learnt[0] else 'fail'}; run more of the grid")
+    fitted = LogisticRegression(C=3).fit([row["features"] for row in rows], learnt)
+    return (float(fitted.intercept_[0]), *(float(w) for w in fitted.coef_[0]))
 
 
 def fit(out: Path, runs: list[Run]) -> None:
-    """The weights of `unvanish.diagnose.trial`, from the design half alone."""
-    rows = [_row(out, run) for run in runs if run.half == "design"]
-    x = [
-        (row[w]["readable"], math.log(min(1.0, max(row[w]["survival"], math.exp(-20)))))
-        for row in rows
-        for w in ("start", "warm")
-    ]
-    fitted = LogisticRegression(C=3).fit(x, [row["learnt"] for row in rows for _ in ("start", "warm")])
-    print(f"WEIGHTS = ({fitted.intercept_[0]:.2f}, {fitted.coef_[0][0]:.2f}, {fitted.coef_[0][1]:.2f})")
+    """The weights of `unvanish.diagnosis.interventions.chance`, from all runs."""
+    rows = rows_of(out, runs)
+    if not rows:
+        raise SystemExit(f"no finished run in {out}")
+    print(f"WEIGHTS = ({', '.join(f'{w:.2f}' for w in _weights(rows))})")
 
 
-def _row(out: Path, run: Run) -> dict[str, Any]:
-    outcome = json.loads((out / f"{run.name}.json").read_text())
-    judged = json.loads((out / f"{run.name}.judged.json").read_text())
-    cured = out / f"{run.name}.cured.json"
-    return {
-        **{k: outcome[k] for k in ("task", "length", "learnt")},
-        **judged,
-        "cured": json.loads(cured.read_text())["learnt"] if cured.exists() else None,
-    }
+def report(out: Path, runs: list[Run]) -> None:
+    """Per kind of task, with weights fitted on the other kinds alone."""
+    rows = rows_of(out, runs)
+    kinds = sorted({row["kind"] for row in rows})
+    if len(kinds) < 2:
+        raise SystemExit(f"expected finished runs of at least two kinds of task in {out}, found {len(kinds)}")
+    for kind in kinds:
+        weights = _weights([row for row in rows if row["kind"] != kind])
+        for row in rows:
+            if row["kind"] == kind:
+                row["chance"] = Features(*row["features"]).chance(weights)
+    print(f"{'kind':10} {'runs':>5} {'learn':>6} {'AUC':>6} {'Brier':>6} {'told to change':>15} {'rescued':>10}")
+    for kind in [*kinds, "all"]:
+        some = [row for row in rows if kind in (row["kind"], "all")]
+        y, p = np.array([row["learnt"] for row in some]), np.array([row["chance"] for row in some])
+        auc = f"{roc_auc_score(y, p):.3f}" if 0 < y.sum() < len(y) else "–"
+        alarms = sum(row["learnt"] and bool(row["plan"]) for row in some)
+        failed = [row for row in some if not row["learnt"] and row["chance"] < TOLD]
+        told = [row for row in failed if row["plan"]]
+        rescued = sum(row["rescued"] for row in told)
+        print(
+            f"{kind:10} {len(some):5} {y.sum():6} {auc:>6} {np.mean((p - y) ** 2):6.3f} {f'{alarms} of {y.sum()}':>15} "
+            f"{f'{rescued} of {len(told)}':>10}"
+        )
+    curable = [row for row in rows if not row["learnt"] and row["kind"] != "coin"]
+    print(f"failures of kinds that can be learnt: {len(curable)}, with a plan {sum(bool(r['plan']) for r in curable)}, "
+          f"rescued {sum(r['rescued'] for r in curable)}")  # fmt: skip
+    wrong = [row for row in rows if row["learnt"] and row["codes"] and row["codes"][0] == "not_learnable_from_input"]
+    print(f"called not learnable though they learn: {len(wrong)}; hopeless ones called healthy: "
+          f"{sum('healthy' in r['codes'] for r in rows if r['kind'] == 'coin')}")  # fmt: skip
+    for what, key in (("a training", "seconds"), ("a diagnosis", "diagnosis_seconds")):
+        taken = np.array([row[key] for row in rows])
+        print(
+            f"{what}: median {np.median(taken):.1f} s of one core, at most {taken.max():.1f} s, in all "
+            f"{taken.sum() / 60:.0f} min"
+        )
 
 
 def main() -> None:
-    parts = {"train": run_grid, "judge": judge, "fit": fit, "cure": cure, "report": report}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=list(parts))
+    parser.add_argument("part", choices=["run", "fit", "report"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--half", choices=["design", "held-out"], help="[default: both]")
+    parser.add_argument("--budget", type=float, default=6.0, help="seconds for the interventions of one run")
     parser.add_argument("--only", default="", help="runs whose name starts so")
+    parser.add_argument("--every", type=int, default=1, help="only each n-th run of the grid")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    runs = [r for r in grid() if arguments.half in (None, r.half) and r.name.startswith(arguments.only)]
-    parts[arguments.part](arguments.out, runs)
+    runs = [run for run in grid() if run.name.startswith(arguments.only)][:: arguments.every]
+    if arguments.part == "run":
+        run_grid(arguments.out, runs, arguments.budget)
+    else:
+        {"fit": fit, "report": report}[arguments.part](arguments.out, runs)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ except uv.flow.NonFiniteError as error:
 
 rate = uv.flow.lyapunov(model, x[:20], n=1, at="l1").exponents
 print(f"Long before that, a disturbance of layer l1 grows by {float(rate):.2f} nats per step.")
-uv.cures.constrain(model, "spectral", scale=1.0)  # σ_max(W_hh) = 1 in every layer, also while training
+uv.cures.constrain_(model, "spectral", scale=1.0)  # σ_max(W_hh) = 1 in every layer, also while training
 
 with uv.watch(model) as flow:
     model(x)[0].square().mean().backward()

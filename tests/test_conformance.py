@@ -338,7 +338,7 @@ def test_cures_act_on_the_cells_own_gates(name: str) -> None:
         uv.cures.spectral_radius_(layer, 0.5)
         for block in layer.weight_hh_l0.chunk(len(cell.sources)):
             assert float(torch.linalg.eigvals(block).abs().max()) == pytest.approx(0.5)
-        uv.cures.constrain(layer, "spectral", 0.9)
+        uv.cures.constrain_(layer, "spectral", 0.9)
         layer(x)[0].sum().backward()
     else:
         with pytest.raises(TypeError, match="no recurrent matrix"):

@@ -187,7 +187,7 @@ CURES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "orthogonal_": lambda m, x: uv.cures.orthogonal_(m, 1.0, torch.Generator().manual_seed(0)),
     "spectral_radius_": lambda m, x: uv.cures.spectral_radius_(m, 0.7),
     "rescue_": lambda m, x: uv.cures.rescue_(m, x, lag=5, target=0.5),
-    "constrain": lambda m, x: uv.cures.constrain(m, "spectral"),
+    "constrain": lambda m, x: uv.cures.constrain_(m, "spectral"),
 }
 
 

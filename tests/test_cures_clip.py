@@ -145,7 +145,7 @@ def test_forward_is_unchanged_and_the_bound_can_be_taken_off(kind):
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.RNNCell])
 def test_a_constrained_layer_is_clipped_too(kind):
-    module = cures.clip_recurrence_(cures.constrain(kind(2, 4), scale=9.0), 0.1)
+    module = cures.clip_recurrence_(cures.constrain_(kind(2, 4), scale=9.0), 0.1)
     h = torch.zeros(3, 4, requires_grad=True)
     last = module(torch.zeros(1, 3, 2), h.unsqueeze(0))[1] if kind is nn.RNN else module(torch.zeros(3, 2), h)
     last.sum().backward()

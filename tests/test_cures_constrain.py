@@ -41,7 +41,7 @@ def test_held_through_training(layer, kind):
     module = make(layer)
     optimizer = torch.optim.Adam(module.parameters(), 0.1)
     before = {id(p) for p in module.parameters()}
-    assert cures.constrain(module, kind, 0.9) is module
+    assert cures.constrain_(module, kind, 0.9) is module
     assert {id(p) for p in module.parameters()} == before
     holds(module, kind, 0.9)
     start, x = [b.detach().clone() for b in blocks(module)], torch.randn(2, 3).double()
@@ -60,7 +60,7 @@ def test_held_through_training(layer, kind):
 @pytest.mark.parametrize("kind", ["orthogonal", "spectral"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_forward_uses_the_constrained_weight_and_its_gradient_arrives(layer, kind):
-    module = cures.constrain(make(layer), kind)
+    module = cures.constrain_(make(layer), kind)
     plain = make(layer)
     plain.load_state_dict({k: getattr(module, k).detach() for k in plain.state_dict()})
     x = torch.randn(4, 2, 3).double()
@@ -79,7 +79,7 @@ def test_forward_uses_the_constrained_weight_and_its_gradient_arrives(layer, kin
 @pytest.mark.parametrize("kind", ["orthogonal", "spectral"])
 @pytest.mark.parametrize("layer", ALL)
 def test_state_dict_deepcopy_conversion_and_removal(layer, kind):
-    module, x = cures.constrain(make(layer), kind, 0.8), torch.randn(4, 3).double()
+    module, x = cures.constrain_(make(layer), kind, 0.8), torch.randn(4, 3).double()
 
     def run(m):
         out = m(x)
@@ -87,7 +87,7 @@ def test_state_dict_deepcopy_conversion_and_removal(layer, kind):
 
     y = run(module)
     module(x)  # leaves torch's cache of computed weights in place, graph and all
-    other = cures.constrain(make(layer), kind, 0.8)
+    other = cures.constrain_(make(layer), kind, 0.8)
     other.load_state_dict(module.state_dict())
     torch.testing.assert_close(run(other), y, rtol=0, atol=0)
     twin = copy.deepcopy(module)
@@ -107,14 +107,14 @@ def test_state_dict_deepcopy_conversion_and_removal(layer, kind):
 def test_starts_at_the_nearest_orthogonal_matrix():
     rnn = nn.RNN(2, 4).double()
     w = rnn.weight_hh_l0.detach().clone()
-    nearest = cures.constrain(rnn).weight_hh_l0.detach()
+    nearest = cures.constrain_(rnn).weight_hh_l0.detach()
     for seed in range(20):
         other = cures.orthogonal_(nn.RNN(2, 4).double(), generator=torch.Generator().manual_seed(seed)).weight_hh_l0
         assert float((w - nearest).norm()) <= float((w - other).detach().norm())
 
 
 def test_projected_blocks_keep_orthonormal_columns():
-    lstm = cures.constrain(nn.LSTM(3, 6, proj_size=4).double())
+    lstm = cures.constrain_(nn.LSTM(3, 6, proj_size=4).double())
     with torch.no_grad():
         lstm.parametrizations.weight_hh_l0.original.normal_()
     holds(lstm, "orthogonal", 1.0)
@@ -122,7 +122,7 @@ def test_projected_blocks_keep_orthonormal_columns():
 
 
 def test_orthogonal_relu_free_network_keeps_the_errors_length():
-    rnn = cures.constrain(nn.RNN(2, 5, bias=False).double(), "orthogonal", 1.0)
+    rnn = cures.constrain_(nn.RNN(2, 5, bias=False).double(), "orthogonal", 1.0)
     h0 = torch.zeros(1, 1, 5, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(rnn(torch.zeros(50, 1, 2).double(), h0)[0][-1, 0, 0], h0)
     assert math.isclose(float(grad.norm()), 1.0, rel_tol=1e-12)
@@ -130,17 +130,17 @@ def test_orthogonal_relu_free_network_keeps_the_errors_length():
 
 def test_constrain_errors():
     with pytest.raises(ValueError, match=r"^kind"):
-        cures.constrain(nn.RNN(2, 3), "unitary")
+        cures.constrain_(nn.RNN(2, 3), "unitary")
     with pytest.raises(ValueError, match=r"^scale"):
-        cures.constrain(nn.RNN(2, 3), scale=0.0)
+        cures.constrain_(nn.RNN(2, 3), scale=0.0)
     with pytest.raises(ValueError, match="contains none"):
-        cures.constrain(nn.Linear(2, 3))
+        cures.constrain_(nn.Linear(2, 3))
     with pytest.raises(ValueError, match="parametrized"):
-        cures.constrain(cures.constrain(nn.RNN(2, 3)))
+        cures.constrain_(cures.constrain_(nn.RNN(2, 3)))
     zero = nn.RNN(2, 3)
     nn.init.zeros_(zero.weight_hh_l0)
     with pytest.raises(ValueError, match="no direction"):
-        cures.constrain(zero, "spectral")
+        cures.constrain_(zero, "spectral")
     nn.init.constant_(zero.weight_hh_l0, math.nan)
     with pytest.raises(ValueError, match="NaN"):
-        cures.constrain(zero)
+        cures.constrain_(zero)

@@ -247,7 +247,7 @@ def test_a_penalised_network_gets_gentler():
 
 def test_a_constrained_matrix_gets_its_gradient_through_the_constraint():
     torch.manual_seed(6)
-    rnn = cures.constrain(nn.RNN(2, 3).double(), scale=0.5)
+    rnn = cures.constrain_(nn.RNN(2, 3).double(), scale=0.5)
     plain = nn.RNN(2, 3).double()
     plain.load_state_dict({k: getattr(rnn, k).detach() for k in plain.state_dict()})
     x = torch.randn(5, 2, 2).double()

@@ -33,7 +33,7 @@ class Caller(nn.Module):
 def test_options_are_kept(by, options):
     model = nn.Sequential(nn.RNN(3, 4, num_layers=2, **options)).eval()
     old = model[0]
-    assert cures.replace(model, by) is model
+    assert cures.replace_(model, by) is model
     new = model[0]
     assert isinstance(new.lstm if by == "lstm" else new, nn.LSTM if by == "lstm" else nn.GRU)
     for name in (
@@ -55,7 +55,7 @@ def test_options_are_kept(by, options):
 
 @pytest.mark.parametrize("by", ["lstm", "gru"])
 def test_callers_keep_working_and_the_gradient_flows(by):
-    model = cures.replace(Caller(), by)
+    model = cures.replace_(Caller(), by)
     y, last, h = model(torch.randn(6, 2, 3))
     assert y.shape == (6, 2, 1)
     assert last.shape == (2, 1)
@@ -67,7 +67,7 @@ def test_callers_keep_working_and_the_gradient_flows(by):
 
 def test_chunks_are_the_whole_sequence():
     torch.manual_seed(0)
-    model = cures.replace(Caller(), "lstm")
+    model = cures.replace_(Caller(), "lstm")
     lstm = nn.LSTM(3, 4, num_layers=2)
     lstm.load_state_dict(model.rnn.lstm.state_dict())
     x = torch.randn(9, 2, 3)
@@ -81,7 +81,7 @@ def test_chunks_are_the_whole_sequence():
 
 def test_loop_of_a_cell_is_the_lstm_cells():
     torch.manual_seed(1)
-    model = cures.replace(nn.ModuleDict({"cell": nn.RNNCell(3, 4)}), "lstm")
+    model = cures.replace_(nn.ModuleDict({"cell": nn.RNNCell(3, 4)}), "lstm")
     plain = nn.LSTMCell(3, 4)
     plain.load_state_dict(model["cell"].lstm.state_dict())
     x, h, pair = torch.randn(7, 2, 3), torch.zeros(2, 4), (torch.zeros(2, 4), torch.zeros(2, 4))
@@ -89,7 +89,7 @@ def test_loop_of_a_cell_is_the_lstm_cells():
         h, pair = model["cell"](step, h), plain(step, pair)
     torch.testing.assert_close(h.as_subclass(torch.Tensor), pair[0])
     torch.testing.assert_close(h.c, pair[1])
-    assert isinstance(cures.replace(nn.RNNCell(3, 4), "gru"), nn.GRUCell)
+    assert isinstance(cures.replace_(nn.RNNCell(3, 4), "gru"), nn.GRUCell)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_loop_of_a_cell_is_the_lstm_cells():
     ],
 )
 def test_what_is_done_to_h_is_done_to_c(change):
-    rnn = cures.replace(nn.RNN(3, 4), "lstm")
+    rnn = cures.replace_(nn.RNN(3, 4), "lstm")
     with torch.no_grad():
         _, h = rnn(torch.randn(5, 2, 3))
     c = h.c.clone()
@@ -117,24 +117,24 @@ def test_what_is_done_to_h_is_done_to_c(change):
 
 
 def test_an_initial_state_of_ones_own_starts_with_c_zero():
-    rnn = cures.replace(nn.RNN(3, 4), "lstm")
+    rnn = cures.replace_(nn.RNN(3, 4), "lstm")
     x, h0 = torch.randn(5, 2, 3), torch.randn(1, 2, 4)
     torch.testing.assert_close(rnn(x, h0)[0], rnn(x, (h0, torch.zeros_like(h0)))[0])
 
 
 def test_state_dict_copy_and_pickle():
-    model = cures.replace(Caller(), "lstm")
+    model = cures.replace_(Caller(), "lstm")
     x = torch.randn(5, 2, 3)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(twin(x)[0], model(x)[0])
-    other = cures.replace(Caller(), "lstm")
+    other = cures.replace_(Caller(), "lstm")
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other(x)[0], model(x)[0])
 
 
 def test_a_shared_layer_is_replaced_everywhere_by_one():
     rnn = nn.RNN(4, 4)
-    model = cures.replace(nn.ModuleDict({"a": rnn, "b": nn.Sequential(rnn), "gru": nn.GRU(4, 4)}), "lstm")
+    model = cures.replace_(nn.ModuleDict({"a": rnn, "b": nn.Sequential(rnn), "gru": nn.GRU(4, 4)}), "lstm")
     assert model["a"] is model["b"][0]
     assert isinstance(model["gru"], nn.GRU)
 
@@ -142,7 +142,7 @@ def test_a_shared_layer_is_replaced_everywhere_by_one():
 @pytest.mark.parametrize("by", ["lstm", "gru"])
 def test_other_cures_and_measures_find_the_new_layer(by):
     torch.manual_seed(2)
-    model = cures.chrono_(cures.replace(Caller(), by), 20)
+    model = cures.chrono_(cures.replace_(Caller(), by), 20)
     unn.accelerate(model)
     x = torch.randn(6, 2, 3)
     with uv.watch(model) as flow, cures.Omega(model) as omega:
@@ -154,12 +154,12 @@ def test_other_cures_and_measures_find_the_new_layer(by):
 
 def test_replace_errors():
     with pytest.raises(ValueError, match=r"^by"):
-        cures.replace(nn.RNN(2, 3), "rnn")
+        cures.replace_(nn.RNN(2, 3), "rnn")
     with pytest.raises(ValueError, match="has none"):
-        cures.replace(nn.LSTM(2, 3), "gru")
+        cures.replace_(nn.LSTM(2, 3), "gru")
     with pytest.raises(ValueError, match="restore"):
-        cures.replace(unn.RNN(2, 3), "gru")
+        cures.replace_(unn.RNN(2, 3), "gru")
     hooked = nn.RNN(2, 3)
     hooked.register_forward_hook(lambda *a: None)
     with pytest.raises(ValueError, match="hooks"):
-        cures.replace(hooked, "gru")
+        cures.replace_(hooked, "gru")

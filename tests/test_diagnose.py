@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import unvanish as uv
 from unvanish import cures
-from unvanish.diagnose import Diagnosis
-from unvanish.diagnose.capture import capture
+from unvanish.diagnosis import Diagnosis
+from unvanish.diagnosis.capture import capture
 
 T, B, H = 60, 8, 24
 
@@ -288,7 +288,7 @@ def test_what_is_packed_is_not_told_to_pack() -> None:
 
 
 def test_a_constrained_layer_is_diagnosed_and_only_advice_is_given() -> None:
-    rnn = cures.constrain(cures.spectral_radius_(layer("RNN"), 0.5), "spectral")
+    rnn = cures.constrain_(cures.spectral_radius_(layer("RNN"), 0.5), "spectral")
     found = diagnose(LastStep(rnn))
     assert found["encoder.l0"].verdict == "vanishes"
     assert [p.act for p in found.prescriptions] == [None]

@@ -67,7 +67,7 @@ def test_verdicts_say_what_the_records_say() -> None:
     first, second = verdict.advice(nobody)
     assert first.startswith("No model solved it")
     assert (
-        '`layer = unvanish.cures.replace(layer, "lstm")`, and call `unvanish.cures.chrono_(layer, max_lag=200)`'
+        '`layer = unvanish.cures.replace_(layer, "lstm")`, and call `unvanish.cures.chrono_(layer, max_lag=200)`'
         in second
     )
     assert second.endswith("0.82 then arrives at the first step, instead of 10⁻⁴³.")

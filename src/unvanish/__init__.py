@@ -14,7 +14,7 @@ from typing import Any as _Any
 if TYPE_CHECKING:
     from unvanish import cells, cures, engine, flow, nn, report, train
     from unvanish.cells import Cell
-    from unvanish.diagnose import diagnose
+    from unvanish.diagnosis import diagnose
     from unvanish.flow.audit import audit
     from unvanish.flow.watch import mark, watch
     from unvanish.nn import accelerate, restore
@@ -43,7 +43,7 @@ __all__ = [
 
 _FROM = {
     "audit": "flow.audit",
-    "diagnose": "diagnose",
+    "diagnose": "diagnosis",
     "mark": "flow.watch",
     "watch": "flow.watch",
     "accelerate": "nn",

@@ -57,7 +57,8 @@ class Capture:
     Args:
         model: whose modules.
         after: a call has returned; what it returns takes the place of the output, None: the output stays.
-        before: a call begins; it may set `call.recorders`, and returns whether `after` is to be notified.
+        before: a call begins; it may set `call.recorders`, or, on a copy that is only measured, another `call.hx` to
+            run with; returns whether `after` is to be notified.
         without_gradients: also under torch.no_grad().
     """
 
@@ -124,6 +125,9 @@ class _Observer:
 
     def recorders(self, token: Call) -> observing.Recorders | None:
         return token.recorders
+
+    def state(self, token: Call, hx: Any) -> Any:
+        return token.hx
 
     def after(self, token: Call, output: Any) -> Any:
         token.output = output

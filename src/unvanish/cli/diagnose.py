@@ -14,7 +14,7 @@ from rich.markup import escape
 from unvanish.cli.output import UserError
 
 if TYPE_CHECKING:
-    from unvanish.diagnose import Diagnosis
+    from unvanish.diagnosis import Diagnosis
 
 
 def diagnose(

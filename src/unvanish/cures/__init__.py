@@ -3,18 +3,18 @@
 - initialise: `forget_bias_`, `chrono_`, `orthogonal_`, `identity_`, `spectral_radius_`
 - clip: `GradientClipper` (global norm, threshold from what was observed), `clip_recurrence_` (δ inside the recurrence)
 - penalise: `Omega` (Pascanu et al. 2013), `GradientFlossing` (Engelken 2023)
-- constrain: `constrain` (orthogonal or spectral W_hh)
+- constrain: `constrain_` (orthogonal or spectral W_hh)
 - rescue: `rescue_` (smallest change of the forget biases)
-- replace: `replace` (RNN → GRU or LSTM)
+- replace: `replace_` (RNN → GRU or LSTM)
 """
 
 from unvanish.cures.carry_bias import chrono_, forget_bias_
 from unvanish.cures.clip import GradientClipper, clip_recurrence_
-from unvanish.cures.constrain import constrain
+from unvanish.cures.constrain import constrain_
 from unvanish.cures.flossing import GradientFlossing
 from unvanish.cures.omega import Omega
 from unvanish.cures.recurrent_matrix import identity_, orthogonal_, spectral_radius_
-from unvanish.cures.replace import replace
+from unvanish.cures.replace import replace_
 from unvanish.cures.rescue import rescue_
 
 __all__ = [
@@ -23,11 +23,11 @@ __all__ = [
     "Omega",
     "chrono_",
     "clip_recurrence_",
-    "constrain",
+    "constrain_",
     "forget_bias_",
     "identity_",
     "orthogonal_",
-    "replace",
+    "replace_",
     "rescue_",
     "spectral_radius_",
 ]

@@ -66,7 +66,7 @@ class SpectralBlocks(nn.Module):
         return w
 
 
-def constrain(module: M, kind: Literal["orthogonal", "spectral"] = "orthogonal", scale: float = 1.0) -> M:
+def constrain_(module: M, kind: Literal["orthogonal", "spectral"] = "orthogonal", scale: float = 1.0) -> M:
     """Hold every gate's block of W_hh, through training, on the set
 
         "orthogonal"   W_hγᵀ W_hγ = scale² I        ‖W_hγᵀ δ‖ = scale · ‖δ‖ for every δ
@@ -99,14 +99,14 @@ def constrain(module: M, kind: Literal["orthogonal", "spectral"] = "orthogonal",
     held. torch's recurrent modules read a parametrized weight four times per forward call: H³ work each, small beside
     long sequences.
 
-    >>> rnn = constrain(nn.RNN(3, 4).double())
+    >>> rnn = constrain_(nn.RNN(3, 4).double())
     >>> torch.allclose(rnn.weight_hh_l0.mT @ rnn.weight_hh_l0, torch.eye(4, dtype=torch.float64))
     True
     """
     if kind not in ("orthogonal", "spectral"):
         raise ValueError(f"kind: expected 'orthogonal' or 'spectral', got {kind!r}")
     scale = finite("scale", scale, above=0.0)
-    layers = with_matrices(module, "constrain")
+    layers = with_matrices(module, "constrain_")
     for layer, w in layers:
         for gate, block in layer.blocks("weight_hh", w.detach()).items():
             if not bool(block.isfinite().all()):

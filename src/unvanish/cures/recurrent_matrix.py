@@ -31,7 +31,7 @@ def orthogonal_(module: M, gain: float = 1.0, generator: torch.Generator | None 
 
     Source: Saxe, McClelland & Ganguli 2014; per gate as in Henaff, Szlam & LeCun 2016.
 
-    Limits: an initialisation: training moves W_hh away (`constrain` holds it). In a gated cell orthogonal blocks keep
+    Limits: an initialisation: training moves W_hh away (`constrain_` holds it). In a gated cell orthogonal blocks keep
     the error's way through h alive; the state's own survival is the carry gate's (`forget_bias_`, `chrono_`).
 
     >>> rnn = orthogonal_(torch.nn.RNN(3, 4).double())

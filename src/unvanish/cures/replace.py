@@ -86,7 +86,7 @@ class HiddenOnly(nn.Module):
             return getattr(super().__getattr__("lstm"), name)
 
 
-def replace(model: nn.Module, by: Literal["lstm", "gru"]) -> nn.Module:
+def replace_(model: nn.Module, by: Literal["lstm", "gru"]) -> nn.Module:
     """Put a GRU or an LSTM in the place of every plain RNN, so that the state has a carry to survive on:
 
         h_t = φ(W x_t + U h_{t-1})   →   c_t = f_t ⊙ c_{t-1} + i_t ⊙ g_t   or   h_t = (1 − z_t) ⊙ n_t + z_t ⊙ h_{t-1}
@@ -116,15 +116,15 @@ def replace(model: nn.Module, by: Literal["lstm", "gru"]) -> nn.Module:
     torch.jit can't compile the state that carries c. `h.detach_()` is refused by torch; use `h.detach()`.
 
     >>> model = nn.ModuleDict({"rnn": nn.RNN(3, 4, batch_first=True)})
-    >>> y, h = replace(model, "lstm")["rnn"](torch.zeros(2, 5, 3))
+    >>> y, h = replace_(model, "lstm")["rnn"](torch.zeros(2, 5, 3))
     >>> h.shape, model["rnn"].batch_first
     (torch.Size([1, 2, 4]), True)
     """
     if by not in ("lstm", "gru"):
         raise ValueError(f"by: expected 'lstm' or 'gru', got {by!r}")
-    rnns = {p: m for p, m in recurrent_modules(model, "replace").items() if isinstance(m, nn.RNN | nn.RNNCell)}
+    rnns = {p: m for p, m in recurrent_modules(model, "replace_").items() if isinstance(m, nn.RNN | nn.RNNCell)}
     if not rnns:
-        raise ValueError(f"model: replace expected an nn.RNN or nn.RNNCell in it; {type(model).__name__} has none")
+        raise ValueError(f"model: replace_ expected an nn.RNN or nn.RNNCell in it; {type(model).__name__} has none")
     for path, rnn in rnns.items():
         _check(path or "it", rnn)
     new = {id(rnn): _successor(rnn, by) for rnn in rnns.values()}

@@ -86,7 +86,9 @@ class SequenceLayer(nn.Module):
         Raises:
             ValueError, RuntimeError: as torch's, and for lengths that do not fit.
         """
-        return observed(self, input, hx, lengths, lambda recorders: self._forward(input, hx, lengths, recorders))
+        return observed(
+            self, input, hx, lengths, lambda state, recorders: self._forward(input, state, lengths, recorders)
+        )
 
     def _forward(
         self,

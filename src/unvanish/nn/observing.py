@@ -31,6 +31,9 @@ class Observer(Protocol):
     def recorders(self, token: Any) -> Recorders | None:
         """Who measures inside the engine, for a layer of `unvanish.nn`; None: nobody."""
 
+    def state(self, token: Any, hx: Any) -> Any:
+        """The initial state to run with: hx, or what takes its place on a copy that is only measured."""
+
     def after(self, token: Any, output: Any) -> Any:
         """It has returned. What is returned takes the place of the output, None: the output stays."""
 
@@ -75,18 +78,19 @@ def end(observer: Observer) -> None:
             _originals.clear()
 
 
-def observed(module: nn.Module, x: Any, hx: Any, lengths: Any, run: Callable[[Recorders | None], Any]) -> Any:
-    """`run(recorders)`, and everybody who observes is notified of it."""
+def observed(module: nn.Module, x: Any, hx: Any, lengths: Any, run: Callable[[Any, Recorders | None], Any]) -> Any:
+    """`run(hx, recorders)`, and everybody who observes is notified of it."""
     observers = _observers
     if not observers or torch.compiler.is_compiling():
-        return run(None)
+        return run(hx, None)
     tokens = [(observer, observer.before(module, x, hx, lengths)) for observer in observers]
     chosen: Recorders | None = None
     for observer, token in tokens:
         if token is not None:
             # Of several the innermost; the others compute for themselves.
             chosen = observer.recorders(token) or chosen
-    output = run(chosen)
+            hx = observer.state(token, hx)
+    output = run(hx, chosen)
     for observer, token in tokens:
         if token is not None:
             shown = observer.after(token, output)
@@ -98,7 +102,13 @@ def _of_torch(original: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
     # What doesn't fit ends in torch's own error, unobserved.
     x = args[0] if args else kwargs.get("input")
     hx = args[1] if len(args) > 1 else kwargs.get("hx")
-    return observed(module, x, hx, None, lambda _: original(module, *args, **kwargs))
+
+    def run(state: Any, recorders: Recorders | None) -> Any:
+        if state is hx:
+            return original(module, *args, **kwargs)
+        return original(module, x, state)
+
+    return observed(module, x, hx, None, run)
 
 
 def _wrapper(original: Any) -> Any:

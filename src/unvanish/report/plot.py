@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from unvanish import draw
-from unvanish.diagnose import Diagnosis, Verification
+from unvanish.diagnosis import Diagnosis, Verification
 from unvanish.draw.axes import finish
 from unvanish.draw.pictures import Band
 from unvanish.flow import (

@@ -134,7 +134,9 @@ def call(task: TaskResult, run: Run, cure: Cured) -> str:
         return f'make it with `nonlinearity="relu"` and {written}'
     kind = cure.name.partition("-")[0]
     return (
-        written if kind == run.name else f'replace it, `layer = unvanish.cures.replace(layer, "{kind}")`, and {written}'
+        written
+        if kind == run.name
+        else f'replace it, `layer = unvanish.cures.replace_(layer, "{kind}")`, and {written}'
     )
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from unvanish import nn as layers
-from unvanish.nn.modules import hear_gradient
+from unvanish.capture import Call, Returned, link, returned
+from unvanish.nn.modules import as_states, hear_gradient
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Step:
     """as computed"""
     shown: tuple[Tensor, ...]
     """the views of it that the caller has"""
+    returned: Returned
+    """what a later call may go on from"""
     errors: dict[int, Tensor] = field(default_factory=dict)
     """of h, c → what came from outside, [B, H]"""
 
@@ -46,17 +49,15 @@ class CellLoop:
     def __init__(self, path: str, cell: nn.RNNCellBase) -> None:
         self.path, self.cell = path, cell
         self.chains: list[Chain] = []
-        self._now: tuple[Chain, Tensor] | None = None
-        cell.register_forward_pre_hook(self._before, with_kwargs=True)
-        cell.register_forward_hook(self._after)
+        self._now: Chain | None = None
 
-    def _before(self, cell: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        x = args[0] if args else kwargs["input"]
-        hx = args[1] if len(args) > 1 else kwargs.get("hx")
-        given = None if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
-        chain, inner = self._going_on(given)
-        self._now = chain, x.detach()
-        return (x, inner if inner is None or isinstance(hx, tuple | list) else inner[0]), {}
+    def before(self, call: Call) -> bool:
+        """A call begins: it runs from the state itself where the caller has a view of it."""
+        given = None if call.hx is None else as_states(call.hx)
+        self._now, inner = self._going_on(given)
+        if inner is not given and inner is not None:
+            call.hx = inner if isinstance(call.hx, tuple | list) else inner[0]
+        return True
 
     def _going_on(self, given: tuple[Tensor, ...] | None) -> tuple[Chain, tuple[Tensor, ...] | None]:
         """The chain that this call belongs to, and the state to compute with."""
@@ -65,24 +66,25 @@ class CellLoop:
                 last = chain.steps[-1]
                 if all(g is s for g, s in zip(given, last.shown, strict=False)):
                     return chain, last.state
-                detached = not any(g.requires_grad for g in given)
-                if detached and all(map(torch.equal, given, last.shown)):
+                found = link(given, last.returned)
+                if found is not None and found.cut and found.resets is None:
                     chain.cuts.append(len(chain.steps))
                     return chain, given
         chain = Chain(None if given is None else tuple(_rows(g.detach()) for g in given))
         self.chains.append(chain)
         return chain, given
 
-    def _after(self, cell: nn.Module, args: Any, output: Any) -> Any:
+    def after(self, call: Call) -> Any:
+        """It has returned: the caller gets views."""
         assert self._now is not None
-        chain, x = self._now
-        state = output if isinstance(output, tuple) else (output,)
-        step = Step(_rows(x), state, tuple(s.view_as(s) for s in state))
+        chain, state = self._now, call.states
+        shown = tuple(s.view_as(s) for s in state)
+        step = Step(_rows(call.x.detach()), state, shown, returned(shown))
         for i, shown in enumerate(step.shown):
             if shown.requires_grad:
                 hear_gradient(shown, lambda grad, i=i: step.errors.__setitem__(i, _rows(grad.detach())))
         chain.steps.append(step)
-        return step.shown if isinstance(output, tuple) else step.shown[0]
+        return step.shown if isinstance(call.output, tuple) else step.shown[0]
 
     @property
     def longest(self) -> Chain:

@@ -1,4 +1,4 @@
-"""What a diagnosis says: facts per layer, what to do, and how it went."""
+"""What a diagnosis says: findings, measurements per layer, what to do, and how it went."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from unvanish import draw
-from unvanish.diagnose.verdict import Verdict
+from unvanish.diagnosis.finding import Finding
+from unvanish.diagnosis.plan import Plan
+from unvanish.diagnosis.verdict import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
 
-LIKELY = 0.5
-"""chance of learning from which nothing is prescribed"""
+    from unvanish.diagnosis.interventions import Tried
+
 ARRIVED = 0.01
 """of the gradient at lag 0 that still counts as having arrived"""
 BAD = ("vanishes", "explodes", "chaotic", "saturated", "dead")
@@ -69,8 +71,6 @@ class Prescription:
     """what a copy of the model measures after it"""
     act: Callable[[nn.Module], nn.Module] | None = field(repr=False, compare=False, default=None)
     """the module → the cured one (the same, changed in place, or its successor); None: only advice"""
-    chance: float | None = None
-    """of learning after it; None without a trial"""
     _undo: dict[int, tuple[nn.Module, Callable[[], None]]] = field(repr=False, compare=False, default_factory=dict)
     """by a model's id, which is its own as long as the model is held"""
 
@@ -92,7 +92,7 @@ class Prescription:
             return ""
         if self.cures_its_module:
             return "; cures this module alone"
-        return "; does not cure" if self.chance is None else "; does not cure, but is likelier to learn"
+        return "; does not cure"
 
     @property
     def told(self) -> list[LayerDiagnosis]:
@@ -150,17 +150,34 @@ def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
-    """The same measurement before and after."""
+    """The same diagnosis before and after."""
 
-    before: dict[str, LayerDiagnosis]
-    after: dict[str, LayerDiagnosis]
+    earlier: "Diagnosis"
+    later: "Diagnosis"
+
+    @property
+    def before(self) -> dict[str, LayerDiagnosis]:
+        """The layers as they were."""
+        return self.earlier.layers
+
+    @property
+    def after(self) -> dict[str, LayerDiagnosis]:
+        """The layers now."""
+        return self.later.layers
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is found now."""
+        return self.later.findings
 
     @property
     def cured(self) -> bool:
-        """Whether every layer is healthy now."""
-        return all(d.verdict == "healthy" for d in self.after.values())
+        """Whether a copy learns now; where none was trained, whether nothing is found and every layer is healthy."""
+        if self.later.trained:
+            return self.later.healthy
+        return self.later.healthy and all(d.verdict == "healthy" for d in self.after.values())
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per layer: verdict, rate and reach before and after."""
@@ -176,7 +193,7 @@ class Verification:
         return pd.DataFrame(rows)
 
     def plot(self, ax: Any = None) -> Any:
-        """The error over the lag in every layer; returns the matplotlib Axes."""
+        """The gradient over the lag in every layer; returns the matplotlib Axes."""
         curves = {f"{name}, before: {d.verdict}": d.curve for name, d in self.before.items()}
         curves |= {f"{name}, after: {d.verdict}": d.curve for name, d in self.after.items()}
         return draw.over_lag(curves, ax, mark=ARRIVED)
@@ -185,57 +202,59 @@ class Verification:
         return draw.card(self.plot(), type(self).__name__, repr(self))
 
     def __repr__(self) -> str:
-        return "\n".join(f"{name}: {_brief(self.before.get(name))} → {_brief(now)}" for name, now in self.after.items())
+        codes = [", ".join(dict.fromkeys(f.code for f in d.findings)) or "nothing" for d in (self.earlier, self.later)]
+        lines = [f"findings: {codes[0]} → {codes[1]}"]
+        lines += [f"{name}: {_brief(self.before.get(name))} → {_brief(now)}" for name, now in self.after.items()]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis(Mapping[str, LayerDiagnosis]):
-    """Layer name → verdict, with what to do about it."""
+    """What was found, with proofs and a plan; as a mapping: layer name → measurement."""
 
+    findings: tuple[Finding, ...]
+    """ranked: what keeps the model from learning first"""
     layers: dict[str, LayerDiagnosis]
+    """how far the gradient reaches in each recurrent layer: a measurement, not a cause"""
+    plan: Plan
+    """what to change, all at once, as interventions proved it; false where there is nothing, or nothing was proved"""
+    notes: tuple[str, ...]
+    """what could not be tested or measured, and why"""
+    tried: tuple["Tried", ...]
+    """the copies that were trained"""
+    chance: float | None
+    """that a short training learns, from a copy's first updates; None if none was trained"""
     prescribe: Callable[[], tuple[Prescription, ...]] = field(repr=False, compare=False)
-    """tries the cures"""
-    measure: Callable[[nn.Module], dict[str, LayerDiagnosis]] = field(repr=False, compare=False)
-    """the same measurement, of another state of the model"""
-    notes: tuple[str, ...] = ()
-    """what recurs in the model and could not be followed, and why"""
-    chance: float | None = None
-    """of learning in the setting of benchmarks/diagnosis.py; None without a trial, or if all layers are undecided"""
-    readable: float | None = None
-    """share of the target's variance that a linear read-out finds in the states after the trial; None as there"""
+    """tries single cures of reach"""
+    again: Callable[[nn.Module], "Diagnosis"] = field(repr=False, compare=False)
+    """the same diagnosis of another state of the model"""
 
     @cached_property
     def prescriptions(self) -> tuple[Prescription, ...]:
-        """The most promising first; none where there is nothing to cure.
+        """Single cures of reach for the layers whose gradient does not reach; the most promising first.
 
-        Each cure is tried on a copy of the model as it was diagnosed, when this is asked for first: that takes a
-        diagnosis per cure, and with a trial its training.
+        Each is tried on a copy of the model as it was diagnosed when this is first asked for, which takes a
+        measurement per cure. `plan` is what interventions proved.
         """
         return self.prescribe()
 
     @property
-    def healthy(self) -> bool:
-        """Nothing to cure: the error arrives in every layer."""
-        return not self.notes and all(d.verdict == "healthy" for d in self.layers.values())
+    def trained(self) -> bool:
+        """Whether any copy was trained."""
+        return bool(self.tried)
 
     @property
-    def nothing(self) -> str:
-        """Why there is no prescription; "" if there is one, or too little evidence."""
-        if self.prescriptions:
-            return ""
-        if self.chance is None:
-            return "nothing to cure" if self.healthy else ""
-        if self.chance < LIKELY:
-            return "no cure that was tried raises the chance"
-        return "nothing to cure" if self.healthy else "nothing prescribed: it is likely to learn as it is"
+    def healthy(self) -> bool:
+        """Whether nothing that keeps the model from learning was found."""
+        return all(f.severity == "note" for f in self.findings)
 
     def verify(self, model: nn.Module) -> Verification:
-        """Measure again, on the same batch.
+        """Diagnose the changed model, with the same batch, budget and seed.
 
         Raises:
             TypeError, ValueError: as `diagnose`.
         """
-        return Verification(self.layers, self.measure(model))
+        return Verification(self, self.again(model))
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per layer, the evidence in columns of its own."""
@@ -246,7 +265,7 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         return pd.DataFrame(rows).rename(columns={"name": "layer"})
 
     def plot(self, ax: Any = None) -> Any:
-        """The error over the lag in every layer; returns the matplotlib Axes."""
+        """The gradient over the lag in every layer; returns the matplotlib Axes."""
         curves = {f"{name}: {d.verdict}": d.curve for name, d in self.layers.items()}
         return draw.over_lag(curves, ax, mark=ARRIVED)
 
@@ -255,7 +274,7 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
 
     def __getitem__(self, name: str) -> LayerDiagnosis:
         if name not in self.layers:
-            raise KeyError(f"no layer {name!r} in this diagnosis; it has {', '.join(self.layers)}")
+            raise KeyError(f"no layer {name!r} in this diagnosis; it has {', '.join(self.layers) or 'none'}")
         return self.layers[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -265,24 +284,12 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         return len(self.layers)
 
     def __repr__(self) -> str:
-        lines = []
+        lines = [repr(finding) for finding in self.findings]
+        if self.plan:
+            lines += ["plan:", *(f"  {line}" for line in str(self.plan).rstrip().splitlines())]
         for name, d in self.layers.items():
-            lines.append(f"{name}: {_brief(d)}, over a lag of {d.lag}")
-            lines.append(f"  {d.cause}")
-        if self.chance is not None:
-            lines.append(f"chance of learning as it is: {self.chance:.0%}")
-        lines += [f"{i}. {p.cure}{f' on {p.path}' if p.path else ''}: {p.reason}{_effect(p)}"
-                  for i, p in enumerate(self.prescriptions, 1)]  # fmt: skip
-        return "\n".join([*lines, *self.notes, *([self.nothing] if self.nothing else [])])
-
-
-def _effect(p: Prescription) -> str:
-    if not p.told:
-        return ""
-    worst = min(p.told, key=lambda d: (d.verdict == "healthy", d.reach / max(d.lag, 1)))
-    return f"{p.limit}; predicted: {_brief(worst)}" + (
-        "" if p.chance is None else f", chance of learning {p.chance:.0%}"
-    )
+            lines.append(f"gradient reach of {name}: {_brief(d)}, over a lag of {d.lag}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def _brief(d: LayerDiagnosis | None) -> str:

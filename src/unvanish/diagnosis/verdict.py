@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from unvanish.diagnose.measure import FRACTION, Measured
+from unvanish.diagnosis.measure import FRACTION, Measured
 
 Verdict = Literal["vanishes", "healthy", "explodes", "chaotic", "saturated", "dead", "undecided"]
 
@@ -36,7 +36,8 @@ def judge(m: Measured) -> tuple[Verdict, str]:
             f"the batch offers a lag of {e['offered']:.0f} steps, not {lag}; hand in longer sequences",
         )
     bounded = m.place.cell.name != "rnn_relu"
-    if bounded and e.get("lyapunov_low", -math.inf) > 0 and e["lyapunov"] * lag > 1:
+    grows = float(m.curve[-1]) > -math.log(FRACTION)
+    if bounded and grows and e.get("lyapunov_low", -math.inf) > 0 and e["lyapunov"] * lag > 1:
         radius = f"; spectral radius of W_hh {e['spectral_radius']:.2f}" if "spectral_radius" in e else ""
         return "chaotic", (
             f"recurrent weights too large: neighbouring states drift apart by {e['lyapunov']:.3f} nats per step "

@@ -12,9 +12,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from unvanish import cures
 from unvanish import nn as layers
-from unvanish.diagnose.capture import Given
-from unvanish.diagnose.records import BAD, LIKELY, LayerDiagnosis, Prescription
-from unvanish.diagnose.trial import Odds
+from unvanish.diagnosis.capture import Given
+from unvanish.diagnosis.records import BAD, LayerDiagnosis, Prescription
+from unvanish.diagnosis.structure import detached_copy
 from unvanish.nn.modules import layer_directions
 
 Act = Callable[[nn.Module], nn.Module]
@@ -26,42 +26,26 @@ class _Candidate(NamedTuple):
     act: Act | None
 
 
-CLEARLY = 0.1
-"""by which a cure's chance must be above the model's own"""
-
-
 def prescribe(
     model: nn.Module,
     given: list[Given],
     found: dict[str, LayerDiagnosis],
     measure: Callable[[nn.Module], dict[str, LayerDiagnosis]],
     seed: int,
-    trial: tuple[float, Callable[[nn.Module, dict[str, LayerDiagnosis]], Odds]] | None = None,
 ) -> tuple[Prescription, ...]:
-    """For every module with a bad layer: those that heal first, in the order in which they disturb least.
-
-    With a trial, (the model's chance, how to try another): nothing if the model is likely to learn; else, also for
-    healthy layers, the cures that raise the chance clearly, up to the first with which it is likely.
-    """
-    if trial is not None and trial[0] >= LIKELY:
-        return ()
-    untried = _untried(model, given, found, seed, trial is not None)
+    """For every module with a bad layer: those that heal first, in the order in which they disturb least."""
+    untried = _untried(model, given, found, seed)
     advice = [p for p in untried if p.act is None]
-    measured = (_predicted(p, model, measure) for p in untried if p.act is not None)
-    if trial is not None:
-        return (*advice, *_tried(model, _best_first(measured), *trial))
-    return (*advice, *_best_first(measured))
+    return (*advice, *_best_first(_predicted(p, model, measure) for p in untried if p.act is not None))
 
 
-def _untried(
-    model: nn.Module, given: list[Given], found: dict[str, LayerDiagnosis], seed: int, healthy_too: bool
-) -> list[Prescription]:
+def _untried(model: nn.Module, given: list[Given], found: dict[str, LayerDiagnosis], seed: int) -> list[Prescription]:
     """Everything that fits, nothing measured."""
     out: list[Prescription] = []
     for module in given:
         names = {module.name(place) for place in layer_directions(module.layer)}
         own = [d for name, d in found.items() if name in names]
-        bad = [d for d in own if d.verdict in BAD or (healthy_too and d.verdict != "undecided")]
+        bad = [d for d in own if d.verdict in BAD]
         if not bad:
             continue
         worst = min(bad, key=lambda d: d.reach / max(d.lag, 1))
@@ -74,7 +58,7 @@ def _predicted(
     p: Prescription, model: nn.Module, measure: Callable[[nn.Module], dict[str, LayerDiagnosis]]
 ) -> Prescription:
     """With what it does to a copy; without the record of having been applied to it, which would keep it alive."""
-    return replace(p, predicted=measure(p.apply(copy.deepcopy(model))), _undo={})
+    return replace(p, predicted=measure(p.apply(detached_copy(model))), _undo={})
 
 
 def _best_first(measured: Iterator[Prescription]) -> Iterator[Prescription]:
@@ -87,24 +71,6 @@ def _best_first(measured: Iterator[Prescription]) -> Iterator[Prescription]:
         else:
             others.append(p)
     yield from sorted(others, key=lambda p: (not p.cures_its_module, -_left(p)))
-
-
-def _tried(
-    model: nn.Module,
-    prescriptions: Iterator[Prescription],
-    own: float,
-    odds: Callable[[nn.Module, dict[str, LayerDiagnosis]], Odds],
-) -> list[Prescription]:
-    """Each trained for a while on a copy, until one is likely to learn: the best first."""
-    kept: list[Prescription] = []
-    for p in prescriptions:
-        chance = odds(p.apply(copy.deepcopy(model)), p.predicted).chance
-        tried = replace(p, chance=chance, _undo={})
-        if chance > own + CLEARLY:
-            kept.append(tried)
-            if chance >= LIKELY:
-                break
-    return sorted(kept, key=lambda p: -(p.chance or 0.0))
 
 
 def _left(p: Prescription) -> float:
@@ -198,6 +164,6 @@ def _gru(module: nn.Module, max_lag: float, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ours = isinstance(module, layers.RNN)
-        successor = cures.replace(layers.restore(copy.deepcopy(module)) if ours else module, "gru")
+        successor = cures.replace_(layers.restore(copy.deepcopy(module)) if ours else module, "gru")
     cures.chrono_(successor, max_lag=max_lag, generator=torch.Generator().manual_seed(seed))
     return layers.accelerate(successor) if ours else successor

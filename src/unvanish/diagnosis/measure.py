@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from unvanish import flow
-from unvanish.diagnose.capture import Given
+from unvanish.diagnosis.capture import Given
 from unvanish.nn.modules import LayerDirection, layer_directions
 
 SOURCES = 6

@@ -3,7 +3,6 @@
 The pass runs on a copy: the user's model, its gradients, buffers, mode and random numbers stay as they are.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from unvanish.diagnose.cell_loop import CellLoop
-from unvanish.nn.modules import LayerDirection, evaluating, hear_gradient, layer_directions, time_major
+from unvanish.capture import Call, Capture, Returned, link, returned
+from unvanish.diagnosis.cell_loop import CellLoop
+from unvanish.diagnosis.structure import detached_copy
+from unvanish.nn.modules import (
+    CellModule,
+    LayerDirection,
+    SequenceModule,
+    as_states,
+    evaluating,
+    hear_gradient,
+    layer_directions,
+    time_major,
+)
+from unvanish.nn.recurrent import Recurrent
 
 
 @dataclass
@@ -21,7 +32,7 @@ class Given:
     """One recurrent module: its input over all steps, and the error at its output; time-major, the user's order."""
 
     path: str
-    layer: nn.RNNBase
+    layer: SequenceModule
     """in float64, without dropout"""
     x: Tensor
     """[T, B, I]"""
@@ -47,7 +58,10 @@ class _Call:
     x: Tensor
     lengths: Tensor
     hx: tuple[Tensor, ...] | None
-    attached: bool
+    goes_on: bool
+    """whether it starts from just the state that the call before returned"""
+    cut: bool
+    """and that without its graph"""
     final: tuple[Tensor, ...]
     packed: PackedSequence | None
     batch_first: bool
@@ -72,12 +86,8 @@ class _Call:
         return error.transpose(0, 1) if self.batch_first and self.error.dim() == 3 else error
 
 
-def capture(
-    model: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Tensor], seed: int, target: tuple[Any, ...] = ()
-) -> tuple[list[Given], tuple[str, ...]]:
-    """Run `loss(model(*inputs))` forward and backward, and listen at every nn.RNN, nn.LSTM and nn.GRU, and their cells.
-
-    The target is only looked at to say where a NaN came from.
+def capture(model: nn.Module, loss: Callable[[nn.Module], Tensor], seed: int) -> tuple[list[Given], tuple[str, ...]]:
+    """Run `loss(copy of model)` forward and backward, and observe every nn.RNN, nn.LSTM and nn.GRU, and their cells.
 
     Returns:
         What was found, and notes on what recurs and could not be followed.
@@ -89,33 +99,41 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    twin = copy.deepcopy(model)
-    modules = {name: m for name, m in twin.named_modules() if isinstance(m, nn.RNNBase)}
-    loops = [CellLoop(name, m) for name, m in twin.named_modules() if isinstance(m, nn.RNNCellBase)]
-    if not modules and not loops:
-        raise ValueError("model: expected an nn.RNN, nn.LSTM or nn.GRU in it, or one of their cells, found none")
+    twin = detached_copy(model)
+    calls: dict[str, list[_Call]] = {}
+    last: dict[str, Returned] = {}
+    seen = Capture(
+        twin,
+        lambda call: loops[call.name].after(call) if call.name in loops else _keep(call, calls, last),
+        lambda call: loops[call.name].before(call) if call.name in loops else True,
+    )
+    modules = {name: m for name, m in seen.parts.modules.items() if isinstance(m, SequenceModule)}
+    loops = {name: CellLoop(name, m) for name, m in seen.parts.modules.items() if isinstance(m, nn.RNNCellBase)}
+    if not seen.parts.modules:
+        raise ValueError(
+            "model: expected an nn.RNN, nn.LSTM, nn.GRU, one of their cells or unvanish.nn.Recurrent in it, found none"
+        )
     for name, parameter in twin.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise ValueError(f"model: weight {name!r} holds a NaN or infinity; nothing can be measured of it")
         parameter.requires_grad_(True)
         parameter.grad = None
-    calls: dict[str, list[_Call]] = {name: [] for name in modules}
-    for name, module in modules.items():
-        module.register_forward_hook(_listen(calls[name]), with_kwargs=True)
     devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
         torch.manual_seed(seed)
-        value = loss(twin(*inputs))
+        with seen:
+            value = loss(twin)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(f"loss: expected a scalar tensor, got {getattr(value, 'shape', type(value).__name__)}")
         if not bool(value.isfinite()):
-            raise ValueError(f"loss: expected a finite number, got {value.item()}{_not_finite(inputs, target)}")
+            raise ValueError(f"loss: expected a finite number, got {value.item()}")
         if not value.requires_grad:
             raise ValueError("loss: it does not depend on the model's weights; was the graph detached?")
         value.backward()
-        found = [_joined(name, module, calls[name]) for name, module in modules.items() if calls[name]]
-        notes = tuple(loop.unseen for loop in loops if loop.unseen)
-        found += [_looped(loop) for loop in loops if loop.chains and not loop.unseen]
+        found = [_joined(name, module, calls[name]) for name, module in modules.items() if calls.get(name)]
+        notes = tuple(f"{name or 'the model'}: not measured: {why}" for name, why in seen.problems.items())
+        notes += tuple(loop.unseen for loop in loops.values() if loop.unseen)
+        found += [_looped(loop) for loop in loops.values() if loop.chains and not loop.unseen]
     found = [given for given in found if given.elsewhere or bool((given.error != 0).any())]
     if not found:
         raise ValueError(
@@ -126,47 +144,34 @@ def capture(
     return found, notes
 
 
-def _not_finite(inputs: tuple[Any, ...], target: tuple[Any, ...]) -> str:
-    """Where a NaN or infinity came in, as far as the batch shows it."""
-    for number, item in enumerate((*inputs, *target)):
-        data = item.data if isinstance(item, PackedSequence) else item
-        if isinstance(data, Tensor) and not bool(data.isfinite().all()):
-            what = "input" if number < len(inputs) else "target"
-            return f"; item {number} of the batch, its {what}, holds a NaN or infinity"
-    return ""
-
-
-def _listen(calls: list[_Call]) -> Any:
-    def hook(module: nn.RNNBase, args: Any, kwargs: Any, output: Any) -> None:
-        x = args[0] if args else kwargs["input"]
-        hx = args[1] if len(args) > 1 else kwargs.get("hx")
-        y, final = output
-        packed = x if isinstance(x, PackedSequence) else None
-        with torch.no_grad():
-            if packed is not None:
-                padded, lengths = pad_packed_sequence(packed)
-            else:
-                inputs = time_major(module, x, kwargs.get("lengths"))
-                padded, lengths = inputs.x, inputs.lengths
-            T, B = padded.shape[:2]
-            lengths = torch.full((B,), T) if lengths is None else lengths.cpu()
-        given = None if hx is None else hx if isinstance(hx, tuple | list) else (hx,)
-        states = final if isinstance(final, tuple) else (final,)
-        attached = given is not None and any(h.requires_grad for h in given)
-        kept = None if given is None else tuple(_rows(h.detach()) for h in given)
-        call = _Call(
-            padded.detach(), lengths, kept, attached, tuple(_rows(s.detach()) for s in states), packed,
-            module.batch_first, (y.data if packed is not None else y).detach(),
-        )  # fmt: skip
+def _keep(call: Call, calls: dict[str, list[_Call]], last: dict[str, Returned]) -> None:
+    module, x, y = call.module, call.x, call.output[0]
+    assert isinstance(module, SequenceModule)
+    packed = x if isinstance(x, PackedSequence) else None
+    with torch.no_grad():
         if packed is not None:
-            call.packed = PackedSequence(y.data.detach(), y.batch_sizes, y.sorted_indices, y.unsorted_indices)
-        calls.append(call)
-        tensor = y.data if packed is not None else y
-        hear_gradient(tensor, lambda grad: setattr(call, "error", grad.detach()))
-        for i, state in enumerate(states):
-            hear_gradient(state, lambda grad, i=i: call.final_error.__setitem__(i, _rows(grad.detach())))
-
-    return hook
+            padded, lengths = pad_packed_sequence(packed)
+        else:
+            inputs = time_major(module, x, call.lengths)
+            padded, lengths = inputs.x, inputs.lengths
+        T, B = padded.shape[:2]
+        lengths = torch.full((B,), T) if lengths is None else lengths.cpu()
+    given, before = as_states(call.hx), last.get(call.name)
+    found = link(given, before)
+    # Measured is what comes of the inputs alone: a state that was changed in between starts a sequence of its own.
+    unchanged = found is not None and before is not None and _same(given, before.states)
+    last[call.name] = returned(call.states)
+    kept = _Call(
+        padded.detach(), lengths, tuple(_rows(h.detach()) for h in given) or None, unchanged,
+        found is not None and found.cut, tuple(_rows(s.detach()) for s in call.states), packed, module.batch_first,
+        call.y.detach(),
+    )  # fmt: skip
+    if packed is not None:
+        kept.packed = PackedSequence(y.data.detach(), y.batch_sizes, y.sorted_indices, y.unsorted_indices)
+    calls.setdefault(call.name, []).append(kept)
+    hear_gradient(call.y, lambda grad: setattr(kept, "error", grad.detach()))
+    for i, state in enumerate(call.states):
+        hear_gradient(state, lambda grad, i=i: kept.final_error.__setitem__(i, _rows(grad.detach())))
 
 
 def _rows(h: Tensor) -> Tensor:
@@ -174,17 +179,17 @@ def _rows(h: Tensor) -> Tensor:
     return h.unsqueeze(1) if h.dim() == 2 else h
 
 
-def _joined(path: str, module: nn.RNNBase, calls: list[_Call]) -> Given:
+def _joined(path: str, module: SequenceModule, calls: list[_Call]) -> Given:
     """Calls that go on from each other's last state, as one sequence: the longest such chain that an error reaches."""
     chains: list[list[_Call]] = []
     for call in calls:
-        goes_on = chains and call.hx is not None and _same(call.hx, chains[-1][-1].final) and not module.bidirectional
+        goes_on = chains and call.goes_on and not module.bidirectional
         (chains[-1].append if goes_on else lambda c: chains.append([c]))(call)
     chain = max(chains, key=lambda c: (any(call.reached for call in c), sum(len(call.x) for call in c)))
     D = 2 if module.bidirectional else 1
     errors, elsewhere, cuts, t = [], False, [], 0
     for number, call in enumerate(chain):
-        if number and not call.attached:
+        if number and call.cut:
             cuts.append(t)
         t += len(call.x)
         error = call.full_error().double()
@@ -206,7 +211,7 @@ def _joined(path: str, module: nn.RNNBase, calls: list[_Call]) -> Given:
         path,
         layer,
         x,
-        states if states is None or layer.mode == "LSTM" else states[0],
+        states if states is None or len(states) > 1 else states[0],
         torch.stack([call.lengths for call in chain]).sum(0),
         torch.cat(errors),
         tuple(cuts),
@@ -219,7 +224,7 @@ def _looped(loop: CellLoop) -> Given:
     x, error, start, at_c = loop.sequence()
     with evaluating(loop.cell):
         layer = loop.layer()
-    hx = start if start is None or layer.mode == "LSTM" else start[0]
+    hx = start if start is None or len(start) > 1 else start[0]
     lengths = torch.full(x.shape[1:2], len(x))
     cuts = tuple(loop.longest.cuts)
     return Given(loop.path, layer, _finite(loop.path, x), hx, lengths, error, cuts, at_c, cell=True)
@@ -247,8 +252,10 @@ def _at_the_end(error: Tensor, top: Tensor, lengths: Tensor) -> Tensor:
     return error
 
 
-def _plain(module: nn.RNNBase) -> nn.RNNBase:
+def _plain(module: SequenceModule) -> SequenceModule:
     """A layer of the same weights in float64, time-major, free of parametrizations and dropout."""
+    if isinstance(module, CellModule):
+        return _plain_of_a_cell(module)
     family = next(base for base in type(module).__mro__ if base.__module__ in _FAMILIES)
     options: dict[str, Any] = {} if module.mode in ("LSTM", "GRU") else {"nonlinearity": module.nonlinearity}
     layer = family(
@@ -261,6 +268,17 @@ def _plain(module: nn.RNNBase) -> nn.RNNBase:
                 if mine is not None and theirs is not None:
                     mine.copy_(theirs)
     return layer.to(next(module.parameters()).device).requires_grad_(False)
+
+
+def _plain_of_a_cell(module: CellModule) -> Recurrent:
+    layer = Recurrent(
+        module.cell, module.input_size, module.hidden_size, module.num_layers, module.bias,
+        bidirectional=module.bidirectional, dtype=torch.float64, device=next(module.parameters()).device,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, weight in layer.named_parameters():
+            weight.copy_(getattr(module, name))
+    return layer.requires_grad_(False)
 
 
 _FAMILIES = ("unvanish.nn.layers", "torch.nn.modules.rnn")

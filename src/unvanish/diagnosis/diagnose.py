@@ -1,0 +1,225 @@
+"""Why a model does not learn: exact tests, a measurement of the gradient's reach, and interventions on copies."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unvanish.diagnosis import exact, interventions
+from unvanish.diagnosis.capture import Given, capture
+from unvanish.diagnosis.exact.growth import growth
+from unvanish.diagnosis.finding import Finding, ranked
+from unvanish.diagnosis.interventions import Outcome
+from unvanish.diagnosis.measure import Measured, half_width, measure
+from unvanish.diagnosis.prescribe import prescribe
+from unvanish.diagnosis.progress import shown
+from unvanish.diagnosis.records import Diagnosis, LayerDiagnosis, Prescription
+from unvanish.diagnosis.subject import Subject
+from unvanish.diagnosis.verdict import judge
+
+LR = 3e-3
+"""Adam's, to judge sensitivity by where the user gives no optimizer"""
+
+
+def diagnose(
+    model: nn.Module,
+    *batch: Any,
+    loss: Callable[..., Tensor] | None = None,
+    step: Callable[[nn.Module], Tensor] | None = None,
+    optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+    budget: float = 60.0,
+    lag: int | None = None,
+    samples: int = 16,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Diagnosis:
+    """Why a model does not learn, proved, and what to change.
+
+        d = uv.diagnose(model, x, y, loss=loss_fn)     # loss_fn(model(x), y)
+        d = uv.diagnose(model, step=step)              # step(model) → loss
+        d = uv.diagnose(lightning_module, batch)       # its training_step
+        d.findings; d.plan.code; d.verify(d.plan.apply(model))
+
+    Three parts, in this order:
+
+    - Exact tests: a few passes each, without any training. An error among them comes first and ends the diagnosis.
+    - The measurement: ‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0 in every recurrent layer, s = c for the LSTM, h for the others.
+      `d.layers` says how far the gradient reaches. A short reach is no illness by itself: it matters if the answer
+      needs more steps, and if no other way (pooling, attention, skip connections) carries the gradient.
+    - Interventions: copies trained on the model's own loss, each with one change, judged on samples held out of their
+      training against the best constant answer. What makes the loss fall names the cause, and is the plan.
+
+    The model, its gradients, its mode and the random numbers stay as they are.
+
+    Args:
+        model: any module that can be copied; recurrent or not, only recurrent layers are measured.
+        batch: the model's inputs, then the target; a single item is the input, and `loss` takes the output alone.
+        loss: (output, target) → scalar.
+        step: model → scalar, in place of batch and loss; may draw a fresh batch per call.
+        optimizer: the one that the model is trained with, or a function parameters → optimizer; None: Adam. Of an
+            instance it is also tested whether it holds the model's parameters.
+        budget: seconds for interventions; 0 leaves them out.
+        lag: steps that the task needs; None: the longest that the batch offers.
+        samples: of the batch that the measurement follows.
+        seed: of dropout, drawn cures and the copies' training.
+        progress: is called with a sentence on what is being done; None: a line on stderr after two seconds, if that is
+            a terminal.
+
+    Raises:
+        TypeError: model is no module or can't be copied, loss, step or optimizer is no function.
+        ValueError: neither or both of loss and step are given; the batch is empty; lag, samples or budget is out of
+            range.
+        RuntimeError: within torch.inference_mode.
+    """
+    _check(model, batch, loss, step, budget, lag, samples)
+    inputs, target = (batch[:-1], batch[-1]) if len(batch) > 1 and loss is not None else (batch, None)
+    has_target = len(batch) > 1 and loss is not None
+    settings = {"optimizer": optimizer, "budget": budget, "lag": None if lag is None else int(lag),
+                "samples": int(samples), "seed": seed}  # fmt: skip
+
+    def of(changed: nn.Module, **other: Any) -> Diagnosis:
+        subject = Subject(changed, inputs, target, loss, step=step, has_target=has_target)
+        with shown(progress) as say:
+            return _diagnosed(subject, say, **{**settings, **other})
+
+    found = of(model)
+    # An optimizer that holds the old parameters says nothing of a changed model.
+    kind = None if isinstance(optimizer, Optimizer) else optimizer
+    return replace(found, again=lambda changed: of(_module(changed), optimizer=kind))
+
+
+def _diagnosed(
+    subject: Subject,
+    say: Callable[[str], None],
+    *,
+    optimizer: Any,
+    budget: float,
+    lag: int | None,
+    samples: int,
+    seed: int,
+) -> Diagnosis:
+    proved, notes = exact.run(subject, lag=lag, optimizer=optimizer, progress=say)
+    say("reach of the gradient in each recurrent layer")
+    lr = float(optimizer.param_groups[0]["lr"]) if isinstance(optimizer, Optimizer) else LR
+
+    def measured(model: nn.Module) -> tuple[list[Given], dict[str, LayerDiagnosis], tuple[str, ...]]:
+        given, unseen = capture(model, subject.loss, seed)
+        records = [_record(g.name(m.place), m) for g in given for m in measure(g, lag, samples, seed, lr)]
+        return given, {record.name: record for record in records}, unseen
+
+    given: list[Given] = []
+    layers: dict[str, LayerDiagnosis] = {}
+    try:
+        given, layers, unseen = measured(subject.model)
+        notes = (*notes, *unseen)
+    except (ValueError, RuntimeError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+        notes = (*notes, f"the gradient's reach was not measured: {error}")
+    proved = ranked((*proved, *growth(layers)))
+    if any(f.severity == "error" for f in proved):
+        budget = 0.0
+    try:
+        outcome = interventions.run(
+            subject, budget=budget, optimizer=optimizer, exact=proved, layers=layers, progress=say, seed=seed, lag=lag
+        )
+    except (RuntimeError, IndexError, NotImplementedError) as error:
+        outcome = Outcome(notes=(f"no intervention could be tried: {type(error).__name__}: {error}",))
+    if any(f.severity == "error" for f in proved):
+        outcome = Outcome(notes=("nothing was trained: an exact test has proved a fault, which comes first",))
+    findings = _together(proved, outcome, notes)
+    kept = subject.twin()
+
+    def cures() -> tuple[Prescription, ...]:
+        return prescribe(kept, given, layers, lambda changed: measured(changed)[1], seed)
+
+    return Diagnosis(
+        findings, layers, outcome.plan, (*notes, *outcome.notes), outcome.tried, outcome.chance, cures, _unset
+    )
+
+
+def _unset(model: nn.Module) -> Diagnosis:
+    raise AssertionError("set by diagnose")
+
+
+def _together(proved: tuple[Finding, ...], outcome: Outcome, notes: tuple[str, ...]) -> tuple[Finding, ...]:
+    """Ranked. A model that was seen to learn is healthy first, and what else was found are remarks."""
+    learnt = [f for f in outcome.findings if f.code == "healthy"]
+    if learnt:
+        rest = [replace(f, severity="note") if f.severity == "warning" else f for f in proved]
+        return (*learnt, *ranked((*rest, *(f for f in outcome.findings if f.code != "healthy"))))
+    everything = ranked((*proved, *outcome.findings))
+    if any(f.severity != "note" for f in everything) or outcome.findings:
+        return everything
+    if outcome.tried:
+        return (
+            Finding(
+                "not_learnable_from_input", "warning", "",
+                "Nothing that was tried made the loss fall below that of the best constant answer; nothing is proved.",
+                f"{len(outcome.tried)} copies were trained.",
+                "Give a longer budget and more samples, and check that the target can be told from the input at all.",
+            ),
+            *everything,
+        )  # fmt: skip
+    untested = sum(note.startswith("not tested") for note in notes)
+    return (
+        Finding(
+            "healthy", "note", "",
+            "No exact test found a fault. Nothing was trained, so it is not proved that the model learns.",
+            f"{len(exact.TESTS) + 1 - untested} exact tests passed" + (f", {untested} did not apply." if untested else "."),
+            "Give a budget of some seconds for interventions to see whether the loss falls.",
+        ),
+        *everything,
+    )  # fmt: skip
+
+
+def _module(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _check(model: Any, batch: tuple[Any, ...], loss: Any, step: Any, budget: Any, lag: Any, samples: Any) -> None:
+    _module(model)
+    for name, number, what in (("lag", lag, "step"), ("samples", samples, "")):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
+            raise ValueError(f"{name}: expected a whole number of at least 1{f' {what}' if what else ''}, got {number}")
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise TypeError(f"budget: expected seconds as a number, got {type(budget).__name__}")
+    if not (math.isfinite(budget) and budget >= 0):
+        raise ValueError(f"budget: expected a finite number of seconds, 0 or more, got {budget}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("diagnose: expected gradients to be possible, got torch.inference_mode; call it outside")
+    for name, given in (("loss", loss), ("step", step)):
+        if given is not None and not callable(given):
+            raise TypeError(f"{name}: expected a function, got {type(given).__name__}")
+    if step is not None and (loss is not None or batch):
+        raise ValueError("step: takes the place of the batch and the loss; give either step= alone, or both of those")
+    if step is None and not batch:
+        raise ValueError("batch: expected the model's input and its target")
+    for number, item in enumerate(batch):
+        if isinstance(item, Tensor) and item.numel() == 0:
+            raise ValueError(
+                f"batch: expected at least one sample and one step, got a tensor of shape {tuple(item.shape)} as item "
+                f"{number}"
+            )
+
+
+def _record(name: str, m: Measured) -> LayerDiagnosis:
+    verdict, cause = judge(m)
+    curve = tuple(m.curve.tolist())
+    # One step or one sample gives no rate: none is made up.
+    if m.evidence["offered"] < 2 or len(m.slopes) < 2:
+        return LayerDiagnosis(
+            name, m.place.cell.name, verdict, cause, math.nan, (math.nan, math.nan), None, m.decay.reach, m.lag,
+            m.evidence, curve,
+        )  # fmt: skip
+    half = half_width(m.slopes[m.slopes.isfinite()])
+    interval = (m.decay.rate - half, m.decay.rate + half)
+    return LayerDiagnosis(
+        name, m.place.cell.name, verdict, cause, m.decay.rate, interval, m.decay.half_life, m.decay.reach, m.lag,
+        m.evidence, curve,
+    )  # fmt: skip

@@ -1,0 +1,70 @@
+"""Exact tests: a few deterministic passes through copies, each proving one kind of fault.
+
+Every test is a function Bench → list of findings, with a number in each proof. None touches the model or the random
+numbers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from unvanish.diagnosis.exact.bench import Bench
+from unvanish.diagnosis.exact.cuts import state_carried, state_cut
+from unvanish.diagnosis.exact.flow import depth, input_ignored, parameters_unmoved
+from unvanish.diagnosis.exact.logits import loss_unbalanced, output_not_logits, targets_ignored
+from unvanish.diagnosis.exact.nonfinite import nan
+from unvanish.diagnosis.exact.padding import padding_read
+from unvanish.diagnosis.exact.samples import samples_mixed
+from unvanish.diagnosis.exact.scale import dead, ids_as_numbers, input_scale, symmetric
+from unvanish.diagnosis.exact.sequences import axes_mixed, needs_future, target_in_input
+from unvanish.diagnosis.exact.targets import output_range, target_mismatch, target_scale
+from unvanish.diagnosis.finding import Finding, ranked
+from unvanish.diagnosis.subject import Subject
+
+TESTS: dict[str, Callable[[Bench], list[Finding]]] = {
+    "NaN and infinity": nan,
+    "states kept between batches": state_carried,
+    "independence of the samples": samples_mixed,
+    "order of axes": axes_mixed,
+    "shapes of answers and targets": target_mismatch,
+    "what the loss is given": output_not_logits,
+    "targets left out": targets_ignored,
+    "range of the answers": output_range,
+    "padding": padding_read,
+    "cuts of the state": state_cut,
+    "ids": ids_as_numbers,
+    "scale of the inputs": input_scale,
+    "targets in the input": target_in_input,
+    "targets from the future": needs_future,
+    "copies of units": symmetric,
+    "dead units": dead,
+    "depth": depth,
+    "dependence on the input": input_ignored,
+    "scale of the targets": target_scale,
+    "terms of the loss": loss_unbalanced,
+}
+
+
+def run(
+    subject: Subject,
+    *,
+    lag: int | None = None,
+    optimizer: Any = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
+    """(findings, notes) of all tests, ranked. A test that a model can't be put to becomes a note, not an error."""
+    bench = Bench(subject, lag)
+    found: list[Finding] = []
+    tests = {**TESTS, "parameters": lambda bench: parameters_unmoved(bench, optimizer)}
+    for name, test in tests.items():
+        if progress is not None:
+            progress(f"exact test: {name}")
+        try:
+            found += test(bench)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError,
+                NotImplementedError, ArithmeticError) as error:  # fmt: skip
+            first = (str(error).strip().splitlines() or ["no message"])[0][:160]
+            bench.notes.append(f"not tested: {name} ({type(error).__name__}: {first})")
+    if any(f.code == "nan" and f.severity == "error" for f in found):
+        # Comparisons with NaN prove nothing.
+        found = [f for f in found if f.code in ("nan", "state_carried", "target_mismatch", "parameters_unmoved")]
+    return ranked(found), tuple(dict.fromkeys(bench.notes))

@@ -1,0 +1,263 @@
+"""What the exact tests share: a float64 copy in eval mode, some samples, and passes of it on changed inputs."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unvanish.diagnosis.exact.trace import Pass, double, traced
+from unvanish.diagnosis.structure import detached_copy, floating, mapped, tensors
+from unvanish.diagnosis.subject import Subject
+
+SAMPLES = (12, 13, 11, 14, 10, 15, 9, 16)
+"""how many are perturbed; the first number that no other axis has, so that their axis can be told"""
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+class Bench:
+    """Copies of the subject's model to experiment on."""
+
+    def __init__(self, subject: Subject, lag: int | None = None) -> None:
+        self.subject, self.lag = subject, lag
+        self.notes: list[str] = []
+
+    @cached_property
+    def training(self) -> Pass:
+        """A training pass as the user would run it: own dtype, own mode, whole batch."""
+        with self.subject.rng(0):
+            return traced(self.subject.twin(), self.subject.loss)
+
+    @cached_property
+    def count(self) -> int | None:
+        """How many samples are looked at; None where the batch has no axis of them."""
+        n = self.subject.samples
+        if n is None:
+            return None
+        sizes = {size for t in tensors(self.subject.call) for a, size in enumerate(t.shape) if a != self._axis_in(t)}
+        few = next((k for k in SAMPLES if k < n and k not in sizes), n)
+        return few if few == n or self._takes(few) else n
+
+    def _takes(self, samples: int) -> bool:
+        """Whether the model runs on a part of the batch: a kept state may fix its size."""
+        index = torch.arange(samples)
+        args, named = self.subject.call
+        try:
+            with torch.no_grad(), self.subject.rng(0):
+                self.subject.twin().eval()(*self.subject.rows(args, index), **self.subject.rows(named, index))
+        except (RuntimeError, ValueError, IndexError, AssertionError):
+            return False
+        return True
+
+    def _axis_in(self, tensor: Tensor) -> int:
+        axis = self.subject.axis(tensor)
+        return -1 if axis is None else axis
+
+    @cached_property
+    def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of these samples."""
+        return self.taken(torch.arange(self.count)) if self.count is not None else self._cast(self.subject.call)
+
+    def taken(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of these samples of the whole batch."""
+        return self._cast(self.subject.rows(self.subject.call[0], index)), self._cast(
+            self.subject.rows(self.subject.call[1], index)
+        )
+
+    def _cast(self, value: Any) -> Any:
+        return double(value) if self._in_double else value
+
+    @cached_property
+    def _in_double(self) -> bool:
+        """Whether the model runs in float64 at all; some make float32 tensors of their own."""
+        twin = self.subject.twin().eval()
+        try:
+            args, named = self.subject.call
+            with torch.no_grad(), self.subject.rng(0):
+                twin.double()(*double(args), **double(named))
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return False
+        return True
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The copy that passes start from: eval mode, float64 where it can."""
+        twin = self.subject.twin().eval()
+        return twin.double() if self._in_double else twin
+
+    @property
+    def tolerance(self) -> float:
+        """Relative; what counts as having moved."""
+        return 1e-10 if self._in_double else 1e-4
+
+    def run(self, given: tuple[tuple[Any, ...], dict[str, Any]] | None = None, *, train: bool = False) -> list[Tensor]:
+        """The answers of a fresh copy, without a graph; equal inputs give equal answers."""
+        args, named = self.given if given is None else given
+        twin = detached_copy(self.model).train(train)
+        with torch.no_grad(), self.subject.rng(0):
+            return [t.detach() for t in floating(twin(*args, **named))]
+
+    def gradients_at(
+        self,
+        given: tuple[tuple[Any, ...], dict[str, Any]],
+        scalar: Callable[[list[Tensor]], Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(entries, gradients) of a scalar of the answers at the floating-point inputs, or at what embeddings make of
+        the others."""
+        twin = detached_copy(self.model)
+        entries: list[Tensor] = []
+
+        def enter(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            tensor = tensor.detach().clone().requires_grad_()
+            entries.append(tensor)
+            return tensor
+
+        args, named = mapped(given[0], enter), mapped(given[1], enter)
+
+        def embedded(_: nn.Module, __: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor) or not torch.is_grad_enabled():
+                return output
+            shifted = output.detach().requires_grad_() if not output.requires_grad else output
+            shifted.retain_grad()
+            entries.append(shifted)
+            return shifted
+
+        for module in twin.modules():
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(embedded)
+        with torch.enable_grad(), self.subject.rng(0):
+            value = scalar(floating(twin(*args, **named)))
+            if not value.requires_grad:
+                return entries, [torch.zeros_like(e) for e in entries]
+            got = torch.autograd.grad(value, entries, allow_unused=True) if entries else ()
+        return entries, [torch.zeros_like(e) if g is None else g for e, g in zip(entries, got, strict=True)]
+
+    # Axes -----------------------------------------------------------------------------------------------------------
+
+    def by_sample(self, tensor: Tensor, count: int | None = None) -> list[Tensor]:
+        """The possible readings `[samples, …]` of an output: several where samples and steps are folded into an axis,
+        none where it has no axis of samples."""
+        count = self.count if count is None else count
+        if count is None or tensor.dim() == 0:
+            return []
+        order = self.subject.axes
+        for axis in (a for a in order if a < tensor.dim()):
+            if tensor.shape[axis] == count:
+                return [tensor.movedim(axis, 0).reshape(count, -1)]
+        if tensor.dim() > 2 and tensor.shape[2] == count:
+            return [tensor.movedim(2, 0).reshape(count, -1)]
+        if count > 1 and tensor.shape[0] % count == 0:
+            folded = tensor.unflatten(0, (count, -1)).reshape(count, -1)
+            return [folded, tensor.unflatten(0, (-1, count)).movedim(1, 0).reshape(count, -1)]
+        return []
+
+    @cached_property
+    def sequence(self) -> tuple[int, int, int] | None:
+        """(which of the input's tensors, its axis of samples, its axis of steps) of the main sequence; None if there
+        is none."""
+        found = tensors(self.given[0])
+        if self.count is None or not found:
+            return None
+        best = max(
+            range(len(found)),
+            key=lambda i: (found[i].dim() >= 3, found[i].dim() >= 2, found[i].numel()),
+        )
+        main = found[best]
+        if main.dim() < 2:
+            return None
+        axis = next((a for a in self.subject.axes if a < main.dim() and main.shape[a] == self.count), None)
+        if axis is None or axis > 1:
+            return None
+        return best, axis, 1 - axis
+
+    @property
+    def steps(self) -> int:
+        """Of the main sequence; 0 without one."""
+        if self.sequence is None:
+            return 0
+        which, _, axis = self.sequence
+        return tensors(self.given[0])[which].shape[axis]
+
+    def with_step(self, t: int, donor: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """These samples, with step t of the main sequence taken from other samples."""
+        assert self.sequence is not None
+        which, samples, steps = self.sequence
+        number = -1
+
+        def change(tensor: Tensor) -> Tensor:
+            nonlocal number
+            number += 1
+            if number != which:
+                return tensor
+            other = tensor.index_select(samples, donor.to(tensor.device)).select(steps, t)
+            tensor = tensor.clone()
+            tensor.select(steps, t).copy_(other)
+            return tensor
+
+        return mapped(self.given[0], change), self.given[1]
+
+    def at_step(self, tensor: Tensor, t: int) -> Tensor | None:
+        """The answers at this step, where an output has the sequence's axis of steps; else None."""
+        if self.sequence is None or tensor.dim() < 2:
+            return None
+        for axes in ((0, 1), (1, 0)):
+            if tensor.shape[axes[0]] == self.count and tensor.shape[axes[1]] == self.steps:
+                return tensor.select(axes[1], t)
+        return None
+
+    def last_answers(self, answers: list[Tensor]) -> Tensor:
+        """A fixed random mixture of the answers, of those at the last step where there are several."""
+        parts = []
+        for number, tensor in enumerate(answers):
+            last = self.at_step(tensor, self.steps - 1)
+            part = tensor if last is None else last
+            mix = torch.rand(part.shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64) + 0.5
+            parts.append((part * mix.to(part)).sum())
+        return torch.stack(parts).sum()
+
+    @cached_property
+    def reach(self) -> tuple[Tensor, Tensor] | None:
+        """‖∂ans/∂x_t‖ per sample and step, `[samples, steps]`, and |Δans| when step t is exchanged, `[samples, steps]`,
+        over all ways; of the last step's answers. None where it can't be told."""
+        if self.sequence is None or self.steps < 2 or not (base := self.run()):
+            return None
+        which, samples, steps = self.sequence
+        entries, got = self.gradients_at(self.given, self.last_answers)
+        T, k = self.steps, self.count or 0
+        norms = torch.zeros(k, T, dtype=torch.float64)
+        seen = False
+        for entry, gradient in zip(entries, got, strict=True):
+            for axes in ((samples, steps), (1 - samples, 1 - steps)):
+                if entry.dim() >= 2 and entry.shape[axes[0]] == k and entry.shape[axes[1]] == T:
+                    by_step = gradient.movedim(axes, (0, 1)).reshape(k, T, -1).double().cpu()
+                    norms += by_step.abs().amax(-1)
+                    seen = True
+                    break
+            else:
+                # A call per step: embeddings or cells fed step by step.
+                continue
+        if not seen:
+            return None
+        donor = torch.roll(torch.arange(k), 1)
+        moved = torch.zeros(k, T, dtype=torch.float64)
+        scale = [t.abs().mean().clamp_min(1e-30) for t in base]
+        for t in self.probed:
+            changed = self.run(self.with_step(t, donor))
+            for was, now, size in zip(base, changed, scale, strict=False):
+                last = self.at_step(was, T - 1), self.at_step(now, T - 1)
+                a, b = (was, now) if last[0] is None or last[1] is None else last
+                rows = self.by_sample(((a - b) / size).abs())
+                if rows:
+                    moved[:, t] = torch.maximum(moved[:, t], rows[0].amax(-1).double().cpu())
+        return norms, moved
+
+    @cached_property
+    def probed(self) -> list[int]:
+        """Steps that are exchanged: all of a short sequence, else the last ones and some of the others."""
+        T = self.steps
+        if T <= 24:
+            return list(range(T))
+        return sorted({*range(T - 12, T), *(round(i * (T - 1) / 11) for i in range(12))})

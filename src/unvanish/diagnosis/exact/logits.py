@@ -1,0 +1,251 @@
+"""What goes into cross-entropy and its relatives: scores, not probabilities."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from unvanish.diagnosis.exact.bench import Bench
+from unvanish.diagnosis.exact.trace import Called
+from unvanish.diagnosis.finding import Finding
+
+_VIEWS = (
+    "View", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "T", "Permute", "Select", "Slice", "Alias", "Expand",
+    "Clone", "AsStrided", "Index", "Cat", "Stack", "ToCopy", "Reshape", "Unbind", "Split", "Gather", "Movedim",
+    "IndexSelect", "SwapDims",
+)  # fmt: skip
+
+
+def origin(tensor: Tensor) -> str:
+    """Name of the operation that made these numbers, seen through views: "Softmax", "Sigmoid", "Relu" …"""
+    node = tensor.grad_fn
+    while node is not None:
+        name = node.name().removesuffix("0").removesuffix("1").removesuffix("Backward").lstrip("_")
+        if name not in _VIEWS:
+            return {"LogSoftmax": "LogSoftmax", "SafeSoftmax": "Softmax"}.get(name, name)
+        following = [n for n, _ in node.next_functions if n is not None]
+        if not following:
+            return ""
+        node = following[0]
+    return ""
+
+
+def output_not_logits(bench: Bench) -> list[Finding]:
+    """Probabilities, or log-probabilities, where a loss expects scores, and the other way round."""
+    for call in bench.training.trace.functions:
+        x = call.argument(0, "input")
+        if not isinstance(x, Tensor) or not x.requires_grad or not x.is_floating_point() or x.numel() < 2:
+            continue
+        values, made = x.detach().double(), origin(x)
+        if call.name in ("cross_entropy", "log_softmax"):
+            axis = call.argument(1, "dim", -1) if call.name == "log_softmax" else (1 if x.dim() > 1 else 0)
+            axis = -1 if axis is None else axis
+            classes = x.shape[axis]
+            if classes < 2:
+                if call.name == "cross_entropy":
+                    return [_one_class(x)]
+                continue
+            sums = values.sum(axis)
+            if bool((values >= 0).all()) and float((sums - 1).abs().max()) < 1e-3 and _certain(made, values):
+                return [_softmax_twice(call.name, made, classes, float((sums - 1).abs().max()))]
+            if made == "Softmax" and bool((values >= 0).all()):
+                return [_softmax_twice(call.name, f"{made} over another axis", classes, float((sums - 1).abs().max()))]
+            if made == "Sigmoid":
+                return [_bounded(call.name, "sigmoid", classes)]
+            if made == "LogSoftmax" and float((values.exp().sum(axis) - 1).abs().max()) < 1e-3:
+                bench.notes.append(f"`{call.name}` is given log-probabilities: log_softmax twice changes nothing")
+        elif call.name == "binary_cross_entropy_with_logits" and made in ("Sigmoid", "Softmax"):
+            floor = math.log1p(math.exp(-1.0))
+            return [
+                Finding(
+                    "output_not_logits", "error", "loss",
+                    f"`{call.name}` takes scores and applies the sigmoid itself, but is given probabilities.",
+                    f"Its input comes from {made.lower()} and lies in [{float(values.min()):.3g}, "
+                    f"{float(values.max()):.3g}]; no probability leaves [0.5, 0.731], so that the loss of a positive "
+                    f"can't fall below {floor:.3g}.",
+                    "Leave out the model's last sigmoid, or use binary_cross_entropy.",
+                )
+            ]  # fmt: skip
+        elif call.name == "nll_loss" and x.dim() > 1:
+            sums = values.exp().sum(1)
+            if float((sums - 1).abs().max()) > 0.05:
+                kind = "probabilities" if made == "Softmax" else "scores"
+                return [
+                    Finding(
+                        "output_not_logits", "error", "loss",
+                        f"`nll_loss` takes log-probabilities, but is given {kind}: the loss can fall without end and "
+                        "says nothing about the classes.",
+                        f"exp of its input sums to between {float(sums.min()):.3g} and {float(sums.max()):.3g} over "
+                        "the classes; log-probabilities give 1.",
+                        "Use cross_entropy on the scores, or log_softmax before nll_loss.",
+                    )
+                ]  # fmt: skip
+        elif call.name == "kl_div" and bool((values >= 0).all()) and made in ("Softmax", "Sigmoid"):
+            return [
+                Finding(
+                    "output_not_logits", "error", "loss",
+                    "`kl_div` takes log-probabilities as its input, but is given probabilities.",
+                    f"Its input lies in [{float(values.min()):.3g}, {float(values.max()):.3g}]; logarithms of "
+                    "probabilities are not positive.",
+                    "Give it log_softmax of the scores.",
+                )
+            ]  # fmt: skip
+    return []
+
+
+def _certain(made: str, values: Tensor) -> bool:
+    """Whether these are probabilities by their making, or too many to sum to 1 by chance."""
+    return made == "Softmax" or values.shape.numel() >= 8
+
+
+def _softmax_twice(name: str, made: str, classes: int, off: float) -> Finding:
+    floor = math.log1p((classes - 1) * math.exp(-1.0))
+    return Finding(
+        "output_not_logits", "error", "loss",
+        f"`{name}` takes scores and applies the softmax itself, but is given probabilities: two softmaxes leave hardly "
+        "any gradient.",
+        f"Its input comes from {made.lower() or 'an operation that normalises'}, is nowhere negative, and its sums over "
+        f"the {classes} classes differ from 1 by at most {off:.1g}. With probabilities as scores the loss can't fall "
+        f"below {floor:.3g} (guessing: {math.log(classes):.3g}).",
+        "Leave out the model's last softmax; apply it only when probabilities are to be read.",
+    )  # fmt: skip
+
+
+def _bounded(name: str, kind: str, classes: int) -> Finding:
+    floor = math.log1p((classes - 1) * math.exp(-1.0))
+    return Finding(
+        "output_not_logits", "error", "loss",
+        f"`{name}` takes scores of any size, but is given the output of a {kind}.",
+        f"With scores in [0, 1] and {classes} classes the loss can't fall below {floor:.3g} (guessing: "
+        f"{math.log(classes):.3g}).",
+        f"Leave out the model's last {kind}.",
+    )  # fmt: skip
+
+
+def _one_class(x: Tensor) -> Finding:
+    return Finding(
+        "output_not_logits", "error", "loss",
+        "`cross_entropy` over one class is always 0: the softmax of a single score is 1.",
+        f"Its input has the shape {tuple(x.shape)}, with one class along axis 1.",
+        "Use binary_cross_entropy_with_logits for one score, or give as many scores as there are classes.",
+    )  # fmt: skip
+
+
+def targets_ignored(bench: Bench) -> list[Finding]:
+    """Targets that ignore_index or class weights leave out although they are real."""
+    for call in bench.training.trace.functions:
+        if call.name not in ("cross_entropy", "nll_loss") or not isinstance(y := call.argument(1, "target"), Tensor):
+            continue
+        if y.is_floating_point():
+            continue
+        ignore = call.argument(4, "ignore_index", -100)
+        weight = call.argument(2, "weight")
+        if isinstance(weight, Tensor) and bool((weight == 0).any()):
+            gone = (
+                (weight.to(y.device)[y.clamp(0, len(weight) - 1)] == 0) & (y >= 0) & (y < len(weight)) & (y != ignore)
+            )
+            if float(gone.double().mean()) > 0 and not _padded_too(bench, gone):
+                return [_left_out("a class weight of 0", gone)]
+        if not isinstance(ignore, int) or not bool((y == ignore).any()):
+            continue
+        gone = y == ignore
+        if bool(gone.all()):
+            return [_left_out(f"ignore_index={ignore}", gone)]
+        if ignore >= 0 and not _padded_too(bench, gone) and _scattered(bench, gone):
+            return [_left_out(f"ignore_index={ignore}", gone)]
+    return []
+
+
+def _left_out(by: str, gone: Tensor) -> Finding:
+    return Finding(
+        "targets_ignored", "error", "loss",
+        f"Real targets are left out of the loss by {by}.",
+        f"{int(gone.sum())} of {gone.numel()} targets ({float(gone.double().mean()):.0%}) have no part in the loss.",
+        "Number the padding apart from the classes, -100 for instance, or mask by the sequences' lengths.",
+    )  # fmt: skip
+
+
+def _padded_too(bench: Bench, gone: Tensor) -> bool:
+    """Whether what is left out stands at the end of its sequence: the usual padding."""
+    by_step = _by_step(bench, gone)
+    if by_step is None:
+        return False
+    tail = by_step.flip(1).long().cumprod(1).flip(1).bool()
+    return bool((by_step == tail).all())
+
+
+def _scattered(bench: Bench, gone: Tensor) -> bool:
+    """Whether it is no block of steps that all samples share, such as the part before an answer."""
+    by_step = _by_step(bench, gone)
+    if by_step is None:
+        return gone.dim() == 1
+    return not bool((by_step == by_step[:1]).all()) and not _leading(by_step)
+
+
+def _leading(by_step: Tensor) -> bool:
+    """Whether each sample's part stands at its start, or at its start and its end."""
+    kept = ~by_step
+    first = kept.long().argmax(1)
+    last = by_step.shape[1] - 1 - kept.flip(1).long().argmax(1)
+    return bool((kept.sum(1) == (last - first + 1) * kept.any(1)).all())
+
+
+def _by_step(bench: Bench, gone: Tensor) -> Tensor | None:
+    """[samples, steps]; None for one target per sample."""
+    n = bench.subject.samples
+    if n is None:
+        return None
+    if gone.dim() == 1:
+        if gone.shape[0] <= n or gone.shape[0] % n:
+            return None
+        return gone.unflatten(0, (n, -1)) if bench.subject.axes[0] == 0 else gone.unflatten(0, (-1, n)).T
+    if gone.shape[0] == n:
+        return gone.reshape(n, -1)
+    return gone.movedim(1, 0).reshape(n, -1) if gone.dim() > 1 and gone.shape[1] == n else None
+
+
+def loss_unbalanced(bench: Bench) -> list[Finding]:
+    """Terms that the loss is the sum of, by the gradient each sends to the weights that they share."""
+    done = bench.training
+    if done.loss is None or done.error is not None:
+        return []
+    made = {id(c.result): c for c in done.trace.functions if c.name in ("add", "__add__", "__radd__", "sum")}
+    terms = _terms(done.loss, made)
+    weights = [p for p in done.model.parameters() if p.requires_grad]
+    if len(terms) < 2 or not weights:
+        return []
+    norms = []
+    for term in terms:
+        if not term.requires_grad:
+            continue
+        got = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
+        norms.append(
+            (float(torch.stack([g.double().norm() for g in got if g is not None]).norm()), float(term.detach()))
+        )
+    norms = [(g, v) for g, v in norms if g > 0]
+    if len(norms) < 2:
+        return []
+    norms.sort(reverse=True)
+    ratio = norms[0][0] / norms[-1][0]
+    if ratio < 300 or norms[0][1] < 10 * abs(norms[-1][1]):
+        return []
+    listed = ", ".join(f"{v:.3g} (gradient {g:.2g})" for g, v in norms)
+    severity = "error" if ratio > 3_000 and norms[0][1] > 100 * abs(norms[-1][1]) else "warning"
+    return [
+        Finding(
+            "loss_unbalanced", severity, "loss",
+            "One term of the loss drowns the others: the weights hardly feel them.",
+            f"terms: {listed}; gradients differ by a factor of {ratio:.3g}.",
+            "Weight the terms so that their gradients are of one size, or standardise what the larger one compares.",
+        )
+    ]  # fmt: skip
+
+
+def _terms(loss: Tensor, made: dict[int, Called], depth: int = 0) -> list[Tensor]:
+    call = made.get(id(loss))
+    if call is None or depth > 20:
+        return [loss]
+    operands = [a for a in call.args if isinstance(a, Tensor) and a.numel() == 1]
+    if len(operands) < 2:
+        return [loss]
+    return [t for operand in operands for t in _terms(operand, made, depth + 1)]

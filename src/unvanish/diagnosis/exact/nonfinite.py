@@ -1,0 +1,142 @@
+"""NaN and infinity: in the batch, a parameter, the forward pass, or the backward pass; where each is born."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unvanish.diagnosis.exact.bench import Bench
+from unvanish.diagnosis.exact.trace import ModuleCall
+from unvanish.diagnosis.finding import Finding
+from unvanish.diagnosis.structure import floating
+
+
+def nan(bench: Bench) -> list[Finding]:
+    """The first value that is not finite, in the order in which a training pass makes them."""
+    subject = bench.subject
+    for name, parameter in subject.model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return [_found(name, "A parameter holds NaN or infinity: an earlier update destroyed it.",
+                           f"{_count(parameter)} of `{name}`.", "Start again from finite weights, with clipping or a "
+                           "smaller learning rate.")]  # fmt: skip
+    done = bench.training
+    if done.loss is None:
+        return []
+    bad_loss = not bool(done.loss.isfinite())
+    bad = [n for n, g in done.gradients.items() if g is not None and not bool(g.isfinite().all())]
+    if not bad_loss and not bad:
+        return []
+    for what, items in (("input", subject.call), ("target", subject.target)):
+        for number, tensor in enumerate(floating(items)):
+            if not bool(tensor.isfinite().all()):
+                return [_found(f"{what} {number}", f"The {what} holds NaN or infinity.",
+                               f"{_count(tensor)} of {what} tensor {number}.",
+                               "Fill or leave out missing values before training.")]  # fmt: skip
+    if bad_loss:
+        return [_forward(bench)]
+    return [_backward(bench, bad)]
+
+
+def _forward(bench: Bench) -> Finding:
+    assert bench.training.loss is not None
+    for call in _inner_first(bench.training.trace.modules):
+        if call.outputs and _spoilt(call.outputs) and not _spoilt(call.inputs):
+            name = call.path or "the model's own forward"
+            bad = next(t for t in call.outputs if t.is_floating_point() and not bool(t.isfinite().all()))
+            return _found(call.path, f"`{name}` turns finite inputs into NaN or infinity.",
+                          f"{_count(bad)} of its output; the loss is {float(bench.training.loss.detach())}.",
+                          "Guard the operation there: a division, logarithm, root or exponential of what it is given, "
+                          "or weights that are too large.")  # fmt: skip
+    return _found("loss", "The loss turns finite answers into NaN or infinity.",
+                  f"All answers are finite; the loss is {float(bench.training.loss.detach())}.",
+                  "Guard its logarithms, roots and divisions: add a small constant inside, or use the log-domain "
+                  "function (log_softmax, binary_cross_entropy_with_logits).")  # fmt: skip
+
+
+def _backward(bench: Bench, bad: list[str]) -> Finding:
+    born, line = _anomaly(bench)
+    inside = _born_in_loss(bench)
+    where = "loss" if inside else _module_of(bench, bad)
+    count = f"the loss is finite ({float(bench.training.loss.detach()):.4g}), but the gradients of {len(bad)} of " if (
+        bench.training.loss is not None) else ""  # fmt: skip
+    proof = f"In the backward pass {count}{len(bench.training.gradients)} parameters hold NaN or infinity"
+    proof += f"; {born} gives the first NaN" if born else ""
+    proof += f", at “{line}”." if line else "."
+    what = "the loss" if inside else f"`{where}`" if where else "the model"
+    root = "The slope of a root is infinite at 0: write sqrt(x + 1e-8), or take the root outside the mean. " if (
+        "Sqrt" in born or "Pow" in born or "Norm" in born) else ""  # fmt: skip
+    do = f"{root}Keep the operation away from the point where its slope is infinite: add the constant inside it."
+    return _found(where, f"The backward pass through {what} makes NaN although the forward pass is finite.", proof, do)
+
+
+def _anomaly(bench: Bench) -> tuple[str, str]:
+    """(function whose backward made the first NaN, the user's line that called it)"""
+    with warnings.catch_warnings(record=True) as heard, bench.subject.rng(0), torch.enable_grad():
+        warnings.simplefilter("always")
+        try:
+            with torch.autograd.detect_anomaly(check_nan=True):
+                bench.subject.loss(bench.subject.twin()).backward()
+        except RuntimeError as error:
+            text = str(error)
+            name = text.split("'")[1] if "'" in text else ""
+            return name, _line("\n".join(str(w.message) for w in heard))
+    return "", ""
+
+
+def _line(text: str) -> str:
+    """The last source line of the forward traceback that is not torch's."""
+    lines = text.splitlines()
+    own = [
+        lines[i + 1].strip()
+        for i, line in enumerate(lines[:-1])
+        if line.strip().startswith("File ") and "/torch/" not in line and "/unvanish/" not in line
+    ]
+    return own[-1] if own else ""
+
+
+def _born_in_loss(bench: Bench) -> bool:
+    done = bench.training
+    if done.loss is None or not (answers := [a for a in done.answers if a.requires_grad]):
+        return False
+    got = torch.autograd.grad(done.loss, answers, retain_graph=True, allow_unused=True)
+    return any(g is not None and not bool(g.isfinite().all()) for g in got)
+
+
+def _module_of(bench: Bench, bad: list[str]) -> str:
+    """The last module, in the order of the forward pass, whose output's gradient is finite and whose parameters' or
+    inputs' are not; by name of a parameter if no module tells."""
+    done = bench.training
+    calls = [c for c in _inner_first(done.trace.modules) if c.path and any(t.requires_grad for t in c.outputs)]
+    for call in reversed(calls):
+        outputs = [t for t in call.outputs if t.requires_grad]
+        inputs = [t for t in call.inputs if t.requires_grad]
+        if not inputs or done.loss is None:
+            continue
+        got = torch.autograd.grad(done.loss, [*outputs, *inputs], retain_graph=True, allow_unused=True)
+        after, before = got[: len(outputs)], got[len(outputs) :]
+        if _clean(after) and not _clean(before):
+            return call.path
+    owners = {name.rpartition(".")[0] for name in bad}
+    return owners.pop() if len(owners) == 1 else ""
+
+
+def _clean(gradients: Any) -> bool:
+    return all(g is None or bool(g.isfinite().all()) for g in gradients)
+
+
+def _inner_first(calls: list[ModuleCall]) -> list[ModuleCall]:
+    """Leaf modules in the order of their calls, then the others."""
+    return sorted(calls, key=lambda c: len(list(c.module.children())) > 0)
+
+
+def _spoilt(values: list[Tensor]) -> bool:
+    return any(t.is_floating_point() and not bool(t.isfinite().all()) for t in values)
+
+
+def _count(tensor: Tensor) -> str:
+    return f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} values"
+
+
+def _found(where: str, says: str, proof: str, do: str) -> Finding:
+    return Finding("nan", "error", where, says, proof, do)

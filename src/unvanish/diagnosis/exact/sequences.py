@@ -1,0 +1,190 @@
+"""Targets against inputs step by step: leaked answers, answers from the future, time exchanged with features."""
+
+import torch
+from torch import Tensor, nn
+
+from unvanish.diagnosis.exact.bench import Bench
+from unvanish.diagnosis.finding import Finding
+from unvanish.diagnosis.structure import tensors
+
+
+def _sequences(bench: Bench) -> tuple[Tensor, Tensor] | None:
+    """(input [B, T, F], target [B, T, …]) where both have steps."""
+    n = bench.subject.samples
+    if bench.sequence is None or n is None:
+        return None
+    which, samples, steps = bench.sequence
+    x = tensors(bench.subject.call[0])[which].detach().movedim((samples, steps), (0, 1)).cpu()
+    T = x.shape[1]
+    for y in tensors(bench.subject.target):
+        y = y.detach().cpu()
+        if y.dim() >= 2 and y.shape[samples] == n and y.shape[steps] == T:
+            return x.reshape(n, T, -1), y.movedim((samples, steps), (0, 1)).reshape(n, T, -1)
+        if y.dim() == 1 and y.shape[0] == n * T:
+            folded = y.unflatten(0, (n, T)) if samples == 0 else y.unflatten(0, (T, n)).T
+            return x.reshape(n, T, -1), folded.unsqueeze(-1)
+    return None
+
+
+def _answers_use(bench: Bench, at: int, step: int) -> bool:
+    """Whether the answers at step `at` move with the input of another step."""
+    k = bench.count or 0
+    base, changed = bench.run(), bench.run(bench.with_step(step, torch.roll(torch.arange(k), 1)))
+    for was, now in zip(base, changed, strict=False):
+        a, b = bench.at_step(was, at), bench.at_step(now, at)
+        if a is None or b is None:
+            rows = [r for r in (bench.by_sample(was), bench.by_sample(now)) if r]
+            if len(rows) < 2 or was.dim() == 0 or was.shape[0] != k * bench.steps:
+                continue
+            a = was.unflatten(0, (k, -1))[:, at] if bench.subject.axes[0] == 0 else was.unflatten(0, (-1, k))[at]
+            b = now.unflatten(0, (k, -1))[:, at] if bench.subject.axes[0] == 0 else now.unflatten(0, (-1, k))[at]
+        if float((a - b).abs().max()) > bench.tolerance * float(a.abs().max().clamp_min(1e-30)):
+            return True
+    return False
+
+
+def target_in_input(bench: Bench) -> list[Finding]:
+    """The target of a step stands in the input that its answer sees."""
+    both = _sequences(bench)
+    if both is None or bench.steps < 3:
+        return []
+    x, y = both
+    T, ids = x.shape[1], not x.is_floating_point()
+    if y.shape[-1] > x.shape[-1] or len(y.unique()) < 2:
+        return []
+    middle = T // 2
+    for shift in (0, 1):
+        goal, shown = y[:, : T - shift], x[:, shift:]
+        columns = [j for j in range(shown.shape[-1]) if torch.equal(shown[..., j].double(), goal[..., 0].double())]
+        if not columns:
+            continue
+        # Of an autoencoder every answer sees the whole input, through its bottleneck.
+        sees = _answers_use(bench, middle, middle + shift)
+        later = _answers_use(bench, middle, min(T - 1, middle + 2))
+        if not sees or (shift == 0 and later):
+            continue
+        if shift:
+            says = "The answer of a step sees the next step's input, which is its target: the model reads it off there."
+            do = "Use a model that runs forwards only (no second direction), or predict what it has not been shown."
+        else:
+            says = "The target of each step is that step's own input, so that there is nothing to predict."
+            do = "Shift the targets by one step: inputs `x[:, :-1]`, targets `x[:, 1:]`."
+        proof = f"Target at step t equals {'the ids' if ids else f'feature {columns[0]}'} of the input at step t" + (
+            " + 1" if shift else ""
+        ) + f" for all {goal.numel()} values, and the answer of step {middle} moves with it."  # fmt: skip
+        return [Finding("target_in_input", "error" if ids or shift else "warning", "target", says, proof, do)]
+    return []
+
+
+WINDOW = 4
+
+
+def needs_future(bench: Bench) -> list[Finding]:
+    """A causal model, and targets that a linear fit finds in later inputs but not in those up to the step."""
+    both = _sequences(bench)
+    if both is None or bench.steps < 4:
+        return []
+    x, y = both
+    T = x.shape[1]
+    middle = T // 2
+    if _answers_use(bench, middle, min(T - 1, middle + 1)) or not _answers_use(bench, middle, middle):
+        return []
+    if torch.equal(y[:, :-1, :1].double(), x[:, 1:, :1].double()):
+        return []  # the next value, which is what a forecast is asked for
+    features = _features(x)
+    goal = _goal(y)
+    if features is None or goal is None:
+        return []
+    n = len(x)
+    fit = {}
+    spans = {"past": range(-WINDOW, 1), "future": range(1, WINDOW + 1)}
+    for name, span in spans.items():
+        at = range(WINDOW, T - WINDOW)
+        if not at:
+            return []
+        rows = torch.cat([torch.stack([features[:, t + s] for t in at], 1) for s in span], -1).flatten(0, 1)
+        fit[name] = _explained(rows, torch.stack([goal[:, t] for t in at], 1).flatten(0, 1), n)
+    mirrored = y.shape[-1] <= x.shape[-1] and torch.equal(y[..., 0].double(), x.flip(1)[..., 0].double())
+    if not mirrored and not (fit["future"] > 0.5 and fit["future"] - fit["past"] > 0.4):
+        return []
+    proof = (
+        "The target is the input in reverse order: for the first half of the steps it has not been seen yet."
+        if mirrored
+        else f"Share of the targets' variance that a linear fit explains on held-out samples: {fit['future']:.2f} from "
+        f"the {WINDOW} steps after, {max(fit['past'], 0):.2f} from the step itself and the {WINDOW} before."
+    )
+    return [
+        Finding(
+            "needs_future", "error", "",
+            "The targets depend on later steps than the model has seen when it answers.",
+            f"{proof} The answer at step {middle} does not move with the input of step {min(T - 1, middle + 1)}.",
+            "Use bidirectional=True, delay the targets by some steps, or read the whole sequence before answering.",
+        )
+    ]  # fmt: skip
+
+
+def _features(x: Tensor) -> Tensor | None:
+    if x.is_floating_point():
+        return x.double() if x.shape[-1] * 5 <= 400 else None
+    values = x[..., 0].unique()
+    return (
+        nn.functional.one_hot(torch.searchsorted(values, x[..., 0].contiguous())).double()
+        if len(values) <= 40
+        else None
+    )
+
+
+def _goal(y: Tensor) -> Tensor | None:
+    if y.is_floating_point():
+        return y.double()
+    values = y[..., 0].unique()
+    return (
+        nn.functional.one_hot(torch.searchsorted(values, y[..., 0].contiguous())).double()
+        if 2 <= len(values) <= 40
+        else None
+    )
+
+
+def _explained(x: Tensor, y: Tensor, samples: int) -> float:
+    """R² of a ridge regression on a quarter of the samples that it was not fitted on."""
+    per = len(x) // samples
+    cut = (samples * 3 // 4) * per
+    if cut < 4 * x.shape[1] or cut == len(x):
+        return 0.0
+    mean, goal = x[:cut].mean(0), y[:cut].mean(0)
+    a = x[:cut] - mean
+    w = torch.linalg.solve(a.T @ a + 1e-3 * cut * torch.eye(x.shape[1], dtype=x.dtype), a.T @ (y[:cut] - goal))
+    left = (y[cut:] - goal - (x[cut:] - mean) @ w).square().sum()
+    return float(1 - left / (y[cut:] - goal).square().sum().clamp_min(1e-30))
+
+
+def axes_mixed(bench: Bench) -> list[Finding]:
+    """A recurrent layer's input has the sizes of the transposed input, but the numbers of a view of it."""
+    given = [t.detach() for t in tensors(bench.subject.call) if t.dim() == 3 and t.is_floating_point()]
+    for call in bench.training.trace.modules:
+        if not isinstance(call.module, nn.RNNBase | nn.Conv1d) or not call.inputs:
+            continue
+        r = call.inputs[0].detach()
+        for x in given:
+            B, a, b = x.shape
+            if a == b or r.numel() != x.numel() or r.dtype != x.dtype or r.dim() != 3:
+                continue
+            if tuple(r.shape) == (B, b, a):
+                wrong, right = x.reshape(B, b, a), x.transpose(1, 2)
+            elif tuple(r.shape) == (b, B, a) and b != B:
+                wrong, right = x.reshape(B, b, a).transpose(0, 1), x.permute(2, 0, 1)
+            else:
+                continue
+            if torch.equal(r, wrong) and not torch.equal(r, right):
+                off = int((wrong != right).sum())
+                return [
+                    Finding(
+                        "axes_mixed", "error", call.path,
+                        f"`{call.path}` is given a view where a transposition was meant: each step holds values of "
+                        "several steps.",
+                        f"Its input of shape {tuple(r.shape)} is the batch's {tuple(x.shape)} read in the same order; "
+                        f"{off} of {x.numel()} values stand where they would not after a transposition.",
+                        "Exchange axes with `x.transpose(1, 2)` (or permute); view and reshape only regroup.",
+                    )
+                ]  # fmt: skip
+    return []

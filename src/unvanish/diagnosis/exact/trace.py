@@ -1,0 +1,159 @@
+"""One training pass of a copy, as seen from outside: what its modules and torch's functions were given and returned."""
+
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from unvanish.diagnosis.structure import mapped, tensors
+
+
+@dataclass
+class Called:
+    """A call of one of torch's functions."""
+
+    name: str
+    """ "cross_entropy" """
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    result: Any
+    path: str
+    """innermost module that was running; "" outside the model"""
+    line: str
+    """where it was called from in the user's code; only for the first calls"""
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """By position or by name."""
+        return self.args[position] if len(self.args) > position else self.options.get(name, default)
+
+
+@dataclass
+class ModuleCall:
+    """A call of a module."""
+
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    output: Any = None
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Tensors that it was given."""
+        return tensors((self.args, self.options))
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """Tensors that it returned."""
+        return tensors(self.output)
+
+
+WATCHED = {
+    "cross_entropy", "nll_loss", "log_softmax", "binary_cross_entropy_with_logits", "binary_cross_entropy", "kl_div",
+    "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_nll_loss", "relu", "add", "sub", "rsub", "mul",
+    "div", "sum", "mean", "relu_", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__",
+    "__truediv__", "__eq__", "eq",
+}  # fmt: skip
+MOST_LINES = 2_000
+
+
+class Trace(TorchFunctionMode):
+    """A context: while it is entered, calls of modules of `model` and of torch's functions are noted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.functions: list[Called] = []
+        self.modules: list[ModuleCall] = []
+        self._running: list[ModuleCall] = []
+        self._model = model
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "Trace":
+        for path, module in self._model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            self._handles.append(module.register_forward_pre_hook(self._before(path), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._after, always_call=True))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, options: Any) -> None:
+            call = ModuleCall(path, module, args, options)
+            self.modules.append(call)
+            self._running.append(call)
+
+        return hook
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        while self._running:
+            call = self._running.pop()
+            if call.module is module:
+                call.output = output
+                return
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        result = func(*args, **options)
+        name = getattr(func, "__name__", "")
+        if name in WATCHED:
+            path = self._running[-1].path if self._running else ""
+            self.functions.append(Called(name, args, options, result, path, ""))
+        return result
+
+
+@dataclass
+class Pass:
+    """A traced training pass with its gradients."""
+
+    model: nn.Module
+    trace: Trace
+    loss: Tensor | None = None
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    """∂E/∂w of every parameter that requires one; None where autograd found no way"""
+    answers: list[Tensor] = field(default_factory=list)
+    """floating-point outputs of the model's first call"""
+    error: Exception | None = None
+    """what the pass raised"""
+    raised_at: str = ""
+
+
+def traced(model: nn.Module, loss: Callable[[nn.Module], Tensor], *, backward: bool = True) -> Pass:
+    """Run the loss of this model forward and backward, and note what happens."""
+    trace = Trace(model)
+    done = Pass(model, trace)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(trace)
+            done.loss = loss(model)
+        own = next((call for call in trace.modules if call.path == ""), None)
+        done.answers = [t for t in (own.outputs if own else []) if t.is_floating_point()]
+        if backward and done.loss.requires_grad:
+            names = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            for _, p in names:
+                p.grad = None
+            done.loss.backward(retain_graph=True)
+            done.gradients = {n: None if p.grad is None else p.grad.detach() for n, p in names}
+    except Exception as error:
+        done.error = error
+        frames = traceback.extract_tb(error.__traceback__)
+        done.raised_at = f"{frames[-1].name}, line {frames[-1].lineno}" if frames else ""
+    return done
+
+
+def double(value: Any) -> Any:
+    """The same structure with its floating-point tensors in float64."""
+    return mapped(value, lambda t: t.double() if t.is_floating_point() else t)

@@ -1,0 +1,212 @@
+"""From the race to findings and a plan. A cause is named only where the loss fell with its cure and not without."""
+
+import math
+
+from unvanish.diagnosis.finding import Finding
+from unvanish.diagnosis.interventions.arm import Arm
+from unvanish.diagnosis.interventions.candidates import Kind
+from unvanish.diagnosis.interventions.optimizers import Recipe
+from unvanish.diagnosis.interventions.race import Race
+from unvanish.diagnosis.interventions.readout import Readout
+from unvanish.diagnosis.interventions.score import ahead
+from unvanish.diagnosis.plan import Plan, Prediction
+
+Concluded = tuple[tuple[Finding, ...], Plan, tuple[str, ...]]
+
+SIMPLER = 0.5
+"""of the best candidate's gain: a simpler change that gains as much names the cause"""
+TIMES = 2.0
+"""the gain of the model as it is, which a candidate must exceed to name a cause"""
+FAR = 0.4
+"""of the bar: a candidate's gain below which a model that learns as it is, if little, is healthy"""
+ORDER: tuple[Kind, ...] = ("input", "rate", "clip", "regularisation", "radius", "reach")
+"""from the simplest change to the largest"""
+REACHES = 0.01
+"""share of the gradient at the first steps from which a short reach is no cause of memorising"""
+SAMPLES, UPDATES, TRIED, EACH = 128, 300, 3, 60
+"""training samples, updates as it is, candidates, and updates of each, below which a failure is thin evidence"""
+HINT = 2.0
+"""standard errors below the bar at which a copy may have begun to learn"""
+
+
+def conclude(race: Race, recipe: Recipe, readout: Readout | None, reaching: float) -> Concluded:
+    """(findings, plan, notes).
+
+    Args:
+        race: who was trained, and how it ended.
+        recipe: the optimizer of the model as it is.
+        readout: of the states of the copy as it is, if that does not learn.
+        reaching: share of the gradient that reaches the first steps by any way, where the copy as it is memorises.
+    """
+    own = race.as_is
+    if own is None or not own.judgements:
+        return (), Plan(), ()
+    if own.untrainable:
+        return (), Plan(), (f"no intervention: a copy could not be trained ({own.failed})",)
+    winners = [arm for arm in race.arms if arm.learns and _much_better(arm, own)]
+    if winners:
+        chosen = _simplest(winners)
+        if own.memorises and not own.learns and (chosen.candidate.kind == "rate" or reaching > REACHES):
+            return (_too_few(own, chosen),), Plan(), ()
+        if own.learns or recipe.given or chosen.candidate.kind != "rate":
+            plan = _plan(chosen, own, recipe)
+            return (_cause(chosen, own, plan),), plan, ()
+        own = chosen  # no rate was given, so any at which it learns is the model as it is
+    if own.learns:
+        return (_healthy(own),), Plan(), _overfits(own)
+    return _nothing(race, own, readout)
+
+
+def _much_better(arm: Arm, own: Arm) -> bool:
+    """Whether a candidate's success is more than the model has as it is; far more, where that learns too."""
+    after, before = arm.best.score, own.best.score
+    if not own.material.unseen:
+        return not own.learns and after.gain > TIMES * before.gain
+    if own.learns and (after.gain < TIMES**2 * before.gain or after.share < FAR):
+        return False
+    return after.gain > TIMES * before.gain and ahead(arm.best.losses, own.best.losses)
+
+
+def _simplest(winners: list[Arm]) -> Arm:
+    def rank(arm: Arm) -> tuple[bool, int]:
+        kind = arm.candidate.kind
+        return arm.candidate.lr is not None and kind != "rate", ORDER.index(kind)
+
+    most = max(arm.best.score.gain for arm in winners)
+    good = [arm for arm in winners if arm.best.score.gain >= SIMPLER * most]
+    least = min(rank(arm) for arm in good)
+    return max((arm for arm in good if rank(arm) == least), key=lambda arm: arm.best.score.gain)
+
+
+def _plan(chosen: Arm, own: Arm, recipe: Recipe) -> Plan:
+    after, before = chosen.best.score, own.best.score
+    updates = max(own.updates, chosen.updates)
+    return Plan(chosen.candidate.plan_steps(recipe), Prediction(before.loss, after.loss, after.bar, updates))
+
+
+def _proof(arm: Arm) -> str:
+    best, score = arm.best, arm.best.score
+    on = "held-out samples" if arm.material.unseen else "the batch itself"
+    error = "" if math.isnan(score.error) else f" ± {score.error:.2g}"
+    shrunk = (
+        ""
+        if best.shrunk == 1 or not arm.learns
+        else f", its answers shrunk to {best.shrunk:.0%} of their way from that constant"
+    )
+    failed = f"; then {arm.failed}" if arm.failed else ""
+    return (
+        f"{arm.candidate.name}: in {arm.updates} updates a copy's loss on {on} fell to {score.loss:.4g} at the lowest, "
+        f"where the best constant answer has {score.bar:.4g} (difference {score.gain:.3g}{error}{shrunk}){failed}."
+    )
+
+
+def _healthy(own: Arm) -> Finding:
+    how = "" if own.candidate.kind == "as_is" else f" with Adam at {own.candidate.name}"
+    says = f"The model learns as it is{how}: a copy answers unseen samples better than any constant does."
+    if not own.material.unseen:
+        says = f"The loss falls as it is{how}; whether the model learns or memorises can't be told from these samples."
+    return Finding("healthy", "note", "", says, _proof(own), "Nothing to change.")
+
+
+def _too_few(own: Arm, chosen: Arm) -> Finding:
+    """The training samples are fitted, so optimisation works; another copy shows that there is something to learn."""
+    return Finding(
+        "healthy",
+        "note",
+        "",
+        f"The model fits its samples as it is, but {own.material.trained_on} are too few for it to answer others: "
+        f"train on more. With {chosen.candidate.name} these are enough.",
+        f"{_proof(own)} {_proof(chosen)}",
+        "Nothing to change in the model; give it more samples, or regularise it.",
+    )
+
+
+def _overfits(own: Arm) -> tuple[str, ...]:
+    if own.best.shrunk == 1 or own.material.trained_on is None:
+        return ()
+    return (
+        f"a copy overfits the {own.material.trained_on} samples it was trained on: its answers to others go the right "
+        "way, but too far; more samples will help",
+    )
+
+
+_SAYS: dict[Kind, tuple[str, str, str]] = {
+    "rate": ("learning_rate", "The learning rate keeps the model from learning",
+             "The learning rate slows the model down"),
+    "clip": ("explodes", "Exploding gradients keep the model from learning", "Exploding gradients slow the model down"),
+    "radius": ("explodes", "Recurrent matrices this large keep the model from learning",
+               "Recurrent matrices this large slow the model down"),
+    "reach": ("reach_too_short", "The gradient does not reach far enough back in time for the model to learn",
+              "A gradient that reaches further back in time would help"),
+    "input": ("input_scale", "The scale of the input keeps the model from learning",
+              "The scale of the input slows the model down"),
+    "regularisation": ("regularised_away", "Regularisation keeps the model from learning",
+                       "Regularisation slows the model down"),
+}  # fmt: skip
+"""code, and what to say where the model does not learn as it is, and where it does"""
+
+
+def _cause(chosen: Arm, own: Arm, plan: Plan) -> Finding:
+    code, ill, slow = _SAYS[chosen.candidate.kind]
+    name = chosen.candidate.name
+    name = name if name.startswith("without") else f"with {name}"
+    if own.learns:
+        severity, says = "warning", f"{slow}: the model learns as it is, but much better {name}."
+    else:
+        severity, says = "error", f"{ill}: {name} the loss falls, as it is it does not."
+    return Finding(code, severity, "", says, f"{_proof(own)} {_proof(chosen)}", plan.code)
+
+
+def _unread(own: Arm, readout: Readout) -> Finding:
+    return Finding(
+        "readout",
+        "error",
+        readout.where,
+        f"The states of {readout.where or 'the model'} hold the target, but the head or the loss does not use it.",
+        f"{_proof(own)} Yet a linear read-out of the states explains {readout.readable:.0%} (± {readout.error:.0%}) of "
+        "the target's variance on held-out samples.",
+        "Look at what lies between the states and the loss: which step and axis the head reads, its last activation, "
+        "the loss's reduction, and the target's shape.",
+    )
+
+
+def _nothing(race: Race, own: Arm, readout: Readout | None) -> Concluded:
+    everyone = [own, *race.arms]
+    tried = [arm for arm in race.arms if arm.updates >= EACH]
+    trained_on = own.material.trained_on
+    hints = [a.candidate.name for a in everyone if a.best.score.gain > HINT * a.best.score.error and a.best.updates]
+    thin = [
+        what
+        for what, applies in (
+            ("no samples could be held out", not own.material.unseen),
+            (f"there was time for only {own.updates} updates", own.updates < UPDATES and not own.memorises),
+            (f"only {len(tried)} other candidates were tried", len(tried) < TRIED),
+            (f"the copy stopped, as {own.failed}", bool(own.failed)),
+            (f"some copies may have begun to learn ({', '.join(hints)})", bool(hints)),
+        )
+        if applies
+    ]
+    if readout is not None and readout.holds and not readout.used and not (thin and own.updates < UPDATES):
+        return (_unread(own, readout),), Plan(), ()
+    if trained_on is not None and trained_on < SAMPLES:
+        thin.append(f"there were only {trained_on} samples to train on")
+    if readout is not None and readout.readable > max(0.05, HINT * readout.error):
+        thin.append("a linear read-out does find something in the states")
+    if thin:
+        why = "; ".join(thin)
+        return (), Plan(), (f"Nothing is proved: no copy beat the best constant answer, but {why}. {_proof(own)}",)
+    more = ""
+    if any(arm.memorises for arm in everyone):
+        more = f" The copies only memorised their {trained_on} training samples; far more samples could change that."
+    names = ", ".join(arm.candidate.name for arm in tried)
+    finding = Finding(
+        "not_learnable_from_input",
+        "warning",
+        "",
+        "Nothing that was tried predicts the targets of unseen samples better than a constant: check that inputs and "
+        f"targets belong together, and that the input holds the answer.{more}",
+        f"{_proof(own)} No better: {names}.",
+        "Check how inputs and targets are paired (shuffling, sorting, an offset by one); then try a simpler target, "
+        "or more samples.",
+    )
+    return (finding,), Plan(), ()

@@ -1,0 +1,161 @@
+"""The race: the model as it is first, then the candidates by successive halving, within a budget of seconds."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from unvanish.diagnosis.interventions.arm import CHUNK, Arm, next_judgement
+from unvanish.diagnosis.interventions.bar import Bar, best_constant
+from unvanish.diagnosis.interventions.candidates import AS_IS, Candidate
+from unvanish.diagnosis.interventions.chance import EARLY
+from unvanish.diagnosis.interventions.material import Material
+from unvanish.diagnosis.interventions.optimizers import Recipe
+
+Progress = Callable[[str], None]
+
+LEAST = 60
+"""updates of the model as it is, below which nothing is concluded and so nothing is tried"""
+MOST = 2000
+"""updates of the model as it is, at most"""
+OWN = 0.4
+"""share of the budget for the model as it is"""
+ROUNDS = (0.4, 0.35, 0.25)
+"""shares of what is left, for all candidates, for the better half, for the better half of those"""
+FITTING, LATER = 0.1, 0.1
+"""shares of the budget for the best constant answer, and for what is asked after the race"""
+
+
+@dataclass
+class Race:
+    """Who ran, how far, and how it ended."""
+
+    as_is: Arm | None = None
+    bar: Bar | None = None
+    arms: list[Arm] = field(default_factory=list)
+    """the candidates, in the order in which they were tried"""
+    notes: list[str] = field(default_factory=list)
+    seconds_per_update: float = float("nan")
+
+
+def race(
+    material: Material,
+    recipe: Recipe,
+    candidates: Callable[[Arm], list[Candidate]],
+    early: Callable[[Arm], None],
+    budget: float,
+    seed: int,
+    progress: Progress,
+) -> Race:
+    """Train the model as it is and, unless it clearly learns, the candidates.
+
+    Everything but the numbers of updates is determined by the seed; they follow from the clock.
+
+    Args:
+        material: what is trained and judged on.
+        recipe: the optimizer.
+        candidates: from the copy that was trained as it is, those worth a trial, the most promising first.
+        early: is called once with the copy as it is, after its first `EARLY` updates or fewer.
+        budget: seconds.
+        seed: of the order of samples, of dropout and of whatever the step draws.
+        progress: is called with a sentence on what is being tried.
+    """
+    begun = time.perf_counter()
+    end = begun + (1 - LATER) * budget
+    found = Race()
+    cost = _cost(material, recipe, seed)
+    if isinstance(cost, str):
+        found.notes.append(f"no intervention: a copy could not be trained ({cost})")
+        return found
+    found.seconds_per_update = cost
+    if cost * LEAST > end - time.perf_counter():
+        found.notes.append(
+            f"nothing was tried: one update takes {cost:.2g} s, and at least {LEAST} are needed; "
+            f"budget={1.5 * cost * LEAST / OWN:.0f} would allow it"
+        )
+        return found
+    progress("the best constant answer")
+    evaluations = max(12, min(150, int(FITTING * budget / cost)))
+    found.bar, notes = best_constant(material, seed, evaluations)
+    found.notes += notes
+    if found.bar is None:
+        return found
+    own = found.as_is = Arm(AS_IS, material, recipe, found.bar, seed)
+    own.judge()
+    until = time.perf_counter() + OWN * (end - time.perf_counter())
+    _run(own, until, min(EARLY, MOST), progress)
+    early(own)
+    _run(own, until, MOST, progress)
+    if own.clear or own.untrainable:
+        return found
+    entered = candidates(own)
+    if own.updates < LEAST and not own.failed:
+        found.notes.append(
+            f"the budget allowed {own.updates} updates of the model as it is, too few to compare with others"
+        )
+        return found
+    found.arms = [Arm(c, material, recipe, found.bar, seed) for c in entered]
+    running = list(found.arms)
+    for number, share in enumerate(ROUNDS):
+        left = (end - time.perf_counter()) * share / sum(ROUNDS[number:])
+        running = running[: int(max(left, 0.0) / (CHUNK * cost))]  # the most promising come first
+        for arm in running:
+            _run(arm, min(time.perf_counter() + left / len(running), end), max(own.updates, LEAST), progress)
+        if not running or any(arm.clear for arm in running):
+            break
+        running = _better_half(running)
+        if number == 0:
+            combined = [Arm(c, material, recipe, found.bar, seed) for c in _combined(running)]
+            found.arms += combined
+            running += combined
+    if not any(arm.learns for arm in found.arms):
+        _run(own, end, MOST, progress)
+    found.arms = [arm for arm in found.arms if arm.judgements]
+    return found
+
+
+def _run(arm: Arm, until: float, most: int, progress: Progress) -> None:
+    """Train until the copy clearly learns, has failed, memorises, or the clock or the updates run out."""
+    while not arm.failed and not arm.clear and arm.updates < most and time.perf_counter() < until:
+        said = f", loss {arm.judgements[-1].score.loss:.3g}" if arm.judgements else ""
+        progress(f"{arm.candidate.name}: {arm.updates} updates{said} (best constant answer: {arm.bar.mean:.3g})")
+        arm.train(min(next_judgement(arm.updates), most) - arm.updates, until)
+        arm.judge()
+        if arm.memorises:
+            break
+
+
+def _cost(material: Material, recipe: Recipe, seed: int) -> float | str:
+    """Seconds of an update, or why it fails. The first one also warms up what is cached, and is not counted where
+    another is affordable."""
+    arm = Arm(AS_IS, material, recipe, None, seed)
+    times = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        arm.train(1)
+        times.append(time.perf_counter() - begun)
+        if arm.failed and not arm.updates and "NaN" not in arm.failed:
+            return arm.failed
+        if times[-1] > 1.0 or arm.failed:
+            break
+    return min(times)
+
+
+def _better_half(arms: list[Arm]) -> list[Arm]:
+    """Those whose loss is lowest; the best learning rate and the best cure of reach always stay."""
+    usable = [arm for arm in arms if not arm.failed and arm.judgements]
+    ranked = sorted(usable, key=lambda arm: arm.best.score.loss)
+    kept = ranked[: (len(ranked) + 1) // 2]
+    for kind in ("rate", "reach"):
+        best = next((arm for arm in ranked if arm.candidate.kind == kind), None)
+        if best is not None and best not in kept:
+            kept.append(best)
+    return kept
+
+
+def _combined(running: list[Arm]) -> list[Candidate]:
+    """The best cure of reach with the best other learning rate."""
+    cure = next((arm.candidate for arm in running if arm.candidate.kind == "reach"), None)
+    rate = next((arm.candidate for arm in running if arm.candidate.kind == "rate" and arm.candidate.lr), None)
+    if cure is None or rate is None or rate.lr is None or rate.adam:
+        return []
+    return [cure.with_rate(rate.lr)]

@@ -1,0 +1,182 @@
+"""Do the states hold the target? A linear read-out of a trained copy's states, judged on held-out rows.
+
+    R = 1 − Σ‖y − ŷ(h)‖² / Σ‖y − ȳ‖²       ŷ: ridge regression fitted on the rows that the copy was trained on
+
+h is the last state of a recurrent module, or the mean over its steps; with a target per step, the state of that step.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from unvanish.diagnosis.interventions.arm import CHUNK, Arm
+from unvanish.diagnosis.interventions.candidates import AS_IS
+from unvanish.diagnosis.interventions.material import Rows
+from unvanish.diagnosis.interventions.optimizers import Recipe
+from unvanish.diagnosis.interventions.score import SURE
+from unvanish.nn.modules import evaluating
+
+HOLDS = 0.5
+"""R from which the states are said to hold the target"""
+PER_FEATURE = 4
+"""rows that are fitted per feature, at least: with fewer a read-out tells of the rows, not of the state"""
+RIDGE = 1e-2
+STEPS, CLASSES = 6, 64
+MOST = 512
+"""rows to fit on"""
+HEAD_LR, HEAD_UPDATES = 1e-2, 300
+"""of a head that is trained alone"""
+
+
+class Readout(NamedTuple):
+    """What a linear read-out finds in the states."""
+
+    readable: float
+    """R on held-out rows: at most 1; 0 or less where it finds nothing"""
+    error: float
+    """standard error of R over held-out rows"""
+    where: str
+    """the module whose states say most"""
+    enough: bool
+    """whether there were enough rows that a low R means something"""
+    used: bool = False
+    """whether the model's own head, trained alone, reads it too"""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the states hold the target, by more than chance."""
+        return self.readable > max(HOLDS, SURE * self.error)
+
+
+def read_out(arm: Arm, seed: int) -> Readout | None:
+    """The best read-out over the recurrent modules of a trained copy; None where there is no state or no target."""
+    rows = arm.material
+    if not isinstance(rows, Rows):
+        return None
+    held, train = torch.cat(list(rows.groups)), rows.train[:MOST]
+    y_train, y_held = (_answers(rows.targets(at), len(at)) for at in (train, held))
+    if y_train is None or y_held is None:
+        return None
+    with rows.subject.rng(seed):
+        s_train, s_held = _states(arm.model, rows, train), _states(arm.model, rows, held)
+    found: list[Readout] = []
+    for path, states in s_train.items():
+        if path not in s_held:
+            continue
+        for x, y, x_out, y_out in _questions(states, y_train, s_held[path], y_held):
+            readable, error = _judged(x, y, x_out, y_out)
+            found.append(Readout(readable, error, path, len(x) >= PER_FEATURE * (x.shape[1] + 1)))
+    return max(found, key=lambda r: r.readable) if found else None
+
+
+def _states(model: nn.Module, rows: Rows, at: Tensor) -> dict[str, Tensor]:
+    """Path → `[B, T, H]` states of torch's recurrent modules and cells that have one row per sample."""
+    calls: dict[str, list[Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+
+    def listen(path: str, module: nn.Module) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            y: Any = out[0] if isinstance(out, tuple) and not isinstance(out, PackedSequence) else out
+            if isinstance(module, nn.RNNCellBase):
+                calls.setdefault(path, []).append(y.detach())
+                return
+            if isinstance(y, PackedSequence):
+                padded, lengths = pad_packed_sequence(y, batch_first=True)
+                last = padded[torch.arange(len(padded)), lengths - 1]
+                y = torch.cat([padded, last[:, None].to(padded)], 1)
+            elif y.dim() == 3 and not getattr(module, "batch_first", False):
+                y = y.transpose(0, 1)
+            if y.dim() == 3 and len(y) == len(at):
+                whole[path] = y.detach()
+
+        return module.register_forward_hook(hook)
+
+    kinds = nn.RNNBase | nn.RNNCellBase
+    handles = [listen(path, m) for path, m in model.named_modules() if isinstance(m, kinds)]
+    try:
+        with torch.no_grad(), evaluating(model):
+            rows.loss_of(model, at)
+    finally:
+        for handle in handles:
+            handle.remove()
+    stepped = {p: torch.stack(c, 1) for p, c in calls.items() if all(t.shape == (len(at), c[0].shape[-1]) for t in c)}
+    return {p: y.double() for p, y in (whole | stepped).items() if bool(y.isfinite().all())}
+
+
+def _answers(target: Any, samples: int) -> Tensor | None:
+    if not isinstance(target, Tensor) or target.dim() == 0 or target.dtype == torch.bool:
+        return None
+    if target.shape[0] != samples:
+        target = target.transpose(0, 1) if target.dim() > 1 and target.shape[1] == samples else target
+    return target.detach() if target.shape[0] == samples else None
+
+
+def _questions(x: Tensor, y: Tensor, x_out: Tensor, y_out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(states, answers) to fit on and to judge by, for each way to read."""
+    T = min(x.shape[1], x_out.shape[1])
+    if y.dim() >= 2 and y.shape[1] == T > 1 and y_out.shape[1] == T:
+        for t in sorted({round(j * (T - 1) / (STEPS - 1)) for j in range(STEPS)}):
+            yield from _fitting(x[:, t], y[:, t], x_out[:, t], y_out[:, t])
+        return
+    yield from _fitting(x[:, -1], y, x_out[:, -1], y_out)
+    yield from _fitting(x.mean(1), y, x_out.mean(1), y_out)
+
+
+def _fitting(x: Tensor, y: Tensor, x_out: Tensor, y_out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Classes as one-hot rows, of many the most frequent; samples with a class below 0, which losses ignore, go."""
+    if y.is_floating_point():
+        yield x, y.double().reshape(len(y), -1), x_out, y_out.double().reshape(len(y_out), -1)
+        return
+    y, y_out = y.reshape(len(y), -1), y_out.reshape(len(y_out), -1)
+    keep, keep_out = (y >= 0).all(-1), (y_out >= 0).all(-1)
+    if int(keep.sum()) < 8 or int(keep_out.sum()) < 8:
+        return
+    values, counts = y[keep].unique(return_counts=True)
+    values = values[counts.argsort(descending=True)[:CLASSES]]
+    yield (
+        x[keep],
+        (y[keep][..., None] == values).double().flatten(1),
+        x_out[keep_out],
+        (y_out[keep_out][..., None] == values).double().flatten(1),
+    )
+
+
+def _judged(x: Tensor, y: Tensor, x_out: Tensor, y_out: Tensor) -> tuple[float, float]:
+    """(R, its standard error) on the rows held out."""
+    mean, spread = x.mean(0), x.std(0)
+    spread = torch.where(spread > 1e-9, spread, 1.0)
+    x, x_out, centre = (x - mean) / spread, (x_out - mean) / spread, y.mean(0)
+    gram = x.mT @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    fit = torch.linalg.solve(gram, x.mT @ (y - centre))
+    gains = (y_out - centre).square().sum(1) - (y_out - centre - x_out @ fit).square().sum(1)
+    total = float((y_out - centre).square().sum(1).mean())
+    if total == 0:
+        return 0.0, 0.0
+    return float(gains.mean()) / total, float(gains.std()) / math.sqrt(len(gains)) / total
+
+
+def head_reads(arm: Arm, recipe: Recipe, seed: int, until: float) -> bool:
+    """Whether the model's own head and loss can read the states of a trained copy, if only they are trained.
+
+    Where a linear read-out finds the target and this does not, something lies between the states and the loss.
+    """
+    inside = {
+        f"{path}.{name}".removeprefix(".")
+        for path, module in arm.model.named_modules()
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase)
+        for name, _ in module.named_parameters()
+    }
+    outside = tuple(name for name, _ in arm.model.named_parameters() if name not in inside)
+    if not outside:
+        return False
+    alone = Recipe(torch.optim.Adam, ((outside, {"lr": HEAD_LR}),), recipe.known, given=True)
+    head = Arm(AS_IS, arm.material, alone, arm.bar, seed, start=arm.model)
+    while head.updates < HEAD_UPDATES and not head.failed and not head.learns and time.perf_counter() < until:
+        head.train(CHUNK, until)
+        head.judge()
+    return head.learns

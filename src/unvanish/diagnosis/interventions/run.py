@@ -1,0 +1,176 @@
+"""The way in: from a subject and a budget to findings, a plan, and a table of what was tried."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from unvanish.diagnosis.finding import Finding
+from unvanish.diagnosis.interventions import candidates as candidates_of
+from unvanish.diagnosis.interventions.arm import Arm
+from unvanish.diagnosis.interventions.candidates import Candidate
+from unvanish.diagnosis.interventions.chance import Features, features
+from unvanish.diagnosis.interventions.conclude import conclude
+from unvanish.diagnosis.interventions.inputs import Fed, fed, reaching
+from unvanish.diagnosis.interventions.material import material
+from unvanish.diagnosis.interventions.optimizers import Recipe, recipe
+from unvanish.diagnosis.interventions.race import Race, race
+from unvanish.diagnosis.interventions.readout import head_reads, read_out
+from unvanish.diagnosis.plan import Plan
+from unvanish.diagnosis.subject import Subject
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DEFAULT_LR = 3e-3
+"""Adam's, where the user gives no optimizer"""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One row of the table: a copy with one change, and where its loss got."""
+
+    name: str
+    updates: int
+    loss: float
+    """the lowest on the samples that it was judged on"""
+    bar: float
+    """loss of the best constant answer on the same samples"""
+    learns: bool
+    """whether it was below the bar by more than chance"""
+    failed: str = ""
+    """why its training ended early"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the interventions found."""
+
+    findings: tuple[Finding, ...] = ()
+    plan: Plan = Plan()  # noqa: RUF009 (frozen; nothing to do)
+    notes: tuple[str, ...] = ()
+    tried: tuple[Tried, ...] = ()
+    features: Features | None = None
+    """what a copy of the model as it is showed in its first updates; None if there was none"""
+
+    @property
+    def chance(self) -> float | None:
+        """That a short training learns, from `features`; None without them, or before weights were fitted."""
+        return None if self.features is None else self.features.chance()
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row per copy that was trained, in the order of trial."""
+        import pandas as pd
+
+        return pd.DataFrame([vars(row) for row in self.tried])
+
+
+def run(
+    subject: Subject,
+    *,
+    budget: float,
+    optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+    exact: Iterable[Finding] = (),
+    layers: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+    seed: int = 0,
+    lag: int | None = None,
+) -> Outcome:
+    """Train copies on the user's own loss, and say what made it fall.
+
+    The model as it is comes first and ends the race as soon as it clearly learns. Otherwise other learning rates,
+    cures of reach on all recurrent modules together, clipping, a smaller spectral radius, standardised inputs and
+    training without regularisation are raced against it. All copies are judged on samples that they do not train on,
+    against the best constant answer.
+
+    The model, its gradients, its mode and the random numbers stay as they are.
+
+    Args:
+        subject: the model with its batch and loss, or its step.
+        budget: seconds; 0: nothing is tried.
+        optimizer: the user's: an instance, or a function parameters → optimizer; None: Adam.
+        exact: what exact tests have proved. Where one is an error, no copy is trained: that comes first.
+        layers: name → measurement of each recurrent layer, from which the lag is taken that the task needs.
+        progress: is called with a sentence on what is being tried.
+        seed: of everything that is drawn.
+        lag: steps that the task needs; None: from `layers`, or else as many as the input has.
+
+    Raises:
+        TypeError, ValueError: `optimizer` is neither, or holds none of the model's parameters; budget is negative or
+            not finite.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise TypeError(f"budget: expected seconds as a number, got {type(budget).__name__}")
+    if not (math.isfinite(budget) and budget >= 0):
+        raise ValueError(f"budget: expected a finite number of seconds, 0 or more, got {budget}")
+    own, notes = recipe(optimizer, subject.model, DEFAULT_LR)
+    if budget == 0:
+        return Outcome(notes=("nothing was tried: budget=0 leaves the interventions out",))
+    proved = [f for f in exact if f.severity == "error"]
+    if proved:
+        codes = ", ".join(dict.fromkeys(f.code for f in proved))
+        return Outcome(notes=(f"no copy was trained: repair what is proved already first ({codes})",))
+    say = progress if progress is not None else _silent
+    say("what the copies are trained and judged on")
+    data, more = material(subject, seed)
+    notes += more
+
+    def entered(arm: Arm) -> list[Candidate]:
+        return _candidates(arm, own, fed(data, seed), layers or {}, lag, seed)
+
+    seen: list[Features] = []
+
+    def early(arm: Arm) -> None:
+        seen.append(features(arm, read_out(arm, seed), layers or {}))
+
+    end = time.perf_counter() + budget
+    raced = race(data, own, entered, early, budget, seed, say)
+    finished = raced.as_is
+    reading = None
+    if finished is not None and not finished.learns and finished.judgements and not finished.failed:
+        say("a linear read-out of the states")
+        reading = read_out(finished, seed)
+        if reading is not None and reading.holds:
+            say("the head alone")
+            reading = reading._replace(used=head_reads(finished, own, seed, end))
+    reach = reaching(data, seed) if finished is not None and finished.memorises else 0.0
+    findings, plan, concluded = conclude(raced, own, reading, reach)
+    return Outcome(findings, plan, (*notes, *raced.notes, *concluded), _table(raced), seen[0] if seen else None)
+
+
+def _candidates(
+    arm: Arm, own: Recipe, inputs: dict[str, Fed], layers: Mapping[str, Any], lag: int | None, seed: int
+) -> list[Candidate]:
+    """The most promising first: they get what the budget leaves over."""
+    model = arm.material.subject.model
+    if lag is None:
+        lag = max([int(d.lag) for d in layers.values()], default=0) or max(
+            [f.steps for f in inputs.values()], default=0
+        )
+    found = candidates_of.of_input(model, inputs)
+    if arm.spikes:
+        found += [*candidates_of.of_growth(model), candidates_of.clipped()]
+    found += candidates_of.rates(own)
+    if lag > 1:
+        found += candidates_of.of_reach(model, lag, seed)
+    found += candidates_of.unregularised(model, own)
+    if not arm.spikes:
+        found += candidates_of.of_growth(model)
+    return found
+
+
+def _table(raced: Race) -> tuple[Tried, ...]:
+    rows = []
+    for arm in [] if raced.as_is is None else [raced.as_is, *raced.arms]:
+        if arm.judgements:
+            best = arm.best.score
+            rows.append(Tried(arm.candidate.name, arm.updates, best.loss, best.bar, arm.learns, arm.failed))
+    return tuple(rows)
+
+
+def _silent(sentence: str) -> None:
+    pass

@@ -1,0 +1,401 @@
+"""The parts of the interventions, each against what is known: the best constant, splits, optimizers, scores."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy, cross_entropy, mse_loss, nll_loss, softplus
+
+from tests.interventions_subjects import Last, drawn, recall, subject
+from unvanish.diagnosis.interventions.arm import Arm
+from unvanish.diagnosis.interventions.bar import Bar, best_constant
+from unvanish.diagnosis.interventions.candidates import AS_IS, Candidate
+from unvanish.diagnosis.interventions.chance import EARLY, WEIGHTS, Features, features
+from unvanish.diagnosis.interventions.inputs import fed
+from unvanish.diagnosis.interventions.material import Draws, Rows, Whole, material
+from unvanish.diagnosis.interventions.optimizers import other_rates, recipe
+from unvanish.diagnosis.interventions.readout import read_out
+from unvanish.diagnosis.interventions.score import ahead, score
+
+
+def seeded(seed: int = 5) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Wrapped(nn.Module):
+    """A GRU with a head, whose answer is brought into another form."""
+
+    def __init__(self, out: int, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.form = Last(nn.GRU(4, 8, batch_first=True), out), form
+
+    def forward(self, x: Tensor) -> Any:
+        return self.form(self.net(x))
+
+
+def bar_of(model: nn.Module, x: Any, y: Any, loss: Callable[..., Tensor]) -> Bar:
+    rows = Rows(subject(model, x, y, loss=loss), len(x), 0)
+    found, _ = best_constant(rows, 0)
+    assert found is not None
+    return found
+
+
+def on_held_out(rows: Rows, loss: Callable[[Tensor], Tensor]) -> float:
+    return float(torch.stack([loss(group) for group in rows.groups]).mean())
+
+
+X, Y = recall(200, 5)
+NUMBERS = 40 + 7 * torch.randn(200, generator=seeded())
+
+
+def test_the_best_constant_of_squares_is_the_mean_and_of_classes_their_frequencies() -> None:
+    rows = Rows(subject(nn.Identity(), X, Y, loss=cross_entropy), 200, 0)
+    found = bar_of(Wrapped(1, lambda z: z), X, NUMBERS[:, None], mse_loss)
+    assert found.mean == pytest.approx(
+        on_held_out(rows, lambda at: (NUMBERS[at] - NUMBERS.mean()).square().mean()), rel=1e-3
+    )
+    shares = torch.bincount(Y).double() / 200
+    expected = on_held_out(rows, lambda at: -shares[Y[at]].log().mean())
+    assert bar_of(Wrapped(3, lambda z: z), X, Y, cross_entropy).mean == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("form", "loss"),
+    [
+        (lambda z: z.softmax(-1), lambda p, y: nll_loss(p.log(), y)),
+        (lambda z: z.log_softmax(-1), nll_loss),
+        (lambda z: z.softmax(-1)[:, None].squeeze(1), lambda p, y: nll_loss(p.log(), y)),
+        (lambda z: {"p": z.softmax(-1)}, lambda out, y: nll_loss(out["p"].log(), y)),
+    ],
+)
+def test_a_constant_obeys_the_last_activation_so_that_the_bar_can_be_attained(form: Any, loss: Any) -> None:
+    free = bar_of(Wrapped(3, lambda z: z), X, Y, cross_entropy)
+    assert bar_of(Wrapped(3, form), X, Y, loss).mean == pytest.approx(free.mean, rel=1e-3)
+
+
+def test_a_constant_of_probabilities_given_to_cross_entropy_has_the_loss_that_is_left_to_it() -> None:
+    # Every class alike: no probabilities do better than ln 3 − (a little), while free numbers would reach any shares.
+    y = torch.arange(198) % 3
+    found = bar_of(Wrapped(3, lambda z: z.softmax(-1)), X[:198], y, cross_entropy)
+    assert found.mean == pytest.approx(math.log(3), abs=0.02)
+
+
+def test_a_constant_of_a_sigmoid_is_a_probability_and_of_a_softplus_positive() -> None:
+    y = (torch.rand(200, 1, generator=seeded()) < 0.3).float()
+    share = float(y.mean())
+    expected = -(share * math.log(share) + (1 - share) * math.log(1 - share))
+    assert bar_of(Wrapped(1, torch.sigmoid), X, y, binary_cross_entropy).mean == pytest.approx(expected, rel=0.15)
+
+    def likelihood(out: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        return -torch.distributions.Normal(*out).log_prob(y).mean()
+
+    found = bar_of(Wrapped(2, lambda z: (z[:, 0], softplus(z[:, 1]))), X, NUMBERS, likelihood)
+    assert found.mean == pytest.approx(math.log(7 * math.sqrt(2 * math.pi * math.e)), rel=0.05)
+
+
+class Steps(nn.Module):
+    """An answer per step."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head = nn.GRU(4, 8, batch_first=batch_first), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+def test_an_answer_that_follows_the_step_alone_is_a_constant_too() -> None:
+    y = torch.arange(5.0)[None, :, None] + 0.1 * torch.randn(200, 5, 1, generator=seeded())
+    found = bar_of(Steps(True), X, y, mse_loss)
+    assert found.per_step
+    assert found.mean == pytest.approx(0.01, rel=0.2)
+
+
+def test_a_model_that_makes_its_own_loss_has_a_bar_at_the_module_below() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Wrapped(3, lambda z: z)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return cross_entropy(self.net(x), y)
+
+    own = Rows(subject(Own(), X, Y, Y, loss=lambda loss, _: loss), 200, 0)
+    found, _ = best_constant(own, 0)
+    assert found is not None
+    assert found.mean == pytest.approx(bar_of(Wrapped(3, lambda z: z), X, Y, cross_entropy).mean, rel=1e-3)
+
+
+def test_what_a_model_hands_through_is_not_made_constant() -> None:
+    class Auto(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Wrapped(1, lambda z: z)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.net(x), x[:, 0, :1]
+
+    found = bar_of(Auto(), X, Y, lambda out, _: mse_loss(*out))
+    assert found.mean == pytest.approx(float(X[:, 0, 0].var()), rel=0.2)
+
+
+def test_the_bar_of_a_step_is_that_of_its_batches() -> None:
+    model = Wrapped(3, lambda z: z)
+    found, _ = best_constant(Draws(subject(model, step=drawn(5)), 0), 0)
+    assert found is not None
+    assert found.mean == pytest.approx(math.log(3), abs=0.05)
+
+
+def test_shrinking_answers_rescues_the_overconfident_and_not_the_ignorant() -> None:
+    class Fixed(nn.Module):
+        def __init__(self, sign: Tensor) -> None:
+            super().__init__()
+            self.scale, self.sign = nn.Parameter(torch.ones(1)), sign
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * 40 * (self.sign[x.long()] - 0.5)
+
+    y = (torch.rand(300, generator=seeded()) < 0.5).float()
+    mostly = torch.where(torch.rand(300, generator=seeded(6)) < 0.8, y, 1 - y)
+    coin = (torch.rand(300, generator=seeded(7)) < 0.5).float()
+    loss = nn.functional.binary_cross_entropy_with_logits
+    for sign, helps in ((mostly, True), (coin, False)):
+        rows = Rows(subject(Fixed(sign), torch.arange(300.0), y, loss=loss), 300, 0)
+        found, _ = best_constant(rows, 0)
+        assert found is not None
+        model = rows.subject.twin()
+        assert not score(rows.judged(model), found.losses).learns
+        with found.shrunk(model, 0.02):
+            assert score(rows.judged(model), found.losses).learns is helps
+        assert "forward" not in vars(model)
+
+
+def test_rows_are_split_once_and_no_judged_row_is_trained_on() -> None:
+    rows = Rows(subject(nn.Identity(), torch.arange(100.0), torch.arange(100.0), loss=mse_loss), 100, 0)
+    held = torch.cat(rows.groups)
+    assert len(held) == len(held.unique()) >= 25
+    assert not set(held.tolist()) & set(rows.train.tolist())
+    assert len(held) + len(rows.train) == 100
+    seen: list[float] = []
+
+    def listening(out: Tensor, _: Tensor) -> Tensor:
+        seen.extend(out.tolist())
+        return out.mean()
+
+    rows.subject = subject(nn.Identity(), torch.arange(100.0), torch.zeros(100), loss=listening)
+    for update in range(20):
+        rows.loss(rows.subject.model, update)
+    assert set(seen) == set(rows.train.float().tolist())
+
+
+def test_answers_that_belong_to_their_samples_are_told_from_answers_that_belong_to_none() -> None:
+    y = (torch.arange(200) % 20 == 0).long()
+    for target, belongs in ((y, True), (y[torch.randperm(200, generator=seeded())], False)):
+        rows = Rows(subject(nn.Embedding.from_pretrained(4.0 * nn.functional.one_hot(y)), torch.arange(200), target,
+                            loss=cross_entropy), 200, 0)  # fmt: skip
+        assert (rows.informed(rows.subject.model) > 5) is belongs
+
+
+def test_targets_that_number_the_samples_are_numbered_anew_and_classes_are_not() -> None:
+    rows = Rows(subject(nn.Identity(), X, torch.arange(200), loss=cross_entropy), 200, 0)
+    assert rows.targets(torch.tensor([7, 3, 9])).tolist() == [0, 1, 2]
+    rows = Rows(subject(nn.Identity(), X, Y, loss=cross_entropy), 200, 0)
+    assert torch.equal(rows.targets(torch.tensor([7, 3, 9])), Y[[7, 3, 9]])
+
+
+def test_a_loss_that_needs_the_whole_batch_is_judged_on_it_and_that_is_said() -> None:
+    data, notes = material(subject(Wrapped(3, lambda z: z), X, Y, loss=lambda out, _: cross_entropy(out, Y)), 0)
+    assert isinstance(data, Whole)
+    assert "could not be computed for a part of the batch" in notes[0]
+
+
+def test_fresh_batch_norm_is_judged_by_the_batchs_own_statistics_and_keeps_its_buffers() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1, affine=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x)
+
+    x = 1000 + 500 * torch.randn(100, 1, generator=seeded())
+    model = Normed()
+    rows = Rows(subject(model, x, (x - 1000) / 500, loss=mse_loss), 100, 0)
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    assert float(rows.judged(model).mean()) < 1.0
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+    assert model.norm.training
+
+
+def test_a_score_is_sure_only_beyond_the_scatter_over_groups() -> None:
+    bar = torch.ones(16)
+    scatter = torch.tensor([1.0, -1.0] * 8)
+    assert score(bar - 0.3 + 0.1 * scatter, bar).learns
+    assert not score(bar - 0.3 + 0.8 * scatter, bar).learns
+    assert score(bar - 0.3 + 0.6 * scatter, bar).visible
+    assert not score(bar - 0.01, bar).learns  # certain, but too small to see
+    assert not score(torch.full((16,), math.inf), bar).learns
+    assert ahead(bar - 0.1, bar + 0.01 * scatter)
+    assert not ahead(bar - 0.1, bar + scatter)
+
+
+def groups_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+
+
+def test_an_optimizer_is_made_again_with_its_class_options_and_groups() -> None:
+    model = groups_model()
+    given = torch.optim.SGD(
+        [{"params": model[0].parameters(), "lr": 0.1}, {"params": [model[1].weight], "momentum": 0.5}],
+        lr=0.2,
+        momentum=0.9,
+    )
+    own, notes = recipe(given, model, 1e-3)
+    assert notes == ()
+    twin = groups_model()
+    made = own.at(0.4).build(twin)
+    assert isinstance(made, torch.optim.SGD)
+    assert [(len(g["params"]), g["lr"], g["momentum"]) for g in made.param_groups] == [
+        (2, pytest.approx(0.2), 0.9),
+        (1, pytest.approx(0.4), 0.5),
+    ]
+    assert made.param_groups[1]["params"][0] is twin[1].weight
+    held = {id(p) for g in made.param_groups for p in g["params"]}
+    assert id(twin[1].bias) not in held  # the user's optimizer leaves it alone too
+    twin.append(nn.Linear(1, 1))
+    assert len(own.build(twin).param_groups[0]["params"]) == 4  # what only the changed copy has joins the first group
+
+
+def test_the_code_of_an_optimizer_makes_the_same_one() -> None:
+    model = groups_model()
+    for given in (
+        torch.optim.AdamW(model.parameters(), lr=2e-4, betas=(0.8, 0.99), weight_decay=0.1),
+        torch.optim.RMSprop([{"params": model[0].parameters(), "lr": 0.1}, {"params": model[1].parameters()}], lr=0.2),
+    ):
+        own, _ = recipe(given, model, 1e-3)
+        names: dict[str, Any] = {"model": model, "torch": torch}
+        exec(own.code(), names)
+        made = names["optimizer"]
+        assert type(made) is type(given)
+        assert [{k: v for k, v in g.items() if k != "params"} for g in made.param_groups] == [
+            {k: v for k, v in g.items() if k != "params"} for g in given.param_groups
+        ]
+        assert [[id(p) for p in g["params"]] for g in made.param_groups] == [
+            [id(p) for p in g["params"]] for g in given.param_groups
+        ]
+
+
+def test_what_is_no_optimizer_of_this_model_is_refused() -> None:
+    model = groups_model()
+    with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer"):
+        recipe(3, model, 1e-3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected the function to return"):
+        recipe(lambda p: list(p), model, 1e-3)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="holds none of the model's parameters"):
+        recipe(torch.optim.Adam(groups_model().parameters()), model, 1e-3)
+    _, notes = recipe(torch.optim.LBFGS(model.parameters()), model, 1e-3)
+    assert "LBFGS" in notes[0]
+
+
+def test_rates_worth_a_trial_are_near_its_own_and_the_usual_ones() -> None:
+    model = groups_model()
+    own, _ = recipe(torch.optim.Adam(model.parameters(), lr=1e-6), model, 1e-3)
+    assert other_rates(own) == pytest.approx([3e-6, 1e-6 / 3, 1e-3, 3e-3])
+    assert other_rates(own.at(1e-3)) == pytest.approx([3e-3, 1e-3 / 3])
+
+
+def test_arms_see_the_same_samples_and_repeat_exactly() -> None:
+    torch.manual_seed(0)
+    rows = Rows(subject(Last(nn.GRU(4, 8, batch_first=True), 3, dropout=0.2), X, Y, loss=cross_entropy), 200, 0)
+    own, _ = recipe(None, rows.subject.model, 3e-3)
+    bar, _ = best_constant(rows, 0)
+    arms = [Arm(AS_IS, rows, own, bar, 0) for _ in range(2)]
+    arms[0].train(60)
+    for updates in (1, 24, 20, 15):
+        arms[1].train(updates)
+    assert arms[0].losses == arms[1].losses
+
+
+def test_clipping_bounds_what_an_arm_steps_with() -> None:
+    rows = Rows(subject(Wrapped(1, lambda z: 1e4 * z), X, NUMBERS[:, None], loss=mse_loss), 200, 0)
+    own, _ = recipe(torch.optim.SGD(rows.subject.model.parameters(), lr=1.0), rows.subject.model, 1e-3)
+    arm = Arm(Candidate("clip", "clip", clip=0.5), rows, own, None, 0)
+    before = [p.detach().clone() for p in arm.model.parameters()]
+    arm.train(1)
+    after = [p.detach() for p in arm.model.parameters()]
+    moved = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(before, after, strict=True)))
+    assert moved == pytest.approx(0.5, rel=1e-3)
+
+
+def test_an_arm_stops_at_a_loss_that_is_not_finite_and_says_when() -> None:
+    rows = Rows(subject(Wrapped(1, lambda z: (z - 1e9).log()), X, NUMBERS[:, None], loss=mse_loss), 200, 0)
+    arm = Arm(AS_IS, rows, recipe(None, rows.subject.model, 1e-3)[0], None, 0)
+    arm.train(5)
+    assert (arm.updates, arm.failed) == (0, "the loss was NaN or infinite in update 1")
+
+
+def test_the_input_of_each_module_is_measured_over_all_its_steps() -> None:
+    model = Wrapped(3, lambda z: z)
+    rows = Rows(subject(model, 100 + 10 * X, Y, loss=cross_entropy), 200, 0)
+    entry = fed(rows, 0)["net.rnn"]
+    held = torch.cat(rows.groups)
+    assert entry.steps == 5
+    torch.testing.assert_close(entry.mean, (100 + 10 * X[held]).double().mean((0, 1)))
+    assert entry.off_scale
+    assert not fed(Rows(subject(model, X, Y, loss=cross_entropy), 200, 0), 0)["net.rnn"].off_scale
+
+
+@pytest.mark.parametrize("cell", [False, True])
+def test_a_read_out_finds_what_the_states_hold_and_nothing_else(cell: bool) -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.rnn, self.head = nn.GRUCell(4, 16) if cell else nn.GRU(4, 16, batch_first=True), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not cell:
+                return self.head(self.rnn(x)[0][:, -1])
+            h = x.new_zeros(len(x), 16)
+            for t in range(x.shape[1]):
+                h = self.rnn(x[:, t], h)
+            return self.head(h)
+
+    x, y = recall(300, 3)
+    coin = torch.randint(3, (300,), generator=seeded())
+    for target, holds in ((y, True), (coin, False)):
+        rows = Rows(subject(Loop(), x, target, loss=cross_entropy), 300, 0)
+        arm = Arm(AS_IS, rows, recipe(None, rows.subject.model, 1e-3)[0], None, 0)
+        found = read_out(arm, 0)
+        assert found is not None
+        assert (found.readable > 0.5) is holds
+        assert found.where == "rnn"
+        assert found.enough
+
+
+def test_the_chance_is_the_logistic_of_the_features_and_none_before_weights_are_fitted() -> None:
+    known = Features(0.5, 1.0, 0.5, 0.9, -0.1, 0.0)
+    assert known.chance((0.0,) * 7) == 0.5
+    assert known.chance((0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0)) == pytest.approx(1 / (1 + math.exp(-1)))
+    assert known.chance() is None if WEIGHTS is None else 0 < known.chance() < 1  # type: ignore[operator]
+    with pytest.raises(ValueError, match="weights: expected 7"):
+        known.chance((1.0,))
+
+
+def test_features_tell_a_copy_that_begins_to_learn_from_one_that_does_not() -> None:
+    told = []
+    for target in (Y, torch.randint(3, (200,), generator=seeded())):
+        rows = Rows(subject(Wrapped(3, lambda z: z), X, target, loss=cross_entropy), 200, 0)
+        arm = Arm(AS_IS, rows, recipe(None, rows.subject.model, 3e-3)[0], best_constant(rows, 0)[0], 0)
+        arm.train(EARLY)
+        arm.judge()
+        told.append(features(arm, read_out(arm, 0), {}))
+    assert told[0].fallen > 0.2 > told[1].fallen
+    assert told[0].readable > 0.5 > told[1].readable
+    assert told[0].sure > told[1].sure
+    assert told[0].survival == 0.0
