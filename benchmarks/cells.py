@@ -3,9 +3,9 @@
     python benchmarks/cells.py                    # one and two threads, H = 64 and 128; about five minutes
     python benchmarks/cells.py --cells mgu slstm  # other cells of unvanish.cells.ZOO
 
-The loop is what a user would write: x_t and the state through `linear`, the cell's step, the outputs stacked at the end.
-Forward and backward in float32, with an error at every step; x needs no gradient. Medians of each side, in CPU time of
-the process over its threads (which work of others on the machine hardly moves) and in wall time.
+The loop is what a user would write: x_t and the state through `linear`, the cell's step, the outputs stacked at the
+end. Forward and backward in float32, with an error at every step; x needs no gradient. Medians of each side, in CPU
+time of the process over all its threads (which other work on the machine hardly changes) and in wall time.
 """
 
 import argparse
@@ -75,9 +75,13 @@ def main() -> None:
     parser.add_argument("--hidden", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--repeats", type=int, default=9)
     given = parser.parse_args()
-    print(f"{processor()}, {platform.system()}; Python {platform.python_version()}, torch {torch.__version__}, ", end="")
+    print(
+        f"{processor()}, {platform.system()}; Python {platform.python_version()}, torch {torch.__version__}, ", end=""
+    )
     print(f"unvanish {uv.__version__}, {uv.engine.isa()}; T = {T}, B = {B}, I = {INPUT}, float32\n")
-    print("| cell | H | threads | loop, CPU ms | ours, CPU ms | CPU ratio | loop, wall ms | ours, wall ms | wall ratio |")
+    print(
+        "| cell | H | threads | loop, CPU ms | ours, CPU ms | CPU ratio | loop, wall ms | ours, wall ms | wall ratio |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for name in given.cells:
         for H in given.hidden:

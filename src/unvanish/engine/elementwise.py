@@ -1,7 +1,7 @@
-"""Elementwise torch code as a graph: what a function does to each element, recorded while it runs, autograd's part too.
+"""Elementwise torch code as a graph: what a function does to each element, recorded while it runs.
 
-Nodes are operations of the kernels' interpreter (csrc/program.h), on values of one shape; masks are the numbers 1 and 0.
-Equal expressions are one node.
+Operations that autograd adds are recorded like the function's own. Nodes are operations of the kernels' interpreter
+(csrc/program.h) on values of one shape; masks are the numbers 1 and 0. Equal expressions are one node.
 """
 
 import struct
@@ -107,13 +107,29 @@ def _true(g: Graph, x: int) -> int:
     return x if g.nodes[x].op in MASKS else g("ne", x, 0.0)
 
 
+def _hardsigmoid_backward(g: Graph, d: int, x: int) -> int:
+    inside = g("mul", g("lt", -3.0, x), g("lt", x, 3.0))
+    # torch's kernel multiplies by the float32 next to 1/6, whatever the dtype; its decomposition does not.
+    return g("where", inside, g("mul", d, float(torch.tensor(1 / 6))), 0.0)
+
+
 MASKS = ("lt", "le", "eq", "ne")
-_SAME = "exp expm1 log log1p sigmoid tanh relu sin cos tan atan erf floor ceil round trunc sqrt abs neg sign maximum minimum eq ne lt le"
-_AGAIN = "detach alias clone contiguous view _unsafe_view reshape expand lift_fresh positive view_as unsqueeze squeeze"
+_SAME = (
+    *("exp", "expm1", "log", "log1p", "sigmoid", "tanh", "relu", "sin", "cos", "tan", "atan", "erf", "floor", "ceil"),
+    *("round", "trunc", "sqrt", "abs", "neg", "sign", "maximum", "minimum", "eq", "ne", "lt", "le"),
+)
+"""ATen operations that are called the same in the interpreter"""
+
+_AGAIN = (
+    *("detach", "alias", "clone", "contiguous", "view", "_unsafe_view", "reshape", "expand", "lift_fresh", "positive"),
+    *("view_as", "unsqueeze", "squeeze"),
+)
+"""ATen operations that change no value"""
+
 
 OPERATIONS: dict[str, Callable[..., int]] = {
-    **{name: (lambda g, *a, op=name: g(op, *a)) for name in _SAME.split()},
-    **{name: (lambda g, x, *_: x) for name in _AGAIN.split()},
+    **{name: (lambda g, *a, op=name: g(op, *a)) for name in _SAME},
+    **{name: (lambda g, x, *_: x) for name in _AGAIN},
     "add": lambda g, a, b, alpha=None: g("add", a, b if alpha is None else g("mul", b, alpha)),
     "sub": lambda g, a, b, alpha=None: g("sub", a, b if alpha is None else g("mul", b, alpha)),
     "rsub": lambda g, a, b, alpha=None: g("sub", b, a if alpha is None else g("mul", a, alpha)),
@@ -137,14 +153,15 @@ OPERATIONS: dict[str, Callable[..., int]] = {
     "isnan": lambda g, x: g("ne", x, x),
     "logical_not": lambda g, x: g("eq", x, 0.0),
     "bitwise_not": lambda g, x: g("eq", x, 0.0),
-    **dict.fromkeys(("logical_and", "bitwise_and"), lambda g, a, b: g("mul", _true(g, a), _true(g, b))),
-    **dict.fromkeys(("logical_or", "bitwise_or"), lambda g, a, b: g("maximum", _true(g, a), _true(g, b))),
-    **dict.fromkeys(("logical_xor", "bitwise_xor"), lambda g, a, b: g("ne", _true(g, a), _true(g, b))),
+    **dict.fromkeys(("logical_and", "bitwise_and", "__and__"), lambda g, a, b: g("mul", _true(g, a), _true(g, b))),
+    **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), lambda g, a, b: g("maximum", _true(g, a), _true(g, b))),
+    **dict.fromkeys(("logical_xor", "bitwise_xor", "__xor__"), lambda g, a, b: g("ne", _true(g, a), _true(g, b))),
     "where": lambda g, c, a, b: g("where", c, a, b),
     "masked_fill": lambda g, x, mask, value: g("where", mask, value, x),
     "threshold_backward": lambda g, d, x, at: g("where", g("le", x, at), 0.0, d),
     "sigmoid_backward": lambda g, d, y: g("dsigmoid", d, y),
     "tanh_backward": lambda g, d, y: g("dtanh", d, y),
+    "hardsigmoid_backward": _hardsigmoid_backward,
     "copy": lambda g, x, y, *_: y,
     "fill": lambda g, x, value: value,
     "zero": lambda g, x: g.constant(0.0),
@@ -179,6 +196,11 @@ class Recorder(TorchDispatchMode):
         self._held: list[Tensor] = []  # a storage that is freed could return as another
         self._numbers: dict[int, int] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: it never runs while a graph is captured, and to be skipped costs the import of the compiler, a second."""
+        return False
+
     def input(self, tensor: Tensor, name: Any) -> Tensor:
         """`tensor`, known under this name from now on."""
         self._bind(tensor, self.graph.input(name))
@@ -205,8 +227,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         full = func._schema.name.split("::")[-1]
-        name = full.rstrip("_") if not full.startswith("__") else full
-        in_place = full.endswith("_")
+        special = full.startswith("__")  # as __and__
+        name = full if special else full.rstrip("_")
+        in_place = full.endswith("_") and not special
         if name in CONVERSIONS:
             return self._convert(func, args, given)
         if name in CREATED:
@@ -218,15 +241,18 @@ class Recorder(TorchDispatchMode):
         if name not in OPERATIONS:
             if func not in decomposition_table or in_place:
                 raise UnsupportedError(f"there is no compiled instruction for {func}")
-            with self:
-                return decomposition_table[func](*args, **given)
+            try:
+                with self:
+                    return decomposition_table[func](*args, **given)
+            except UnsupportedError as why:
+                raise UnsupportedError(f"there is no compiled instruction for {func}") from why
         if name == "lift_fresh" and args[0].numel() == 1:
             self._bind(args[0], self.graph.constant(float(args[0])))
         wanted = {k: v for k, v in given.items() if k in ("alpha", "value", "rounding_mode", "min", "max")}
         renamed = {{"min": "low", "max": "high"}.get(k, k): v for k, v in wanted.items()}
         if set(given) - set(wanted) - {"memory_format"}:
             raise UnsupportedError(f"there is no compiled instruction for {func} with {', '.join(given)}")
-        positional = args[:1] if name in _AGAIN.split() else args
+        positional = args[:1] if name in _AGAIN else args
         try:
             node = OPERATIONS[name](
                 self.graph,
@@ -259,7 +285,7 @@ class Recorder(TorchDispatchMode):
         chosen = out.dtype == torch.int64 and name == "where"  # of two whole numbers
         if not (out.dtype == self._dtype or truth or single or chosen):
             raise UnsupportedError(f"{func} makes a tensor of {out.dtype}")
-        if name.startswith("bitwise") and out.dtype != torch.bool:
+        if name.startswith(("bitwise", "__")) and out.dtype != torch.bool:
             raise UnsupportedError(f"there is no compiled instruction for {func} of numbers")
 
     def _of(self, value: Any) -> Any:

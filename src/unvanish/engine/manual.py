@@ -103,8 +103,8 @@ def trace(
         else:
             state = tuple(torch.where(active[t], n, old) for n, old in zip(new, state, strict=True))
             after[t] = tuple(torch.where(active[t], n, 0.0) for n in new)
-    stacked = [tuple(torch.stack(s) for s in zip(*kind, strict=True)) for kind in (before, after)]
-    tr = Trace(cell, w, x, *stacked, state, active, reverse)
+    was, became = (tuple(torch.stack(s) for s in zip(*kind, strict=True)) for kind in (before, after))
+    tr = Trace(cell, w, x, was, became, state, active, reverse)
     tr.__dict__["p"] = projected
     return tr
 
@@ -114,15 +114,16 @@ def adjoint(tr: Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], cli
 
     The same step back as `calculus.adjoint`, written into memory for all steps at once.
     """
+    cell = tr.cell
     if tr.ran is not None:
-        given, lengths, left = tr.ran
+        given, n, left = tr.ran
         back = stepped.backward(
-            tr.cell, tr.x, given, tr.weights, lengths, tr.reverse, left, dy, dfinal, clip, want_dx=False, want_deltas=True
+            cell, tr.x, given, tr.weights, n, tr.reverse, left, dy, dfinal, clip, want_dx=False, want_deltas=True
         )
         assert back.dstate is not None
         assert back.dp is not None
         return Deltas(back.dstate, back.dp, back.dq, back.dinitial, back.weights)
-    cell, d, w = tr.cell, tr.partials, tr.weights
+    d, w = tr.partials, tr.weights
     T, B, h = *tr.x.shape[:2], cell.states[0]
     later = {a: torch.zeros_like(s) if e is None else e for a, s, e in zip(cell.states, tr.final, dfinal, strict=True)}
     H, Q = w.w_ih.shape[0] // len(cell.input_gates), len(cell.sources)

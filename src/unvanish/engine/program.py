@@ -1,12 +1,13 @@
 """A cell's step and its derivative as programs for the kernels' interpreter.
 
-The step is recorded once per cell and dtype, with autograd's vector–Jacobian product after it: given the errors that
-arrive at the states of a step, the errors δq, δp, δv, what goes to s_{t-1} past the matrices, and the total errors of the
-states. Of the way forward is kept what the way back reads and can't make again cheaply from the states.
+The step is recorded once per cell and dtype, followed by autograd's vector–Jacobian product: from the gradients that
+arrive at the states of a step it makes δq, δp, δv, what goes to s_{t-1} past the matrices, and the states' total
+gradients. The forward program keeps what the backward one reads and can't cheaply make again from the states.
 """
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,8 +21,13 @@ from unvanish.engine.elementwise import Graph, Recorder, UnsupportedError
 KINDS = ("share", "before", "after", "vector", "kept", "arrived", "dq", "dp", "ds", "dv", "total")
 """what an input or output of a program stands for, numbered as `Kind` in csrc/program.h"""
 
-CHEAP = frozenset("add sub mul div fma neg abs sign dsigmoid dtanh relu maximum minimum lt le eq ne where".split())
-"""operations that cost no more than to keep their result would"""
+CHEAP = frozenset(
+    (
+        *("add", "sub", "mul", "div", "neg", "abs", "sign", "dsigmoid", "dtanh", "relu", "maximum", "minimum"),
+        *("lt", "le", "eq", "ne", "where"),
+    )
+)
+"""operations that cost no more than keeping their result would"""
 
 Place = tuple[str, int]
 """(kind, index)"""
@@ -199,7 +205,13 @@ class _Recorded(NamedTuple):
 
 
 def _record(cell: Cell, dtype: torch.dtype) -> _Recorded:
-    shape = torch.Size((2, 3))
+    one, other = (_record_at(cell, dtype, torch.Size(shape)) for shape in ((2, 3), (3, 5)))
+    if one.graph.nodes != other.graph.nodes or one[1:] != other[1:]:
+        raise UnsupportedError("its operations differ from call to call, or with the number of samples and units")
+    return one
+
+
+def _record_at(cell: Cell, dtype: torch.dtype, shape: torch.Size) -> _Recorded:
     recorder = Recorder(shape, dtype)
     generator = torch.Generator().manual_seed(0)
 
@@ -225,7 +237,12 @@ def _record(cell: Cell, dtype: torch.dtype) -> _Recorded:
             reached = [a for a in states if a.requires_grad]
             asked = [*reached, *(leaf for group in groups for leaf in group)]
             given = [d for a, d in zip(states, arrived, strict=True) if a.requires_grad]
-            found = torch.autograd.grad(reached, asked, given, allow_unused=True) if reached else [None] * len(asked)
+            try:
+                found = (
+                    torch.autograd.grad(reached, asked, given, allow_unused=True) if reached else [None] * len(asked)
+                )
+            except RuntimeError as error:
+                raise UnsupportedError(f"autograd can't derive it: {error}") from error
             ends = [recorder.graph.constant(0.0) if d is None else recorder.number(d) for d in found]
     totals = iter(ends)
     back: dict[Place, int] = {
@@ -237,7 +254,7 @@ def _record(cell: Cell, dtype: torch.dtype) -> _Recorded:
 
 
 def _assemble(g: Graph, ends: dict[Place, int], leaves: dict[int, Place], operations: Mapping[str, int]) -> Program:
-    """Instructions for these outputs: multiply–adds joined, temporaries shared out anew as soon as nobody needs them."""
+    """Instructions that make these outputs, with multiply–adds joined and temporaries reused after their last use."""
     order = g.reachable(ends.values(), leaves)
     uses: dict[int, int] = {}
     for n in order:
@@ -322,18 +339,28 @@ def programs(cell: Cell, dtype: torch.dtype, operations: Mapping[str, int]) -> "
         for old in [k for k in known if k[0] == dtype]:
             del known[old]
         try:
-            known[key] = Programs(cell, dtype, operations)
+            made = Programs(cell, dtype, operations)
+            if _constants(vars(cell)) != constants:
+                raise UnsupportedError("it changes the cell's attributes")
+            known[key] = made
         except UnsupportedError as why:
             known[key] = str(why)
     return known[key]
 
 
-def _constants(value: Any, depth: int = 4) -> Any:
-    """What a step may read of its cell, as something to compare."""
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype) or callable(value) and depth < 4:
-        return type(value), value
-    if isinstance(value, Mapping) and depth:
-        return tuple((k, _constants(v, depth - 1)) for k, v in value.items())
-    if isinstance(value, tuple | list) and depth:
-        return type(value), tuple(_constants(v, depth - 1) for v in value)
-    raise UnsupportedError(f"the cell holds a {type(value).__name__}, which could change between two steps")
+def _constants(value: Any, depth: int = 5) -> Any:
+    """What a step may read of its cell, in a form that can be compared."""
+    kind = type(value)
+    if value is None or isinstance(value, bool | int | float | complex | str | torch.dtype | type):
+        return kind, value
+    if isinstance(value, FunctionType | BuiltinFunctionType | MethodDescriptorType):
+        return kind, value
+    if isinstance(value, Tensor) or depth == 0:
+        raise UnsupportedError(f"the cell holds a {kind.__name__}, which could change between two calls")
+    if isinstance(value, Mapping):
+        return kind, tuple((k, _constants(v, depth - 1)) for k, v in value.items())
+    if isinstance(value, tuple | list | set | frozenset):
+        return kind, tuple(_constants(v, depth - 1) for v in value)
+    if hasattr(value, "__dict__"):
+        return kind, _constants(vars(value), depth - 1)
+    raise UnsupportedError(f"the cell holds a {kind.__name__}, which could change between two calls")

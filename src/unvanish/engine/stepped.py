@@ -99,9 +99,7 @@ def _all(tensors: tuple[Tensor | None, ...]) -> list[int]:
 
 
 @torch.no_grad()
-def forward(
-    cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None, reverse: bool, keep: bool
-) -> Ran:
+def forward(cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None, reverse: bool, keep: bool) -> Ran:
     """Run forward; `keep`: what `backward` needs."""
     given = _contiguous(x, state, w, lengths)
     T, B, _, H = given.sizes()
