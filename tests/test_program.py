@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import unvanish as uv
 from tests.test_conformance import Stages
+from tests.test_native import ISAS
 from unvanish.cells import ZOO, Cell, Weights
 from unvanish.engine import manual, native, stepped
 from unvanish.engine.elementwise import Recorder
@@ -317,10 +318,18 @@ def in_single(cell: Odd, a: Tensor) -> Tensor:
     return a.half().to(a.dtype)
 
 
+class Doubled(Odd):
+    """Does more than its step."""
+
+    def advance(self, p: Tensor, s: Any, w: Weights) -> Any:
+        return tuple(2 * a for a in super().advance(p, s, w))
+
+
 @pytest.mark.parametrize(
     ("cell", "why"),
     [
         (Odd(sampled), "aten.rand"),
+        (Doubled(lambda cell, a: a.tanh()), "its own advance"),
         (Odd(dropped), "no compiled instruction"),
         (Odd(sorted_twice), "aten.stack"),
         (Odd(branching), "aten"),
@@ -341,7 +350,7 @@ def test_what_has_no_program_runs_in_torch_operations(cell: Cell, why: str) -> N
     assert choice.rung == "manual"
     assert str(choice).endswith(f"manual: runs in torch operations, {reason}")
     # These differ by themselves, or have no rung that could be right: the manual one evaluates all steps at once.
-    if why not in ("holds a Parameter", "float16", "differ from call to call"):
+    if why not in ("holds a Parameter", "float16", "differ from call to call", "its own advance"):
         torch.testing.assert_close(gradients("manual", cell, data), gradients("reference", cell, data))
 
 
@@ -434,3 +443,21 @@ def test_padding_is_not_read() -> None:
         spoilt[n:, b] = math.nan
     found = gradients("manual", cell, (spoilt, states, w, dy, dfinal), lengths)
     torch.testing.assert_close(found, gradients("manual", cell, (x, states, w, dy, dfinal), lengths))
+
+
+@pytest.mark.parametrize("name", ["peephole", "lem", "cornn", "slstm", "indrnn"])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("T", "B", "n_in", "H"), [(3, 1, 1, 1), (30, 18, 5, 33), (70, 7, 9, 16), (2, 35, 70, 65)])
+def test_every_instruction_set(
+    isa: str, name: str, T: int, B: int, n_in: int, H: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNVANISH_ISA", isa)
+    cell = CELLS[name]()
+    data = drawn(cell, T, B, n_in, H, torch.float64, 1)
+    w = Weights(*(None if v is None else v / math.sqrt(H) for v in data[2]))
+    data = (*data[:2], w, *data[3:])
+    lengths = torch.randint(0, T + 1, (B,), generator=torch.Generator().manual_seed(0))
+    for longest, reverse in ((None, False), (lengths, True)):
+        found = gradients("manual", cell, data, longest, reverse=reverse)
+        expected = gradients("reference", cell, data, longest, reverse=reverse)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)

@@ -29,6 +29,9 @@ CHEAP = frozenset(
 )
 """operations that cost no more than keeping their result would"""
 
+AROUND = ("project", "recur", "evaluate", "arguments", "advance", "completed", "shares")
+"""what a cell does around its step, in whose place the kernels multiply"""
+
 Place = tuple[str, int]
 """(kind, index)"""
 
@@ -328,6 +331,9 @@ _KNOWN: WeakKeyDictionary[Cell, dict[Any, "Programs | str"]] = WeakKeyDictionary
 
 def programs(cell: Cell, dtype: torch.dtype, operations: Mapping[str, int]) -> "Programs | str":
     """The programs of a cell as it is now, or why there are none."""
+    own = [name for name in AROUND if getattr(type(cell), name) is not getattr(Cell, name)]
+    if own:
+        return f"the cell has its own {', '.join(own)}"
     try:
         constants = _constants(vars(cell))
     except UnsupportedError as why:
