@@ -1,13 +1,17 @@
 // The only file that knows Python: addresses and sizes in, nothing out but what the kernels write.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <array>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "pool.h"
 #include "unvanish.h"
@@ -81,11 +85,15 @@ void backward(int cell, bool reverse, nb::sequence sizes, nb::sequence pointers,
   k.backward(l, g, wanted.h == nullptr ? nullptr : &wanted, threads);
 }
 
+#include "step_bindings.h"
+
 template <class Real>
 void bind(nb::module_& m, const char* suffix) {
   auto name = [&](const char* stem) { return std::string(stem) + suffix; };
   m.def(name("forward_").c_str(), &forward<Real>);
   m.def(name("backward_").c_str(), &backward<Real>);
+  m.def(name("step_forward_").c_str(), &step_forward<Real>);
+  m.def(name("step_backward_").c_str(), &step_backward<Real>);
   m.def(name("layout_").c_str(), [](int cell, int64_t H, std::optional<std::string> isa) {
     const Kernels<Real>& k = chosen<Real>(isa);
     return nb::make_tuple(k.lanes, k.padded(static_cast<Cell>(cell), H), k.saved_width(static_cast<Cell>(cell), H));
@@ -107,6 +115,10 @@ void bind(nb::module_& m, const char* suffix) {
 
 NB_MODULE(_native, m) {
   m.def("block_rows", &block_rows);
+  m.def("step_cell", [](nb::tuple given) {
+    return nb::capsule(new OwnedCell(given), kOwned, [](void* cell) noexcept { delete static_cast<OwnedCell*>(cell); });
+  });
+  m.def("step_operations", [] { return std::vector<std::string>(kOps, kOps + kOpCount); });
   bind<float>(m, "float32");
   bind<double>(m, "float64");
 }

@@ -21,6 +21,11 @@ namespace {
 #include "forward.h"
 #include "norms.h"
 #include "backward.h"
+#include "functions.h"
+#include "interpreter.h"
+#include "stepped.h"
+#include "stepped_forward.h"
+#include "stepped_backward.h"
 
 template <class CellType, class Real>
 void forward(const Layer<Real>& layer, const Final<Real>& final, const Statistics* wanted, int threads) {
@@ -68,6 +73,16 @@ void backward_any(const Layer<Real>& layer, const Gradients<Real>& gradients, co
   with_cell(layer.cell, [&](auto kind) { backward<decltype(kind)>(layer, gradients, norms, threads); });
 }
 
+template <class Real>
+void step_forward(const StepLayer<Real>& layer, Real* const* final, int threads) {
+  StepForward<Real>(layer, final, threads).run(threads);
+}
+
+template <class Real>
+void step_backward(const StepLayer<Real>& layer, const StepGradients<Real>& gradients, int threads) {
+  StepBackward<Real>(layer, gradients, threads).run(threads);
+}
+
 // More sums than the processor has multiply-adds under way, few enough for its registers.
 template <class Real>
 double peak(int64_t rounds) {
@@ -84,7 +99,8 @@ double peak(int64_t rounds) {
 }
 
 template <class Real>
-constexpr Kernels<Real> table{UV_TEXT(UV_ISA), kLanes<Real>, padded<Real>, saved_width<Real>, forward_any<Real>, backward_any<Real>, peak<Real>};
+constexpr Kernels<Real> table{UV_TEXT(UV_ISA),     kLanes<Real>,       padded<Real>,        saved_width<Real>, forward_any<Real>,
+                              backward_any<Real>, step_forward<Real>, step_backward<Real>, peak<Real>};
 
 }  // namespace
 

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "program.h"
+
 namespace unvanish {
 
 enum class Cell : int { rnn_tanh, rnn_relu, rnn_sigmoid, lstm, gru };
@@ -95,6 +97,9 @@ struct Kernels {
   // Statistics and norms: null if not wanted.
   void (*forward)(const Layer<Real>&, const Final<Real>&, const Statistics*, int threads);
   void (*backward)(const Layer<Real>&, const Gradients<Real>&, const Norms*, int threads);
+  // The same for a cell given by programs; `final` is A times out [B, H].
+  void (*step_forward)(const StepLayer<Real>&, Real* const* final, int threads);
+  void (*step_backward)(const StepLayer<Real>&, const StepGradients<Real>&, int threads);
   // Multiplies and adds as fast as the processor can, from registers alone; how many operations that was. For benchmarks.
   double (*peak)(int64_t rounds);
 };

@@ -25,10 +25,12 @@ class Choice:
 
     rung: str
     declined: dict[str, str]
+    how: str | None = None
+    """how the rung runs, where it has more than one way"""
 
     def __str__(self) -> str:
         lines = [f"{name}: not used, {why}" for name, why in self.declined.items()]
-        return "\n".join([*lines, f"{self.rung}: runs"])
+        return "\n".join([*lines, f"{self.rung}: runs" + ("" if self.how is None else f" {self.how}")])
 
 
 def _obstacle(rung: str, cell: Cell, x: Tensor) -> str | None:
@@ -61,6 +63,10 @@ def force(rung: str) -> Iterator[None]:
         _forced = before
 
 
+def _how(rung: str, cell: Cell, x: Tensor) -> str | None:
+    return manual.how(cell, x) if rung == "manual" else None
+
+
 def explain(cell: Cell, x: Tensor, rung: str | None = None) -> Choice:
     """The rung that `run` takes for this cell and an input like x, and why not a faster one.
 
@@ -73,12 +79,13 @@ def explain(cell: Cell, x: Tensor, rung: str | None = None) -> Choice:
         why = _obstacle(forced, cell, x)
         if why is not None:
             raise RuntimeError(f"rung {forced!r} was forced, but can't run here: {why}; force another or none")
-        return Choice(forced, {name: "another rung was forced" for name in RUNGS if name != forced})
+        others = {name: "another rung was forced" for name in RUNGS if name != forced}
+        return Choice(forced, others, _how(forced, cell, x))
     declined: dict[str, str] = {}
     for name in RUNGS:
         why = _obstacle(name, cell, x)
         if why is None:
-            return Choice(name, declined)
+            return Choice(name, declined, _how(name, cell, x))
         declined[name] = why
     raise AssertionError("the reference rung runs everything")
 

@@ -1,4 +1,7 @@
-"""The manual rung: backpropagation through time of any cell, in torch operations. Any device; real floating dtypes.
+"""The manual rung: backpropagation through time of any cell. Any device; real floating dtypes.
+
+On the CPU in the kernels, by programs of the cell's step, where they can (`unvanish.engine.stepped`); else in torch
+operations:
 
 forward   p = W_ih x + b_ih for all steps at once, then s_t = cell.step(p_t, q_t, s_{t-1})
 backward  the derivatives of the step at all steps at once; then, step by step, the cell's calculus: one matrix product
@@ -8,14 +11,23 @@ weights   ∂E/∂W_ih = Σ_t δp_tᵀ x_t,  ∂E/∂W_γ = Σ_t δq^γ_tᵀ s^{
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unvanish.cells import Cell, Partials, Point, State, Weights, calculus
-from unvanish.engine import reference
+from unvanish.engine import reference, stepped
 from unvanish.engine.sequence import active_steps, clip_rows, states_before, steps, without_padding
+
+
+class Ran(NamedTuple):
+    """What the programs need to go back."""
+
+    given: State
+    """the initial states"""
+    lengths: Tensor | None
+    left: stepped.Ran
 
 
 class Trace(Point):
@@ -34,11 +46,13 @@ class Trace(Point):
         *,
         kept: Tensor | None = None,
         native: Any = None,
+        ran: "Ran | None" = None,
     ) -> None:
         super().__init__(cell, weights, x, before, after, kept)
-        self.final, self.active, self.reverse, self.native = final, active, reverse, native
+        self.final, self.active, self.reverse, self.native, self.ran = final, active, reverse, native, ran
         """final: the states after the last step read; active: [T, B, 1], None when all samples have T steps; native:
-        what the native rung needs to go back, None when the manual rung ran. x is 0 at inactive steps."""
+        what the native rung needs to go back, None when the manual rung ran; ran: likewise for the manual rung's
+        programs. x is 0 at inactive steps."""
 
     @cached_property
     def partials_by_step(self) -> list[Partials]:
@@ -75,6 +89,14 @@ def trace(
     T = x.shape[0]
     active = active_steps(lengths, T, x.device)
     x = without_padding(x, active)
+    inputs = (x, *state, *w)
+    in_graph = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
+    if not in_graph and stepped.obstacle(cell, x, state, w) is None:
+        left = stepped.forward(cell, x, state, w, lengths, reverse, keep=True)
+        states: Any = left.after
+        before_each = tuple(states_before(a, s, lengths, reverse) for a, s in zip(states, state, strict=True))
+        ran = Ran(state, lengths, left)
+        return Trace(cell, w, x, before_each, states, left.final, active, reverse, ran=ran)
     projected = cell.project(x, w)
     shares = projected.unbind(0)
     before: list[State] = [()] * T
@@ -87,8 +109,8 @@ def trace(
         else:
             state = tuple(torch.where(active[t], n, old) for n, old in zip(new, state, strict=True))
             after[t] = tuple(torch.where(active[t], n, 0.0) for n in new)
-    stacked = [tuple(torch.stack(s) for s in zip(*kind, strict=True)) for kind in (before, after)]
-    tr = Trace(cell, w, x, *stacked, state, active, reverse)
+    was, became = (tuple(torch.stack(s) for s in zip(*kind, strict=True)) for kind in (before, after))
+    tr = Trace(cell, w, x, was, became, state, active, reverse)
     tr.__dict__["p"] = projected
     return tr
 
@@ -98,7 +120,16 @@ def adjoint(tr: Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], cli
 
     The same step back as `calculus.adjoint`, written into memory for all steps at once.
     """
-    cell, d, w = tr.cell, tr.partials, tr.weights
+    cell = tr.cell
+    if tr.ran is not None:
+        given, n, left = tr.ran
+        back = stepped.backward(
+            cell, tr.x, given, tr.weights, n, tr.reverse, left, dy, dfinal, clip, want_dx=False, want_deltas=True
+        )
+        assert back.dstate is not None
+        assert back.dp is not None
+        return Deltas(back.dstate, back.dp, back.dq, back.dinitial, back.weights)
+    d, w = tr.partials, tr.weights
     T, B, h = *tr.x.shape[:2], cell.states[0]
     later = {a: torch.zeros_like(s) if e is None else e for a, s, e in zip(cell.states, tr.final, dfinal, strict=True)}
     H, Q = w.w_ih.shape[0] // len(cell.input_gates), len(cell.sources)
@@ -243,6 +274,12 @@ class _Manual(torch.autograd.Function):
         return None, None, None, None, dx, *flow.dinitial, *weight_gradients(tr, flow)
 
 
+def how(cell: Cell, x: Tensor) -> str:
+    """Which of its ways this rung takes for a cell and an input like x."""
+    why = stepped.obstacle(cell, x)
+    return "in the kernels, by programs of its step" if why is None else f"in torch operations, {why}"
+
+
 def run(
     cell: Cell,
     x: Tensor,
@@ -253,5 +290,7 @@ def run(
     clip: float | None = None,
 ) -> tuple[Tensor, State]:
     """(y, final state) for x `[T, B, I]`; see `unvanish.engine.run`."""
+    if stepped.obstacle(cell, x, state, w) is None:
+        return stepped.run(cell, x, state, w, lengths, reverse, clip)
     y, *final = _Manual.apply(cell, lengths, reverse, clip, x, *state, *w)
     return y, tuple(final)
