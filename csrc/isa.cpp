@@ -1,26 +1,22 @@
 // All kernels for one instruction set: compiled once for each, with UV_ISA its name and UV_BYTES the width of its vectors.
+#if !defined(UV_ISA) || !defined(UV_BYTES)
+#error "isa.cpp: define UV_ISA, the name of the instruction set, and UV_BYTES, the width of its vectors (see CMakeLists.txt)"
+#endif
+
 #include <cstdint>
 
-#include "pool.h"
+#include "backward.h"
+#include "cells.h"
+#include "forward.h"
+#include "sequence.h"
 #include "unvanish.h"
+#include "vector.h"
 
-#define UV_JOIN_(a, b) a##b
-#define UV_JOIN(a, b) UV_JOIN_(a, b)
 #define UV_TEXT_(a) #a
 #define UV_TEXT(a) UV_TEXT_(a)
 
-namespace unvanish {
-namespace UV_ISA {
+namespace unvanish::UV_ISA {
 namespace {
-
-#include "vector.h"
-#include "product.h"
-#include "cells.h"
-#include "statistics.h"
-#include "sequence.h"
-#include "forward.h"
-#include "norms.h"
-#include "backward.h"
 
 template <class CellType, class Real>
 void forward(const Layer<Real>& layer, const Final<Real>& final, const Statistics* wanted, int threads) {
@@ -91,5 +87,4 @@ constexpr Kernels<Real> table{UV_TEXT(UV_ISA), kLanes<Real>, padded<Real>, saved
 const Kernels<float>* float_kernels() { return &table<float>; }
 const Kernels<double>* double_kernels() { return &table<double>; }
 
-}  // namespace UV_ISA
-}  // namespace unvanish
+}  // namespace unvanish::UV_ISA

@@ -1,6 +1,6 @@
 """Which rung runs a sequence, and why."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import manual, native, native_trace, recording, reference
+from unvanish.engine import manual, native, native_trace, operators, recording, reference
 from unvanish.engine.checks import check_errors, check_layer, whole_lengths
 from unvanish.engine.sequence import transform
 
-RUNGS = {"native": native.run, "manual": manual.run, "reference": reference.run}
+RUNGS = {"native": operators.run, "manual": manual.run, "reference": reference.run}
 """Fastest first; the dispatch takes the first that supports the call."""
 
 # A plain global: torch.compile guards on it, which it can't do with a context variable.
@@ -31,10 +31,10 @@ class Choice:
         return "\n".join([*lines, f"{self.rung}: runs"])
 
 
-def _obstacle(rung: str, cell: Cell, x: Tensor) -> str | None:
-    """Why `rung` can't run this cell over x, or None if it can."""
+def _obstacle(rung: str, cell: Cell, x: Tensor, others: Sequence[Tensor | None]) -> str | None:
+    """Why `rung` can't run this cell over x, with `others` as states and weights, or None if it can."""
     if rung == "native":
-        return native.obstacle(cell, x)
+        return native.obstacle(cell, x, others)
     if rung == "manual":
         if not x.dtype.is_floating_point:
             return f"its adjoint is for real floating dtypes, the input is {x.dtype}"
@@ -61,8 +61,9 @@ def force(rung: str) -> Iterator[None]:
         _forced = before
 
 
-def explain(cell: Cell, x: Tensor, rung: str | None = None) -> Choice:
-    """The rung that `run` takes for this cell and an input like x, and why not a faster one.
+def explain(cell: Cell, x: Tensor, rung: str | None = None, others: Sequence[Tensor | None] = ()) -> Choice:
+    """The rung that `run` takes for this cell, an input like x and states and weights like `others`, and why not a faster
+    one. Tensors that are left out are taken for ordinary ones.
 
     Raises:
         ValueError: `rung` names no rung.
@@ -70,13 +71,13 @@ def explain(cell: Cell, x: Tensor, rung: str | None = None) -> Choice:
     """
     forced = _known(rung) if rung is not None else _forced
     if forced is not None:
-        why = _obstacle(forced, cell, x)
+        why = _obstacle(forced, cell, x, others)
         if why is not None:
             raise RuntimeError(f"rung {forced!r} was forced, but can't run here: {why}; force another or none")
         return Choice(forced, {name: "another rung was forced" for name in RUNGS if name != forced})
     declined: dict[str, str] = {}
     for name in RUNGS:
-        why = _obstacle(name, cell, x)
+        why = _obstacle(name, cell, x, others)
         if why is None:
             return Choice(name, declined)
         declined[name] = why
@@ -120,7 +121,7 @@ def run(
     lengths = None if lengths is None else whole_lengths(lengths, x)
     if clip is not None and (isinstance(clip, bool) or not (isinstance(clip, int | float) and clip > 0)):
         raise ValueError(f"clip: expected a positive norm or None, got {clip!r}")
-    runs = explain(cell, x, rung).rung
+    runs = explain(cell, x, rung, (*state, *w)).rung
     if record is None:
         return RUNGS[runs](cell, x, state, w, lengths, reverse, clip)
     if runs != "native":
@@ -136,7 +137,7 @@ def trace(
     lengths = None if lengths is None else whole_lengths(lengths, x)
     inputs = (x, *state, *w)
     differentiable = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    if differentiable or explain(cell, x).rung != "native":
+    if differentiable or explain(cell, x, others=(*state, *w)).rung != "native":
         return manual.trace(cell, x, state, w, lengths, reverse)
     return native_trace.trace(cell, x, state, w, lengths, reverse)
 

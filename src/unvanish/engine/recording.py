@@ -8,10 +8,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._C import _autograd
 
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import manual, native, native_trace, reference
+from unvanish.engine import manual, native, native_trace, operators, reference, torch_internals
 from unvanish.engine.checks import check_errors, check_layer, whole_lengths
 from unvanish.engine.sequence import add, sort
 
@@ -168,7 +167,7 @@ def _recorded_backward(
     else:
         norms = native.backward(*total, *saved, **how, want_dx=False, want_delta=False, want_norms=True)[8:]
     # Only for a graph that outlives this backward: held for nothing, they cost the next step fresh pages.
-    ctx.errors = total if _autograd._get_current_graph_task_keep_graph() else None
+    ctx.errors = total if torch_internals.keeps_graph() else None
     x, h0, c0, *weights, lengths, _, _, _ = saved
     w = Weights(*weights)
 

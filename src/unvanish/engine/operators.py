@@ -1,0 +1,162 @@
+"""The kernels as operators of torch.library, which torch.compile, export, modes and transforms see; and the native rung,
+which goes past torch's dispatcher where nothing of the kind is active.
+
+Compiled and exported graphs, vmap and C++ call an operator with whatever they like, so that it checks everything itself;
+the native rung is reached through `unvanish.engine.run`, which has checked its arguments.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unvanish.cells import Cell, State, Weights
+from unvanish.engine import native, reference, torch_internals
+from unvanish.engine.operator_checks import check_backward, check_forward
+from unvanish.engine.sequence import sort
+
+_LAYER = (
+    "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? lengths"
+)
+_EIGHT = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+
+
+def _forward(*given: Any) -> tuple[Tensor, ...]:
+    *tensors, cell, reverse, clip, save, closed = given
+    check_forward(*tensors, cell=cell, clip=clip, save=save, closed=closed)
+    return native.forward(*_contiguous(tensors), cell, reverse, clip, save, closed)
+
+
+forward_operator = torch.library.custom_op(
+    "unvanish::forward",
+    _forward,
+    mutates_args=(),
+    schema=f"({_LAYER}, int cell, bool reverse, float clip, bool save, float closed) -> {_EIGHT}",
+)
+"""`native.forward`, checked."""
+
+
+@forward_operator.register_fake
+def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, clip, save, closed):
+    T, B, _, H, R = native.sizes(x, w_ih, w_hh, cell)
+    layer = native.cell_of(cell)
+    kept = native.layout(layer, H, x.dtype)
+    nothing = x.new_empty(0)
+    c = x.new_empty(B, H) if c0 is not None else nothing
+    gates = x.new_empty(T * B * kept.saved) if save and native.keeps_gates(layer, H, kept) else nothing.clone()
+    cells = x.new_empty(T * B * kept.padded) if save and c0 is not None else nothing.clone()
+    statistics = native.statistics_shapes(x, T, B, H, cell, closed)
+    return x.new_empty(T, B, R), x.new_empty(B, R), c, gates, cells, *statistics
+
+
+def _gradients(*given: Any) -> tuple[Tensor, ...]:
+    """The gradients of `native.backward`, as many as there always are: torch can't batch an operator that returns a
+    list."""
+    return tuple(native.backward(*given, want_delta=False, want_norms=False))
+
+
+def _backward(*given: Any) -> tuple[Tensor, ...]:
+    *tensors, cell, reverse, clip, want_dx = given
+    check_backward(*tensors, cell=cell, clip=clip)
+    return _gradients(*_contiguous(tensors), cell, reverse, clip, want_dx)
+
+
+backward_operator = torch.library.custom_op(
+    "unvanish::backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor? dy, Tensor? dh, Tensor? dc, {_LAYER}, Tensor y, Tensor gates, Tensor cells, "
+    f"int cell, bool reverse, float clip, bool want_dx) -> {_EIGHT}",
+)
+"""The gradients of `native.backward`, checked."""
+
+
+@backward_operator.register_fake
+def _(dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, y, gates, cells, cell, reverse, clip, want_dx):
+    shapes = native.gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, want_dx, False, False)
+    return tuple(shapes)
+
+
+def _contiguous(given: Any) -> list[Tensor | None]:
+    return [None if v is None else v.contiguous() for v in given]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, cell, reverse, clip, _, _ = inputs
+    y, _, _, gates, cells, *statistics = output
+    ctx.save_for_backward(*tensors, y, gates, cells)
+    ctx.cell, ctx.reverse, ctx.clip = cell, reverse, clip
+    # Whether backward gets the very tensors that a kernel has read or written.
+    ctx.intact = False
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(gates, cells, *statistics)
+
+
+def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    # Read once: a checkpoint recomputes them for it.
+    saved = ctx.saved_tensors
+    x, h0, c0, *weights, lengths, _, _, _ = saved
+    nothing = (None,) * 5
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        cell, state = native.cell_of(ctx.cell), (h0,) if c0 is None else (h0, c0)
+        clip = ctx.clip or None
+        found = reference.gradients(
+            cell, x, state, Weights(*weights), lengths, ctx.reverse, clip, dy, (dh,) if c0 is None else (dh, dc)
+        )
+        dx, dh0, *rest = found
+        dc0 = None if c0 is None else rest.pop(0)
+        return dx, dh0, dc0, *rest[:5], None, *nothing
+    want_dx = ctx.needs_input_grad[0]
+    errors = dy, dh, dc
+    if ctx.intact and _direct() and torch_internals.odd_one(errors) is None:
+        run: Any = _gradients
+        errors = _contiguous(errors)
+    else:
+        run = backward_operator
+    out = run(*errors, *saved, ctx.cell, ctx.reverse, ctx.clip, want_dx)
+    found = [g if like is not None else None for g, like in zip(out, (x, h0, c0, *weights), strict=True)]
+    return (found[0] if want_dx else None, *found[1:], None, *nothing)
+
+
+torch.library.register_autograd("unvanish::forward", _autograd, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without torch's dispatcher, which takes longer than a short sequence does."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = native.forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        ctx.intact = not torch_internals.saved_tensors_hooked()
+        return output
+
+    backward = staticmethod(_autograd)
+
+
+def _direct() -> bool:
+    """Whether nothing but autograd sees a call: no graph is captured, and no mode or transform is active."""
+    return not (
+        torch.compiler.is_compiling() or torch_internals.mode_active() or torch_internals.transform_active()
+    )
+
+
+def run(
+    cell: Cell,
+    x: Tensor,
+    state: State,
+    w: Weights,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    clip: float | None = None,
+) -> tuple[Tensor, State]:
+    """(y, final state) for x `[T, B, I]`, in which `native.obstacle` sees none; see `unvanish.engine.run`."""
+    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, *state, *w))
+    given = sort(x, state, lengths)
+    inputs = native.prepared(given, w)
+    apply: Any = forward_operator if not _direct() else _Eager.apply if save else native.forward
+    y, h, c, *_ = apply(*inputs, native.NUMBER[cell.name], reverse, clip or 0.0, save, 0.0)
+    final = (h, c)[: len(cell.states)]
+    if given.back is None:
+        return y, final
+    return y.index_select(1, given.back), tuple(s.index_select(0, given.back) for s in final)

@@ -1,0 +1,110 @@
+"""Every use that the engine makes of what torch does not document, one function each: what it answers, and what replaces
+it if torch drops it."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch._C import _autograd
+from torch.autograd import forward_ad
+
+
+def transform_active() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp, functionalize) is running. Instead: type checks of every argument
+    against functorch's wrappers."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_mode_active() -> bool:
+    """Whether forward-mode differentiation is running. Instead: `forward_ad.unpack_dual` of every argument."""
+    return forward_ad._current_level >= 0
+
+
+def mode_active() -> bool:
+    """Whether a TorchDispatchMode sees torch's operations. Instead: the public `torch.utils._python_dispatch` helpers, or
+    always calling the kernels as operators."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def fake_mode_active() -> bool:
+    """Whether operations return FakeTensors, which have shapes and no memory. Instead: `torch._guards.detect_fake_mode`."""
+    return mode_active() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def captures_graph() -> bool:
+    """Whether calls are recorded into a graph (compile, export, make_fx, AOTAutograd), which then holds our operators.
+    Instead: `torch.compiler.is_compiling` alone, which knows nothing of make_fx."""
+    if torch.compiler.is_compiling():
+        return True
+    if not mode_active():
+        return False
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FUNCTIONAL))
+
+
+def saved_tensors_hooked() -> bool:
+    """Whether what autograd saves passes through a user's hooks, which may hand back something else. Instead: assume that
+    it does, at the price of checking all that was saved."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that is running leaves the graph for another one (retain_graph). Instead: assume that it
+    does, at the price of memory."""
+    return _autograd._get_current_graph_task_keep_graph()
+
+
+_keys_of = torch._C._dispatch_keys
+
+
+def _keys(v: Tensor) -> int:
+    return _keys_of(v).raw_repr()
+
+
+def _ordinary_keys() -> frozenset[int]:
+    with torch.inference_mode():
+        inference = torch.empty(0)
+    return frozenset({_keys(torch.empty(0, device="cpu")), _keys(inference)})
+
+
+_ORDINARY_TYPES = (Tensor, nn.Parameter)
+_ORDINARY_KEYS = _ordinary_keys()
+
+
+def odd_one(given: Iterable[Tensor | None]) -> Tensor | None:
+    """The first tensor that is not ordinary, or None. An ordinary one is dense, in the CPU's memory, and has the values
+    that lie there: no subclass, no wrapper of a transform, no sparse layout, no pending negation or conjugation. Instead
+    of the dispatch keys: `type`, `layout`, `is_neg`, `is_conj` and `_is_zerotensor`, one after the other."""
+    for v in given:
+        if v is not None and (type(v) not in _ORDINARY_TYPES or _keys_of(v).raw_repr() not in _ORDINARY_KEYS):
+            return v
+    return None
+
+
+def kind(v: Tensor) -> str:
+    """What keeps v from being ordinary, as the end of a sentence that begins with its name."""
+    if type(v) not in _ORDINARY_TYPES:
+        return f"is a {type(v).__module__}.{type(v).__qualname__}, a subclass of Tensor"
+    if v.device.type != "cpu":
+        return f"is on {v.device}"
+    if v.layout is not torch.strided:
+        return f"has the layout {v.layout}"
+    if v._is_zerotensor():
+        return "is a tensor of zeros without memory (call .clone())"
+    if v.is_neg():
+        return "has its negation pending (call .resolve_neg())"
+    if v.is_conj():
+        return "has its conjugation pending (call .resolve_conj())"
+    return f"has the dispatch keys {_keys_of(v)}"
+
+
+def materialised(v: Tensor) -> Tensor:
+    """v with its values in memory: what is pending is carried out, and a subclass that only adds Python behaviour is
+    taken for the tensor that it is. Where that is not enough, v as it came."""
+    if odd_one((v,)) is None:
+        return v
+    if type(v) not in _ORDINARY_TYPES and _keys(v) in _ORDINARY_KEYS:
+        return v.as_subclass(Tensor)
+    if v.layout is torch.strided and (v.is_neg() or v.is_conj() or v._is_zerotensor()):
+        return v.clone().resolve_neg().resolve_conj()
+    return v
