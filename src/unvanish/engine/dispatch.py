@@ -62,8 +62,8 @@ def force(rung: str) -> Iterator[None]:
 
 
 def explain(cell: Cell, x: Tensor, rung: str | None = None, others: Sequence[Tensor | None] = ()) -> Choice:
-    """The rung that `run` takes for this cell, an input like x and states and weights like `others`, and why not a faster
-    one. Tensors that are left out are taken for ordinary ones.
+    """The rung that `run` takes for this cell, an input like x, and states and weights like `others`; and why not a
+    faster one. Tensors that are left out count as ordinary.
 
     Raises:
         ValueError: `rung` names no rung.

@@ -1,8 +1,8 @@
 """The C++ kernels for float32 and float64 on the CPU, called with the addresses of their arrays.
 
-The kernels trust what they are given: `obstacle` says which tensors they can't read, `unvanish.engine.checks` and
-`unvanish.engine.operators` check the rest. What the forward pass keeps for the backward lies in the kernels' own layout:
-`gates` `[T, B, saved]` and `cells` `[T, B, padded]`.
+The kernels trust what they are given: `obstacle` says which tensors they can't read; `unvanish.engine.checks`, or
+`operator_checks` where an operator is called by itself, checks the rest. What the forward pass keeps for the backward
+lies in the kernels' own layout: `gates` `[T, B, saved]` and `cells` `[T, B, padded]`.
 """
 
 import math
@@ -61,6 +61,21 @@ def unreadable(given: Iterable[Tensor | None]) -> str | None:
     if odd is None:
         return None
     return f"its kernels read plain memory, and a tensor of shape {tuple(odd.shape)} {torch_internals.kind(odd)}"
+
+
+def arrived(d: Tensor | None) -> Tensor | None:
+    """An error that autograd or a caller hands in, as the kernels read it.
+
+    Raises:
+        RuntimeError: it has no plain memory.
+    """
+    if d is None:
+        return None
+    d = torch_internals.materialised(d)
+    why = unreadable((d,))
+    if why is not None:
+        raise RuntimeError(f"error: {why}")
+    return d.contiguous()
 
 
 def isa(dtype: torch.dtype = torch.float32) -> str:
@@ -155,11 +170,13 @@ def _layer(
 
 
 def sizes(x: Tensor, w_ih: Tensor, w_hh: Tensor, cell: int) -> tuple[int, ...]:
+    """T, B, I, H, R."""
     T, B, n_in = x.shape
     return T, B, n_in, w_ih.shape[0] // len(cell_of(cell).gates), w_hh.shape[1]
 
 
 def cell_of(number: int) -> Cell:
+    """The cell that the kernels know by this number."""
     return _CELLS[number]
 
 
@@ -212,6 +229,7 @@ def forward(
 
 
 def statistics_shapes(x: Tensor, T: int, B: int, H: int, cell: int, closed: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gates' (mean, saturated, Σ ln carry), to be written; empty where `closed` is 0."""
     G = len(cell_of(cell).gates)
     if not closed:
         empty = partial(x.new_empty, 0, dtype=torch.float64)
@@ -298,6 +316,7 @@ def gradient_shapes(
     ragged: bool = True,
     empty: Callable[..., Tensor] = Tensor.new_empty,
 ) -> list[Tensor]:
+    """What `backward` returns, to be written."""
     like = (h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     out = [empty(x, *x.shape) if want_dx else x.new_empty(0)]
     out += [x.new_empty(0) if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in like]

@@ -15,16 +15,15 @@ from unvanish.engine import native, reference, torch_internals
 from unvanish.engine.operator_checks import check_backward, check_forward
 from unvanish.engine.sequence import sort
 
-_LAYER = (
-    "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? lengths"
-)
+_LAYER = "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? lengths"
 _EIGHT = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
 def _forward(*given: Any) -> tuple[Tensor, ...]:
-    *tensors, cell, reverse, clip, save, closed = given
+    *tensors, cell, _, clip, save, closed = given
     check_forward(*tensors, cell=cell, clip=clip, save=save, closed=closed)
-    return native.forward(*_contiguous(tensors), cell, reverse, clip, save, closed)
+    inputs: Any = (*_contiguous(tensors), *given[len(tensors) :])
+    return native.forward(*inputs)
 
 
 forward_operator = torch.library.custom_op(
@@ -107,15 +106,20 @@ def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None,
         dc0 = None if c0 is None else rest.pop(0)
         return dx, dh0, dc0, *rest[:5], None, *nothing
     want_dx = ctx.needs_input_grad[0]
-    errors = dy, dh, dc
-    if ctx.intact and _direct() and torch_internals.odd_one(errors) is None:
-        run: Any = _gradients
-        errors = _contiguous(errors)
-    else:
-        run = backward_operator
-    out = run(*errors, *saved, ctx.cell, ctx.reverse, ctx.clip, want_dx)
+    direct = ctx.intact and is_direct(dy, dh, dc)
+    out = gradients((dy, dh, dc), saved, ctx.cell, ctx.reverse, ctx.clip, want_dx, direct)
     found = [g if like is not None else None for g, like in zip(out, (x, h0, c0, *weights), strict=True)]
     return (found[0] if want_dx else None, *found[1:], None, *nothing)
+
+
+def gradients(
+    errors: Any, saved: Any, cell: int, reverse: bool, clip: float, want_dx: bool, direct: bool
+) -> tuple[Tensor, ...]:
+    """(dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr) from ∂E/∂(y, final h, final c), empty where absent; `direct` past
+    torch's dispatcher and the checks."""
+    if direct:
+        return _gradients(*_contiguous(errors), *saved, cell, reverse, clip, want_dx)
+    return backward_operator(*errors, *saved, cell, reverse, clip, want_dx)
 
 
 torch.library.register_autograd("unvanish::forward", _autograd, setup_context=_setup_context)
@@ -134,10 +138,14 @@ class _Eager(torch.autograd.Function):
     backward = staticmethod(_autograd)
 
 
-def _direct() -> bool:
-    """Whether nothing but autograd sees a call: no graph is captured, and no mode or transform is active."""
-    return not (
-        torch.compiler.is_compiling() or torch_internals.mode_active() or torch_internals.transform_active()
+def is_direct(*arriving: Tensor | None) -> bool:
+    """Whether nothing but autograd sees a call: no graph is captured, no mode or transform is active, and what arrives
+    lies in plain memory. The dispatcher carries out what is pending, and knows subclasses."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch_internals.mode_active()
+        and not torch_internals.transform_active()
+        and torch_internals.odd_one(arriving) is None
     )
 
 
@@ -154,7 +162,7 @@ def run(
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, *state, *w))
     given = sort(x, state, lengths)
     inputs = native.prepared(given, w)
-    apply: Any = forward_operator if not _direct() else _Eager.apply if save else native.forward
+    apply: Any = forward_operator if not is_direct() else _Eager.apply if save else native.forward
     y, h, c, *_ = apply(*inputs, native.NUMBER[cell.name], reverse, clip or 0.0, save, 0.0)
     final = (h, c)[: len(cell.states)]
     if given.back is None:

@@ -45,7 +45,7 @@ def captures_graph() -> bool:
 def saved_tensors_hooked() -> bool:
     """Whether what autograd saves passes through a user's hooks, which may hand back something else. Instead: assume that
     it does, at the price of checking all that was saved."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return _autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def keeps_graph() -> bool:
@@ -99,8 +99,8 @@ def kind(v: Tensor) -> str:
 
 
 def materialised(v: Tensor) -> Tensor:
-    """v with its values in memory: what is pending is carried out, and a subclass that only adds Python behaviour is
-    taken for the tensor that it is. Where that is not enough, v as it came."""
+    """v with its values in memory: what is pending is carried out, and a subclass that only adds behaviour in Python is
+    read as the tensor that it is. Where that is not enough, v as it came."""
     if odd_one((v,)) is None:
         return v
     if type(v) not in _ORDINARY_TYPES and _keys(v) in _ORDINARY_KEYS:
