@@ -195,9 +195,10 @@ def forward(
     clip: float,
     save: bool,
     closed: float,
+    clear: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, final h, final c, gates, cells), then the gates' (mean, saturated, Σ ln carry) with `closed` > 0; what does
-    not exist is empty."""
+    not exist is empty. Where a sample is inactive `gates` and `cells` are undefined, or 0 with `clear`."""
     T, B, _, H, R = sizes(x, w_ih, w_hh, cell)
     y, h = _pooled(x, T, B, R), x.new_empty(B, R)
     c = x.new_empty(0) if c0 is None else x.new_empty(B, H)
@@ -210,6 +211,9 @@ def forward(
             kept_gates = y
         if c0 is not None:
             cells = _pooled(x, T * B * kept.padded)
+        if clear and lengths is not None:
+            gates.zero_()
+            cells.zero_()
     mean, saturated, log_carry = statistics = statistics_shapes(x, T, B, H, cell, closed)
     _call("forward", x.dtype)(
         _forced_isa(),

@@ -1,8 +1,9 @@
-"""The kernels as operators of torch.library, which torch.compile, export, modes and transforms see; and the native rung,
-which goes past torch's dispatcher where nothing of the kind is active.
+"""The kernels as operators of torch.library, and the native rung, which calls them.
 
-Compiled and exported graphs, vmap and C++ call an operator with whatever they like, so that it checks everything itself;
-the native rung is reached through `unvanish.engine.run`, which has checked its arguments.
+torch.compile, export, modes and transforms see operators. Where none of these is active, the native rung bypasses
+torch's dispatcher, which takes longer than a short sequence does. A graph or vmap calls an operator with whatever it
+holds, so an operator checks all its arguments itself; the native rung is reached through `unvanish.engine.run`, which
+has checked them.
 """
 
 from typing import Any
@@ -15,7 +16,10 @@ from unvanish.engine import native, reference, torch_internals
 from unvanish.engine.operator_checks import check_backward, check_forward
 from unvanish.engine.sequence import sort
 
-_LAYER = "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? lengths"
+_LAYER = (
+    "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+    "Tensor? lengths"
+)
 _EIGHT = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
@@ -23,7 +27,8 @@ def _forward(*given: Any) -> tuple[Tensor, ...]:
     *tensors, cell, _, clip, save, closed = given
     check_forward(*tensors, cell=cell, clip=clip, save=save, closed=closed)
     inputs: Any = (*_contiguous(tensors), *given[len(tensors) :])
-    return native.forward(*inputs)
+    # The same call returns the same values, as torch's own checks of operators demand.
+    return native.forward(*inputs, clear=True)
 
 
 forward_operator = torch.library.custom_op(
@@ -115,8 +120,10 @@ def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None,
 def gradients(
     errors: Any, saved: Any, cell: int, reverse: bool, clip: float, want_dx: bool, direct: bool
 ) -> tuple[Tensor, ...]:
-    """(dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr) from ∂E/∂(y, final h, final c), empty where absent; `direct` past
-    torch's dispatcher and the checks."""
+    """(dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr) from ∂E/∂(y, final h, final c), empty where absent.
+
+    direct: bypass torch's dispatcher, and with it the operator's checks.
+    """
     if direct:
         return _gradients(*_contiguous(errors), *saved, cell, reverse, clip, want_dx)
     return backward_operator(*errors, *saved, cell, reverse, clip, want_dx)
@@ -158,7 +165,7 @@ def run(
     reverse: bool = False,
     clip: float | None = None,
 ) -> tuple[Tensor, State]:
-    """(y, final state) for x `[T, B, I]`, in which `native.obstacle` sees none; see `unvanish.engine.run`."""
+    """(y, final state) for x `[T, B, I]` that `native.obstacle` admits; see `unvanish.engine.run`."""
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, *state, *w))
     given = sort(x, state, lengths)
     inputs = native.prepared(given, w)

@@ -1,5 +1,5 @@
-"""Every use that the engine makes of what torch does not document, one function each: what it answers, and what replaces
-it if torch drops it."""
+"""What the engine uses of torch without documentation, one function each: the question it answers, and what to use
+instead if torch drops it."""
 
 from collections.abc import Iterable
 
@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 
 
 def transform_active() -> bool:
-    """Whether a torch.func transform (vmap, grad, jvp, functionalize) is running. Instead: type checks of every argument
-    against functorch's wrappers."""
+    """Whether a torch.func transform (vmap, grad, jvp, functionalize) is running. Instead: look for functorch's
+    wrappers among the arguments."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -21,13 +21,13 @@ def forward_mode_active() -> bool:
 
 
 def mode_active() -> bool:
-    """Whether a TorchDispatchMode sees torch's operations. Instead: the public `torch.utils._python_dispatch` helpers, or
-    always calling the kernels as operators."""
+    """Whether a TorchDispatchMode sees torch's operations. Instead: always call the kernels as operators."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def fake_mode_active() -> bool:
-    """Whether operations return FakeTensors, which have shapes and no memory. Instead: `torch._guards.detect_fake_mode`."""
+    """Whether operations return FakeTensors, which have a shape but no memory. Instead: test what `torch.empty(0)`
+    returns."""
     return mode_active() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
@@ -43,14 +43,13 @@ def captures_graph() -> bool:
 
 
 def saved_tensors_hooked() -> bool:
-    """Whether what autograd saves passes through a user's hooks, which may hand back something else. Instead: assume that
-    it does, at the price of checking all that was saved."""
+    """Whether what autograd saves passes through a user's hooks, which may return other tensors. Instead: assume so, at
+    the price of checking everything that was saved."""
     return _autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def keeps_graph() -> bool:
-    """Whether the backward pass that is running leaves the graph for another one (retain_graph). Instead: assume that it
-    does, at the price of memory."""
+    """Whether the backward pass that is running retains the graph. Instead: assume so, at the price of memory."""
     return _autograd._get_current_graph_task_keep_graph()
 
 
@@ -72,9 +71,12 @@ _ORDINARY_KEYS = _ordinary_keys()
 
 
 def odd_one(given: Iterable[Tensor | None]) -> Tensor | None:
-    """The first tensor that is not ordinary, or None. An ordinary one is dense, in the CPU's memory, and has the values
-    that lie there: no subclass, no wrapper of a transform, no sparse layout, no pending negation or conjugation. Instead
-    of the dispatch keys: `type`, `layout`, `is_neg`, `is_conj` and `_is_zerotensor`, one after the other."""
+    """The first tensor that is not ordinary, or None if all are.
+
+    An ordinary tensor is dense, and its values are what lies in the CPU's memory: it is no subclass, no wrapper of a
+    transform, not sparse, and has no negation or conjugation pending. Instead of dispatch keys: test `device`,
+    `layout`, `is_neg`, `is_conj` and `_is_zerotensor`, and call the kernels as operators under transforms.
+    """
     for v in given:
         if v is not None and (type(v) not in _ORDINARY_TYPES or _keys_of(v).raw_repr() not in _ORDINARY_KEYS):
             return v
@@ -82,7 +84,7 @@ def odd_one(given: Iterable[Tensor | None]) -> Tensor | None:
 
 
 def kind(v: Tensor) -> str:
-    """What keeps v from being ordinary, as the end of a sentence that begins with its name."""
+    """What makes v other than ordinary, as the end of a sentence whose subject is v."""
     if type(v) not in _ORDINARY_TYPES:
         return f"is a {type(v).__module__}.{type(v).__qualname__}, a subclass of Tensor"
     if v.device.type != "cpu":
