@@ -287,12 +287,12 @@ class Wrapping(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Wrapping":
         made = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
-        made.held = inner
+        made.__dict__["held"] = inner
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        unwrapped = _pytree.tree_map_only(Wrapping, lambda w: w.held, (args, kwargs or {}))
+        unwrapped = _pytree.tree_map_only(Wrapping, lambda w: w.__dict__["held"], (args, kwargs or {}))
         return func(*unwrapped[0], **unwrapped[1])
 
 

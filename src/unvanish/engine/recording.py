@@ -142,12 +142,12 @@ class _Recorded(torch.autograd.Function):
         want_dx, listening = ctx.needs_input_grad[5], ctx.record.listening and direct
         out = None
         if listening or not torch.is_grad_enabled():
-            with torch.no_grad():
-                if direct:
+            if direct:
+                with torch.no_grad():
                     out = _recorded_backward(ctx, saved, given, want_dx, listening)
-                else:
-                    number, clip = native.NUMBER[ctx.cell.name], ctx.clip or 0.0
-                    out = operators.gradients(given, saved, number, ctx.reverse, clip, want_dx, direct=False)
+            else:
+                number, clip = native.NUMBER[ctx.cell.name], ctx.clip or 0.0
+                out = operators.gradients(given, saved, number, ctx.reverse, clip, want_dx, direct=False)
         if torch.is_grad_enabled():
             state = (h0,) if c0 is None else (h0, c0)
             dx, dh0, *rest = reference.gradients(
