@@ -1,4 +1,17 @@
 // The way back: δ from the last step read to the first, and the gradients of everything.
+#pragma once
+
+#include <cstdint>
+
+#include "norms.h"
+#include "pool.h"
+#include "product.h"
+#include "sequence.h"
+#include "unvanish.h"
+#include "vector.h"
+
+namespace unvanish::UV_ISA {
+namespace {
 
 template <class CellType, class Real>
 class Backward {
@@ -28,9 +41,9 @@ class Backward {
 
   void run(int threads) const {
     if (norms_ != nullptr && s.blocks > 1)
-      in_step(threads);
+      in_lockstep(threads);
     else
-      for_blocks(s.blocks, threads, s.team, [&](int64_t number, int slot, Member me) {
+      for_blocks(s.blocks, threads, s.team, [&](int64_t number, int slot, TeamMember me) {
         const Work w = work(slot);
         begin(number, w, me);
         for (int64_t i1 = l.T; i1 > 0; i1 -= chunk_steps_) chunk(number, i1 - smaller(i1, chunk_steps_), i1, 0, w, me);
@@ -42,11 +55,11 @@ class Backward {
  private:
   // Rows beyond the last: a group of pairs reaches there, and vectors 4096 bytes apart would share their places in the cache.
   static constexpr int64_t kSpare = Pairs<Real>::kGroup;
-  static constexpr int64_t kChunksHeld = 2;  // where blocks go in step: one worked on, one measured
+  static constexpr int64_t kChunksHeld = 2;  // where blocks run in lockstep: one worked on, one measured
 
   // What a block works with.
-  struct Work : Carve<Real> {
-    Work(const Backward& run, Real* memory) : Carve<Real>{memory} {
+  struct Work : Arena<Real> {
+    Work(const Backward& run, Real* memory) : Arena<Real>{memory} {
       const Sizes<CellType, Real>& s = run.s;
       const bool projected = run.l.w_hr != nullptr;
       const int64_t rows = s.block_rows, most = run.most_rows() + kSpare, held = run.norms_ == nullptr || s.blocks == 1 ? 1 : kChunksHeld;
@@ -64,7 +77,7 @@ class Backward {
         projected_dh = {this->take(held * most * s.Rv), most};
       }
       padded_size = this->size;
-      this->take(kApart / static_cast<int64_t>(sizeof(Real)));
+      this->take(kThreadPadding / static_cast<int64_t>(sizeof(Real)));
     }
 
     // The part of `number` among the chunks held.
@@ -107,17 +120,17 @@ class Backward {
   }
   Real* sums_of(int64_t number) const { return partial_.get() + number * per_block(); }
 
-  // All blocks side by side, so that g_t, to which all samples contribute, can be measured as they go. One round of tasks is a chunk of
+  // All blocks in lockstep, so that g_t, to which all samples contribute, can be measured along the way. One round of tasks is a chunk of
   // every block, then the steps of the chunk before, each to be measured. Tasks are taken in order and wait only for earlier ones, so
   // that any number of threads gets through.
-  void in_step(int threads) const {
+  void in_lockstep(int threads) const {
     const int64_t chunks = (l.T + chunk_steps_ - 1) / chunk_steps_;
     Scratch<int64_t> done(s.blocks), measured(chunks);  // chunks of each block, steps of each chunk
     for (int64_t b = 0; b < s.blocks; ++b) done.get()[b] = 0;
     for (int64_t c = 0; c < chunks; ++c) measured.get()[c] = 0;
     const auto end_of = [&](int64_t c) { return l.T - c * chunk_steps_; };
     const auto start_of = [&](int64_t c) { return end_of(c) > chunk_steps_ ? end_of(c) - chunk_steps_ : 0; };
-    const Member alone{0, 1, nullptr};
+    const TeamMember alone{0, 1, nullptr};
     const int64_t round = s.blocks + chunk_steps_;
     for_each((chunks + 1) * round, threads, [&](int64_t task) {
       const int64_t c = task / round, b = task % round;
@@ -164,7 +177,7 @@ class Backward {
     for (int64_t r = 0; r < l.R; ++r) add_blocks(dw_hr() + r * s.dh_stride, g.dw_hr + r * l.H, l.H);
   }
 
-  void begin(int64_t number, const Work& w, const Member& me) const {
+  void begin(int64_t number, const Work& w, const TeamMember& me) const {
     const Walk<Real> walk = this->walk(number);
     zero(sums_of(number) + me.from(per_block()), me.to(per_block()) - me.from(per_block()));
     if (me.leads()) {
@@ -175,10 +188,10 @@ class Backward {
         if (CellType::kHasC && g.dcn != nullptr) copy(w.dc + r * s.Hp, g.dcn + (walk.first + r) * l.H, l.H);
       }
     }
-    me.meet();
+    me.sync();
   }
 
-  void end(int64_t number, const Work& w, const Member& me) const {
+  void end(int64_t number, const Work& w, const TeamMember& me) const {
     const Walk<Real> walk = this->walk(number);
     if (!me.leads()) return;
     for (int64_t r = 0; r < walk.rows; ++r) {
@@ -202,10 +215,10 @@ class Backward {
     }
   }
 
-  // Who does what in a block. A member's hidden units are also its columns of δh, so that a step needs one meeting, before the product
-  // with W_hh, if no projection stands between the two.
+  // Who does what in a block. A member's hidden units are also its columns of δh, so that a step needs one barrier, before the product
+  // with W_hh, if there is no projection between the two.
   struct Columns {
-    Columns(const Sizes<CellType, Real>& s, const Member& me) {
+    Columns(const Sizes<CellType, Real>& s, const TeamMember& me) {
       constexpr int64_t wide = kWide * L;
       const int64_t of_h = round_up(s.Hp, wide) / wide, of_r = s.Rp / wide;
       h0 = me.from(of_h), h1 = me.to(of_h), r0 = me.from(of_r), r1 = me.to(of_r);
@@ -216,7 +229,7 @@ class Backward {
   };
 
   // Steps [i0, i1) backwards; `part` says which of the chunks held.
-  void chunk(int64_t number, int64_t i0, int64_t i1, int64_t part, const Work& work, const Member& me) const {
+  void chunk(int64_t number, int64_t i0, int64_t i1, int64_t part, const Work& work, const TeamMember& me) const {
     FlushSubnormals flush;
     const Walk<Real> walk = this->walk(number);
     if (walk.rows <= 0) return;
@@ -242,10 +255,10 @@ class Backward {
     if (g.dx != nullptr)
       multiply_rows(w.da, me.from(filled), me.to(filled), w_ih_.get(), s.width, 0, round_up(l.I, kWide * L) / (kWide * L), l.I,
                     [&](int64_t row) { return g.dx + w.places[row] * l.I; });
-    me.meet();
+    me.sync();
     if (norms_ == nullptr || s.blocks > 1) return;
     for (int64_t i = i1 - 1 - me.number; i >= i0; i -= me.of) measure(i, i1, part);
-    me.meet();
+    me.sync();
   }
 
   // ‖g_t‖_F of step i of a chunk that ends before i1, kept as `part` of the blocks' work.
@@ -253,21 +266,21 @@ class Backward {
     const Walk<Real> all_samples{l, 0, l.B};
     const int64_t t = all_samples.step(i);
     Scratch<StepRows<Real>> rows(s.blocks);
-    int64_t apart = 0;
+    int64_t stride = 0;
     for (int64_t number = 0; number < s.blocks; ++number) {
       const Walk<Real> walk = this->walk(number);
       const Work w = work(number).part(part, s);
       int64_t row = 0;
       for (int64_t j = i1 - 1; j > i; --j) row += walk.active(walk.step(j));
       rows.get()[number] = {w.da.at(row, 0), w.da_hh.at(row, 0), w.h_prev.at(row, 0), w.x.at(row, 0), walk.active(t)};
-      apart = w.da.rows * L;
+      stride = w.da.rows * L;
     }
-    Measure<CellType, Real>{l, s, *norms_}.step(t, all_samples.active(t), rows.get(), s.blocks, apart);
+    Measure<CellType, Real>{l, s, *norms_}.step(t, all_samples.active(t), rows.get(), s.blocks, stride);
   }
 
   // Step t of n active samples, whose rows in the chunk begin at `filled`; `next` is the step after it on the way back, −1 for none.
   void step(const Walk<Real>& walk, int64_t t, int64_t next, int64_t n, int64_t filled, const Work& w, const Columns& mine,
-            const Member& me) const {
+            const TeamMember& me) const {
     const int64_t D = s.dh_stride, wide = kWide * L, c0 = mine.r0 * wide, c1 = smaller(mine.r1 * wide, l.R);
     const int64_t x0 = me.from(s.Iv / L) * L, x1 = smaller(me.to(s.Iv / L) * L, l.I);
     for (int64_t r = 0; r < n; ++r) {
@@ -287,26 +300,26 @@ class Backward {
     }
     const Real* dm = w.dh;
     if (l.w_hr != nullptr) {
-      me.meet();
+      me.sync();
       multiply_rows(Rows<Real>{w.dh, D}, 0, n, w_hr_.get(), l.R, mine.h0, mine.h1, D, [&](int64_t r) { return w.dm + r * D; });
       dm = w.dm;
     }
     for (int64_t r = 0; r < n; ++r) pointwise(walk, t, r, filled + r, w, dm + r * D, mine);
-    me.meet();
+    me.sync();
     if (norms_ != nullptr)
       for (int64_t r = me.from(n); r < me.to(n); ++r) Measure<CellType, Real>{l, s, *norms_}.sample(r, filled + r, w);
-    Ahead ahead;
-    if (next >= 0 && me.of == 1) expect(walk, next, n, ahead);
-    hand_back(n, filled, w, mine, ahead);
+    Prefetch prefetch;
+    if (next >= 0 && me.of == 1) plan_prefetch(walk, next, n, prefetch);
+    hand_back(n, filled, w, mine, prefetch);
     if (g.clip <= 0) return;
-    me.meet();
+    me.sync();
     // Everybody finds the same norms, before anybody scales.
     Real scale_h[kMostRows], scale_c[kMostRows];
     for (int64_t r = 0; r < n; ++r) {
       scale_h[r] = within(g.clip, w.carried + r * D, l.R);
       scale_c[r] = CellType::kHasC ? within(g.clip, w.dc + r * s.Hp, l.H) : Real(1);
     }
-    me.meet();
+    me.sync();
     for (int64_t r = 0; r < n; ++r) {
       scale(w.carried + r * D, c0, c1, scale_h[r]);
       if (CellType::kHasC) scale(w.dc + r * s.Hp, mine.p0 * s.kBlock, smaller(mine.p1 * s.kBlock, l.H), scale_c[r]);
@@ -335,7 +348,8 @@ class Backward {
         CellType::template backward<Real>(load(dm + unit), later, total, saved, c, c_prev, h, gates, gates_hh, rest);
         if (CellType::kHasC) store(dc + unit, later);
         if (CellType::kSplit) store(carried + unit, rest);
-        if (w.m.data != nullptr) store(w.m.at(row, unit), saved[O] * tanh<Real>(c));
+        if constexpr (CellType::kHasC)
+          if (w.m.data != nullptr) store(w.m.at(row, unit), CellType::template output<Real>(saved, c));
         for (int v = 0; v < CellType::kGates; ++v) {
           const int64_t k = (p * A + (CellType::kUnits == 1 ? v : u)) * L;
           store(w.da.at(row, k), gates[v]);
@@ -353,21 +367,21 @@ class Backward {
       }
   }
 
-  // What step t will read, to be fetched during a product of n rows; the states at t have been read by the step after.
-  void expect(const Walk<Real>& walk, int64_t t, int64_t n, Ahead& ahead) const {
+  // Prefetches what step t will read during a product of n rows; the step after t has read the states at t already.
+  void plan_prefetch(const Walk<Real>& walk, int64_t t, int64_t n, Prefetch& prefetch) const {
     const int64_t at = t * l.B + walk.first, before = walk.before(t), rows = walk.rows;
-    ahead.add(g.dy == nullptr ? nullptr : g.dy + at * l.R, rows, l.R);
-    ahead.add(l.x + at * l.I, rows, l.I);
-    if (l.gates != l.y) ahead.add(walk.gates(t, s.saved), rows, s.saved);
+    prefetch.add(g.dy == nullptr ? nullptr : g.dy + at * l.R, rows, l.R);
+    prefetch.add(l.x + at * l.I, rows, l.I);
+    if (l.gates != l.y) prefetch.add(walk.gates(t, s.saved), rows, s.saved);
     if (before >= 0 && before < l.T) {
-      ahead.add(l.y + (before * l.B + walk.first) * l.R, rows, l.R);
-      if (CellType::kHasC) ahead.add(walk.cells(before, s.Hp), rows, s.Hp);
+      prefetch.add(l.y + (before * l.B + walk.first) * l.R, rows, l.R);
+      if (CellType::kHasC) prefetch.add(walk.cells(before, s.Hp), rows, s.Hp);
     }
-    ahead.spread(s.Rp / (kWide * L) * looks<kWide>(n, s.width));
+    prefetch.spread(s.Rp / (kWide * L) * prefetch_calls<kWide>(n, s.width));
   }
 
-  // carried (+)= δa_hh W_hh; apart, because GCC has no registers left for its sums in the middle of a step.
-  __attribute__((noinline)) void hand_back(int64_t n, int64_t filled, const Work& w, const Columns& mine, Ahead& ahead) const {
+  // carried (+)= δa_hh W_hh. Not inlined: in the middle of a step GCC has no registers left for the accumulators.
+  __attribute__((noinline)) void hand_back(int64_t n, int64_t filled, const Work& w, const Columns& mine, Prefetch& prefetch) const {
     constexpr int64_t wide = kWide * L;
     for (int64_t q = mine.r0; q < mine.r1; ++q) {
       const auto to = [&](int64_t row, int v) { return w.carried + (row - filled) * s.dh_stride + q * wide + v * L; };
@@ -385,7 +399,7 @@ class Backward {
               ++r0;
             }
           },
-          [&] { ahead.some<0>(); });
+          [&] { prefetch.advance<0>(); });
     }
   }
 
@@ -397,3 +411,6 @@ class Backward {
   Scratch<Real> w_hh_, w_ih_, w_hr_, partial_, memory_;
   Scratch<int64_t> places_;
 };
+
+}  // namespace
+}  // namespace unvanish::UV_ISA

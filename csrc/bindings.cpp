@@ -1,4 +1,4 @@
-// The only file that knows Python: addresses and sizes in, nothing out but what the kernels write.
+// The only file that knows Python: sizes and addresses come in by name, and nothing goes out but what the kernels write.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
@@ -6,11 +6,14 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
+#include <cstdint>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "pool.h"
@@ -22,67 +25,144 @@ using namespace unvanish;
 namespace {
 
 template <class Real>
-Real* at(uintptr_t address) {
-  return reinterpret_cast<Real*>(address);
-}
-
-template <class Real>
 const Kernels<Real>& chosen(const std::optional<std::string>& isa) {
   const Kernels<Real>* found = kernels<Real>(isa ? isa->c_str() : nullptr);
   if (found == nullptr) throw std::invalid_argument("isa: this machine has no '" + *isa + "'");
   return *found;
 }
 
-// Sizes T, B, I, H, R and the addresses of Layer's pointers in their order; 0 is null.
-template <class Real>
-Layer<Real> layer(int cell, bool reverse, const std::array<int64_t, 5>& n, const std::array<uintptr_t, 12>& p) {
-  return {static_cast<Cell>(cell), reverse, n[0], n[1], n[2], n[3], n[4], at<int64_t>(p[0]), at<Real>(p[1]), at<Real>(p[2]),
-          at<Real>(p[3]), at<Real>(p[4]), at<Real>(p[5]), at<Real>(p[6]), at<Real>(p[7]), at<Real>(p[8]), at<Real>(p[9]),
-          at<Real>(p[10]), at<Real>(p[11])};
-}
+// The name of a keyword argument, as a template argument.
+template <size_t N>
+struct Name {
+  char text[N];
+  constexpr Name(const char (&name)[N]) { std::copy_n(name, N, text); }
+};
 
-template <size_t N, class Item = int64_t>
-std::array<Item, N> numbers(nb::sequence items) {
-  std::array<Item, N> out{};
-  size_t i = 0;
-  for (nb::handle item : items) {
-    if (i == N) break;
-    out[i++] = nb::cast<Item>(item);
+// Keyword arguments, read one by one into the field of that name: two pointers can't be swapped unnoticed, as they could be in a list. An
+// argument that is missing, unknown or of another type is a TypeError.
+class Arguments {
+ public:
+  explicit Arguments(const nb::kwargs& given) : given_(given) {}
+
+  // A number; an address as a pointer, 0 as null.
+  template <class Value, Name name>
+  Value get() {
+    // Interned once: a call reads some thirty of them, and is short.
+    static PyObject* const key = PyUnicode_InternFromString(name.text);
+    PyObject* item = PyDict_GetItemWithError(given_.ptr(), key);
+    if (item == nullptr) throw nb::type_error((std::string(name.text) + ": missing").c_str());
+    ++read_;
+    if constexpr (std::is_pointer_v<Value>) {
+      return reinterpret_cast<Value>(converted<uintptr_t, name>(item));
+    } else {
+      return converted<Value, name>(item);
+    }
   }
-  if (i != N || nb::len(items) != N) throw std::invalid_argument("wrong number of sizes or addresses");
-  return out;
+
+  // One address per state, as pointers.
+  template <class Pointer, Name name>
+  std::vector<Pointer> addresses(int32_t count) {
+    static PyObject* const key = PyUnicode_InternFromString(name.text);
+    PyObject* item = PyDict_GetItemWithError(given_.ptr(), key);
+    if (item == nullptr) throw nb::type_error((std::string(name.text) + ": missing").c_str());
+    ++read_;
+    std::vector<Pointer> found;
+    for (nb::handle address : nb::handle(item)) found.push_back(reinterpret_cast<Pointer>(converted<uintptr_t, name>(address.ptr())));
+    if (found.size() != static_cast<size_t>(count))
+      throw std::invalid_argument(std::string(name.text) + ": expected one address per state");
+    return found;
+  }
+
+  void all_read() const {
+    if (given_.size() != read_) throw nb::type_error("an argument that the kernels do not know");
+  }
+
+ private:
+  template <class Value, Name name>
+  static Value converted(PyObject* item) {
+    Value value;
+    if (!nb::try_cast<Value>(nb::handle(item), value, std::is_floating_point_v<Value>)) throw nb::type_error((std::string(name.text) + ": wrong type").c_str());
+    return value;
+  }
+
+  const nb::kwargs& given_;
+  size_t read_ = 0;
+};
+
+template <class Real>
+Layer<Real> layer(Arguments& a) {
+  return {
+      .cell = static_cast<Cell>(a.get<int, "cell">()),
+      .reverse = a.get<bool, "reverse">(),
+      .T = a.get<int64_t, "T">(),
+      .B = a.get<int64_t, "B">(),
+      .I = a.get<int64_t, "I">(),
+      .H = a.get<int64_t, "H">(),
+      .R = a.get<int64_t, "R">(),
+      .lengths = a.get<const int64_t*, "lengths">(),
+      .x = a.get<const Real*, "x">(),
+      .h0 = a.get<const Real*, "h0">(),
+      .c0 = a.get<const Real*, "c0">(),
+      .w_ih = a.get<const Real*, "w_ih">(),
+      .w_hh = a.get<const Real*, "w_hh">(),
+      .b_ih = a.get<const Real*, "b_ih">(),
+      .b_hh = a.get<const Real*, "b_hh">(),
+      .w_hr = a.get<const Real*, "w_hr">(),
+      .y = a.get<Real*, "y">(),
+      .gates = a.get<Real*, "gates">(),
+      .cells = a.get<Real*, "cells">(),
+  };
 }
 
 template <class Real>
-void forward(int cell, bool reverse, nb::sequence sizes, nb::sequence pointers, nb::sequence outs, double closed,
-             nb::sequence statistics, int threads, std::optional<std::string> isa) {
-  auto n = numbers<5>(sizes);
-  auto p = numbers<12, uintptr_t>(pointers);
-  auto o = numbers<2, uintptr_t>(outs);
-  auto q = numbers<3, uintptr_t>(statistics);
+void forward(const std::optional<std::string>& isa, int threads, const nb::kwargs& arguments) {
+  Arguments a(arguments);
+  const Layer<Real> l = layer<Real>(a);
+  const Final<Real> final{.h = a.get<Real*, "h">(), .c = a.get<Real*, "c">()};
+  const Statistics statistics{
+      .closed = a.get<double, "closed">(),
+      .mean = a.get<double*, "mean">(),
+      .saturated = a.get<double*, "saturated">(),
+      .log_carry = a.get<double*, "log_carry">(),
+  };
+  a.all_read();
   const Kernels<Real>& k = chosen<Real>(isa);
   nb::gil_scoped_release release;
-  Layer<Real> l = layer<Real>(cell, reverse, n, p);
-  const Statistics wanted{closed, at<double>(q[0]), at<double>(q[1]), at<double>(q[2])};
-  k.forward(l, {at<Real>(o[0]), at<Real>(o[1])}, wanted.mean == nullptr ? nullptr : &wanted, threads);
+  k.forward(l, final, statistics.mean == nullptr ? nullptr : &statistics, threads);
 }
 
 template <class Real>
-void backward(int cell, bool reverse, nb::sequence sizes, nb::sequence pointers, nb::sequence gradients, double clip,
-              nb::sequence norms, int threads, std::optional<std::string> isa) {
-  auto n = numbers<5>(sizes);
-  auto p = numbers<12, uintptr_t>(pointers);
-  auto q = numbers<15, uintptr_t>(gradients);
-  auto m = numbers<4, uintptr_t>(norms);
+void backward(const std::optional<std::string>& isa, int threads, const nb::kwargs& arguments) {
+  Arguments a(arguments);
+  const Layer<Real> l = layer<Real>(a);
+  const Gradients<Real> gradients{
+      .dy = a.get<const Real*, "dy">(),
+      .dhn = a.get<const Real*, "dh">(),
+      .dcn = a.get<const Real*, "dc">(),
+      .clip = a.get<double, "clip">(),
+      .dx = a.get<Real*, "dx">(),
+      .dw_ih = a.get<Real*, "dw_ih">(),
+      .dw_hh = a.get<Real*, "dw_hh">(),
+      .db_ih = a.get<Real*, "db_ih">(),
+      .db_hh = a.get<Real*, "db_hh">(),
+      .dw_hr = a.get<Real*, "dw_hr">(),
+      .dh0 = a.get<Real*, "dh0">(),
+      .dc0 = a.get<Real*, "dc0">(),
+      .delta_h = a.get<Real*, "delta_h">(),
+      .delta_c = a.get<Real*, "delta_c">(),
+      .delta_a = a.get<Real*, "delta_a">(),
+      .delta_a_hh = a.get<Real*, "delta_a_hh">(),
+  };
+  const Norms norms{
+      .h = a.get<double*, "norm_h">(),
+      .c = a.get<double*, "norm_c">(),
+      .a = a.get<double*, "norm_a">(),
+      .w = a.get<double*, "norm_w">(),
+  };
+  a.all_read();
   const Kernels<Real>& k = chosen<Real>(isa);
   nb::gil_scoped_release release;
-  Layer<Real> l = layer<Real>(cell, reverse, n, p);
-  Gradients<Real> g{at<Real>(q[0]), at<Real>(q[1]), at<Real>(q[2]),  clip,
-                    at<Real>(q[3]), at<Real>(q[4]), at<Real>(q[5]),  at<Real>(q[6]),
-                    at<Real>(q[7]), at<Real>(q[8]), at<Real>(q[9]),  at<Real>(q[10]),
-                    at<Real>(q[11]), at<Real>(q[12]), at<Real>(q[13]), at<Real>(q[14])};
-  const Norms wanted{at<double>(m[0]), at<double>(m[1]), at<double>(m[2]), at<double>(m[3])};
-  k.backward(l, g, wanted.h == nullptr ? nullptr : &wanted, threads);
+  k.backward(l, gradients, norms.h == nullptr ? nullptr : &norms, threads);
 }
 
 #include "step_bindings.h"
@@ -90,10 +170,10 @@ void backward(int cell, bool reverse, nb::sequence sizes, nb::sequence pointers,
 template <class Real>
 void bind(nb::module_& m, const char* suffix) {
   auto name = [&](const char* stem) { return std::string(stem) + suffix; };
-  m.def(name("forward_").c_str(), &forward<Real>);
-  m.def(name("backward_").c_str(), &backward<Real>);
-  m.def(name("step_forward_").c_str(), &step_forward<Real>);
-  m.def(name("step_backward_").c_str(), &step_backward<Real>);
+  m.def(name("forward_").c_str(), &forward<Real>, nb::arg("isa").none(), nb::arg("threads"), nb::arg("arguments"));
+  m.def(name("backward_").c_str(), &backward<Real>, nb::arg("isa").none(), nb::arg("threads"), nb::arg("arguments"));
+  m.def(name("step_forward_").c_str(), &step_forward<Real>, nb::arg("cell"), nb::arg("isa").none(), nb::arg("threads"), nb::arg("arguments"));
+  m.def(name("step_backward_").c_str(), &step_backward<Real>, nb::arg("cell"), nb::arg("isa").none(), nb::arg("threads"), nb::arg("arguments"));
   m.def(name("layout_").c_str(), [](int cell, int64_t H, std::optional<std::string> isa) {
     const Kernels<Real>& k = chosen<Real>(isa);
     return nb::make_tuple(k.lanes, k.padded(static_cast<Cell>(cell), H), k.saved_width(static_cast<Cell>(cell), H));

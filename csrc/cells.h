@@ -2,8 +2,12 @@
 //
 // Hidden units come in blocks of `lanes`; a block's gates lie side by side, so that a product's accumulators are the gates of the same
 // units. A plain RNN has one gate, so four blocks of units lie side by side instead.
+#pragma once
 
-enum Gate { I = 0, F = 1, G = 2, O = 3, R = 0, Z = 1, N = 2, Q = 3 };
+#include "vector.h"
+
+namespace unvanish::UV_ISA {
+namespace {
 
 template <class Real>
 UV_INLINE Vec<Real> square(Vec<Real> v) {
@@ -22,8 +26,11 @@ UV_INLINE Vec<Real> openness_of_tanh(Vec<Real> v) {
 
 // kGates: stacked in torch's weights. kAcross: vectors of a panel. kSaved: vectors kept per block for the backward pass.
 struct LstmCell {
+  enum Gate : int { I, F, G, O };  // the order in torch's weights, and of the vectors in `saved`
+
   static constexpr int kGates = 4, kAcross = 4, kSaved = 4, kUnits = 1;
   static constexpr bool kHasC = true, kSplit = false;
+  static constexpr int kSplitGate = -1;
 
   template <class Real>
   static UV_INLINE Vec<Real> forward(const Vec<Real>* a, const Vec<Real>*, Vec<Real> c_prev, Vec<Real>* saved,
@@ -35,6 +42,12 @@ struct LstmCell {
     saved[G] = tanh<Real>(power[G], q[G]);
     saved[O] = sigmoid<Real>(power[O], q[O]);
     c = saved[F] * c_prev + saved[I] * saved[G];
+    return output<Real>(saved, c);
+  }
+
+  // h, or what the projection makes h of.
+  template <class Real>
+  static UV_INLINE Vec<Real> output(const Vec<Real>* saved, Vec<Real> c) {
     return saved[O] * tanh<Real>(c);
   }
 
@@ -59,8 +72,12 @@ struct LstmCell {
 };
 
 struct GruCell {
+  enum Gate : int { R, Z, N };       // the order in torch's weights, and of the first vectors in `saved`
+  static constexpr int Q = 3;       // W_hn h + b_hn, the last vector in `saved`
+
   static constexpr int kGates = 3, kAcross = 3, kSaved = 4, kUnits = 1;
   static constexpr bool kHasC = false, kSplit = true;
+  static constexpr int kSplitGate = N;  // the gate whose two shares differ in the bias
 
   // a: W_ih x + b_ih, with b_hh added for r and z; q: W_hh h + (0, 0, b_hn).
   template <class Real>
@@ -135,6 +152,7 @@ template <class Phi>
 struct PlainCell {
   static constexpr int kGates = 1, kAcross = 4, kSaved = 4, kUnits = 4;
   static constexpr bool kHasC = false, kSplit = false;
+  static constexpr int kSplitGate = -1;
 
   template <class Real>
   static UV_INLINE Vec<Real> forward(const Vec<Real>* a, const Vec<Real>*, Vec<Real>, Vec<Real>* saved, Vec<Real>&,
@@ -155,3 +173,6 @@ struct PlainCell {
     return Phi::template slope<Real>(v) / Phi::template slope<Real>(all<Real>(Phi::kSteepest));
   }
 };
+
+}  // namespace
+}  // namespace unvanish::UV_ISA

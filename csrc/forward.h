@@ -1,4 +1,17 @@
 // The way forward: the states of every step from the first read to the last.
+#pragma once
+
+#include <cstdint>
+
+#include "pool.h"
+#include "product.h"
+#include "sequence.h"
+#include "statistics.h"
+#include "unvanish.h"
+#include "vector.h"
+
+namespace unvanish::UV_ISA {
+namespace {
 
 template <class CellType, class Real>
 class Forward {
@@ -28,14 +41,14 @@ class Forward {
       const int64_t row = s.source_of(k, l.H);
       const Real ih = row < 0 || l.b_ih == nullptr ? Real(0) : l.b_ih[row];
       const Real hh = row < 0 || l.b_hh == nullptr ? Real(0) : l.b_hh[row];
-      const bool apart = CellType::kSplit && k / L % A == N;
-      bias_.get()[k] = apart ? ih : ih + hh;
-      bias_q_.get()[k] = apart ? hh : Real(0);
+      const bool separate = CellType::kSplit && k / L % A == CellType::kSplitGate;
+      bias_.get()[k] = separate ? ih : ih + hh;
+      bias_q_.get()[k] = separate ? hh : Real(0);
     }
   }
 
   void run(int threads) const {
-    for_blocks(s.blocks, threads, s.team, [&](int64_t number, int slot, Member me) {
+    for_blocks(s.blocks, threads, s.team, [&](int64_t number, int slot, TeamMember me) {
       const int64_t first = number * s.block_rows, rows = smaller(s.block_rows, l.B - first);
       if (rows > 0) block(number, Walk<Real>{l, first, rows}, Work(*this, memory_.get() + slot * Work(*this, nullptr).size), me);
     });
@@ -44,8 +57,8 @@ class Forward {
 
  private:
   // What a block works with.
-  struct Work : Carve<Real> {
-    Work(const Forward& run, Real* memory) : Carve<Real>{memory} {
+  struct Work : Arena<Real> {
+    Work(const Forward& run, Real* memory) : Arena<Real>{memory} {
       const Sizes<CellType, Real>& s = run.s;
       const int64_t rows = s.block_rows, most = run.chunk_steps_ * rows;
       now = this->take(rows * s.Rp);
@@ -54,7 +67,7 @@ class Forward {
       cell = this->take(rows * s.Hp);
       x = this->take(most * run.l.I);
       projected = this->take(most * s.width);
-      this->take(kApart / static_cast<int64_t>(sizeof(Real)));
+      this->take(kThreadPadding / static_cast<int64_t>(sizeof(Real)));
     }
 
     Real *now, *next;  // [rows, Rp] h_{t−1}, h_t
@@ -73,7 +86,7 @@ class Forward {
     }
   }
 
-  void block(int64_t number, const Walk<Real>& walk, Work w, const Member& me) const {
+  void block(int64_t number, const Walk<Real>& walk, Work w, const TeamMember& me) const {
     FlushSubnormals flush;
     if (wanted_ == nullptr || !me.leads()) return steps(walk, w, me, nullptr);
     Tally<CellType, Real> tally(*wanted_, l.H, s.Hp, s.saved);
@@ -81,7 +94,7 @@ class Forward {
     if (CellType::kCarry >= 0) tally.finish(log_carry_.get() + number * l.H);
   }
 
-  void steps(const Walk<Real>& walk, Work& w, const Member& me, Tally<CellType, Real>* tally) const {
+  void steps(const Walk<Real>& walk, Work& w, const TeamMember& me, Tally<CellType, Real>* tally) const {
     const int64_t first = walk.first, rows = walk.rows;
     if (me.leads()) {
       zero(w.now, w.next + rows * s.Rp - w.now);
@@ -96,16 +109,16 @@ class Forward {
     for (int64_t i0 = 0; i0 < l.T; i0 += chunk_steps_) {
       const int64_t i1 = smaller(i0 + chunk_steps_, l.T);
       const int64_t filled = take_in(walk, i0, i1, w, me);
-      me.meet();
+      me.sync();
       project(filled, w, me);
       Real* projected = w.projected;
       for (int64_t i = i0; i < i1; ++i) {
         const int64_t t = walk.step(i), n = walk.active(t);
-        Ahead ahead;
-        if (i + 1 < l.T && me.of == 1) expect(walk, walk.step(i + 1), n, ahead);
-        step(walk, t, n, projected, w, me, ahead);
+        Prefetch prefetch;
+        if (i + 1 < l.T && me.of == 1) plan_prefetch(walk, walk.step(i + 1), n, prefetch);
+        step(walk, t, n, projected, w, me, prefetch);
         projected += n * s.width;
-        me.meet();
+        me.sync();
         if (tally != nullptr) tally->add(walk.gates(t, s.saved), t * l.B + first, n);
         if (me.leads()) zero(l.y + (t * l.B + first + n) * l.R, (rows - n) * l.R);
         Real* before = w.now;
@@ -121,7 +134,7 @@ class Forward {
   }
 
   // The active samples' inputs of steps [i0, i1), one after the other; how many there are.
-  int64_t take_in(const Walk<Real>& walk, int64_t i0, int64_t i1, const Work& w, const Member& me) const {
+  int64_t take_in(const Walk<Real>& walk, int64_t i0, int64_t i1, const Work& w, const TeamMember& me) const {
     int64_t filled = 0;
     for (int64_t i = i0; i < i1; ++i) {
       const int64_t t = walk.step(i), n = walk.active(t);
@@ -131,7 +144,7 @@ class Forward {
     return filled;
   }
 
-  void project(int64_t filled, const Work& w, const Member& me) const {
+  void project(int64_t filled, const Work& w, const TeamMember& me) const {
     const Rows<Real> x{w.x, l.I};
     for (int64_t p = me.from(s.panels); p < me.to(s.panels); ++p)
       product<A>(
@@ -149,17 +162,17 @@ class Forward {
           });
   }
 
-  // What step t will write, to be fetched during a product of n rows.
-  void expect(const Walk<Real>& walk, int64_t t, int64_t n, Ahead& ahead) const {
+  // Prefetches what step t will write during a product of n rows.
+  void plan_prefetch(const Walk<Real>& walk, int64_t t, int64_t n, Prefetch& prefetch) const {
     const int64_t at = t * l.B + walk.first;
-    ahead.add(l.y + at * l.R, walk.rows, l.R);
-    if (l.gates != nullptr && l.gates != l.y) ahead.add(walk.gates(t, s.saved), walk.rows, s.saved);
-    if (l.cells != nullptr) ahead.add(walk.cells(t, s.Hp), walk.rows, s.Hp);
-    ahead.spread(s.panels * looks<A>(n, l.R));
+    prefetch.add(l.y + at * l.R, walk.rows, l.R);
+    if (l.gates != nullptr && l.gates != l.y) prefetch.add(walk.gates(t, s.saved), walk.rows, s.saved);
+    if (l.cells != nullptr) prefetch.add(walk.cells(t, s.Hp), walk.rows, s.Hp);
+    prefetch.spread(s.panels * prefetch_calls<A>(n, l.R));
   }
 
-  void step(const Walk<Real>& walk, int64_t t, int64_t n, const Real* projected, const Work& w, const Member& me,
-            Ahead& ahead) const {
+  void step(const Walk<Real>& walk, int64_t t, int64_t n, const Real* projected, const Work& w, const TeamMember& me,
+            Prefetch& prefetch) const {
     const int64_t at = t * l.B + walk.first;
     Real* gates = l.gates == nullptr || l.gates == l.y ? nullptr : walk.gates(t, s.saved);
     Real* cells = l.cells == nullptr ? nullptr : walk.cells(t, s.Hp);
@@ -203,10 +216,10 @@ class Forward {
               ++row;
             }
           },
-          [&] { ahead.some<1>(); });
+          [&] { prefetch.advance<1>(); });
     const int64_t wide = kWide * L, q0 = me.from(s.Rp / wide), q1 = me.to(s.Rp / wide);
     if (!whole) {
-      me.meet();
+      me.sync();
       multiply_rows(Rows<Real>{w.m, s.Hp}, 0, n, w_hr_.get(), l.H, q0, q1, l.R, [&](int64_t r) { return y + r * l.R; });
       for (int64_t r = 0; r < n; ++r) copy(w.next + r * s.Rp + q0 * wide, y + r * l.R + q0 * wide, smaller(q1 * wide, l.R) - q0 * wide);
     }
@@ -223,3 +236,6 @@ class Forward {
   Scratch<Real> w_ih_, w_hh_, w_hr_, bias_, bias_q_, memory_;
   Scratch<double> log_carry_;  // [blocks, H]
 };
+
+}  // namespace
+}  // namespace unvanish::UV_ISA

@@ -1,4 +1,12 @@
 // Functions of a vector over the whole range of its numbers, with the special values of the C library; subnormal results may be 0.
+#pragma once
+
+#include <cstdint>
+
+#include "vector.h"
+
+namespace unvanish::UV_ISA {
+namespace {
 
 // eˣ. The power of two is applied in halves, each of which is normal, so that the result overflows and underflows by itself.
 template <class Real>
@@ -86,3 +94,6 @@ UV_LIBRARY(fabs)
 #undef UV_LIBRARY
 UV_INLINE float pow_of(float x, float y) { return __builtin_powf(x, y); }
 UV_INLINE double pow_of(double x, double y) { return __builtin_pow(x, y); }
+
+}  // namespace
+}  // namespace unvanish::UV_ISA

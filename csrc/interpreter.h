@@ -1,4 +1,16 @@
 // Runs an elementwise program over tiles, a chunk at a time, so that its temporaries stay in the first cache.
+#pragma once
+
+#include <cstdint>
+
+#include "functions.h"
+#include "program.h"
+#include "pool.h"
+#include "sequence.h"
+#include "vector.h"
+
+namespace unvanish::UV_ISA {
+namespace {
 
 template <class Real>
 class Interpreter {
@@ -97,3 +109,6 @@ class Interpreter {
   Real* local_;
   Scratch<Real*> tiles_;
 };
+
+}  // namespace
+}  // namespace unvanish::UV_ISA

@@ -1,31 +1,24 @@
 // All kernels for one instruction set: compiled once for each, with UV_ISA its name and UV_BYTES the width of its vectors.
+#if !defined(UV_ISA) || !defined(UV_BYTES)
+#error "isa.cpp: define UV_ISA, the name of the instruction set, and UV_BYTES, the width of its vectors (see CMakeLists.txt)"
+#endif
+
 #include <cstdint>
 
-#include "pool.h"
+#include "backward.h"
+#include "cells.h"
+#include "forward.h"
+#include "sequence.h"
+#include "stepped_backward.h"
+#include "stepped_forward.h"
 #include "unvanish.h"
+#include "vector.h"
 
-#define UV_JOIN_(a, b) a##b
-#define UV_JOIN(a, b) UV_JOIN_(a, b)
 #define UV_TEXT_(a) #a
 #define UV_TEXT(a) UV_TEXT_(a)
 
-namespace unvanish {
-namespace UV_ISA {
+namespace unvanish::UV_ISA {
 namespace {
-
-#include "vector.h"
-#include "product.h"
-#include "cells.h"
-#include "statistics.h"
-#include "sequence.h"
-#include "forward.h"
-#include "norms.h"
-#include "backward.h"
-#include "functions.h"
-#include "interpreter.h"
-#include "stepped.h"
-#include "stepped_forward.h"
-#include "stepped_backward.h"
 
 template <class CellType, class Real>
 void forward(const Layer<Real>& layer, const Final<Real>& final, const Statistics* wanted, int threads) {
@@ -107,5 +100,4 @@ constexpr Kernels<Real> table{UV_TEXT(UV_ISA),     kLanes<Real>,       padded<Re
 const Kernels<float>* float_kernels() { return &table<float>; }
 const Kernels<double>* double_kernels() { return &table<double>; }
 
-}  // namespace UV_ISA
-}  // namespace unvanish
+}  // namespace unvanish::UV_ISA

@@ -1,4 +1,15 @@
 // How large an error is: norms, and bringing a vector within one.
+#pragma once
+
+#include <cfloat>
+#include <cstdint>
+
+#include "sequence.h"
+#include "unvanish.h"
+#include "vector.h"
+
+namespace unvanish::UV_ISA {
+namespace {
 
 // Σ v² over n columns, in whole vectors, `at(column)` each.
 template <class Sum, class Real, class At>
@@ -40,20 +51,20 @@ struct Pairs {
   static constexpr int kGroup = L >= 8 ? 4 : 2, kRows = L / kGroup;
 
   // sums[i · kGroup + j] += Σ over the vectors of columns `first`, `first` + `every`, … below `end` of row i of `left` times row j of
-  // `right`, lane by lane; the vectors of a Blocked matrix, `apart`. Rows are scaled where that is not 1.
+  // `right`, lane by lane; consecutive vectors of a row of a Blocked matrix are `stride` elements from each other. Rows are scaled where that is not 1.
   template <bool kScaled>
-  static UV_INLINE void add(const Real* left, const Real* right, int64_t apart, int64_t first, int64_t every, int64_t end, Real scale,
+  static UV_INLINE void add(const Real* left, const Real* right, int64_t stride, int64_t first, int64_t every, int64_t end, Real scale,
                             Vec<Real> (&sums)[L]) {
     for (int64_t k = first; k < end; k += every) {
       Vec<Real> across[kGroup];
 #pragma GCC unroll 4
       for (int j = 0; j < kGroup; ++j) {
-        across[j] = load(right + k * apart + j * L);
+        across[j] = load(right + k * stride + j * L);
         if (kScaled) across[j] *= scale;
       }
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) {
-        Vec<Real> down = load(left + k * apart + i * L);
+        Vec<Real> down = load(left + k * stride + i * L);
         if (kScaled) down *= scale;
 #pragma GCC unroll 4
         for (int j = 0; j < kGroup; ++j) sums[i * kGroup + j] += down * across[j];
@@ -73,7 +84,7 @@ struct Pairs {
   }
 };
 
-// Where a block's samples of a step lie in its work: row after row, a matrix's vectors of columns as far apart as everywhere in it.
+// Where a block's samples of a step lie in its work: row after row, with the distance between vectors of columns that the whole matrix has.
 template <class Real>
 struct StepRows {
   const Real *da, *da_hh, *h_prev, *x;
@@ -103,8 +114,8 @@ struct Measure {
     norms.h[at] = __builtin_sqrt(totals[kOfH]);
   }
 
-  // ‖g_t‖_F of n samples, whose norms are known, in `blocks` blocks; the vectors of their matrices lie `apart`.
-  void step(int64_t t, int64_t n, const StepRows<Real>* rows, int64_t blocks, int64_t apart) const {
+  // ‖g_t‖_F of n samples, whose norms are known, in `blocks` blocks; consecutive vectors of a row are `stride` elements from each other.
+  void step(int64_t t, int64_t n, const StepRows<Real>* rows, int64_t blocks, int64_t stride) const {
     double largest = 0;
     for (int64_t b = 0; b < n; ++b) {
       double square = 0;
@@ -119,11 +130,11 @@ struct Measure {
     int exponent = 0;
     __builtin_frexp(largest, &exponent);
     if (-kNear <= exponent && exponent <= kNear) {
-      norms.w[t] = root<false>(rows, blocks, apart, Real(1));
+      norms.w[t] = root<false>(rows, blocks, stride, Real(1));
     } else {
       // A power of two brings δ to about 1: its squares could leave Real's range.
       const double scale = __builtin_ldexp(1.0, exponent > kFar ? -kFar : exponent < -kFar ? kFar : -exponent);
-      norms.w[t] = root<true>(rows, blocks, apart, static_cast<Real>(scale)) / scale;
+      norms.w[t] = root<true>(rows, blocks, stride, static_cast<Real>(scale)) / scale;
     }
   }
 
@@ -136,8 +147,8 @@ struct Measure {
     constexpr int together = kLanes<Sum> < 4 ? kLanes<Sum> : 4;
     Vec<Sum> found[kTotals] = {};
     for (int v = 0; v < CellType::kGates; ++v) {
-      const int64_t apart = CellType::kUnits == 1 ? A : 1;  // vectors from a gate's units to the next
-      found[v] = squares<Sum, Real>(s.Hp, [&](int64_t unit) { return w.da.at(row, unit * apart + v * L); });
+      const int64_t every = CellType::kUnits == 1 ? A : 1;  // vectors from a gate's units to the next
+      found[v] = squares<Sum, Real>(s.Hp, [&](int64_t unit) { return w.da.at(row, unit * every + v * L); });
     }
     if (CellType::kHasC) found[kOfC] = squares<Sum, Real>(s.Hp, [&](int64_t unit) { return w.total + r * s.Hp + unit; });
     found[kOfH] = squares<Sum, Real>(l.R, [&](int64_t k) { return w.dh + r * s.dh_stride + k; });
@@ -157,7 +168,7 @@ struct Measure {
   }
 
   template <bool kScaled>
-  double root(const StepRows<Real>* rows, int64_t blocks, int64_t apart, Real scale) const {
+  double root(const StepRows<Real>* rows, int64_t blocks, int64_t stride, Real scale) const {
     using P = Pairs<Real>;
     Vec<Real> total{};
     for (int64_t p = 0; p < blocks; ++p)
@@ -165,7 +176,7 @@ struct Measure {
         for (int64_t a = 0; a < rows[p].n; a += P::kGroup)
           for (int64_t b = p == q ? a : 0; b < rows[q].n; b += P::kGroup)
             for (int64_t i = a; i < a + P::kGroup && i < rows[p].n; i += P::kRows) {
-              const Vec<Real> pairs = products<kScaled>(rows[p], i * L, rows[q], b * L, apart, scale);
+              const Vec<Real> pairs = products<kScaled>(rows[p], i * L, rows[q], b * L, stride, scale);
               const Vec<Real> found = P::only(pairs, rows[p].n - i, rows[q].n - b);
               total += p == q && a == b ? found : found + found;
             }
@@ -176,7 +187,7 @@ struct Measure {
 
   // (u_b · u_b')(v_b · v_b') of a group of pairs, in lanes.
   template <bool kScaled>
-  UV_INLINE Vec<Real> products(const StepRows<Real>& left, int64_t i, const StepRows<Real>& right, int64_t j, int64_t apart,
+  UV_INLINE Vec<Real> products(const StepRows<Real>& left, int64_t i, const StepRows<Real>& right, int64_t j, int64_t stride,
                                Real scale) const {
     const auto of = [&](auto... add) {
       Vec<Real> lanes[L] = {};
@@ -185,21 +196,24 @@ struct Measure {
     };
     const auto errors = [&](const Real* u, const Real* with, int64_t first, int64_t every) {
       return [=, this](Vec<Real>(&lanes)[L]) {
-        Pairs<Real>::template add<kScaled>(u + i, with + j, apart, first, every, s.width / L, scale, lanes);
+        Pairs<Real>::template add<kScaled>(u + i, with + j, stride, first, every, s.width / L, scale, lanes);
       };
     };
     const auto h = [&](Vec<Real>(&lanes)[L]) {
-      Pairs<Real>::template add<false>(left.h_prev + i, right.h_prev + j, apart, 0, 1, s.Rv / L, Real(1), lanes);
+      Pairs<Real>::template add<false>(left.h_prev + i, right.h_prev + j, stride, 0, 1, s.Rv / L, Real(1), lanes);
     };
     const auto x = [&](Vec<Real>(&lanes)[L]) {
-      Pairs<Real>::template add<false>(left.x + i, right.x + j, apart, 0, 1, s.Iv / L, Real(1), lanes);
+      Pairs<Real>::template add<false>(left.x + i, right.x + j, stride, 0, 1, s.Iv / L, Real(1), lanes);
     };
     if constexpr (CellType::kSplit) {
       // δa with respect to W_ih x and to W_hh h differ in the candidate alone.
-      const Vec<Real> shared = of(errors(left.da, right.da, R, A), errors(left.da, right.da, Z, A));
-      return (shared + of(errors(left.da, right.da, N, A))) * of(x) + (shared + of(errors(left.da_hh, right.da_hh, N, A))) * of(h);
+      const Vec<Real> shared = of(errors(left.da, right.da, CellType::R, A), errors(left.da, right.da, CellType::Z, A));
+      return (shared + of(errors(left.da, right.da, CellType::N, A))) * of(x) + (shared + of(errors(left.da_hh, right.da_hh, CellType::N, A))) * of(h);
     } else {
       return of(errors(left.da, right.da, 0, 1)) * of(h, x);
     }
   }
 };
+
+}  // namespace
+}  // namespace unvanish::UV_ISA

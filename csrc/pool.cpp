@@ -150,14 +150,14 @@ void wait_for(const int64_t* counter, int64_t value) {
 
 void signal(int64_t* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }
 
-void meet(Barrier* barrier, int members) {
+void arrive_and_wait(Barrier* barrier, int members) {
   const int64_t round = __atomic_load_n(&barrier->round, __ATOMIC_ACQUIRE);
   if (__atomic_add_fetch(&barrier->arrived, 1, __ATOMIC_ACQ_REL) < members) return wait_for(&barrier->round, round + 1);
   __atomic_store_n(&barrier->arrived, 0, __ATOMIC_RELAXED);
   __atomic_store_n(&barrier->round, round + 1, __ATOMIC_RELEASE);
 }
 
-void together(int wanted, int threads, void (*work)(void*, int, int), void* context) {
+void run_team(int wanted, int threads, void (*work)(void*, int, int), void* context) {
   if (wanted > 1 && openmp() != nullptr && !forked) {
     // All of torch's threads, so that the team is the one that its operations use.
     struct Call {
@@ -188,7 +188,7 @@ void parallel_for(int64_t count, int threads, void (*work)(void*, int64_t), void
     void* context;
     int64_t count, next;
   } run{work, context, count, 0};
-  together(
+  run_team(
       static_cast<int>(count < threads ? count : threads), threads,
       [](void* context, int, int) {
         Run& run = *static_cast<Run*>(context);
@@ -215,7 +215,7 @@ void* acquire(size_t bytes) {
   char* raw = static_cast<char*>(std::aligned_alloc(large ? kHugePage : kAlign, all));
   if (raw == nullptr) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-  if (large) madvise(raw, all, MADV_HUGEPAGE);  // a step walks through all of it, and looking up small pages takes a part of its time
+  if (large) madvise(raw, all, MADV_HUGEPAGE);  // a step walks through all of it, and TLB misses would take a part of its time
 #endif
   *reinterpret_cast<size_t*>(raw) = bytes;
   return raw + kHeader;

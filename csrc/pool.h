@@ -9,7 +9,7 @@ namespace unvanish {
 // Runs work(context, member, members) for every member at the same time, each on a thread of its own, the caller's among them: OpenMP's
 // where torch has loaded it, which are asked for all `threads` of them, else workers of our own. There are `wanted` ≤ threads members, or
 // fewer if no more threads can be had.
-void together(int wanted, int threads, void (*work)(void* context, int member, int members), void* context);
+void run_team(int wanted, int threads, void (*work)(void* context, int member, int members), void* context);
 
 // Runs work(context, i) for i in [0, count), taken in order, on up to `threads` threads.
 void parallel_for(int64_t count, int threads, void (*work)(void* context, int64_t i), void* context);
@@ -21,11 +21,11 @@ int64_t take(int64_t* counter);
 void wait_for(const int64_t* counter, int64_t value);
 void signal(int64_t* counter);
 
-// Where the members of a team wait for each other; zeros at first.
+// A barrier for the members of a team; zero-initialised.
 struct alignas(64) Barrier {
   int64_t arrived, round;
 };
-void meet(Barrier* barrier, int members);
+void arrive_and_wait(Barrier* barrier, int members);
 
 // Uninitialised memory, aligned to 64 bytes, from a cache of freed blocks: fresh pages cost as much as the arithmetic.
 void* acquire(size_t bytes);

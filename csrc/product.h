@@ -1,4 +1,12 @@
 // Matrix products on packed weights. Every element is summed over k in one fixed order, whatever the tile it falls into and whoever computes it.
+#pragma once
+
+#include <cstdint>
+
+#include "vector.h"
+
+namespace unvanish::UV_ISA {
+namespace {
 
 constexpr int kWide = 4;  // vectors across an ordinary panel
 
@@ -26,24 +34,24 @@ UV_INLINE void for_tiles(int64_t first, int64_t end, F f) {
   }
 }
 
-// One step of a tile's sum: acc[r][v] += left[r] w[v], the vectors of w `apart`. With few registers the vectors of w are loaded first: GCC
+// One step of a tile's sum: acc[r][v] += left[r] w[v]; consecutive vectors of w are `stride` elements from each other. With few registers the vectors of w are loaded first: GCC
 // keeps a tile of 4 × 3 in registers that way only.
 template <class Real, int M, int NV, class Left>
-UV_INLINE void multiply_step(Vec<Real> (&acc)[M][NV], Left left, const Real* right, int64_t apart = kLanes<Real>) {
+UV_INLINE void multiply_step(Vec<Real> (&acc)[M][NV], Left left, const Real* right, int64_t stride = kLanes<Real>) {
   if constexpr (UV_BYTES == 64) {
     Vec<Real> a[M];
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) a[r] = all<Real>(left(r));
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      Vec<Real> w = load(right + v * apart);
+      Vec<Real> w = load(right + v * stride);
 #pragma GCC unroll 8
       for (int r = 0; r < M; ++r) acc[r][v] += a[r] * w;
     }
   } else {
     Vec<Real> w[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) w[v] = load(right + v * apart);
+    for (int v = 0; v < NV; ++v) w[v] = load(right + v * stride);
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) {
       Vec<Real> a = all<Real>(left(r));
@@ -53,9 +61,9 @@ UV_INLINE void multiply_step(Vec<Real> (&acc)[M][NV], Left left, const Real* rig
   }
 }
 
-// Memory that the next step will touch, fetched a few lines at a time while a product keeps the multipliers busy: it lies too far apart for
-// the processor to see it coming, and asked for at once it would hold up what the product itself reads.
-class Ahead {
+// Software prefetch of the memory that the next step touches, a few cache lines at a time during a product. The hardware prefetcher does not
+// follow jumps this long, and requesting all lines at once would delay the product's own loads.
+class Prefetch {
  public:
   static constexpr int64_t kLine = 64;
 
@@ -69,11 +77,11 @@ class Ahead {
     lines_ += (bytes + kLine - 1) / kLine;
   }
 
-  // All of it is to be fetched in so many calls of some().
+  // Spreads all lines evenly over this many calls of advance().
   void spread(int64_t calls) { each_ = calls > 0 ? (lines_ + calls - 1) / calls : 0; }
 
   template <int kWrite>
-  UV_INLINE void some() {
+  UV_INLINE void advance() {
     for (int64_t k = 0; k < each_ && now_ < count_; ++k) {
       __builtin_prefetch(ranges_[now_].next, kWrite, kWrite ? 3 : 2);
       ranges_[now_].next += kLine;
@@ -89,16 +97,16 @@ class Ahead {
   int64_t lines_ = 0, each_ = 0;
 };
 
-constexpr int64_t kStretch = 16;  // columns of the left matrix between two looks ahead
+constexpr int64_t kPrefetchInterval = 16;  // columns of the left matrix between two prefetches
 
-// How often a product of n rows and K columns looks ahead, per panel.
+// How often a product of n rows and K columns calls on_interval, per panel.
 template <int NV>
-UV_INLINE int64_t looks(int64_t n, int64_t K) {
-  return (n + kTile<NV> - 1) / kTile<NV> * ((K + kStretch - 1) / kStretch);
+UV_INLINE int64_t prefetch_calls(int64_t n, int64_t K) {
+  return (n + kTile<NV> - 1) / kTile<NV> * ((K + kPrefetchInterval - 1) / kPrefetchInterval);
 }
 
-// Where nothing is to be fetched.
-struct Nowhere {
+// For a product during which nothing is prefetched.
+struct NoPrefetch {
   UV_INLINE void operator()() const {}
 };
 
@@ -109,13 +117,13 @@ struct Rows {
   int64_t stride;
 
   // acc[r][v] += Σ_k a[first + r, k] · panel[k][v], panel `[K, NV, lanes]`.
-  template <int M, int NV, class Look>
-  UV_INLINE void multiply(Vec<Real> (&acc)[M][NV], int64_t first, int64_t K, const Real* panel, Look look) const {
+  template <int M, int NV, class OnInterval>
+  UV_INLINE void multiply(Vec<Real> (&acc)[M][NV], int64_t first, int64_t K, const Real* panel, OnInterval on_interval) const {
     const Real* a = data + first * stride;
     for (int64_t k = 0; k < K;) {
-      look();
+      on_interval();
 #pragma GCC unroll 1
-      for (const int64_t end = k + kStretch < K ? k + kStretch : K; k < end; ++k)
+      for (const int64_t end = k + kPrefetchInterval < K ? k + kPrefetchInterval : K; k < end; ++k)
         multiply_step<Real, M, NV>(acc, [&](int r) { return a[r * stride + k]; }, panel + k * NV * kLanes<Real>);
     }
   }
@@ -139,10 +147,10 @@ struct Blocked {
   }
 
   // As Rows::multiply, for whole vectors of k.
-  template <int M, int NV, class Look>
-  UV_INLINE void multiply(Vec<Real> (&acc)[M][NV], int64_t first, int64_t K, const Real* panel, Look look) const {
+  template <int M, int NV, class OnInterval>
+  UV_INLINE void multiply(Vec<Real> (&acc)[M][NV], int64_t first, int64_t K, const Real* panel, OnInterval on_interval) const {
     for (int64_t k = 0; k < K; k += L) {
-      if (k % kStretch == 0) look();
+      if (k % kPrefetchInterval == 0) on_interval();
       const Real* a = at(first, k);
 #pragma GCC unroll 1
       for (int j = 0; j < L; ++j)
@@ -153,14 +161,14 @@ struct Blocked {
 
 // finish(first row, sums) for tiles that cover rows [first, end) of left · panel, `[K, NV, lanes]`, started from begin(first row, sums). A
 // panel runs through the second cache anew for every tile: to take it in parts that stay in the first takes longer.
-template <int NV, class Real, class Left, class Begin, class Finish, class Look = Nowhere>
+template <int NV, class Real, class Left, class Begin, class Finish, class OnInterval = NoPrefetch>
 UV_INLINE void product(const Left& left, int64_t first, int64_t end, const Real* panel, int64_t K, Begin begin, Finish finish,
-                       Look look = Look()) {
+                       OnInterval on_interval = OnInterval()) {
   for_tiles<kTile<NV>>(first, end, [&](auto tile, int64_t r0) {
     constexpr int M = decltype(tile)::value;
     Vec<Real> acc[M][NV];
     begin(r0, acc);
-    left.template multiply<M, NV>(acc, r0, K, panel, look);
+    left.template multiply<M, NV>(acc, r0, K, panel, on_interval);
     finish(r0, acc);
   });
 }
@@ -188,7 +196,7 @@ void multiply_rows(const Left& left, int64_t first, int64_t end, const Real* pan
 }
 
 // c[m, k] += Σ_r a[r, m] b[r, k] over the first `rows` rows, m in [m0, m1), k in panels [q0, q1) of NV vectors: the gradient of a weight.
-// Rows of c lie `stride` apart.
+// Rows of c are `stride` elements from each other.
 template <int NV, class Real>
 void add_outer(const Blocked<Real>& a, int64_t m0, int64_t m1, const Blocked<Real>& b, int64_t q0, int64_t q1, int64_t rows, Real* c,
                int64_t stride) {
@@ -200,9 +208,9 @@ void add_outer(const Blocked<Real>& a, int64_t m0, int64_t m1, const Blocked<Rea
       const Real* column[M];
       for (int i = 0; i < M; ++i) column[i] = a.at(0, m + i);
       const Real* right = b.at(0, k);
-      const int64_t apart = b.rows * L;
+      const int64_t distance = b.rows * L;
       for (int64_t r = 0; r < rows; ++r)
-        multiply_step<Real, M, NV>(acc, [&](int i) { return column[i][r * L]; }, right + r * L, apart);
+        multiply_step<Real, M, NV>(acc, [&](int i) { return column[i][r * L]; }, right + r * L, distance);
       for (int i = 0; i < M; ++i)
         for (int v = 0; v < NV; ++v) {
           Real* p = c + (m + i) * stride + k + v * L;
@@ -221,3 +229,6 @@ void add_rows(const Blocked<Real>& a, int64_t k0, int64_t k1, int64_t rows, Real
     store(out + k, load(out + k) + total);
   }
 }
+
+}  // namespace
+}  // namespace unvanish::UV_ISA

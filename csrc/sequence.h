@@ -1,13 +1,25 @@
 // What both ways over a sequence share: who works on what, and how things lie in memory.
 //
 // The batch is cut into blocks by its size alone, and gradients of weights are summed over the blocks in order. A block runs the whole
-// sequence: on one thread, or, where there are more threads than blocks, on a team that shares out its hidden units and meets once a step.
+// sequence: on one thread or, where there are more threads than blocks, on a team that divides its hidden units and passes one barrier a step.
 // Within a block, chunks of steps keep what is worked on in the cache: the input's projection on the way forward, δa on the way back,
 // which therefore never reaches main memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "pool.h"
+#include "product.h"
+#include "unvanish.h"
+#include "vector.h"
+
+namespace unvanish::UV_ISA {
+namespace {
 
 constexpr int64_t kForwardRows = 96, kBackwardRows = UV_BYTES == 64 ? 384 : 192;  // rows, steps times samples, of a chunk
 
-constexpr int64_t kApart = 1 << 18;  // bytes between what two threads work with: the processor fetches ahead, and takes lines from the other
+constexpr int64_t kThreadPadding = 1 << 18;  // bytes between two threads' memory: the hardware prefetcher would otherwise take cache lines from the other thread
 
 // f(i) for i in [0, count), on up to `threads` threads.
 template <class F>
@@ -15,14 +27,14 @@ void for_each(int64_t count, int threads, F f) {
   parallel_for(count, threads, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); }, &f);
 }
 
-// One of the threads that work on a block together.
-struct Member {
+// One thread of the team that works on a block.
+struct TeamMember {
   int number, of;
   Barrier* barrier;
 
   bool leads() const { return number == 0; }
-  void meet() const {
-    if (of > 1) unvanish::meet(barrier, of);
+  void sync() const {
+    if (of > 1) unvanish::arrive_and_wait(barrier, of);
   }
   // Its part of [0, count).
   int64_t from(int64_t count) const { return count * number / of; }
@@ -43,18 +55,18 @@ void for_blocks(int64_t blocks, int threads, int64_t most, F f) {
   if (teams) __builtin_memset(static_cast<void*>(barriers.get()), 0, static_cast<size_t>(blocks) * sizeof(Barrier));
   Run run{f, blocks, most, 0, barriers.get()};
   const int64_t wanted = teams ? (threads < blocks * most ? threads : blocks * most) : threads < blocks ? threads : blocks;
-  together(
+  run_team(
       static_cast<int>(wanted), threads,
       [](void* context, int member, int members) {
         Run& run = *static_cast<Run*>(context);
         if (members <= run.blocks || run.most <= 1) {
-          for (int64_t b = take(&run.next); b < run.blocks; b = take(&run.next)) run.f(b, member, Member{0, 1, nullptr});
+          for (int64_t b = take(&run.next); b < run.blocks; b = take(&run.next)) run.f(b, member, TeamMember{0, 1, nullptr});
           return;
         }
         // OpenMP may grant any number up to the one asked for, and some may find no place in a team.
         const int64_t b = member % run.blocks, in_team = (members - b + run.blocks - 1) / run.blocks;
         const int of = static_cast<int>(in_team < run.most ? in_team : run.most), number = member / static_cast<int>(run.blocks);
-        if (number < of) run.f(b, static_cast<int>(b), Member{number, of, run.barriers + b});
+        if (number < of) run.f(b, static_cast<int>(b), TeamMember{number, of, run.barriers + b});
       },
       &run);
 }
@@ -80,7 +92,7 @@ struct Sizes {
     dh_stride = round_up(l.H > l.R ? l.H : l.R, kWide * L);
     block_rows = unvanish::block_rows(l.B);
     blocks = l.B < 1 ? 1 : (l.B + block_rows - 1) / block_rows;
-    // A meeting takes as long as some thousand multiplications.
+    // A barrier costs as much as a few thousand multiplications.
     const int64_t worth = block_rows * width * l.R / 8192, parts = round_up(Hp, kWide * L) / (kWide * L);
     team = worth < parts ? worth : parts;
   }
@@ -204,9 +216,9 @@ UV_INLINE void zero(Real* p, int64_t n) {
 // Work too short to wake a thread for is done by the caller.
 UV_INLINE int threads_for(int64_t elements, int threads) { return elements < 65536 ? 1 : threads; }
 
-// Memory handed out piece by piece, each on cache lines of its own.
+// An arena: memory handed out piece by piece, each on cache lines of its own. Without memory it counts the size it would need.
 template <class Real>
-struct Carve {
+struct Arena {
   Real* memory;
   int64_t size = 0;
 
@@ -216,3 +228,6 @@ struct Carve {
     return here;
   }
 };
+
+}  // namespace
+}  // namespace unvanish::UV_ISA

@@ -1,4 +1,14 @@
 // What a block's gates were like, read while they are still in the cache.
+#pragma once
+
+#include <cstdint>
+
+#include "pool.h"
+#include "unvanish.h"
+#include "vector.h"
+
+namespace unvanish::UV_ISA {
+namespace {
 
 template <class CellType, class Real>
 class Tally {
@@ -79,17 +89,17 @@ class Tally {
     for (int k = 0; k < G; ++k) out[k] = static_cast<double>(totals[k]) / static_cast<double>(H_);
   }
 
-  // Σ ln f as the logarithm of a running product whose exponent is kept apart; a block's rows are too few to overflow it.
+  // Σ ln f as the logarithm of a running product whose exponent is kept separately; a block's rows are too few to overflow it.
   UV_INLINE void carry(const Real* f, int64_t n, int64_t unit) const {
     Vec<Real> m = load(mantissa_.get() + unit);
-    Ints<Real> total, apart;
+    Ints<Real> total, exponent;
     __builtin_memcpy(&total, exponent_.get() + unit, sizeof total);
     for (int64_t r = 0; r < n; ++r) {
-      m *= split_exponent<Real>(load(f + r * saved_), apart);
-      total += apart;
+      m *= split_exponent<Real>(load(f + r * saved_), exponent);
+      total += exponent;
     }
-    m = split_exponent<Real>(m, apart);
-    total += apart;
+    m = split_exponent<Real>(m, exponent);
+    total += exponent;
     store(mantissa_.get() + unit, m);
     __builtin_memcpy(exponent_.get() + unit, &total, sizeof total);
   }
@@ -100,3 +110,6 @@ class Tally {
   Scratch<decltype(ExpConstants<Real>::bias + 0)> exponent_;
   Scratch<int64_t> folded_;
 };
+
+}  // namespace
+}  // namespace unvanish::UV_ISA

@@ -115,46 +115,74 @@ inline const StepCell& cell_in(const nb::capsule& owned) {
   return static_cast<const OwnedCell*>(owned.data())->get();
 }
 
-// One pointer per state; 0 is null.
+// One address per state; 0 is null.
 template <class Real>
-std::vector<Real*> pointers(const nb::sequence& addresses, const StepCell& cell) {
-  std::vector<Real*> found;
-  for (nb::handle address : addresses) found.push_back(at<Real>(nb::cast<uintptr_t>(address)));
-  if (found.size() != static_cast<size_t>(cell.A)) throw std::invalid_argument("expected one address per state");
-  return found;
+struct StateArrays {
+  StateArrays(Arguments& a, const StepCell& cell)
+      : initial(a.addresses<Real*, "initial">(cell.A)), after(a.addresses<Real*, "after">(cell.A)) {}
+  std::vector<Real*> initial, after;
+};
+
+template <class Real>
+StepLayer<Real> step_layer(Arguments& a, const StepCell& cell, const StateArrays<Real>& states) {
+  return {
+      .cell = cell,
+      .reverse = a.get<bool, "reverse">(),
+      .T = a.get<int64_t, "T">(),
+      .B = a.get<int64_t, "B">(),
+      .I = a.get<int64_t, "I">(),
+      .H = a.get<int64_t, "H">(),
+      .lengths = a.get<const int64_t*, "lengths">(),
+      .x = a.get<const Real*, "x">(),
+      .w_ih = a.get<const Real*, "w_ih">(),
+      .w_hh = a.get<const Real*, "w_hh">(),
+      .b_ih = a.get<const Real*, "b_ih">(),
+      .b_hh = a.get<const Real*, "b_hh">(),
+      .v = a.get<const Real*, "v">(),
+      .initial = states.initial.data(),
+      .after = states.after.data(),
+      .kept = a.get<Real*, "kept">(),
+  };
 }
 
-// n: T, B, I, H. p: lengths, x, w_ih, w_hh, b_ih, b_hh, v, kept.
 template <class Real>
-void step_forward(nb::capsule owned, bool reverse, nb::sequence sizes, nb::sequence addresses, nb::sequence initial,
-                  nb::sequence after, nb::sequence final, int threads, std::optional<std::string> isa) {
-  const auto n = numbers<4>(sizes);
-  const auto p = numbers<8, uintptr_t>(addresses);
+void step_forward(const nb::capsule& owned, const std::optional<std::string>& isa, int threads, const nb::kwargs& arguments) {
   const StepCell& cell = cell_in(owned);
-  const auto from = pointers<Real>(initial, cell), to = pointers<Real>(after, cell), last = pointers<Real>(final, cell);
+  Arguments a(arguments);
+  const StateArrays<Real> states(a, cell);
+  const StepLayer<Real> l = step_layer<Real>(a, cell, states);
+  const auto final = a.addresses<Real*, "final">(cell.A);
+  a.all_read();
   const Kernels<Real>& k = chosen<Real>(isa);
   nb::gil_scoped_release release;
-  const StepLayer<Real> l{cell, reverse, n[0], n[1], n[2], n[3], at<int64_t>(p[0]), at<Real>(p[1]), at<Real>(p[2]), at<Real>(p[3]),
-                          at<Real>(p[4]), at<Real>(p[5]), at<Real>(p[6]), from.data(), to.data(), at<Real>(p[7])};
-  k.step_forward(l, last.data(), threads);
+  k.step_forward(l, final.data(), threads);
 }
 
-// q: dy, dx, dw_ih, dw_hh, db_ih, db_hh, dv, dp, dq.
 template <class Real>
-void step_backward(nb::capsule owned, bool reverse, nb::sequence sizes, nb::sequence addresses, nb::sequence initial,
-                   nb::sequence after, nb::sequence gradients, nb::sequence dfinal, nb::sequence dinitial, nb::sequence dstate,
-                   double clip, int threads, std::optional<std::string> isa) {
-  const auto n = numbers<4>(sizes);
-  const auto p = numbers<8, uintptr_t>(addresses);
-  const auto q = numbers<9, uintptr_t>(gradients);
+void step_backward(const nb::capsule& owned, const std::optional<std::string>& isa, int threads, const nb::kwargs& arguments) {
   const StepCell& cell = cell_in(owned);
-  const auto from = pointers<Real>(initial, cell), states = pointers<Real>(after, cell), ends = pointers<Real>(dfinal, cell),
-             starts = pointers<Real>(dinitial, cell), totals = pointers<Real>(dstate, cell);
+  Arguments a(arguments);
+  const StateArrays<Real> states(a, cell);
+  const StepLayer<Real> l = step_layer<Real>(a, cell, states);
+  const auto dfinal = a.addresses<Real*, "dfinal">(cell.A), dinitial = a.addresses<Real*, "dinitial">(cell.A),
+             dstate = a.addresses<Real*, "dstate">(cell.A);
+  const StepGradients<Real> gradients{
+      .dy = a.get<const Real*, "dy">(),
+      .dfinal = dfinal.data(),
+      .clip = a.get<double, "clip">(),
+      .dx = a.get<Real*, "dx">(),
+      .dw_ih = a.get<Real*, "dw_ih">(),
+      .dw_hh = a.get<Real*, "dw_hh">(),
+      .db_ih = a.get<Real*, "db_ih">(),
+      .db_hh = a.get<Real*, "db_hh">(),
+      .dv = a.get<Real*, "dv">(),
+      .dinitial = dinitial.data(),
+      .dstate = dstate.data(),
+      .dp = a.get<Real*, "dp">(),
+      .dq = a.get<Real*, "dq">(),
+  };
+  a.all_read();
   const Kernels<Real>& k = chosen<Real>(isa);
   nb::gil_scoped_release release;
-  const StepLayer<Real> l{cell, reverse, n[0], n[1], n[2], n[3], at<int64_t>(p[0]), at<Real>(p[1]), at<Real>(p[2]), at<Real>(p[3]),
-                          at<Real>(p[4]), at<Real>(p[5]), at<Real>(p[6]), from.data(), states.data(), at<Real>(p[7])};
-  const StepGradients<Real> g{at<Real>(q[0]), ends.data(), clip, at<Real>(q[1]), at<Real>(q[2]), at<Real>(q[3]), at<Real>(q[4]),
-                              at<Real>(q[5]), at<Real>(q[6]), starts.data(), totals.data(), at<Real>(q[7]), at<Real>(q[8])};
-  k.step_backward(l, g, threads);
+  k.step_backward(l, gradients, threads);
 }

@@ -2,6 +2,17 @@
 //
 // The batch is cut into the same blocks as for the other cells, and a block runs the whole sequence on one thread. Within a step every
 // value of a block is a tile [samples, Hp]; products take the gates that read the same things together.
+#pragma once
+
+#include <cstdint>
+
+#include "pool.h"
+#include "program.h"
+#include "sequence.h"
+#include "vector.h"
+
+namespace unvanish::UV_ISA {
+namespace {
 
 struct StepSizes {
   int64_t Hp, wide, block_rows, blocks, tile;
@@ -81,6 +92,9 @@ void spread_vectors(const StepLayer<Real>& l, const StepSizes& s, Real* tiles) {
 
 // Memory a block works with begins as zeros: what pads the tiles is never written by anything else than a program.
 template <class Real>
-struct TileCarve : Carve<Real> {
+struct TileCarve : Arena<Real> {
   Real* tiles(int64_t count, const StepSizes& s) { return this->take(count * s.tile); }
 };
+
+}  // namespace
+}  // namespace unvanish::UV_ISA

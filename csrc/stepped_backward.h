@@ -1,6 +1,20 @@
 // The way back of a cell given by programs: errors from the last step read to the first, and the gradients of everything.
 //
 // The errors at the gates of a chunk of steps stay in the cache until the chunk's part of the weights' gradients is added.
+#pragma once
+
+#include <cstdint>
+
+#include "interpreter.h"
+#include "pool.h"
+#include "product.h"
+#include "program.h"
+#include "sequence.h"
+#include "stepped.h"
+#include "vector.h"
+
+namespace unvanish::UV_ISA {
+namespace {
 
 template <class Real>
 class StepBackward {
@@ -17,7 +31,7 @@ class StepBackward {
   }
 
   void run(int threads) const {
-    for_blocks(s.blocks, threads, 1, [&](int64_t number, int slot, Member) {
+    for_blocks(s.blocks, threads, 1, [&](int64_t number, int slot, TeamMember) {
       const int64_t first = number * s.block_rows, rows = smaller(s.block_rows, l.B - first);
       if (rows > 0) block(number, StepWalk<Real>{l, first, rows}, Work(*this, memory_.get() + slot * Work(*this, nullptr).size));
     });
@@ -52,7 +66,7 @@ class StepBackward {
       });
       input_errors = run.shared_ ? errors[0] : Blocked<Real>{this->take(most * run.width(c.G)), most};
       used = this->size;
-      this->take(kApart / static_cast<int64_t>(sizeof(Real)));
+      this->take(kThreadPadding / static_cast<int64_t>(sizeof(Real)));
     }
 
     Real *carried, *arrived;        // [A, tile] errors from later steps; with those of step t
@@ -232,7 +246,7 @@ class StepBackward {
     template <int M, int NV>
     UV_INLINE void multiply(Vec<Real> (&acc)[M][NV], int64_t first, const Real* panel) const {
       for (int64_t k = 0; k < count; ++k)
-        Rows<Real>{data + k * tile, Hp}.template multiply<M, NV>(acc, first, H, panel + k * H * NV * L, Nowhere());
+        Rows<Real>{data + k * tile, Hp}.template multiply<M, NV>(acc, first, H, panel + k * H * NV * L, NoPrefetch());
     }
   };
 
@@ -377,3 +391,6 @@ class StepBackward {
   Scratch<double> dv_;
   Scratch<Real> memory_;
 };
+
+}  // namespace
+}  // namespace unvanish::UV_ISA

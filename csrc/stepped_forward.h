@@ -1,4 +1,18 @@
 // The way forward of a cell given by programs.
+#pragma once
+
+#include <cstdint>
+
+#include "interpreter.h"
+#include "pool.h"
+#include "product.h"
+#include "program.h"
+#include "sequence.h"
+#include "stepped.h"
+#include "vector.h"
+
+namespace unvanish::UV_ISA {
+namespace {
 
 template <class Real>
 class StepForward {
@@ -24,7 +38,7 @@ class StepForward {
   }
 
   void run(int threads) const {
-    for_blocks(s.blocks, threads, 1, [&](int64_t number, int slot, Member) {
+    for_blocks(s.blocks, threads, 1, [&](int64_t number, int slot, TeamMember) {
       const int64_t first = number * s.block_rows, rows = smaller(s.block_rows, l.B - first);
       if (rows > 0) block(StepWalk<Real>{l, first, rows}, Work(*this, memory_.get() + slot * Work(*this, nullptr).size));
     });
@@ -41,7 +55,7 @@ class StepForward {
       early = this->take(Interpreter<Real>::memory(c.early));
       step = this->take(Interpreter<Real>::memory(c.forward));
       used = this->size;
-      this->take(kApart / static_cast<int64_t>(sizeof(Real)));
+      this->take(kThreadPadding / static_cast<int64_t>(sizeof(Real)));
     }
 
     Real *now, *next;    // [A, tile] the states at t − 1 and t
@@ -147,8 +161,8 @@ class StepForward {
           Vec<Real> acc[M][kWide];
           for (auto& row : acc)
             for (int v = 0; v < kWide; ++v) row[v] = load(bias + v * L);
-          if (g.x) x.template multiply<M, kWide>(acc, r0, l.I, panel, Nowhere());
-          if (g.source >= 0) state.template multiply<M, kWide>(acc, r0, l.H, panel + (g.x ? l.I * s.wide : 0), Nowhere());
+          if (g.x) x.template multiply<M, kWide>(acc, r0, l.I, panel, NoPrefetch());
+          if (g.source >= 0) state.template multiply<M, kWide>(acc, r0, l.H, panel + (g.x ? l.I * s.wide : 0), NoPrefetch());
           for (int r = 0; r < M; ++r)
             for (int v = 0; v < kWide; ++v)
               if (to[v] != nullptr) store(to[v] + (r0 + r) * s.Hp, acc[r][v]);
@@ -181,3 +195,6 @@ class StepForward {
   int64_t offset_[kMostGates];
   Scratch<Real> weights_, bias_, memory_;
 };
+
+}  // namespace
+}  // namespace unvanish::UV_ISA

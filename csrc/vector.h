@@ -1,7 +1,20 @@
-// Vectors of one instruction set, and the functions the cells need of them. Included once per instruction set, in a namespace of its own;
-// no standard templates here, whose copies the linker could mix up between instruction sets.
+// Vectors of one instruction set, and the functions of them that the cells need.
 //
-// UV_BYTES is the width of a vector.
+// The kernels' headers are compiled once per instruction set (isa.cpp), in a namespace named after it, UV_ISA, and in an unnamed one within
+// it, so that the linker can't merge copies for different instruction sets. For the same reason no header of the kernels uses templates of
+// the standard library. UV_BYTES is the width of a vector.
+#pragma once
+
+#include <cstdint>
+
+// isa.cpp is compiled with both. These stand in where an editor or a linter opens a header by itself.
+#if !defined(UV_ISA)
+#define UV_ISA baseline
+#define UV_BYTES 16
+#endif
+
+namespace unvanish::UV_ISA {
+namespace {
 
 template <class Real>
 struct VectorOf;
@@ -235,3 +248,6 @@ UV_INLINE Vec<Real> split_exponent(Vec<Real> x, Ints<Real>& exponent) {
   const Vec<Real> mantissa = bits<Real>((word & ~(Ints<Real>{} + (((C::bias * 2 + 1)) << C::mantissa))) | unit);
   return x == x ? mantissa : x;
 }
+
+}  // namespace
+}  // namespace unvanish::UV_ISA

@@ -16,7 +16,7 @@ import unvanish as uv
 from tests.strategies import LayerCase, layer_cases
 from tests.test_engine import outcome
 from unvanish.cells import CELLS, Weights
-from unvanish.engine import native, native_trace
+from unvanish.engine import native, native_trace, operators
 
 pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=f"native rung: {native.MISSING}")
 
@@ -171,7 +171,7 @@ def test_a_samples_result_does_not_depend_on_its_neighbours(name: str, ragged: b
 def test_trace_and_adjoint_equal_the_manual_ones(name: str, lengths: Tensor) -> None:
     # Fill the pool with NaN, so that whatever is read without having been written shows.
     for count in range(1, 4000, 64):
-        native._call("empty", torch.float64)(count).fill_(torch.nan)
+        native.call("empty", torch.float64, count).fill_(torch.nan)
     for P in (0, 3) if name == "lstm" else (0,):
         for reverse in (False, True):
             case = layer(name, 9, len(lengths), 4, 19, torch.float64, P)
@@ -254,7 +254,7 @@ def test_operators_pass_torchs_own_checks(name: str) -> None:
     h0, c0 = (*case.state, None)[:2]
     number = native.NUMBER[name]
     arguments = (case.x, h0, c0, *case.weights[:5], None, number, False, 0.0, True, 0.05)
-    torch.library.opcheck(native.forward_operator, arguments)
+    torch.library.opcheck(operators.forward_operator, arguments)
 
 
 def test_modes_see_the_operators_and_change_no_number() -> None:

@@ -1,6 +1,6 @@
 """Which rung runs a sequence, and why."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import manual, native, native_trace, recording, reference
+from unvanish.engine import manual, native, native_trace, operators, recording, reference
 from unvanish.engine.checks import check_errors, check_layer, whole_lengths
 from unvanish.engine.sequence import transform
 
-RUNGS = {"native": native.run, "manual": manual.run, "reference": reference.run}
+RUNGS = {"native": operators.run, "manual": manual.run, "reference": reference.run}
 """Fastest first; the dispatch takes the first that supports the call."""
 
 # A plain global: torch.compile guards on it, which it can't do with a context variable.
@@ -33,10 +33,10 @@ class Choice:
         return "\n".join([*lines, f"{self.rung}: runs" + ("" if self.how is None else f" {self.how}")])
 
 
-def _obstacle(rung: str, cell: Cell, x: Tensor) -> str | None:
-    """Why `rung` can't run this cell over x, or None if it can."""
+def _obstacle(rung: str, cell: Cell, x: Tensor, others: Sequence[Tensor | None]) -> str | None:
+    """Why `rung` can't run this cell over x, with `others` as states and weights, or None if it can."""
     if rung == "native":
-        return native.obstacle(cell, x)
+        return native.obstacle(cell, x, others)
     if rung == "manual":
         if not x.dtype.is_floating_point:
             return f"its adjoint is for real floating dtypes, the input is {x.dtype}"
@@ -67,8 +67,9 @@ def _how(rung: str, cell: Cell, x: Tensor) -> str | None:
     return manual.how(cell, x) if rung == "manual" else None
 
 
-def explain(cell: Cell, x: Tensor, rung: str | None = None) -> Choice:
-    """The rung that `run` takes for this cell and an input like x, and why not a faster one.
+def explain(cell: Cell, x: Tensor, rung: str | None = None, others: Sequence[Tensor | None] = ()) -> Choice:
+    """The rung that `run` takes for this cell, an input like x, and states and weights like `others`; and why not a
+    faster one. Tensors that are left out count as ordinary.
 
     Raises:
         ValueError: `rung` names no rung.
@@ -76,14 +77,14 @@ def explain(cell: Cell, x: Tensor, rung: str | None = None) -> Choice:
     """
     forced = _known(rung) if rung is not None else _forced
     if forced is not None:
-        why = _obstacle(forced, cell, x)
+        why = _obstacle(forced, cell, x, others)
         if why is not None:
             raise RuntimeError(f"rung {forced!r} was forced, but can't run here: {why}; force another or none")
-        others = {name: "another rung was forced" for name in RUNGS if name != forced}
-        return Choice(forced, others, _how(forced, cell, x))
+        declined = {name: "another rung was forced" for name in RUNGS if name != forced}
+        return Choice(forced, declined, _how(forced, cell, x))
     declined: dict[str, str] = {}
     for name in RUNGS:
-        why = _obstacle(name, cell, x)
+        why = _obstacle(name, cell, x, others)
         if why is None:
             return Choice(name, declined, _how(name, cell, x))
         declined[name] = why
@@ -127,7 +128,7 @@ def run(
     lengths = None if lengths is None else whole_lengths(lengths, x)
     if clip is not None and (isinstance(clip, bool) or not (isinstance(clip, int | float) and clip > 0)):
         raise ValueError(f"clip: expected a positive norm or None, got {clip!r}")
-    runs = explain(cell, x, rung).rung
+    runs = explain(cell, x, rung, (*state, *w)).rung
     if record is None:
         return RUNGS[runs](cell, x, state, w, lengths, reverse, clip)
     if runs != "native":
@@ -143,7 +144,7 @@ def trace(
     lengths = None if lengths is None else whole_lengths(lengths, x)
     inputs = (x, *state, *w)
     differentiable = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    if differentiable or explain(cell, x).rung != "native":
+    if differentiable or explain(cell, x, others=(*state, *w)).rung != "native":
         return manual.trace(cell, x, state, w, lengths, reverse)
     return native_trace.trace(cell, x, state, w, lengths, reverse)
 

@@ -1,22 +1,22 @@
-"""The native rung: C++ kernels for float32 and float64 on the CPU, as operators that torch.compile can see.
+"""The C++ kernels for float32 and float64 on the CPU, called with the addresses of their arrays.
 
-What the forward pass keeps for the backward lies in the kernels' own layout: `gates` `[T, B, saved]` and `cells`
-`[T, B, padded]`.
+The kernels trust what they are given: `obstacle` says which tensors they can't read; `unvanish.engine.checks`, or
+`operator_checks` where an operator is called by itself, checks the rest. What the forward pass keeps for the backward
+lies in the kernels' own layout: `gates` `[T, B, saved]` and `cells` `[T, B, padded]`.
 """
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch import Tensor
 
-from unvanish.cells import CELLS, Cell, State, Weights
-from unvanish.engine import reference
-from unvanish.engine.sequence import Sorted, sort, transform
+from unvanish.cells import CELLS, Cell, Weights
+from unvanish.engine import torch_internals
+from unvanish.engine.sequence import Sorted, transform
 
 try:
     from unvanish import _native
@@ -27,12 +27,13 @@ else:
     MISSING = ""
 
 NUMBER = {name: i for i, name in enumerate(("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru"))}
-_KINDS = {name: type(CELLS[name]) for name in NUMBER}
+_CELLS = tuple(CELLS[name] for name in NUMBER)
+_KINDS = {cell.name: type(cell) for cell in _CELLS}
 _SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
 
 
-def obstacle(cell: Cell, x: Tensor) -> str | None:
-    """Why the kernels can't run this cell over x, or None if they can."""
+def obstacle(cell: Cell, x: Tensor, others: Iterable[Tensor | None] = ()) -> str | None:
+    """Why the kernels can't run this cell over x, with `others` as states and weights, or None if they can."""
     if MISSING:
         return MISSING
     if type(cell) is not _KINDS.get(cell.name):
@@ -43,7 +44,38 @@ def obstacle(cell: Cell, x: Tensor) -> str | None:
         return f"its kernels are for float32 and float64, the input is {x.dtype}"
     if x.numel() == 0:
         return "the input is empty"
-    return transform()
+    return transform() or unreadable((x, *others))
+
+
+def unreadable(given: Iterable[Tensor | None]) -> str | None:
+    """Why the kernels can't read the memory of these tensors, or None if they can. A graph that is being captured holds
+    the operator, which is called with other tensors later."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch_internals.mode_active():
+        if torch_internals.captures_graph():
+            return None
+        if torch_internals.fake_mode_active():
+            return "a FakeTensorMode is active, whose tensors have no memory to read"
+    odd = torch_internals.odd_one(given)
+    if odd is None:
+        return None
+    return f"its kernels read plain memory, and a tensor of shape {tuple(odd.shape)} {torch_internals.kind(odd)}"
+
+
+def arrived(d: Tensor | None) -> Tensor | None:
+    """An error that autograd or a caller hands in, as the kernels read it.
+
+    Raises:
+        RuntimeError: it has no plain memory.
+    """
+    if d is None:
+        return None
+    d = torch_internals.materialised(d)
+    why = unreadable((d,))
+    if why is not None:
+        raise RuntimeError(f"error: {why}")
+    return d.contiguous()
 
 
 def isa(dtype: torch.dtype = torch.float32) -> str:
@@ -54,7 +86,7 @@ def isa(dtype: torch.dtype = torch.float32) -> str:
     """
     if MISSING:
         raise RuntimeError(f"isa: no kernels run here, {MISSING}")
-    return _forced_isa() or _call("isa", dtype)()
+    return forced_isa() or call("isa", dtype)
 
 
 class Layout(NamedTuple):
@@ -67,7 +99,7 @@ class Layout(NamedTuple):
 
 def layout(cell: Cell, H: int, dtype: torch.dtype) -> Layout:
     """Vector lanes, H rounded up to whole blocks, and the width of what is kept of the gates."""
-    return Layout(*_call("layout", dtype)(NUMBER[cell.name], H, _forced_isa()))
+    return Layout(*call("layout", dtype, NUMBER[cell.name], H, forced_isa()))
 
 
 def block_rows(B: int) -> int:
@@ -75,39 +107,78 @@ def block_rows(B: int) -> int:
     return _native.block_rows(B)
 
 
-def _keeps_gates(cell: Cell, H: int, kept: Layout) -> bool:
+def keeps_gates(cell: Cell, H: int, kept: Layout) -> bool:
     """A plain RNN's gate is its state: where H fills whole blocks, y lies as the kernels would keep it."""
     return len(cell.gates) > 1 or kept.saved != H
 
 
-def _forced_isa() -> str | None:
+def forced_isa() -> str | None:
     return os.environ.get("UNVANISH_ISA")
 
 
-def _call(name: str, dtype: torch.dtype) -> Any:
-    return getattr(_native, f"{name}_{_SUFFIX[dtype]}")
+def call(name: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    """What the extension's function of this name returns for this dtype."""
+    return getattr(_native, f"{name}_{_SUFFIX[dtype]}")(*args, **kwargs)
 
 
-def _pooled(like: Tensor, *shape: int) -> Tensor:
+def pooled(like: Tensor, *shape: int) -> Tensor:
     """Uninitialised memory that goes back to the kernels' pool: fresh pages cost as much as the arithmetic. What is
     small malloc keeps mapped itself."""
     count = math.prod(shape)
     if count * like.element_size() < 2**17:
         return like.new_empty(shape)
-    return _call("empty", like.dtype)(count).view(shape)
+    return call("empty", like.dtype, count).view(shape)
 
 
-def _address(v: Tensor | None) -> int:
+def address(v: Tensor | None) -> int:
+    """Where v lies; 0, the null pointer, for what does not exist: None, or an empty tensor."""
     return 0 if v is None else v.data_ptr()
 
 
-def _sizes(x: Tensor, w_ih: Tensor, w_hh: Tensor, cell: int) -> tuple[int, ...]:
+def _layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    lengths: Tensor | None,
+    cell: int,
+    reverse: bool,
+) -> dict[str, int]:
+    """What both kernels are given of a layer, by the names in csrc/bindings.cpp."""
+    T, B, n_in, H, R = sizes(x, w_ih, w_hh, cell)
+    return {
+        "cell": cell,
+        "reverse": reverse,
+        "T": T,
+        "B": B,
+        "I": n_in,
+        "H": H,
+        "R": R,
+        "lengths": address(lengths),
+        "x": x.data_ptr(),
+        "h0": h0.data_ptr(),
+        "c0": address(c0),
+        "w_ih": w_ih.data_ptr(),
+        "w_hh": w_hh.data_ptr(),
+        "b_ih": address(b_ih),
+        "b_hh": address(b_hh),
+        "w_hr": address(w_hr),
+    }
+
+
+def sizes(x: Tensor, w_ih: Tensor, w_hh: Tensor, cell: int) -> tuple[int, ...]:
+    """T, B, I, H, R."""
     T, B, n_in = x.shape
-    return T, B, n_in, w_ih.shape[0] // len(_cell(cell).gates), w_hh.shape[1]
+    return T, B, n_in, w_ih.shape[0] // len(cell_of(cell).gates), w_hh.shape[1]
 
 
-def _cell(number: int) -> Cell:
-    return CELLS[list(NUMBER)[number]]
+def cell_of(number: int) -> Cell:
+    """The cell that the kernels know by this number."""
+    return _CELLS[number]
 
 
 def forward(
@@ -125,48 +196,53 @@ def forward(
     clip: float,
     save: bool,
     closed: float,
+    clear: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, final h, final c, gates, cells), then the gates' (mean, saturated, Σ ln carry) with `closed` > 0; what does
-    not exist is empty."""
-    T, B, _, H, R = sizes = _sizes(x, w_ih, w_hh, cell)
-    has_c, kept = c0 is not None, layout(_cell(cell), H, x.dtype)
-    y, h = _pooled(x, T, B, R), x.new_empty(B, R)
-    c = x.new_empty(B, H) if has_c else x.new_empty(0)
-    apart = _keeps_gates(_cell(cell), H, kept)
-    gates = _pooled(x, T * B * kept.saved) if save and apart else x.new_empty(0)
-    cells = _pooled(x, T * B * kept.padded) if save and has_c else x.new_empty(0)
-    inputs = [_address(v) for v in (lengths, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y)]
-    states = [_address((gates if apart else y) if save else None), _address(cells if save and has_c else None)]
-    outs = [_address(h), _address(c if has_c else None)]
-    statistics = _statistics_shapes(x, T, B, H, cell, closed)
-    wanted = [_address(v if v.numel() else None) for v in statistics]
-    _call("forward", x.dtype)(
-        cell, reverse, sizes, inputs + states, outs, closed, wanted, torch.get_num_threads(), _forced_isa()
+    not exist is empty. Where a sample is inactive `gates` and `cells` are undefined, or 0 with `clear`."""
+    T, B, _, H, R = sizes(x, w_ih, w_hh, cell)
+    y, h = pooled(x, T, B, R), x.new_empty(B, R)
+    c = x.new_empty(0) if c0 is None else x.new_empty(B, H)
+    gates, cells, kept_gates = x.new_empty(0), x.new_empty(0), None
+    if save:
+        kept = layout(cell_of(cell), H, x.dtype)
+        if keeps_gates(cell_of(cell), H, kept):
+            kept_gates = gates = pooled(x, T * B * kept.saved)
+        else:
+            kept_gates = y
+        if c0 is not None:
+            cells = pooled(x, T * B * kept.padded)
+        if clear and lengths is not None:
+            gates.zero_()
+            cells.zero_()
+    mean, saturated, log_carry = statistics = statistics_shapes(x, T, B, H, cell, closed)
+    call(
+        "forward",
+        x.dtype,
+        forced_isa(),
+        torch.get_num_threads(),
+        **_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse),
+        y=y.data_ptr(),
+        gates=address(kept_gates),
+        cells=address(cells),
+        h=h.data_ptr(),
+        c=address(c),
+        closed=closed,
+        mean=address(mean),
+        saturated=address(saturated),
+        log_carry=address(log_carry),
     )
     return y, h, c, gates, cells, *statistics
 
 
-def _statistics_shapes(x: Tensor, T: int, B: int, H: int, cell: int, closed: float) -> tuple[Tensor, Tensor, Tensor]:
-    G = len(_cell(cell).gates)
-    like = partial(x.new_full, fill_value=torch.nan, dtype=torch.float64)
+def statistics_shapes(x: Tensor, T: int, B: int, H: int, cell: int, closed: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gates' (mean, saturated, Σ ln carry), to be written; empty where `closed` is 0."""
+    G = len(cell_of(cell).gates)
     if not closed:
-        return like((0,)), like((0,)), like((0,))
+        empty = partial(x.new_empty, 0, dtype=torch.float64)
+        return empty(), empty(), empty()
+    like = partial(x.new_full, fill_value=torch.nan, dtype=torch.float64)
     return like((T, B, G)), like((T, B, G)), like((H if G > 1 else 0,))
-
-
-# What torch.compile and export see; calls outside any graph go to the functions themselves.
-forward_operator = torch.library.custom_op("unvanish::forward", forward, mutates_args=())
-
-
-@forward_operator.register_fake
-def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, clip, save, closed):
-    T, B, _, H, R = _sizes(x, w_ih, w_hh, cell)
-    kept = layout(_cell(cell), H, x.dtype)
-    nothing = x.new_empty(0)
-    c = x.new_empty(B, H) if c0 is not None else nothing
-    gates = x.new_empty(T * B * kept.saved) if save and _keeps_gates(_cell(cell), H, kept) else nothing.clone()
-    cells = x.new_empty(T * B * kept.padded) if save and c0 is not None else nothing.clone()
-    return x.new_empty(T, B, R), x.new_empty(B, R), c, gates, cells, *_statistics_shapes(x, T, B, H, cell, closed)
 
 
 def backward(
@@ -194,25 +270,46 @@ def backward(
 ) -> list[Tensor]:
     """[dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr], then [δh, δc, δa, δa_hh] if want_delta, then the norms of
     [h, c, a, w] if want_norms; empty where absent."""
-    sizes = _sizes(x, w_ih, w_hh, cell)
     ragged = lengths is not None
     wants = want_dx, want_delta, want_norms
-    out = _gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, *wants, ragged, _pooled)
-    present = [v if v.numel() else None for v in out]
-    dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *rest = present
-    delta, norms = rest[: 4 * want_delta], rest[4 * want_delta :]
-    if not _keeps_gates(_cell(cell), sizes[3], layout(_cell(cell), sizes[3], x.dtype)):
-        gates = y
-    kept = [_address(v) for v in (lengths, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates)]
-    kept.append(_address(cells if c0 is not None else None))
-    wanted = [dy, dh, dc, dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0, *(delta or [None] * 4)]
-    addresses, measured = [_address(v) for v in wanted], [_address(v) for v in norms or [None] * 4]
-    threads = torch.get_num_threads()
-    _call("backward", x.dtype)(cell, reverse, sizes, kept, addresses, clip, measured, threads, _forced_isa())
+    out = gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, *wants, ragged, pooled)
+    dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *rest = out
+    delta_h, delta_c, delta_a, delta_a_hh = rest[:4] if want_delta else [None] * 4
+    norm_h, norm_c, norm_a, norm_w = rest[-4:] if want_norms else [None] * 4
+    call(
+        "backward",
+        x.dtype,
+        forced_isa(),
+        torch.get_num_threads(),
+        **_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse),
+        y=y.data_ptr(),
+        gates=address(gates) or y.data_ptr(),
+        cells=address(cells),
+        dy=address(dy),
+        dh=address(dh),
+        dc=address(dc),
+        clip=clip,
+        dx=address(dx),
+        dw_ih=dw_ih.data_ptr(),
+        dw_hh=dw_hh.data_ptr(),
+        db_ih=address(db_ih),
+        db_hh=address(db_hh),
+        dw_hr=address(dw_hr),
+        dh0=dh0.data_ptr(),
+        dc0=address(dc0),
+        delta_h=address(delta_h),
+        delta_c=address(delta_c),
+        delta_a=address(delta_a),
+        delta_a_hh=address(delta_a_hh),
+        norm_h=address(norm_h),
+        norm_c=address(norm_c),
+        norm_a=address(norm_a),
+        norm_w=address(norm_w),
+    )
     return out
 
 
-def _gradient_shapes(
+def gradient_shapes(
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
@@ -228,11 +325,12 @@ def _gradient_shapes(
     ragged: bool = True,
     empty: Callable[..., Tensor] = Tensor.new_empty,
 ) -> list[Tensor]:
+    """What `backward` returns, to be written."""
     like = (h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     out = [empty(x, *x.shape) if want_dx else x.new_empty(0)]
     out += [x.new_empty(0) if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in like]
-    T, B, _, H, R = _sizes(x, w_ih, w_hh, cell)
-    G = len(_cell(cell).gates)
+    T, B, _, H, R = sizes(x, w_ih, w_hh, cell)
+    G = len(cell_of(cell).gates)
     if want_delta:
         shapes = ((T, B, R), (T, B, H) if c0 is not None else (0,), (T, B, G * H), (T, B, G * H) if G == 3 else (0,))
         # Where a sample is inactive nothing is written.
@@ -244,110 +342,7 @@ def _gradient_shapes(
     return out
 
 
-def _gradients(*given: Any) -> tuple[Tensor, ...]:
-    """The gradients of `backward`, as many as there always are: for a list of them torch knows no way to batch it."""
-    return tuple(backward(*given, want_delta=False, want_norms=False))
-
-
-backward_operator = torch.library.custom_op(
-    "unvanish::backward",
-    _gradients,
-    mutates_args=(),
-    schema="(Tensor? dy, Tensor? dh, Tensor? dc, Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, "
-    "Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? lengths, Tensor y, Tensor gates, Tensor cells, "
-    "int cell, bool reverse, float clip, bool want_dx) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@backward_operator.register_fake
-def _(dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, y, gates, cells, cell, reverse, clip, want_dx):
-    return tuple(_gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, want_dx, False, False))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, cell, reverse, clip, _, _ = inputs
-    y, _, _, gates, cells, *statistics = output
-    ctx.save_for_backward(*tensors, y, gates, cells)
-    ctx.cell, ctx.reverse, ctx.clip = cell, reverse, clip
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(gates, cells, *statistics)
-
-
-def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    # Read once: a checkpoint recomputes them for it.
-    saved = ctx.saved_tensors
-    x, h0, c0, *weights, lengths, _, _, _ = saved
-    nothing = (None,) * 5
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        cell, state = _cell(ctx.cell), (h0,) if c0 is None else (h0, c0)
-        clip = ctx.clip or None
-        found = reference.gradients(
-            cell, x, state, Weights(*weights), lengths, ctx.reverse, clip, dy, (dh,) if c0 is None else (dh, dc)
-        )
-        dx, dh0, *rest = found
-        dc0 = None if c0 is None else rest.pop(0)
-        return dx, dh0, dc0, *rest[:5], None, *nothing
-    d = [None if v is None else v.contiguous() for v in (dy, dh, dc)]
-    want_dx = ctx.needs_input_grad[0]
-    run: Any = _gradients if _is_eager(*d, *saved) else backward_operator
-    out = run(*d, *saved, ctx.cell, ctx.reverse, ctx.clip, want_dx)
-    found = [g if like is not None else None for g, like in zip(out, (x, h0, c0, *weights), strict=True)]
-    return (found[0] if want_dx else None, *found[1:], None, *nothing)
-
-
-torch.library.register_autograd("unvanish::forward", _autograd, setup_context=_setup_context)
-
-
-class _Eager(torch.autograd.Function):
-    """The operator without torch's dispatcher, which takes longer than a short sequence does."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_autograd)
-
-
-def _is_eager(*tensors: Tensor | None) -> bool:
-    """Whether nothing but autograd looks on: no graph is captured, no mode or transform is active, and no tensor is of
-    a kind of its own."""
-
-    def plain(v: Tensor) -> bool:
-        return type(v) in (Tensor, nn.Parameter) and not _functorch.is_legacy_batchedtensor(v)
-
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and all(v is None or plain(v) for v in tensors)
-    )
-
-
 def prepared(given: Sorted, w: Weights) -> list[Tensor | None]:
     """What the kernels read, as they want it: x, h0, c0, w, lengths."""
     h0, c0 = (*given.state, None)[:2]
     return [*(None if v is None else v.contiguous() for v in (given.x, h0, c0, *w[:5])), given.lengths]
-
-
-def run(
-    cell: Cell,
-    x: Tensor,
-    state: State,
-    w: Weights,
-    lengths: Tensor | None = None,
-    reverse: bool = False,
-    clip: float | None = None,
-) -> tuple[Tensor, State]:
-    """(y, final state) for x `[T, B, I]`; see `unvanish.engine.run`."""
-    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, *state, *w))
-    given = sort(x, state, lengths)
-    inputs = prepared(given, w)
-    apply: Any = forward_operator if not _is_eager(*inputs) else _Eager.apply if save else forward
-    y, h, c, *_ = apply(*inputs, NUMBER[cell.name], reverse, clip or 0.0, save, 0.0)
-    final = (h, c)[: len(cell.states)]
-    if given.back is None:
-        return y, final
-    return y.index_select(1, given.back), tuple(s.index_select(0, given.back) for s in final)

@@ -68,7 +68,7 @@ def adjoint(
     order = None if given.back is None else torch.argsort(given.back)
 
     def arrange(v: Tensor | None, dim: int) -> Tensor | None:
-        return None if v is None else (v if order is None else v.index_select(dim, order)).contiguous()
+        return native.arrived(v if v is None or order is None else v.index_select(dim, order))
 
     dh, dc = (*(arrange(d, 0) for d in dfinal), None)[:2]
     saved: Any = (*native.prepared(given, tr.weights), y, gates, cells)

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._C import _autograd
 
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import manual, native, native_trace, reference
+from unvanish.engine import manual, native, native_trace, operators, reference, torch_internals
 from unvanish.engine.checks import check_errors, check_layer, whole_lengths
+from unvanish.engine.operator_checks import check_backward
 from unvanish.engine.sequence import add, sort
 
 SATURATED = 0.05
@@ -70,6 +70,9 @@ class Pass:
 
     def __init__(self, cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None, reverse: bool) -> None:
         check_layer(cell, x, state, w)
+        why = native.obstacle(cell, x, (*state, *w))
+        if why is not None:
+            raise RuntimeError(f"record: only the native rung records, and it can't run here: {why}; use engine.trace")
         lengths = None if lengths is None else whole_lengths(lengths, x)
         self.cell, self.x, self.state, self.weights = cell, x, state, w
         self.lengths, self.reverse = lengths, reverse
@@ -124,6 +127,7 @@ class _Recorded(torch.autograd.Function):
         ctx.save_for_backward(*inputs, y, *kept)
         ctx.record, ctx.cell, ctx.back, ctx.reverse, ctx.clip = record, cell, back, reverse, clip
         ctx.errors = None
+        ctx.intact = not torch_internals.saved_tensors_hooked()
         ctx.set_materialize_grads(False)
         return (y, h, c)[: 1 + len(cell.states)]
 
@@ -132,11 +136,17 @@ class _Recorded(torch.autograd.Function):
         # Read once: a checkpoint recomputes them for it.
         saved = ctx.saved_tensors
         x, h0, c0, *weights, lengths, _, _, _ = saved
-        want_dx, listening = ctx.needs_input_grad[5], ctx.record.listening
         given = [*errors, None][:3]
+        # Errors that arrive in a batch, or with no memory of their own, are not measured: the operator takes them.
+        direct = operators.is_direct(*(None if d is None else torch_internals.materialised(d) for d in given))
+        want_dx, listening = ctx.needs_input_grad[5], ctx.record.listening and direct
         out = None
         if listening or not torch.is_grad_enabled():
-            out = _recorded_backward(ctx, saved, given, want_dx, listening)
+            if direct:
+                out = _recorded_backward(ctx, saved, given, want_dx, listening)
+            else:
+                number, clip = native.NUMBER[ctx.cell.name], ctx.clip or 0.0
+                out = operators.gradients(given, saved, number, ctx.reverse, clip, want_dx, direct=False)
         if torch.is_grad_enabled():
             state = (h0,) if c0 is None else (h0, c0)
             dx, dh0, *rest = reference.gradients(
@@ -166,7 +176,10 @@ def _measured_backward(
 ) -> tuple[list[Tensor], tuple[Norms, Weights, Replay] | None]:
     """(all gradients, what the recorder is to be notified of)."""
     how = _how(ctx.cell, ctx.reverse, ctx.clip)
-    now: Any = [None if d is None else d.contiguous() for d in errors]
+    now: Any = [native.arrived(d) for d in errors]
+    if not ctx.intact:
+        check_backward(*now, *saved, cell=how["cell"], clip=how["clip"])
+        saved = [None if v is None else v.contiguous() for v in saved]
     first = ctx.errors is None
     out = native.backward(*now, *saved, **how, want_dx=want_dx, want_delta=False, want_norms=listening and first)
     if not listening:
@@ -178,7 +191,7 @@ def _measured_backward(
     else:
         norms = native.backward(*total, *saved, **how, want_dx=False, want_delta=False, want_norms=True)[8:]
     # Only for a graph that outlives this backward: held for nothing, they cost the next step fresh pages.
-    ctx.errors = total if _autograd._get_current_graph_task_keep_graph() else None
+    ctx.errors = total if torch_internals.keeps_graph() else None
     x, h0, c0, *weights, lengths, _, _, _ = saved
     w = Weights(*weights)
 
@@ -219,7 +232,7 @@ def _in_order(v: Tensor, dim: int, back: Tensor | None) -> Tensor:
 
 
 def _contiguous(v: Tensor | None, dim: int, order: Tensor | None) -> Tensor | None:
-    return None if v is None else _in_order(v, dim, order).contiguous()
+    return native.arrived(None if v is None else _in_order(v, dim, order))
 
 
 def _present(gradients: list[Tensor], w: Weights) -> Weights:

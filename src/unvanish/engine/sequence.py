@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from unvanish.cells import State
+from unvanish.engine import torch_internals
 
 
 def active_steps(lengths: Tensor | None, T: int, device: torch.device) -> Tensor | None:
@@ -102,8 +102,8 @@ def vjp(
 def transform() -> str | None:
     """What asks for a graph of autograd's own operations, which a hand-written adjoint does not leave; None: nothing
     does."""
-    if torch._C._are_functorch_transforms_active():
+    if torch_internals.transform_active():
         return "a torch.func transform is active, which needs autograd's own graph"
-    if forward_ad._current_level >= 0:
+    if torch_internals.forward_mode_active():
         return "forward-mode differentiation is active, which needs autograd's own graph"
     return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import native, reference
+from unvanish.engine import native, reference, torch_internals
 from unvanish.engine.program import Programs, programs
 from unvanish.engine.sequence import transform
 
@@ -52,8 +52,11 @@ def obstacle(cell: Cell, x: Tensor, state: State = (), w: Weights | None = None)
         return "the input is empty"
     if w is not None and w.w_hr is not None:
         return "programs have no projection"
-    if not native._is_eager(x, *state, *(w or ())):
-        return transform() or "a graph is captured, a mode is active, or a tensor is of a class of its own"
+    if torch.compiler.is_compiling() or torch_internals.mode_active():
+        return "a graph is captured or a mode is active, which would not see what the programs do"
+    why = transform() or native.unreadable((x, *state, *(w or ())))
+    if why is not None:
+        return why
     found = programs(cell, x.dtype, OPERATIONS)
     return f"no programs of its step: {found}" if isinstance(found, str) else None
 
@@ -74,49 +77,63 @@ class _Inputs(NamedTuple):
     state: State
     w: Weights
     lengths: Tensor | None
+    reverse: bool
 
-    def sizes(self) -> tuple[int, int, int, int]:
-        """T, B, I, H"""
+    def named(self, ran: Ran) -> dict[str, Any]:
+        """What both kernels are given of a layer, by the names in csrc/step_bindings.h."""
         T, B, n_in = self.x.shape
-        return T, B, n_in, self.state[0].shape[1]
-
-    def addresses(self, kept: Tensor | None) -> list[int]:
         w = self.w
-        return [native._address(v) for v in (self.lengths, self.x, w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.v, kept)]
+        return {
+            "reverse": self.reverse,
+            "T": T,
+            "B": B,
+            "I": n_in,
+            "H": self.state[0].shape[1],
+            "lengths": native.address(self.lengths),
+            "x": self.x.data_ptr(),
+            "w_ih": w.w_ih.data_ptr(),
+            "w_hh": native.address(w.w_hh),
+            "b_ih": native.address(w.b_ih),
+            "b_hh": native.address(w.b_hh),
+            "v": native.address(w.v),
+            "initial": _addresses(self.state),
+            "after": _addresses(ran.after),
+            "kept": native.address(ran.kept),
+        }
 
 
-def _contiguous(x: Tensor, state: State, w: Weights, lengths: Tensor | None) -> _Inputs:
+def _contiguous(x: Tensor, state: State, w: Weights, lengths: Tensor | None, reverse: bool) -> _Inputs:
     return _Inputs(
         x.contiguous(),
         tuple(s.contiguous() for s in state),
         Weights(*(None if v is None else v.contiguous() for v in w)),  # type: ignore[arg-type]
         None if lengths is None else lengths.contiguous(),
+        reverse,
     )
 
 
-def _all(tensors: tuple[Tensor | None, ...]) -> list[int]:
-    return [native._address(v) for v in tensors]
+def _addresses(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    return [native.address(v) for v in tensors]
 
 
 @torch.no_grad()
 def forward(cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None, reverse: bool, keep: bool) -> Ran:
     """Run forward; `keep`: what `backward` needs."""
-    given = _contiguous(x, state, w, lengths)
-    T, B, _, H = given.sizes()
+    given = _contiguous(x, state, w, lengths, reverse)
+    (T, B, _), H = x.shape, state[0].shape[1]
     found, built = _cell(cell, x.dtype, keep, totals=False)
-    after = tuple(native._pooled(x, T, B, H) if keep or a == 0 else None for a in range(len(state)))
+    after = tuple(native.pooled(x, T, B, H) if keep or a == 0 else None for a in range(len(state)))
     final = tuple(torch.empty_like(s, memory_format=torch.contiguous_format) for s in state)
     kept = None
     if keep:
-        lanes = native._call("layout", x.dtype)(0, H, native._forced_isa())[0]
-        kept = native._pooled(x, T, B, len(found.kept), math.ceil(H / lanes) * lanes)
-    run = native._call("step_forward", x.dtype)
-    threads = torch.get_num_threads()
-    run(
-        built, reverse, given.sizes(), given.addresses(kept), _all(given.state), _all(after), _all(final), threads,
-        native._forced_isa(),
+        lanes = native.call("layout", x.dtype, 0, H, native.forced_isa())[0]
+        kept = native.pooled(x, T, B, len(found.kept), math.ceil(H / lanes) * lanes)
+    ran = Ran(after, final, kept)
+    native.call(
+        "step_forward", x.dtype, built, native.forced_isa(), torch.get_num_threads(), **given.named(ran),
+        final=_addresses(final),
     )  # fmt: skip
-    return Ran(after, final, kept)
+    return ran
 
 
 @torch.no_grad()
@@ -135,26 +152,26 @@ def backward(
     want_deltas: bool,
 ) -> Back:
     """The errors of everything that `forward` read, from dy `[T, B, H]` and dfinal; None is zero."""
-    given = _contiguous(x, state, w, lengths)
-    T, B, _, H = given.sizes()
+    given = _contiguous(x, state, w, lengths, reverse)
+    (T, B, _), H = x.shape, state[0].shape[1]
     G, Q = len(cell.input_gates), len(cell.sources)
     found, built = _cell(cell, x.dtype, keep=True, totals=want_deltas)
-    dx = native._pooled(x, *x.shape) if want_dx else None
+    dx = native.pooled(x, *x.shape) if want_dx else None
     dinitial = tuple(torch.empty_like(s, memory_format=torch.contiguous_format) for s in state)
     grads = Weights(
         *(None if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in w)  # type: ignore[arg-type]
     )
-    dstate = tuple(native._pooled(x, T, B, H) if want_deltas else None for _ in state)
+    dstate = tuple(native.pooled(x, T, B, H) if want_deltas else None for _ in state)
     summed = found.p_from_q == list(range(Q))
-    dp = native._pooled(x, T, B, G * H) if want_deltas and not summed else None
-    dq = native._pooled(x, T, B, Q * H) if want_deltas and Q else None
-    arriving = [None if d is None else d.contiguous() for d in (dy, *dfinal)]
-    out = (arriving[0], dx, grads.w_ih, grads.w_hh, grads.b_ih, grads.b_hh, grads.v, dp, dq)
-    run = native._call("step_backward", x.dtype)
-    threads = torch.get_num_threads()
-    run(
-        built, reverse, given.sizes(), given.addresses(ran.kept), _all(given.state), _all(ran.after), _all(out),
-        _all(tuple(arriving[1:])), _all(dinitial), _all(dstate), clip or 0.0, threads, native._forced_isa(),
+    dp = native.pooled(x, T, B, G * H) if want_deltas and not summed else None
+    dq = native.pooled(x, T, B, Q * H) if want_deltas and Q else None
+    arriving = [native.arrived(d) for d in (dy, *dfinal)]
+    native.call(
+        "step_backward", x.dtype, built, native.forced_isa(), torch.get_num_threads(), **given.named(ran),
+        dy=native.address(arriving[0]), dfinal=_addresses(tuple(arriving[1:])), clip=clip or 0.0,
+        dx=native.address(dx), dw_ih=grads.w_ih.data_ptr(), dw_hh=native.address(grads.w_hh),
+        db_ih=native.address(grads.b_ih), db_hh=native.address(grads.b_hh), dv=native.address(grads.v),
+        dinitial=_addresses(dinitial), dstate=_addresses(dstate), dp=native.address(dp), dq=native.address(dq),
     )  # fmt: skip
     return Back(dx, dinitial, grads, dstate if want_deltas else None, dq if summed else dp, dq)  # type: ignore[arg-type]
 
@@ -177,7 +194,8 @@ class _Stepped(torch.autograd.Function):
         saved = ctx.saved_tensors
         x, state, w = saved[0], saved[1 : 1 + n], Weights(*saved[1 + n : 7 + n])
         lengths, kept, *after = saved[7 + n :]
-        if torch.is_grad_enabled():
+        odd = native.unreadable(None if d is None else torch_internals.materialised(d) for d in grads)
+        if torch.is_grad_enabled() or odd is not None:
             found = reference.gradients(cell, x, state, w, lengths, ctx.reverse, ctx.clip, dy, tuple(dfinal))
             return None, None, None, None, *found
         ran = Ran(tuple(after), (), kept)

@@ -1,0 +1,146 @@
+"""What the operators demand of their arguments before a kernel reads memory at an address."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from unvanish.engine import native
+
+_Shape = tuple[int, ...] | None
+
+
+def check_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    lengths: Tensor | None,
+    *,
+    cell: int,
+    clip: float,
+    save: bool,
+    closed: float,
+) -> None:
+    """The arguments of `unvanish::forward` fit each other; strides are free.
+
+    Raises:
+        ValueError: a shape or value does not fit, or an argument is missing or superfluous.
+        RuntimeError: a dtype, device or layout does not fit.
+    """
+    _check_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, clip)
+    if not 0 <= closed <= 1:
+        raise ValueError(f"closed: expected a share from 0 to 1, got {closed}")
+    if closed and not save:
+        raise ValueError("save: expected True where the gates are measured (closed > 0), got False")
+
+
+def check_backward(
+    dy: Tensor | None,
+    dh: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    lengths: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    *,
+    cell: int,
+    clip: float,
+) -> None:
+    """The arguments of `unvanish::backward` fit each other, and what forward returned fits them; strides are free.
+
+    Raises:
+        ValueError: a shape or value does not fit, or an argument is missing or superfluous.
+        RuntimeError: a dtype, device or layout does not fit.
+    """
+    T, B, H, R = _check_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, clip)
+    layer = native.cell_of(cell)
+    kept = native.layout(layer, H, x.dtype)
+    has_c = len(layer.states) > 1
+    # A cell without c returns an empty one, and compiled graphs hand back zeros of that shape.
+    for name, v, shape in (("dy", dy, (T, B, R)), ("dh", dh, (B, R)), ("dc", dc, (B, H) if has_c else (0,))):
+        if v is not None:
+            _check(name, v, shape, x)
+    _check("y", y, (T, B, R), x)
+    _check("gates", gates, (T * B * kept.saved if native.keeps_gates(layer, H, kept) else 0,), x)
+    _check("cells", cells, (T * B * kept.padded if has_c else 0,), x)
+
+
+def _check_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    lengths: Tensor | None,
+    cell: int,
+    clip: float,
+) -> tuple[int, int, int, int]:
+    """T, B, H, R of a layer whose arguments fit each other."""
+    names = tuple(native.NUMBER)
+    if not 0 <= cell < len(names):
+        raise ValueError(f"cell: expected 0 to {len(names) - 1} ({', '.join(names)}), got {cell}")
+    for name, v, form in (("x", x, "[T, B, I]"), ("w_ih", w_ih, "[G·H, I]"), ("w_hh", w_hh, "[G·H, R]")):
+        if v.dim() != form.count(",") + 1 or v.numel() == 0:
+            raise ValueError(f"{name}: expected {form}, not empty, got {tuple(v.shape)}")
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(f"x: expected float32 or float64 on the CPU, got {x.dtype} on {x.device}")
+    layer = native.cell_of(cell)
+    T, B, n_in, H, R = native.sizes(x, w_ih, w_hh, cell)
+    G, has_c = len(layer.gates), len(layer.states) > 1
+    projected = has_c and w_hr is not None
+    if not projected:
+        R = H
+    expected: tuple[tuple[str, Tensor | None, _Shape, bool], ...] = (
+        ("x", x, (T, B, n_in), True),
+        ("w_ih", w_ih, (G * H, n_in), True),
+        ("w_hh", w_hh, (G * H, R), True),
+        ("h0", h0, (B, R), True),
+        ("c0", c0, (B, H) if has_c else None, has_c),
+        ("b_ih", b_ih, (G * H,), False),
+        ("b_hh", b_hh, (G * H,), False),
+        ("w_hr", w_hr, (R, H) if projected else None, False),
+    )
+    for name, v, shape, needed in expected:
+        if v is not None:
+            _check(name, v, shape, x, layer.name)
+        elif needed:
+            raise ValueError(f"{name}: expected {shape} for a {layer.name}, got None")
+    if not (clip >= 0 and math.isfinite(clip)):
+        raise ValueError(f"clip: expected a finite norm, or 0 for none, got {clip}")
+    if lengths is not None:
+        _check_lengths(lengths, T, B)
+    return T, B, H, R
+
+
+def _check(name: str, v: Tensor, shape: _Shape, x: Tensor, cell: str = "layer") -> None:
+    if v.shape != shape:
+        expected = f"None, a {cell} has no such argument" if shape is None else str(shape)
+        raise ValueError(f"{name}: expected {expected}, got {tuple(v.shape)}")
+    if v.dtype != x.dtype or v.device != x.device or v.layout is not torch.strided:
+        found = f"{v.dtype} on {v.device}" + ("" if v.layout is torch.strided else f", {v.layout}")
+        raise RuntimeError(f"{name}: expected {x.dtype} on {x.device}, as x, dense, got {found}")
+
+
+def _check_lengths(lengths: Tensor, T: int, B: int) -> None:
+    if lengths.dtype != torch.int64 or lengths.device.type != "cpu" or lengths.layout is not torch.strided:
+        raise RuntimeError(f"lengths: expected int64 on the CPU, got {lengths.dtype} on {lengths.device}")
+    if lengths.shape != (B,):
+        raise ValueError(f"lengths: expected ({B},), one per sample, got {tuple(lengths.shape)}")
+    if int(lengths.max()) > T or int(lengths.min()) < 0 or bool((lengths[1:] > lengths[:-1]).any()):
+        raise ValueError(f"lengths: expected 0 to {T}, the longest first, got {lengths.tolist()}")

@@ -1,0 +1,177 @@
+"""The kernels as operators of torch.library, and the native rung, which calls them.
+
+torch.compile, export, modes and transforms see operators. Where none of these is active, the native rung bypasses
+torch's dispatcher, which takes longer than a short sequence does. A graph or vmap calls an operator with whatever it
+holds, so an operator checks all its arguments itself; the native rung is reached through `unvanish.engine.run`, which
+has checked them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unvanish.cells import Cell, State, Weights
+from unvanish.engine import native, reference, torch_internals
+from unvanish.engine.operator_checks import check_backward, check_forward
+from unvanish.engine.sequence import sort
+
+_LAYER = (
+    "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+    "Tensor? lengths"
+)
+_EIGHT = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+
+
+def _forward(*given: Any) -> tuple[Tensor, ...]:
+    *tensors, cell, _, clip, save, closed = given
+    check_forward(*tensors, cell=cell, clip=clip, save=save, closed=closed)
+    inputs: Any = (*_contiguous(tensors), *given[len(tensors) :])
+    # The same call returns the same values, as torch's own checks of operators demand.
+    return native.forward(*inputs, clear=True)
+
+
+forward_operator = torch.library.custom_op(
+    "unvanish::forward",
+    _forward,
+    mutates_args=(),
+    schema=f"({_LAYER}, int cell, bool reverse, float clip, bool save, float closed) -> {_EIGHT}",
+)
+"""`native.forward`, checked."""
+
+
+@forward_operator.register_fake
+def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, clip, save, closed):
+    T, B, _, H, R = native.sizes(x, w_ih, w_hh, cell)
+    layer = native.cell_of(cell)
+    kept = native.layout(layer, H, x.dtype)
+    nothing = x.new_empty(0)
+    c = x.new_empty(B, H) if c0 is not None else nothing
+    gates = x.new_empty(T * B * kept.saved) if save and native.keeps_gates(layer, H, kept) else nothing.clone()
+    cells = x.new_empty(T * B * kept.padded) if save and c0 is not None else nothing.clone()
+    statistics = native.statistics_shapes(x, T, B, H, cell, closed)
+    return x.new_empty(T, B, R), x.new_empty(B, R), c, gates, cells, *statistics
+
+
+def _gradients(*given: Any) -> tuple[Tensor, ...]:
+    """The gradients of `native.backward`, as many as there always are: torch can't batch an operator that returns a
+    list."""
+    return tuple(native.backward(*given, want_delta=False, want_norms=False))
+
+
+def _backward(*given: Any) -> tuple[Tensor, ...]:
+    *tensors, cell, reverse, clip, want_dx = given
+    check_backward(*tensors, cell=cell, clip=clip)
+    return _gradients(*_contiguous(tensors), cell, reverse, clip, want_dx)
+
+
+backward_operator = torch.library.custom_op(
+    "unvanish::backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor? dy, Tensor? dh, Tensor? dc, {_LAYER}, Tensor y, Tensor gates, Tensor cells, "
+    f"int cell, bool reverse, float clip, bool want_dx) -> {_EIGHT}",
+)
+"""The gradients of `native.backward`, checked."""
+
+
+@backward_operator.register_fake
+def _(dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, y, gates, cells, cell, reverse, clip, want_dx):
+    shapes = native.gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, want_dx, False, False)
+    return tuple(shapes)
+
+
+def _contiguous(given: Any) -> list[Tensor | None]:
+    return [None if v is None else v.contiguous() for v in given]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, cell, reverse, clip, _, _ = inputs
+    y, _, _, gates, cells, *statistics = output
+    ctx.save_for_backward(*tensors, y, gates, cells)
+    ctx.cell, ctx.reverse, ctx.clip = cell, reverse, clip
+    # Whether backward gets the very tensors that a kernel has read or written.
+    ctx.intact = False
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(gates, cells, *statistics)
+
+
+def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    # Read once: a checkpoint recomputes them for it.
+    saved = ctx.saved_tensors
+    x, h0, c0, *weights, lengths, _, _, _ = saved
+    nothing = (None,) * 5
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        cell, state = native.cell_of(ctx.cell), (h0,) if c0 is None else (h0, c0)
+        clip = ctx.clip or None
+        found = reference.gradients(
+            cell, x, state, Weights(*weights), lengths, ctx.reverse, clip, dy, (dh,) if c0 is None else (dh, dc)
+        )
+        dx, dh0, *rest = found
+        dc0 = None if c0 is None else rest.pop(0)
+        return dx, dh0, dc0, *rest[:5], None, *nothing
+    want_dx = ctx.needs_input_grad[0]
+    direct = ctx.intact and is_direct(dy, dh, dc)
+    out = gradients((dy, dh, dc), saved, ctx.cell, ctx.reverse, ctx.clip, want_dx, direct)
+    found = [g if like is not None else None for g, like in zip(out, (x, h0, c0, *weights), strict=True)]
+    return (found[0] if want_dx else None, *found[1:], None, *nothing)
+
+
+def gradients(
+    errors: Any, saved: Any, cell: int, reverse: bool, clip: float, want_dx: bool, direct: bool
+) -> tuple[Tensor, ...]:
+    """(dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr) from ∂E/∂(y, final h, final c), empty where absent.
+
+    direct: bypass torch's dispatcher, and with it the operator's checks.
+    """
+    if direct:
+        return _gradients(*_contiguous(errors), *saved, cell, reverse, clip, want_dx)
+    return backward_operator(*errors, *saved, cell, reverse, clip, want_dx)
+
+
+torch.library.register_autograd("unvanish::forward", _autograd, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without torch's dispatcher, which takes longer than a short sequence does."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = native.forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        ctx.intact = not torch_internals.saved_tensors_hooked()
+        return output
+
+    backward = staticmethod(_autograd)
+
+
+def is_direct(*arriving: Tensor | None) -> bool:
+    """Whether nothing but autograd sees a call: no graph is captured, no mode or transform is active, and what arrives
+    lies in plain memory. The dispatcher carries out what is pending, and knows subclasses."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch_internals.mode_active()
+        and not torch_internals.transform_active()
+        and torch_internals.odd_one(arriving) is None
+    )
+
+
+def run(
+    cell: Cell,
+    x: Tensor,
+    state: State,
+    w: Weights,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    clip: float | None = None,
+) -> tuple[Tensor, State]:
+    """(y, final state) for x `[T, B, I]` that `native.obstacle` admits; see `unvanish.engine.run`."""
+    save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, *state, *w))
+    given = sort(x, state, lengths)
+    inputs = native.prepared(given, w)
+    apply: Any = forward_operator if not is_direct() else _Eager.apply if save else native.forward
+    y, h, c, *_ = apply(*inputs, native.NUMBER[cell.name], reverse, clip or 0.0, save, 0.0)
+    final = (h, c)[: len(cell.states)]
+    if given.back is None:
+        return y, final
+    return y.index_select(1, given.back), tuple(s.index_select(0, given.back) for s in final)

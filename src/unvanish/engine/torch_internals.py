@@ -1,0 +1,112 @@
+"""What the engine uses of torch without documentation, one function each: the question it answers, and what to use
+instead if torch drops it."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch._C import _autograd
+from torch.autograd import forward_ad
+
+
+def transform_active() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp, functionalize) is running. Instead: look for functorch's
+    wrappers among the arguments."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_mode_active() -> bool:
+    """Whether forward-mode differentiation is running. Instead: `forward_ad.unpack_dual` of every argument."""
+    return forward_ad._current_level >= 0
+
+
+def mode_active() -> bool:
+    """Whether a TorchDispatchMode sees torch's operations. Instead: always call the kernels as operators."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def fake_mode_active() -> bool:
+    """Whether operations return FakeTensors, which have a shape but no memory. Instead: test what `torch.empty(0)`
+    returns."""
+    return mode_active() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def captures_graph() -> bool:
+    """Whether calls are recorded into a graph (compile, export, make_fx, AOTAutograd), which then holds our operators.
+    Instead: `torch.compiler.is_compiling` alone, which knows nothing of make_fx."""
+    if torch.compiler.is_compiling():
+        return True
+    if not mode_active():
+        return False
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FUNCTIONAL))
+
+
+def saved_tensors_hooked() -> bool:
+    """Whether what autograd saves passes through a user's hooks, which may return other tensors. Instead: assume so, at
+    the price of checking everything that was saved."""
+    return _autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that is running retains the graph. Instead: assume so, at the price of memory."""
+    return _autograd._get_current_graph_task_keep_graph()
+
+
+_keys_of = torch._C._dispatch_keys
+
+
+def _keys(v: Tensor) -> int:
+    return _keys_of(v).raw_repr()
+
+
+def _ordinary_keys() -> frozenset[int]:
+    with torch.inference_mode():
+        inference = torch.empty(0)
+    return frozenset({_keys(torch.empty(0, device="cpu")), _keys(inference)})
+
+
+_ORDINARY_TYPES = (Tensor, nn.Parameter)
+_ORDINARY_KEYS = _ordinary_keys()
+
+
+def odd_one(given: Iterable[Tensor | None]) -> Tensor | None:
+    """The first tensor that is not ordinary, or None if all are.
+
+    An ordinary tensor is dense, and its values are what lies in the CPU's memory: it is no subclass, no wrapper of a
+    transform, not sparse, and has no negation or conjugation pending. Instead of dispatch keys: test `device`,
+    `layout`, `is_neg`, `is_conj` and `_is_zerotensor`, and call the kernels as operators under transforms.
+    """
+    for v in given:
+        if v is not None and (type(v) not in _ORDINARY_TYPES or _keys_of(v).raw_repr() not in _ORDINARY_KEYS):
+            return v
+    return None
+
+
+def kind(v: Tensor) -> str:
+    """What makes v other than ordinary, as the end of a sentence whose subject is v."""
+    if type(v) not in _ORDINARY_TYPES:
+        return f"is a {type(v).__module__}.{type(v).__qualname__}, a subclass of Tensor"
+    if v.device.type != "cpu":
+        return f"is on {v.device}"
+    if v.layout is not torch.strided:
+        return f"has the layout {v.layout}"
+    if v._is_zerotensor():
+        return "is a tensor of zeros without memory (call .clone())"
+    if v.is_neg():
+        return "has its negation pending (call .resolve_neg())"
+    if v.is_conj():
+        return "has its conjugation pending (call .resolve_conj())"
+    return f"has the dispatch keys {_keys_of(v)}"
+
+
+def materialised(v: Tensor) -> Tensor:
+    """v with its values in memory: what is pending is carried out, and a subclass that only adds behaviour in Python is
+    read as the tensor that it is. Where that is not enough, v as it came."""
+    if odd_one((v,)) is None:
+        return v
+    if type(v) not in _ORDINARY_TYPES and _keys(v) in _ORDINARY_KEYS:
+        return v.as_subclass(Tensor)
+    if v.layout is torch.strided and (v.is_neg() or v.is_conj() or v._is_zerotensor()):
+        return v.clone().resolve_neg().resolve_conj()
+    return v
