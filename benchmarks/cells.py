@@ -20,7 +20,7 @@ from torch import Tensor
 
 import unvanish as uv
 
-CELLS = ("mgu", "peephole", "cifg", "janet", "leaky", "slstm", "ur_lstm", "star", "indrnn", "lem", "lif")
+CELLS = ("mgu", "peephole", "cifg", "janet", "leaky", "slstm", "ur_lstm", "star", "indrnn", "lif")
 T, B, INPUT = 200, 32, 64
 
 
