@@ -24,7 +24,7 @@ class Model(nn.Module):
 
 def factory():
     torch.manual_seed(0)
-    return Model(), (torch.randn(4, 40, 3), torch.randn(4, WIDTH)), nn.functional.mse_loss
+    return Model(), (torch.randn(4, 40, 3), torch.rand(4, WIDTH) - 0.5), nn.functional.mse_loss
 
 def wrong():
     return Model()
@@ -39,7 +39,31 @@ def ends():
     raise SystemExit(0)
 
 def unfit():
-    return Model(), (torch.randn(4, 40, 7), torch.randn(4, WIDTH)), nn.functional.mse_loss
+    return Model(), (torch.randn(4, 40, 7), torch.rand(4, WIDTH) - 0.5), nn.functional.mse_loss
+
+def mismatched():
+    model, (x, y), loss = factory()
+    return nn.Sequential(model, nn.Linear(WIDTH, 1)), (x, y[:, 0]), loss
+
+def stepped():
+    model, (x, y), loss = factory()
+    return model, lambda m: loss(m(x), y)
+
+def lightning():
+    import lightning
+
+    class Lit(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.LSTM(3, WIDTH, batch_first=True)
+
+        def training_step(self, batch, index):
+            x, y = batch
+            loss = nn.functional.mse_loss(self.encoder(x)[0][:, -1], y)
+            self.log("loss", loss)
+            return {"loss": loss}
+
+    return Lit(), factory()[1]
 
 def loaded():
     model, batch, loss = factory()
@@ -61,16 +85,35 @@ def unvanish(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_says_what_is_wrong_and_what_to_do(mine: Path) -> None:
-    done = unvanish(f"{mine}:factory")
-    assert done.returncode == 0, done.stderr
-    assert "encoder.l0 (lstm): vanishes" in done.stdout
-    assert "1. chrono_(max_lag=40) on encoder" in done.stdout
-    assert "encoder.l0 then: healthy" in done.stdout
+    done = unvanish(f"{mine}:mismatched", "--budget", "0")
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith("target_mismatch: Every answer is compared with every target")
+    assert "(4, 1)" in done.stdout
+    assert "do: Give both the same shape" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+    found = json.loads(unvanish(f"{mine}:mismatched", "--budget", "0", "--json").stdout)
+    assert found["findings"][0]["code"] == "target_mismatch"
+    assert not found["healthy"]
+
+
+def test_a_healthy_model_exits_with_0_and_shows_its_reach(mine: Path) -> None:
+    done = unvanish(f"{mine}:factory", "--budget", "0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("healthy: ")
+    assert "encoder.l0 (lstm): vanishes" in done.stdout
+
+
+def test_a_factory_may_return_a_step_or_a_lightning_module(mine: Path) -> None:
+    for name in ("stepped", "lightning"):
+        done = unvanish(f"{mine}:{name}", "--budget", "0", "--json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["findings"][0]["code"] == "healthy"
+        assert list(found["layers"]) == ["encoder.l0"]
 
 
 def test_a_batch_may_be_a_list_as_loaders_make_it(mine: Path) -> None:
-    done, listed = (unvanish(f"{mine}:{name}", "--json") for name in ("factory", "loaded"))
+    done, listed = (unvanish(f"{mine}:{name}", "--budget", "0", "--json") for name in ("factory", "loaded"))
     assert done.returncode == listed.returncode == 0
     assert done.stdout == listed.stdout
 
@@ -86,22 +129,20 @@ def test_json_and_a_checkpoint(mine: Path) -> None:
     with torch.no_grad():
         model.encoder.bias_ih_l0[8:16] = 6.0
     torch.save(model.state_dict(), mine.parent / "weights.pt")
-    done = unvanish(f"{mine}:factory", "--json", "--lag", "20", "--checkpoint", str(mine.parent / "weights.pt"))
+    done = unvanish(
+        f"{mine}:factory", "--budget", "0", "--json", "--lag", "20", "--checkpoint", str(mine.parent / "weights.pt")
+    )
     found = json.loads(done.stdout)
     assert found["layers"]["encoder.l0"]["verdict"] == "healthy"
     assert found["layers"]["encoder.l0"]["lag"] == 20
-    assert found["prescriptions"] == []
 
 
-def test_a_trial_gives_a_chance(mine: Path) -> None:
-    source = mine.read_text().replace("randn(4, 40, 3)", "randn(80, 20, 3)").replace("randn(4, WIDTH)", "randn(80, 1)")
+def test_interventions_end_in_a_plan_or_in_none(mine: Path) -> None:
+    source = mine.read_text().replace("randn(4, 40, 3)", "randn(80, 20, 3)").replace("rand(4, WIDTH)", "rand(80, 1)")
     mine.write_text(source.replace("self.encoder(x)[0][:, -1]", "self.encoder(x)[0][:, -1, :1]"))
-    found = json.loads(unvanish(f"{mine}:factory", "--trial", "--json").stdout)
-    assert 0 < found["chance"] < 1
-    assert 0 <= found["readable"] < 0.5, "the target is noise"
-    done = unvanish(f"{mine}:factory", "--trial")
-    assert f"Chance of learning as it is: {found['chance']:.0%}" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    found = json.loads(unvanish(f"{mine}:factory", "--budget", "4", "--json").stdout)
+    assert found["tried"], "the target is noise: nothing helps, but something was tried"
+    assert found["plan"]["code"] == ""
 
 
 def test_a_trained_folder_on_the_users_file(tmp_path: Path) -> None:
@@ -112,12 +153,12 @@ def test_a_trained_folder_on_the_users_file(tmp_path: Path) -> None:
     file.write_text("\n".join([",".join([*(f"x{t}" for t in range(8)), "label"]), *rows]) + "\n")
     problem = train.read_problem(file, target="label")
     train.train_on(problem, train.Settings(cell="lstm", hidden=4, epochs=1), out=tmp_path / "model")
-    folder, given = str(tmp_path / "model"), ("--data", str(file), "--target", "label")
+    folder, given = str(tmp_path / "model"), ("--data", str(file), "--target", "label", "--budget", "0")
     done = unvanish(folder, *given, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode in (0, 1), done.stderr
     found = json.loads(done.stdout)["layers"]["recurrent.l0"]
     assert (found["cell"], found["lag"]) == ("lstm", 7)
-    assert unvanish(folder, *given[:2], "--json").stdout == done.stdout, "the folder tells the columns"
+    assert unvanish(folder, *given[:2], *given[4:], "--json").stdout == done.stdout, "the folder tells the columns"
     task = train.TaskProblem(train.make_task("adding", 5))
     train.train_on(task, train.Settings(hidden=2, steps=1), out=tmp_path / "task", flow_every=None)
     for arguments, message in (
@@ -136,7 +177,7 @@ def test_a_trained_folder_on_the_users_file(tmp_path: Path) -> None:
     [
         ("{mine}", "expected a Python file and a function"),
         ("{mine}:nothing", "has no function 'nothing'"),
-        ("{mine}:wrong", "expected wrong() to return (model, batch, loss), got Model"),
+        ("{mine}:wrong", "expected wrong() to return (model, batch, loss), (model, step) or"),
         ("{folder}/other.py:factory", "there is no file"),
         ("{mine}:broken", "broken() raised RuntimeError: mat1 and mat2 shapes"),
         ("{mine}:broken", "return nn.Linear(2, 2)(torch.zeros(3, 5))"),

@@ -28,8 +28,8 @@ def test_a_cure_that_does_not_heal_says_so_and_comes_after_those_that_do() -> No
     heals = [p.heals for p in found.prescriptions]
     assert heals == sorted(heals, reverse=True)
     assert not all(heals)
-    for line, p in zip([row for row in repr(found).splitlines() if row[0].isdigit()], found.prescriptions, strict=True):
-        assert ("; does not cure; predicted:" in line) is not p.heals
+    for p in found.prescriptions:
+        assert (p.limit == "; does not cure") is not p.heals
 
 
 def test_undo_takes_the_training_back_too_and_a_cure_is_applied_once() -> None:
@@ -74,7 +74,7 @@ def test_a_module_is_cured_for_its_own_layers_alone() -> None:
     with torch.no_grad():
         uv.cures.forget_bias_(model.enc2, -3.0)
         uv.cures.chrono_(model.enc, max_lag=400)
-    found = uv.diagnose(model, torch.randn(8, 30, 3), torch.randn(8, 8), loss=nn.functional.mse_loss)
+    found = uv.diagnose(model, torch.randn(8, 30, 3), torch.randn(8, 8), budget=0, loss=nn.functional.mse_loss)
     assert found["enc2.l0"].verdict == "vanishes"
     cured = {p.path for p in found.prescriptions}
     assert "enc2" in cured

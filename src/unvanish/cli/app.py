@@ -176,7 +176,9 @@ def main() -> None:
     """Run the command line; a user's error ends with one line and exit code 2, Ctrl-C or SIGTERM with 130."""
     try:
         with ended_like_ctrl_c():
-            app(standalone_mode=False)
+            status = app(standalone_mode=False)  # typer.Exit's code, or what the command returned
+        if isinstance(status, int) and status:
+            sys.exit(status)
     except (UserError, ValueError, ArithmeticError, OSError) as error:
         _fail(str(error), USER_ERROR)
     except KeyboardInterrupt as stop:

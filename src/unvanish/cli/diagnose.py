@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 import traceback
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,8 +23,8 @@ def diagnose(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="FILE.py:FACTORY. Runs this file; FACTORY() returns (model, batch, loss). Or, with --data, a folder "
-            "that `unvanish train` wrote.",
+            help="FILE.py:FACTORY. Runs this file; FACTORY() returns (model, batch, loss), or (model, step), or "
+            "(LightningModule, batch). Or, with --data, a folder that `unvanish train` wrote.",
         ),
     ],
     data: Annotated[
@@ -43,40 +44,45 @@ def diagnose(
         Path | None, typer.Option(help="Weights to load into the model first: safetensors, or a state_dict of torch.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Samples of the batch that are followed.")] = 16,
-    trial: Annotated[
-        bool, typer.Option("--trial", help="Train a copy for 100 updates: the chance to learn, of it and of the cures.")
-    ] = False,
-    lr: Annotated[
-        float, typer.Option(help="Adam's learning rate: of the trial, and for what is too sensitive.")
-    ] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Seed of dropout, of drawn cures and of the trial.")] = 0,
+    budget: Annotated[
+        float, typer.Option(help="Seconds for training copies, each with one change; 0 leaves that out.")
+    ] = 60.0,
+    seed: Annotated[int, typer.Option(help="Seed of dropout, of drawn cures and of the copies' training.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Say what becomes of the error in a model's recurrent layers, why, and what to do.
+    """Say why a model does not learn, with proofs, and what to change.
 
-    FACTORY returns the model, the batch as a tuple or list (input, …, target), and the loss (output, target) → scalar.
-    Your file is executed; nothing else is.
+    FACTORY returns the model, the batch as a tuple or list (input, …, target), and the loss (output, target) → scalar;
+    or the model and a step, model → loss; or a LightningModule and a batch for its training_step. Your file is
+    executed; nothing else is.
+
+    Exit status: 0 if nothing that keeps the model from learning was found, 1 if something was, 2 for an error.
     """
     columns = {"target": target, "id": id, "time": time, "text": text, "missing": missing}
     if data is None:
         for name, value in columns.items():
             if value is not None:
                 raise UserError(f"--{name}: says how to read a file; expected --data with it")
-        model, batch, loss = _made(source)
+        model, batch, how = _made(source)
     else:
         model, batch, loss = _trained(source, data, **columns)
+        how = {"loss": loss}
     if checkpoint is not None:
         _load(model, checkpoint)
-    if data is None and batch:
-        _try_out(source, model, batch, loss)
+    if data is None and (batch or how):
+        _try_out(source, model, batch, how)
     import unvanish as uv
 
-    found = uv.diagnose(model, *batch, loss=loss, lag=lag, samples=samples, trial=trial, lr=lr, seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the same of every pass; what matters is a finding
+        found = uv.diagnose(model, *batch, **how, lag=lag, samples=samples, budget=budget, seed=seed)
     if as_json:
         typer.echo(json.dumps(_strict(_plain(found))))
     else:
         _print(found, Console(quiet=quiet, highlight=False, emoji=False))
+    if not found.healthy:
+        raise typer.Exit(1)
 
 
 def _trained(folder: str, data: Path, **columns: str | None) -> tuple[Any, tuple[Any, ...], Any]:
@@ -98,7 +104,8 @@ def _trained(folder: str, data: Path, **columns: str | None) -> tuple[Any, tuple
     return trained.model, batch, loss
 
 
-def _made(source: str) -> tuple[Any, tuple[Any, ...], Any]:
+def _made(source: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """(model, batch, loss or step by name)"""
     file, _, name = source.rpartition(":")
     if Path(source).is_dir():
         raise UserError(f"SOURCE: {source} is a folder; of one that `unvanish train` wrote, add the file to --data")
@@ -125,33 +132,49 @@ def _made(source: str) -> tuple[Any, tuple[Any, ...], Any]:
         made = factory()
     except (Exception, SystemExit) as error:
         raise UserError(f"FILE.py:FACTORY: {name}() raised {_raised(error, file)}") from error
-    if not isinstance(made, tuple) or len(made) != 3 or not callable(made[2]):
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or (len(made) == 3 and not callable(made[2])):
         raise UserError(
-            f"FILE.py:FACTORY: expected {name}() to return (model, batch, loss), got {type(made).__name__}"
-            + (f" of {len(made)}" if isinstance(made, tuple) else "")
+            f"FILE.py:FACTORY: expected {name}() to return (model, batch, loss), (model, step) or (LightningModule, "
+            f"batch), got {type(made).__name__}" + (f" of {len(made)}" if isinstance(made, tuple) else "")
         )
-    model, batch, loss = made
+    model, batch = made[:2]
     if not isinstance(model, nn.Module):
         raise UserError(
             f"FILE.py:FACTORY: expected {name}() to return a torch.nn.Module as model, got {type(model).__name__}"
         )
-    return model, tuple(batch) if isinstance(batch, tuple | list) else (batch,), loss
+    if len(made) == 3:
+        return model, tuple(batch) if isinstance(batch, tuple | list) else (batch,), {"loss": made[2]}
+    if callable(batch) and not hasattr(model, "training_step"):
+        return model, (), {"step": batch}
+    if not hasattr(model, "training_step"):
+        raise UserError(
+            f"FILE.py:FACTORY: expected {name}() to return a step, or a LightningModule and its batch, got "
+            f"{type(batch).__name__} with {type(model).__name__}"
+        )
+    return model, (batch,), {}
 
 
-def _try_out(source: str, model: Any, batch: tuple[Any, ...], loss: Any) -> None:
-    """What the user's model and loss raise on the user's batch is theirs to mend, and told in a line."""
-    import copy
-
+def _try_out(source: str, model: Any, batch: tuple[Any, ...], how: dict[str, Any]) -> None:
+    """Reports what the user's model and loss raise on the user's batch as a one-line error."""
     import torch
 
+    from unvanish.diagnosis.structure import detached_copy
+
     inputs, target = (batch[:-1], batch[-1:]) if len(batch) > 1 else (batch, ())
+    calls = {"step": "step(model)", "loss": "loss(model(input), target)"}
+    what = calls.get(next(iter(how), ""), "training_step(batch, 0)")
     try:
-        with torch.no_grad(), torch.random.fork_rng():
-            loss(copy.deepcopy(model)(*inputs), *target)
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the diagnosis says what matters
+            twin = detached_copy(model)
+            if "step" in how:
+                how["step"](twin)
+            elif "loss" in how:
+                how["loss"](twin(*inputs), *target)
+            else:
+                twin.training_step(*batch, 0)  # type: ignore[operator]
     except Exception as error:
-        raise UserError(
-            f"FILE.py:FACTORY: loss(model(input), target) raised {_raised(error, source.rpartition(':')[0])}"
-        ) from error
+        raise UserError(f"FILE.py:FACTORY: {what} raised {_raised(error, source.rpartition(':')[0])}") from error
 
 
 def _raised(error: BaseException, file: str) -> str:
@@ -191,25 +214,19 @@ def _load(model: Any, path: Path) -> None:
 def _plain(found: "Diagnosis") -> dict[str, Any]:
     from dataclasses import asdict
 
-    layers = {name: asdict(d) for name, d in found.items()}
-    prescriptions = [
-        {
-            "cure": p.cure,
-            "module": p.path,
-            "reason": p.reason,
-            "chance": p.chance,
-            "predicted": {
-                name: {"verdict": d.verdict, "rate": d.rate, "reach": d.reach} for name, d in p.predicted.items()
-            },
-        }
-        for p in found.prescriptions
-    ]
+    plan = found.plan
     return {
-        "layers": layers,
+        "healthy": found.healthy,
+        "findings": [asdict(finding) for finding in found.findings],
+        "plan": {
+            "steps": [step.says for step in plan.steps],
+            "code": plan.code,
+            "predicted": None if plan.predicted is None else asdict(plan.predicted),
+        },
+        "tried": [asdict(row) for row in found.tried],
         "chance": found.chance,
-        "readable": found.readable,
+        "layers": {name: asdict(d) for name, d in found.items()},
         "notes": list(found.notes),
-        "prescriptions": prescriptions,
     }
 
 
@@ -222,29 +239,35 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_COLOUR = {"healthy": "green", "undecided": "yellow"}
+_COLOUR = {"error": "red", "warning": "yellow", "note": "cyan"}
 
 
 def _print(found: "Diagnosis", console: Console) -> None:
+    first = found.findings[0]
+    colour = "green" if first.code == "healthy" else _COLOUR[first.severity]
+    console.print(f"[bold {colour}]{first.code}[/]: {escape(first.says)}")
+    for finding in found.findings:
+        where = f" in {finding.where}" if finding.where else ""
+        if finding is not first:
+            console.print(
+                f"\n[{_COLOUR[finding.severity]}]{finding.severity}, {finding.code}[/]{escape(where)}: "
+                f"{escape(finding.says)}"
+            )
+        elif where:
+            console.print(f"  where: {finding.where}", markup=False)
+        console.print(f"  proof: {finding.proof}", markup=False)
+        # A plan is printed once, below.
+        if finding.do and finding.do != found.plan.code:
+            console.print(f"  do: {finding.do}", markup=False)
+    if found.plan:
+        console.print("\n[bold]Plan[/bold]")
+        console.print(str(found.plan).rstrip(), markup=False)
+    if found.layers:
+        console.print("\n[bold]Reach of the gradient[/bold] (a measurement; it matters if the answer needs more steps)")
     for name, d in found.items():
-        colour = _COLOUR.get(d.verdict, "red")
-        console.print(f"[bold]{escape(name)}[/bold] ({d.cell}): [{colour}]{d.verdict}[/{colour}]")
         half = "" if d.half_life is None else f", half-life {d.half_life:.3g} steps"
-        console.print(f"  {d.rate_in_words}{half}, reach {d.reach} of {d.lag} steps", markup=False)
-        console.print(f"  {d.cause}", markup=False)
+        console.print(
+            f"  {name} ({d.cell}): {d.verdict}; {d.rate_in_words}{half}, reach {d.reach} of {d.lag} steps", markup=False
+        )
     for note in found.notes:
-        console.print(note, markup=False)
-    if found.chance is not None:
-        console.print(f"\nChance of learning as it is: {found.chance:.0%}", markup=False)
-    if found.nothing:
-        console.print(f"\n{found.nothing[0].upper()}{found.nothing[1:]}.", markup=False)
-    for number, p in enumerate(found.prescriptions, 1):
-        if number == 1:
-            console.print("\n[bold]What to do[/bold], the most promising first:")
-        where = f" on {p.path}" if p.path else ""
-        console.print(f"  {number}. {p.cure}{where}: {p.reason}{p.limit}", markup=False)
-        for name, d in p.predicted.items():
-            rate = "" if math.isnan(d.rate) else f", {d.rate:+.3g} nats per step"
-            console.print(f"     {name} then: {d.verdict}{rate}, reach {d.reach}", markup=False)
-        if p.chance is not None:
-            console.print(f"     chance of learning then: {p.chance:.0%}", markup=False)
+        console.print(f"note: {note}", markup=False)

@@ -130,6 +130,8 @@ def _diagnosed(
         outcome = Outcome(notes=(f"no intervention could be tried: {type(error).__name__}: {error}",))
     if any(f.severity == "error" for f in proved):
         outcome = Outcome(notes=("nothing was trained: an exact test has proved a fault, which comes first",))
+    elif budget == 0:
+        outcome = Outcome()
     findings = _together(proved, outcome, notes)
     kept = subject.twin()
 
@@ -169,7 +171,7 @@ def _together(proved: tuple[Finding, ...], outcome: Outcome, notes: tuple[str, .
         Finding(
             "healthy", "note", "",
             "No exact test found a fault. Nothing was trained, so it is not proved that the model learns.",
-            f"{len(exact.TESTS) + 1 - untested} exact tests passed" + (f", {untested} did not apply." if untested else "."),
+            f"{len(exact.TESTS) + 1 - untested} exact tests passed, {untested} could not be run.",
             "Give a budget of some seconds for interventions to see whether the loss falls.",
         ),
         *everything,

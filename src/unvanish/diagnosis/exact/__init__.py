@@ -51,8 +51,13 @@ def run(
     optimizer: Any = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
-    """(findings, notes) of all tests, ranked. A test that a model can't be put to becomes a note, not an error."""
+    """(findings, notes) of all tests, ranked. A test that a model can't be put to becomes a note, not an error.
+
+    Raises:
+        Exception: whatever the model or the loss raises on the user's own batch.
+    """
     bench = Bench(subject, lag)
+    bench.training  # noqa: B018 (what the user's own pass raises is raised here)
     found: list[Finding] = []
     tests = {**TESTS, "parameters": lambda bench: parameters_unmoved(bench, optimizer)}
     for name, test in tests.items():

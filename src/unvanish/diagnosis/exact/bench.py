@@ -27,7 +27,15 @@ class Bench:
     def training(self) -> Pass:
         """A training pass as the user would run it: own dtype, own mode, whole batch."""
         with self.subject.rng(0):
-            return traced(self.subject.twin(), self.subject.loss)
+            done = traced(self.subject.twin(), self.subject.loss)
+        if done.error is not None:
+            # A failure of the user's own pass is theirs to see; one that comes of watching it is not.
+            with self.subject.rng(0), torch.enable_grad():
+                value = self.subject.loss(self.subject.twin())
+                if value.requires_grad:
+                    value.backward()
+            self.notes.append(f"the training pass could not be watched ({type(done.error).__name__}: {done.error})")
+        return done
 
     @cached_property
     def count(self) -> int | None:
@@ -224,7 +232,7 @@ class Bench:
         over all ways; of the last step's answers. None where it can't be told."""
         if self.sequence is None or self.steps < 2 or not (base := self.run()):
             return None
-        which, samples, steps = self.sequence
+        _, samples, steps = self.sequence
         entries, got = self.gradients_at(self.given, self.last_answers)
         T, k = self.steps, self.count or 0
         norms = torch.zeros(k, T, dtype=torch.float64)
@@ -236,9 +244,6 @@ class Bench:
                     norms += by_step.abs().amax(-1)
                     seen = True
                     break
-            else:
-                # A call per step: embeddings or cells fed step by step.
-                continue
         if not seen:
             return None
         donor = torch.roll(torch.arange(k), 1)
@@ -247,8 +252,9 @@ class Bench:
         for t in self.probed:
             changed = self.run(self.with_step(t, donor))
             for was, now, size in zip(base, changed, scale, strict=False):
-                last = self.at_step(was, T - 1), self.at_step(now, T - 1)
-                a, b = (was, now) if last[0] is None or last[1] is None else last
+                a, b = self.at_step(was, T - 1), self.at_step(now, T - 1)
+                if a is None or b is None:
+                    a, b = was, now
                 rows = self.by_sample(((a - b) / size).abs())
                 if rows:
                     moved[:, t] = torch.maximum(moved[:, t], rows[0].amax(-1).double().cpu())

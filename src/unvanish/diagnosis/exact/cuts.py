@@ -44,8 +44,8 @@ def _by_value(bench: Bench) -> list[Finding]:
     return [
         Finding(
             "state_cut", severity, where,
-            f"The state is cut from its graph: no gradient passes to the {first} steps before step {first}, so what they "
-            "hold can't be learned.",
+            f"The state is cut from its graph: no gradient passes to the {first} steps before step {first}, "
+            "and what they hold can't be learned.",
             f"Step {latest} exchanged moves the answers by {float(moved[:, latest].max()):.2g} of their size, but "
             f"∂answer/∂x is exactly 0 there and up to step {first - 1}; at step {first} it is "
             f"{float(gradients[:, first].max()):.2g}. Uninterrupted: {left} of {T} steps.",
@@ -154,7 +154,7 @@ def state_carried(bench: Bench) -> list[Finding]:
                 "The state kept from one batch to the next hangs on the earlier batch's graph, so that the second "
                 "backward pass fails.",
                 f"Two training passes of a copy in a row: backward of pass 2 raised “{raised}”.{also}{kept}",
-                "Detach every kept state before it is used again: `self.state = tuple(s.detach() for s in self.state)`; "
+                "Detach every kept state before it is used: `self.state = tuple(s.detach() for s in self.state)`; "
                 "or start each batch from a new one.",
             )
         ]  # fmt: skip

@@ -59,7 +59,7 @@ def depth(bench: Bench) -> list[Finding]:
     return [
         Finding(
             "depth", "error", spreads[-1][0],
-            f"The input's trace is lost in the depth: {len(spreads)} layers on top of each other shrink the differences "
+            f"The input's trace is lost in the depth: {len(spreads)} stacked layers shrink the differences "
             "between samples until all answers are the same.",
             f"Standard deviation of the final states over samples, layer by layer: {listed}; of the answers "
             f"{answers:.1g}.{weights}",
@@ -95,12 +95,11 @@ def _spreads(bench: Bench) -> list[tuple[str, float]]:
 
 
 def _answer_spread(bench: Bench) -> float:
-    """Relative to their size, or to 1 where they are small; the largest of several."""
+    """Mean standard deviation over samples; the largest of several outputs."""
     found = []
     for t in bench.training.answers:
         for rows in bench.by_sample(t.detach(), bench.subject.samples)[:1]:
-            if len(rows) > 1:
-                found.append(float(rows.double().std(0).mean()))
+            found.append(float(rows.double().std(0, correction=0).mean()))  # noqa: PERF401
     return max(found, default=0.0)
 
 
@@ -136,7 +135,8 @@ def _nothing_trains(bench: Bench) -> Finding:
     why = (
         f"{len(frozen)} of {len(list(bench.subject.model.parameters()))} parameters have requires_grad False."
         if frozen
-        else f"None of {len(list(bench.subject.model.parameters()))} parameters is frozen, so the graph is cut between the parameters and the loss."
+        else f"None of {len(list(bench.subject.model.parameters()))} parameters is frozen: the graph is cut before "
+        "the loss."
     )
     return Finding(
         "parameters_unmoved", "error", "loss", "The loss has no gradient: nothing can train.",

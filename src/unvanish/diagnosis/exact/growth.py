@@ -26,9 +26,9 @@ def growth(layers: Mapping[str, Any]) -> list[Finding]:
         return [
             Finding(
                 "chaotic", "warning", name,
-                f"`{name}` is chaotic: small differences in its state grow from step to step, and so does the gradient.",
-                f"Lyapunov exponent {d.evidence['lyapunov']:+.3g} nats per step; the gradient grows {factor}-fold within "
-                f"{d.lag} steps.",
+                f"`{name}` is chaotic: small differences in its state grow at every step, and so does the gradient.",
+                f"Lyapunov exponent {d.evidence['lyapunov']:+.3g} nats per step; the gradient grows {factor}-fold "
+                f"within {d.lag} steps.",
                 "Scale the recurrent matrices down: uv.cures.spectral_radius_(layer, 1.0), and clip the gradient.",
             )
         ]  # fmt: skip

@@ -104,9 +104,9 @@ def _softmax_twice(name: str, made: str, classes: int, off: float) -> Finding:
         "output_not_logits", "error", "loss",
         f"`{name}` takes scores and applies the softmax itself, but is given probabilities: two softmaxes leave hardly "
         "any gradient.",
-        f"Its input comes from {made.lower() or 'an operation that normalises'}, is nowhere negative, and its sums over "
-        f"the {classes} classes differ from 1 by at most {off:.1g}. With probabilities as scores the loss can't fall "
-        f"below {floor:.3g} (guessing: {math.log(classes):.3g}).",
+        f"Its input comes from {made.lower() or 'an operation that normalises'}, is nowhere negative, and its "
+        f"sums over the {classes} classes differ from 1 by at most {off:.1g}. With probabilities as scores the "
+        f"loss can't fall below {floor:.3g} (guessing: {math.log(classes):.3g}).",
         "Leave out the model's last softmax; apply it only when probabilities are to be read.",
     )  # fmt: skip
 

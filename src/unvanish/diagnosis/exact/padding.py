@@ -59,7 +59,7 @@ def _read(bench: Bench, front: bool) -> list[Finding]:
     found = tails(ordered(bench.subject.call[0]))
     if found is None:
         return []
-    n, T = len(found), bench.steps
+    T = bench.steps
     long = (found >= 2) & (found < T)
     if int(long.sum()) < 2:
         return []
@@ -99,7 +99,7 @@ def _read(bench: Bench, front: bool) -> list[Finding]:
             "there.",
             f"{float((found > 0).double().mean()):.0%} of the samples are padded ({typical} of {T} steps in the median "
             f"of those looked at); the gradient on real steps is at most {ratio:.2g} times that on padded ones.",
-            "Pack the sequences (pack_padded_sequence with their lengths), or read each sample's output at its own last "
-            "step: `y[torch.arange(len(y)), lengths - 1]`.",
+            "Pack the sequences (pack_padded_sequence with their lengths), or read each sample's output at its own "
+            "last step: `y[torch.arange(len(y)), lengths - 1]`.",
         )
     ]  # fmt: skip

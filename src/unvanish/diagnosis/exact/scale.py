@@ -40,8 +40,8 @@ def input_scale(bench: Bench) -> list[Finding]:
                 Finding(
                     "input_scale", "error", call.path,
                     f"The inputs of `{call.path}` are so large that they drive its units into saturation.",
-                    f"root mean square of the inputs: {rms:.3g}; {share:.0%} of the pre-activations lie where the slope "
-                    f"is below 5 % of its maximum, {after:.0%} if every feature is standardised.",
+                    f"root mean square of the inputs: {rms:.3g}; {share:.0%} of the pre-activations lie where the "
+                    f"slope is below 5 % of its maximum, {after:.0%} if every feature is standardised.",
                     "Standardise the inputs by the training set's mean and standard deviation, "
                     "`x = (x - mean) / std`, or put a normalisation layer in front.",
                 )
@@ -170,8 +170,8 @@ def symmetric(bench: Bench) -> list[Finding]:
                     "so that it has the capacity of one unit.",
                     f"{module.hidden_size} units give exactly the same output for all samples and steps; their input "
                     "weights are equal.",
-                    "Initialise its weights at random: reset_parameters(), or orthogonal and xavier inits. Constants are "
-                    "for biases.",
+                    "Initialise its weights at random: reset_parameters(), or orthogonal and xavier inits. Constants "
+                    "are for biases.",
                 )
             ]  # fmt: skip
     return []
