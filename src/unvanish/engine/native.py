@@ -113,6 +113,7 @@ def keeps_gates(cell: Cell, H: int, kept: Layout) -> bool:
 
 
 def forced_isa() -> str | None:
+    """What UNVANISH_ISA says."""
     return os.environ.get("UNVANISH_ISA")
 
 

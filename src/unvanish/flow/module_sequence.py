@@ -93,7 +93,9 @@ class ModuleSequence(Sequence):
 
     def _forward(self, call: _Call) -> list[engine.Pass | engine.Trace]:
         """A pass of each layer and direction: `engine.Pass` where the engine can measure by itself, else a trace."""
-        native = engine.explain(call.layers[0].cell, call.inputs.x).rung == "native" and not self.want_partial
+        others = [v for state, layer in zip(call.states, call.layers, strict=True) for v in (*state, *layer.weights)]
+        rung = engine.explain(call.layers[0].cell, call.inputs.x, others=others).rung
+        native = rung == "native" and not self.want_partial
         make = engine.Pass if native else engine.trace
 
         def run(layer: LayerDirection, x: Tensor, state: State) -> engine.Pass | engine.Trace:

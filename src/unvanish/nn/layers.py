@@ -172,7 +172,7 @@ class SequenceLayer(nn.Module):
         self, d: LayerDirection, x: Tensor, state: State, inputs: TimeMajor, recorders: Recorders | None
     ) -> tuple[Tensor, State]:
         lengths = inputs.lengths
-        if recorders is not None and engine.explain(d.cell, x).rung != "native":
+        if recorders is not None and engine.explain(d.cell, x, others=(*state, *d.weights)).rung != "native":
             recorders = None
         if self.checkpoint_every is None:
             record = None if recorders is None else recorders(inputs, d, 0)

@@ -141,8 +141,9 @@ def output_range(bench: Bench) -> list[Finding]:
                 Finding(
                     "output_range", "error" if float(beyond) > much else "warning", "",
                     "The last activation can't reach the targets.",
-                    f"Answers come from {made.lower() if made in ranges else 'a recurrent state'} and lie in [{low:g}, {high:g}]; targets "
-                    f"range from {float(goal.min()):.4g} to {float(goal.max()):.4g}, {float(beyond):.0%} of them "
+                    f"Answers come from {made.lower() if made in ranges else 'a recurrent state'} and lie in "
+                    f"[{low:g}, {high:g}]; targets range from {float(goal.min()):.4g} to {float(goal.max()):.4g}, "
+                    f"{float(beyond):.0%} of them "
                     "outside.",
                     "Leave out the last activation and let a linear layer answer, or scale the targets into its range.",
                 )
