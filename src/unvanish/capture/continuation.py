@@ -3,8 +3,8 @@
 One rule for everybody, in this order:
 
 1. the state is the tensor that was returned, or a view of it                        goes on; a cut if it was detached
-2. it requires gradients, and autograd leads from it back to what was returned       goes on (masked, mixed, dropped
-out) 3. it requires no gradient, and equals what was returned in value, or does so in
+2. it requires gradients, and autograd leads from it back to what was returned       goes on (masked, mixed, dropped)
+3. it requires no gradient, and equals what was returned in value, or does so in
    every sample whose state is not zero                                              goes on, cut
 4. anything else: zeros, a learnt initial state, another model's state               starts anew
 
@@ -14,10 +14,11 @@ In 2 and 3 a sample whose state is zero, and was not when it was returned, has b
 from collections import deque
 from collections.abc import Sequence
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 NODES = 256
 """of autograd's graph that are searched for the way back"""
@@ -35,12 +36,17 @@ _tags = count(1)
 _KEY = "unvanish.returned"
 
 
+def _notes(node: Node) -> dict[Any, Any]:
+    """What is noted at a node of the graph; torch declares the property as a method."""
+    return cast(dict[Any, Any], node.metadata)
+
+
 def returned(states: Sequence[Tensor]) -> Returned:
     """What a later call may go on from."""
     tag = next(_tags)
     for s in states:
         if s.grad_fn is not None:
-            s.grad_fn.metadata[_KEY] = tag
+            _notes(s.grad_fn)[_KEY] = tag
     return Returned(tuple(s.detach() for s in states), tag)
 
 
@@ -92,7 +98,7 @@ def _leads_back(given: Tensor, tag: int) -> bool:
         node = waiting.popleft()
         if node in seen:
             continue
-        if node.metadata.get(_KEY) == tag:
+        if _notes(node).get(_KEY) == tag:
             return True
         seen.add(node)
         waiting.extend(n for n, _ in node.next_functions if n is not None)

@@ -98,10 +98,13 @@ class Cell(ABC):
     initial: ClassVar[Mapping[str, float]] = {}
     """state → its value before the first step; 0 where not listed"""
 
-    @property
-    def name(self) -> str:
-        """How records and messages call the cell."""
-        return type(self).__name__.lower()
+    name: ClassVar[str]
+    """how records and messages call the cell; the class's name in lower case where not given"""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__.lower()
 
     @abstractmethod
     def step(self, p: Any, q: Any, s: Any, v: Any) -> Any:

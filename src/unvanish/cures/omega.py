@@ -14,6 +14,7 @@ from unvanish.cells import Point, State, Weights, calculus
 from unvanish.cures.layers import layers_of, recurrent_modules
 from unvanish.flow.stack import reading_order
 from unvanish.nn.modules import (
+    CellModule,
     LayerDirection,
     as_states,
     descend_layers,
@@ -176,6 +177,7 @@ class Omega:
     def _of_module(self, heard: _Heard) -> Tensor:
         """Every layer and direction of one call, from the last to the first."""
         call, module = heard.call, heard.call.module
+        assert isinstance(module, nn.RNNBase | CellModule)
         # With gradients enabled: a parametrized weight is computed here.
         with evaluating(module):
             layers = layer_directions(module)

@@ -211,7 +211,7 @@ def _joined(path: str, module: SequenceModule, calls: list[_Call]) -> Given:
         path,
         layer,
         x,
-        states if states is None or len(states) > 1 else states[0],
+        states if states is None or len(states) != 1 else states[0],
         torch.stack([call.lengths for call in chain]).sum(0),
         torch.cat(errors),
         tuple(cuts),
@@ -224,7 +224,7 @@ def _looped(loop: CellLoop) -> Given:
     x, error, start, at_c = loop.sequence()
     with evaluating(loop.cell):
         layer = loop.layer()
-    hx = start if start is None or len(start) > 1 else start[0]
+    hx = start if start is None or len(start) != 1 else start[0]
     lengths = torch.full(x.shape[1:2], len(x))
     cuts = tuple(loop.longest.cuts)
     return Given(loop.path, layer, _finite(loop.path, x), hx, lengths, error, cuts, at_c, cell=True)

@@ -106,7 +106,7 @@ def _measure_place(
         "offered": float(offered),
     }
     evidence["uninterrupted"] = float(max(k - max((c for c in given.cuts if c <= k), default=0) for k in sources) + 1)
-    weights = place.weights[:2]
+    weights = [w for w in place.weights[:2] if w is not None]
     # Adam moves every weight by about lr; all in the error's direction, that is lr √N.
     step = (
         lr * math.sqrt(sum(w.numel() for w in weights)) / max(math.hypot(*(float(w.norm()) for w in weights)), 1e-300)
@@ -162,7 +162,6 @@ def _evidence(
     made: Tensor,
 ) -> dict[str, float]:
     w_hh = place.weights.w_hh
-    H = place.weights.w_ih.shape[0] // len(place.cell.gates)
     gates = flow.gate_statistics(given.layer, fed, hx, at=place.name)
     found = {f"saturated_{g}": float(v.mean()) for g, v in zip(gates.gate_names, gates.saturation, strict=True)}
     found["saturated"] = float(gates.saturation.mean())
@@ -170,12 +169,13 @@ def _evidence(
         half_life = gates.half_life.double()
         found["carry_half_life"] = float(half_life.median())
         found["longest_carry_half_life"] = float(half_life.quantile(0.9))
-    else:
+    elif w_hh is not None:
         if w_hh.shape[0] == w_hh.shape[1]:
             found["spectral_radius"] = float(torch.linalg.eigvals(w_hh).abs().max())
         found["spectral_norm"] = float(torch.linalg.matrix_norm(w_hh, 2))
-    blocks = w_hh.unflatten(0, (-1, H))
-    found["largest_block_norm"] = float(torch.linalg.matrix_norm(blocks, 2).max())
+    if w_hh is not None:
+        blocks = w_hh.unflatten(0, (-1, given.layer.hidden_size))
+        found["largest_block_norm"] = float(torch.linalg.matrix_norm(blocks, 2).max())
     exponents = flow.lyapunov(given.layer, fed, hx, n=1, at=place.name, warmup=len(x) // 4)
     own = exponents.per_sample[:, 0]
     own = own[own.isfinite()]
@@ -208,7 +208,7 @@ def _sensitivity(
     alone = torch.zeros_like(error)
     alone[k] = error[k]
     log_norm = float(flow.source_gradients(given.layer, fed, hx, error=alone, at=place.name).log_norms[0])
-    weights = math.hypot(*(float(w.norm()) for w in place.weights[:2]))
+    weights = math.hypot(*(float(w.norm()) for w in place.weights[:2] if w is not None))
     y, _ = given.layer(fed, hx)
     h = nn.utils.rnn.pad_packed_sequence(y)[0] if isinstance(y, PackedSequence) else y
     below = float((alone[k].norm(dim=-1) * h[k].norm(dim=-1)).sum())

@@ -139,4 +139,6 @@ class ModuleSequence(Sequence):
         both = (grads.w_ih, grads.w_hh)
         if isinstance(self.module, CellModule):
             both = self.module.learnt_gradients(layer.layer, layer.reverse, grads)
-        return Measured(record, {key: both[i] for key, i in weight_keys(self.module, layer).items()}, born)
+        return Measured(
+            record, {key: g for key, i in weight_keys(self.module, layer).items() if (g := both[i]) is not None}, born
+        )

@@ -51,7 +51,7 @@ class RecordedCall:
         if place.name not in facts.places:
             suffix = f"_l{place.layer}{'_reverse' if place.reverse else ''}"
             pairs = (("weight_ih", w.w_ih), ("weight_hh", w.w_hh))
-            keys = {weight_key(self.module, stem + suffix, v): i for i, (stem, v) in enumerate(pairs)}
+            keys = {weight_key(self.module, stem + suffix, v): i for i, (stem, v) in enumerate(pairs) if v is not None}
             facts.places[place.name] = _Place(place.cell, place.reverse, keys)
             facts.trainable &= any(v is not None and v.requires_grad for v in w)
         if not facts.steps:
@@ -148,7 +148,8 @@ class RecordedSequence(Sequence):
         for found in (h.gradients for h in heard if h is not None and h.gradients is not None):
             both = (found.w_ih, found.w_hh)
             for key, i in place.keys.items():
-                gradients[key] = gradients[key] + both[i] if key in gradients else both[i]
+                if (g := both[i]) is not None:
+                    gradients[key] = gradients[key] + g if key in gradients else g
         record = layer_flow(
             self.title(name),
             place.cell,

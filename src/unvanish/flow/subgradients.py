@@ -254,7 +254,8 @@ def _factors(
     """(δ `[τ, B, k, n]`, what it is multiplied with `[τ, B, m]`) of every block of W = [W_hh, W_ih]."""
     da, da_hh = deltas
     assert da is not None
-    part = Point(tr.cell, tr.weights, tr.x[steps], *(tuple(s[steps] for s in kind) for kind in (tr.before, tr.after)))
+    before, after = (tuple(s[steps] for s in kind) for kind in (tr.before, tr.after))
+    part = Point(tr.cell, tr.weights, tr.x[steps], before, after)
     if tr.weights.w_hh is None:
         return [(da, part.x)]
     return [*recurrent_pairs(part, da if da_hh is None else da_hh), (da, part.x)]

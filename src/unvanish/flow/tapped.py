@@ -146,6 +146,7 @@ def _own_weights(module: Any) -> tuple[dict[str, Tensor], Callable[[], None]]:
     before: list[tuple[dict[str, Any], str, Tensor]] = []
     views: dict[str, Tensor] = {}
     for name in names:
+        holder: dict[str, Any]
         for holder in (module._parameters, vars(module)):
             if isinstance(holder.get(name), Tensor):
                 before.append((holder, name, holder[name]))

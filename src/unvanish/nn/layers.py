@@ -12,7 +12,7 @@ A subclass adds three things to how a sequence is run:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from unvanish import engine
 from unvanish.cells import State
 from unvanish.nn.modules import (
     LayerDirection,
+    SequenceModule,
     TimeMajor,
     as_states,
     evaluating,
@@ -98,7 +99,7 @@ class SequenceLayer(nn.Module):
         recorders: Recorders | None,
     ) -> tuple[Any, Any]:
         self._check(input, hx)
-        inputs, layers = time_major(self, input, lengths), layer_directions(self, used_weights(self))
+        inputs, layers = self._prepared(input, lengths)
         if _autocasts(layers, inputs, hx):
             device = inputs.x.device.type
             dtype = torch.get_autocast_dtype(device)
@@ -128,7 +129,7 @@ class SequenceLayer(nn.Module):
         """
         with evaluating(self):
             self._check(input, hx)
-            inputs, layers = time_major(self, input, lengths), layer_directions(self, used_weights(self))
+            inputs, layers = self._prepared(input, lengths)
         if not _autocasts(layers, inputs, hx):
             return self._states(layers, inputs, hx)
         with torch.autocast(inputs.x.device.type, enabled=False):
@@ -144,11 +145,21 @@ class SequenceLayer(nn.Module):
             return inputs.in_user_order(v if active is None else torch.where(active, v, 0.0), 1)
 
         found = {}
-        for d, tr in zip(layers, run_layers(layers, inputs.x, initial_states(self, hx, inputs), run), strict=True):
+        for d, tr in zip(
+            layers,
+            run_layers(layers, inputs.x, initial_states(cast(SequenceModule, self), hx, inputs), run),
+            strict=True,
+        ):
             gates = zip(d.cell.gates, tr.gates.unbind(-2), strict=True)
             states = zip(d.cell.states, tr.after, strict=True)
             found[d.name] = LayerStates(*({name: arrange(v) for name, v in kind} for kind in (states, gates)))
         return found
+
+    def _prepared(
+        self, input: Tensor | PackedSequence, lengths: Tensor | Sequence[int] | None
+    ) -> tuple[TimeMajor, list[LayerDirection]]:
+        module = cast(SequenceModule, self)
+        return time_major(module, input, lengths), layer_directions(module, used_weights(module))
 
     def _check(self, x: Tensor | PackedSequence, hx: Any) -> None:
         """Input and initial state fit; errors in torch's words."""
@@ -158,7 +169,7 @@ class SequenceLayer(nn.Module):
         self, layers: list[LayerDirection], inputs: TimeMajor, hx: Any, recorders: Recorders | None
     ) -> tuple[Tensor, State]:
         """([T, B, D·R], ([L·D, B, R], ...)) in internal order."""
-        states = initial_states(self, hx, inputs)
+        states = initial_states(cast(SequenceModule, self), hx, inputs)
         x, finals = inputs.x, []
         for number, (here, initial) in enumerate(_by_layer(layers, states)):
             if number and self.dropout and self.training:
@@ -204,7 +215,7 @@ class SequenceLayer(nn.Module):
             output, final = y.squeeze(1), tuple(s.squeeze(1) for s in final)
         else:
             output = y.transpose(0, 1) if self.batch_first else y
-        return output, (final if len(final) > 1 else final[0])
+        return output, (final if len(final) > 1 else next(iter(final)))
 
 
 class EngineSequence(SequenceLayer, nn.RNNBase):

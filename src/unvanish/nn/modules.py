@@ -259,7 +259,7 @@ def descend_layers(
             parts = [dx for dx in handed if dx is not None]
             dy = sum(parts[1:], parts[0])
             if masks:
-                dy = dy * masks[first // D - 1]
+                dy = None if dy is None else dy * masks[first // D - 1]
 
 
 def as_states(hx: Any) -> tuple[Tensor, ...]:
