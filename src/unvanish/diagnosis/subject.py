@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from unvanish.diagnosis.structure import detached_copy, floating, mapped, tensors
+from unvanish.nn.modules import SequenceModule
 
 Loss = Callable[..., Tensor]
 
@@ -120,7 +121,7 @@ class Subject:
 
     @property
     def _declared_axis(self) -> int:
-        layers = [m for m in self.model.modules() if isinstance(m, nn.RNNBase)]
+        layers = [m for m in self.model.modules() if isinstance(m, SequenceModule)]
         return 1 if layers and not layers[0].batch_first else 0
 
     def _follows(self, samples: int, axes: tuple[int, ...]) -> bool:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from unvanish.diagnosis.exact.trace import Pass, double, traced
 from unvanish.diagnosis.structure import detached_copy, floating, mapped, tensors
 from unvanish.diagnosis.subject import Subject
+from unvanish.nn.modules import RecurrentModule
 
 SAMPLES = (12, 13, 11, 14, 10, 15, 9, 16)
 """how many are perturbed; the first number that no other axis has, so that their axis can be told"""
-RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+RECURRENT = RecurrentModule
 
 
 class Bench:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from unvanish.diagnosis.exact.bench import RECURRENT, Bench
 from unvanish.diagnosis.finding import Finding
+from unvanish.nn.modules import SequenceModule
 
 
 def input_ignored(bench: Bench) -> list[Finding]:
@@ -76,7 +77,7 @@ def _spreads(bench: Bench) -> list[tuple[str, float]]:
         if isinstance(call.module, RECURRENT) and call.outputs:
             latest[call.path] = call
     for path, call in latest.items():
-        if isinstance(call.module, nn.RNNBase):
+        if isinstance(call.module, SequenceModule):
             final = call.output[1]
             h = (final[0] if isinstance(final, tuple) else final).detach()
             if h.dim() != 3 or h.shape[1] < 3:
@@ -106,7 +107,7 @@ def _answer_spread(bench: Bench) -> float:
 def _down(bench: Bench) -> str:
     """How the gradient of the weights shrinks, within one stacked module."""
     for path, module in bench.training.model.named_modules():
-        if isinstance(module, nn.RNNBase) and module.num_layers > 1:
+        if isinstance(module, SequenceModule) and module.num_layers > 1:
             norms = [
                 bench.training.gradients.get(f"{path}.weight_ih_l{i}".removeprefix("."))
                 for i in range(module.num_layers)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from unvanish.diagnosis.exact.bench import RECURRENT, Bench
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import tensors
+from unvanish.nn.modules import RecurrentModule
 
 SIGMOID, TANH = 4.4, 2.2
 """|pre-activation| beyond which the slope is below 5 % of its maximum"""
@@ -98,7 +99,7 @@ def ids_as_numbers(bench: Bench) -> list[Finding]:
     if not ids:
         return []
     for call in bench.training.trace.modules:
-        if not isinstance(call.module, nn.Linear | nn.Conv1d | nn.RNNBase | nn.RNNCellBase) or not call.inputs:
+        if not isinstance(call.module, nn.Linear | nn.Conv1d | RecurrentModule) or not call.inputs:
             continue
         x = call.inputs[0].detach()
         for given in ids:

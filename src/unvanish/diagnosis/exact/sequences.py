@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from unvanish.diagnosis.exact.bench import Bench
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import tensors
+from unvanish.nn.modules import SequenceModule
 
 
 def _sequences(bench: Bench) -> tuple[Tensor, Tensor] | None:
@@ -162,7 +163,7 @@ def axes_mixed(bench: Bench) -> list[Finding]:
     """A recurrent layer's input has the sizes of the transposed input, but the numbers of a view of it."""
     given = [t.detach() for t in tensors(bench.subject.call) if t.dim() == 3 and t.is_floating_point()]
     for call in bench.training.trace.modules:
-        if not isinstance(call.module, nn.RNNBase | nn.Conv1d) or not call.inputs:
+        if not isinstance(call.module, SequenceModule | nn.Conv1d) or not call.inputs:
             continue
         r = call.inputs[0].detach()
         for x in given:

@@ -16,7 +16,7 @@ from unvanish.diagnosis.interventions.inputs import Fed
 from unvanish.diagnosis.interventions.optimizers import Recipe, other_rates
 from unvanish.diagnosis.interventions.standardise import standardise_
 from unvanish.diagnosis.plan import Step
-from unvanish.nn.modules import RecurrentModule, cell_of
+from unvanish.nn.modules import RecurrentModule, SequenceModule, cell_of
 
 Kind = Literal["as_is", "rate", "clip", "radius", "reach", "input", "regularisation"]
 
@@ -90,7 +90,7 @@ optimizer.register_step_pre_hook(clip_gradient)"""
 
 
 _NO_DROPOUT = """for module in model.modules():
-    if isinstance(module, (torch.nn.RNNBase, torch.nn.modules.dropout._DropoutNd)):
+    if isinstance(module, SequenceModule | _DropoutNd):
         for name in {"p", "dropout"} & vars(module).keys():
             setattr(module, name, 0.0)"""
 
@@ -121,7 +121,7 @@ def unregularised(model: nn.Module, recipe: Recipe) -> list[Candidate]:
 
 def _dropouts(module: nn.Module) -> list[str]:
     """Which attributes of the module are a probability of dropout above 0."""
-    if not isinstance(module, nn.RNNBase | _DropoutNd):
+    if not isinstance(module, SequenceModule | _DropoutNd):
         return []
     return [name for name in ("p", "dropout") if vars(module).get(name, 0.0) > 0]
 
@@ -188,7 +188,7 @@ _PLAIN = (nn.RNN, nn.RNNCell, layers.RNN)
 
 
 def _all(model: nn.Module) -> Modules:
-    return {p: m for p, m in model.named_modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase)}
+    return {p: m for p, m in model.named_modules() if isinstance(m, RecurrentModule)}
 
 
 def _recurrent(model: nn.Module) -> tuple[Modules, Modules]:

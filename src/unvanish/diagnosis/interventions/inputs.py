@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.diagnosis.interventions.material import Material
+from unvanish.nn.modules import RecurrentModule
 
 LARGE, SMALL, OFF = 3.0, 0.1, 3.0
 """root mean square of an input's features, and distance of their mean from 0 in spreads, that ask for a trial of
@@ -78,7 +79,7 @@ def fed(material: Material, seed: int) -> dict[str, Fed]:
         passes += 1
 
     for path, module in twin.named_modules():
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        if isinstance(module, RecurrentModule):
             handles.append(listen(path, module))
     handles.append(twin.register_forward_pre_hook(count))
     try:
@@ -118,7 +119,7 @@ def reaching(material: Material, seed: int) -> float:
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 
     for path, module in twin.named_modules():
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        if isinstance(module, RecurrentModule):
             handles.append(listen(path, module))
     try:
         with material.subject.rng(seed), torch.enable_grad():

@@ -19,7 +19,7 @@ from unvanish.diagnosis.interventions.candidates import AS_IS
 from unvanish.diagnosis.interventions.material import Rows
 from unvanish.diagnosis.interventions.optimizers import Recipe
 from unvanish.diagnosis.interventions.score import SURE
-from unvanish.nn.modules import evaluating
+from unvanish.nn.modules import RecurrentModule, evaluating
 
 HOLDS = 0.5
 """R from which the states are said to hold the target"""
@@ -96,7 +96,7 @@ def _states(model: nn.Module, rows: Rows, at: Tensor) -> dict[str, Tensor]:
 
         return module.register_forward_hook(hook)
 
-    kinds = nn.RNNBase | nn.RNNCellBase
+    kinds = RecurrentModule
     handles = [listen(path, m) for path, m in model.named_modules() if isinstance(m, kinds)]
     try:
         with torch.no_grad(), evaluating(model):
@@ -168,7 +168,7 @@ def head_reads(arm: Arm, recipe: Recipe, seed: int, until: float) -> bool:
     inside = {
         f"{path}.{name}".removeprefix(".")
         for path, module in arm.model.named_modules()
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase)
+        if isinstance(module, RecurrentModule)
         for name, _ in module.named_parameters()
     }
     outside = tuple(name for name, _ in arm.model.named_parameters() if name not in inside)
