@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 (torch's own documentation calls it so)
 
 import unvanish as uv
 
@@ -387,6 +387,73 @@ def words_of_letters() -> Case:
     return Module(forward, **parts, head=nn.Linear(H, C)), (X, Y), F.cross_entropy
 
 
+def padded_tagger() -> Case:
+    lengths = torch.randint(4, T, (B,), generator=torch.Generator().manual_seed(3))
+    inside = torch.arange(T)[None, :] < lengths[:, None]
+    ids, y = torch.where(inside, IDS + 1, 0), torch.where(inside, classes(B, T), -100)
+
+    def forward(m: Any, ids: Tensor) -> Tensor:
+        return m.head(m.rnn(m.emb(ids))[0])
+
+    model = Module(
+        forward, emb=nn.Embedding(32, 8, padding_idx=0), rnn=nn.LSTM(8, H, batch_first=True), head=nn.Linear(H, C)
+    )
+    return model, (ids, y), lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten())
+
+
+def packed_answers() -> Case:
+    lengths = torch.randint(3, T, (B,), generator=torch.Generator().manual_seed(3)).sort(descending=True).values
+
+    def forward(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        y, _ = m.rnn(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))
+        return m.head(y.data)
+
+    model = Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C))
+    goal = nn.utils.rnn.pack_padded_sequence(classes(B, T), lengths, batch_first=True).data
+    return model, (X, lengths, goal), F.cross_entropy
+
+
+def target_network() -> Case:
+    """Bootstrapped latents: a second encoder without gradient gives the targets."""
+
+    def forward(m: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            goal = m.slow(b)[0][:, -1]
+        return m.head(m.rnn(a)[0][:, -1]), goal
+
+    parts = {"rnn": nn.GRU(4, H, batch_first=True), "slow": nn.GRU(4, H, batch_first=True), "head": nn.Linear(H, H)}
+    return Module(forward, **parts), (X, X + 0.1, Y), lambda z, _: 1 - F.cosine_similarity(*z).mean()
+
+
+def radial_features() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        u = m.inp(x)
+        return m.head(m.rnn(torch.exp(-((u - m.centres) ** 2)))[0][:, -1])
+
+    model = Module(forward, inp=nn.Linear(4, 1), rnn=nn.GRU(7, H, batch_first=True), head=nn.Linear(H, C))
+    model.register_buffer("centres", torch.linspace(-1, 1, 7))
+    return model, (X, Y), F.cross_entropy
+
+
+def smooth_forecast() -> Case:
+    t = torch.arange(T + 3) / 4
+    x = (t + 6 * torch.rand(B, 1, generator=torch.Generator().manual_seed(0))).sin()[..., None] + 0.1 * noise(
+        B, T + 3, 1
+    )
+    return Net(nn.GRU(1, H, batch_first=True), out=1, read=lambda y: y), (x[:, :-3], 2 * x[:, 3:] - 1), F.mse_loss
+
+
+def loss_inside() -> Case:
+    """The model returns its own loss, next to its scores."""
+
+    def forward(m: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        z = m.head(m.rnn(x)[0][:, -1])
+        return {"loss": F.cross_entropy(z, y), "logits": z}
+
+    model = Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C))
+    return Module(lambda m, b: m.net(*b), net=model), ((X, Y),), lambda z: z["loss"]
+
+
 HEALTHY: dict[str, Callable[[], Case]] = {
     "mean pool": lambda: pooled("mean"),
     "max pool": lambda: pooled("max"),
@@ -427,6 +494,12 @@ HEALTHY: dict[str, Callable[[], Case]] = {
     "open gates": open_gates,
     "quantiles": quantiles,
     "a state per word": words_of_letters,
+    "padded tagger": padded_tagger,
+    "packed answers": packed_answers,
+    "target network": target_network,
+    "radial features": radial_features,
+    "smooth forecast": smooth_forecast,
+    "loss inside": loss_inside,
 }
 
 
@@ -652,7 +725,8 @@ def ignored(how: str) -> Case:
     if how == "tags":
         net = Net(out=4, read=lambda y: y)
         return net, (X, classes(B, T, of=4)), lambda z, y: F.cross_entropy(z.transpose(1, 2), y, ignore_index=0)
-    weight = torch.tensor([1.0, 0.0, 1.0])
+    weight = torch.ones(C)
+    weight[1] = 0
     return Net(), (X, Y), lambda z, y: F.cross_entropy(z, y, weight=weight)
 
 
