@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F  # noqa: N812 (torch's own documentation calls it so)
 
 import unvanish as uv
 
@@ -72,7 +72,7 @@ IDS = classes(B, T, of=30, seed=3)
 
 def pooled(how: str) -> Case:
     ways = {"mean": lambda y: y.mean(1), "max": lambda y: y.amax(1), "sum": lambda y: y.sum(1)}
-    return Net(read=ways[how]), (X, Y), functional.cross_entropy
+    return Net(read=ways[how]), (X, Y), F.cross_entropy
 
 
 def attention() -> Case:
@@ -81,7 +81,7 @@ def attention() -> Case:
         return m.head((m.score(y).softmax(1) * y).sum(1))
 
     parts = {"rnn": nn.LSTM(4, H, batch_first=True), "score": nn.Linear(H, 1), "head": nn.Linear(H, C)}
-    return Module(forward, **parts), (X, Y), functional.cross_entropy
+    return Module(forward, **parts), (X, Y), F.cross_entropy
 
 
 def residual_stack() -> Case:
@@ -97,7 +97,7 @@ def residual_stack() -> Case:
         "norms": nn.ModuleList(nn.LayerNorm(H) for _ in range(6)),
         "head": nn.Linear(H, C),
     }
-    return Module(forward, **parts), (X, Y), functional.cross_entropy
+    return Module(forward, **parts), (X, Y), F.cross_entropy
 
 
 def encoder_decoder() -> Case:
@@ -112,7 +112,7 @@ def encoder_decoder() -> Case:
     }  # fmt: skip
     target = classes(B, 9, of=30, seed=5)
     shown = torch.cat([torch.zeros(B, 1, dtype=torch.long), target[:, :-1]], 1)
-    return Module(forward, **parts), (X, shown, target), lambda z, y: functional.cross_entropy(z.transpose(1, 2), y)
+    return Module(forward, **parts), (X, shown, target), lambda z, y: F.cross_entropy(z.transpose(1, 2), y)
 
 
 def autoencoder() -> Case:
@@ -122,7 +122,7 @@ def autoencoder() -> Case:
         return m.head(y)
 
     parts = {"enc": nn.GRU(4, H, batch_first=True), "dec": nn.GRU(H, H, batch_first=True), "head": nn.Linear(H, 4)}
-    return Module(forward, **parts), (X, X.clone()), functional.mse_loss
+    return Module(forward, **parts), (X, X.clone()), F.mse_loss
 
 
 def masked_loop() -> Case:
@@ -136,11 +136,7 @@ def masked_loop() -> Case:
             h = keep * m.cell(x[:, t], h) + (1 - keep) * h
         return m.head(h)
 
-    return (
-        Module(forward, cell=nn.GRUCell(4, H), head=nn.Linear(H, C)),
-        (X * mask[..., None], mask, Y),
-        functional.cross_entropy,
-    )
+    return Module(forward, cell=nn.GRUCell(4, H), head=nn.Linear(H, C)), (X * mask[..., None], mask, Y), F.cross_entropy
 
 
 def batch_norm(statistics: bool) -> Case:
@@ -151,17 +147,17 @@ def batch_norm(statistics: bool) -> Case:
     return (
         Module(forward, rnn=nn.LSTM(4, H, batch_first=True), norm=norm, head=nn.Linear(H, C)),
         (X, Y),
-        functional.cross_entropy,
+        F.cross_entropy,
     )
 
 
 def contrastive(pairs: bool) -> Case:
     def forward(m: Any, a: Tensor, b: Tensor) -> Any:
-        u, v = (functional.normalize(m.rnn(x)[0][:, -1], dim=1) for x in (a, b))
+        u, v = (F.normalize(m.rnn(x)[0][:, -1], dim=1) for x in (a, b))
         return u @ v.T / 0.1 if pairs else (u, v)
 
     def loss(z: Any, y: Tensor) -> Tensor:
-        return functional.cross_entropy(z if pairs else z[0] @ z[1].T / 0.1, y)
+        return F.cross_entropy(z if pairs else z[0] @ z[1].T / 0.1, y)
 
     other = X + 0.1 * noise(B, T, 4, seed=6)
     return Module(forward, rnn=nn.GRU(4, H, batch_first=True)), (X, other, torch.arange(B)), loss
@@ -169,7 +165,7 @@ def contrastive(pairs: bool) -> Case:
 
 def imbalanced() -> Case:
     y = (torch.arange(B) < 3).long()
-    return Net(out=2), (X, y), lambda z, y: functional.cross_entropy(z, y, weight=torch.tensor([0.1, 0.9]))
+    return Net(out=2), (X, y), lambda z, y: F.cross_entropy(z, y, weight=torch.tensor([0.1, 0.9]))
 
 
 def tokens(how: str) -> Case:
@@ -179,8 +175,8 @@ def tokens(how: str) -> Case:
     model = Module(forward, emb=nn.Embedding(30, 8), rnn=nn.LSTM(8, H, batch_first=True), head=nn.Linear(H, 30))
     x, y = IDS[:, :-1], IDS[:, 1:]
     if how == "folded":
-        return model, (x, y.reshape(-1)), lambda z, y: functional.cross_entropy(z.flatten(0, 1), y)
-    return model, (x, y), lambda z, y: functional.cross_entropy(z.transpose(1, 2), y)
+        return model, (x, y.reshape(-1)), lambda z, y: F.cross_entropy(z.flatten(0, 1), y)
+    return model, (x, y), lambda z, y: F.cross_entropy(z.transpose(1, 2), y)
 
 
 def multi_task() -> Case:
@@ -189,7 +185,7 @@ def multi_task() -> Case:
         return {"class": m.classes(h), "value": m.value(h)}
 
     def loss(z: dict[str, Tensor], y: dict[str, Tensor]) -> Tensor:
-        return functional.cross_entropy(z["class"], y["class"]) + 0.5 * functional.mse_loss(z["value"], y["value"])
+        return F.cross_entropy(z["class"], y["class"]) + 0.5 * F.mse_loss(z["value"], y["value"])
 
     model = Module(forward, rnn=nn.LSTM(4, H, batch_first=True), classes=nn.Linear(H, C), value=nn.Linear(H, 1))
     return model, (X, {"class": Y, "value": V}), loss
@@ -203,7 +199,7 @@ def own_cell() -> Case:
             h = h + z.sigmoid() * (n.tanh() - h)
         return m.head(h)
 
-    return Module(forward, w=nn.Linear(4 + H, 2 * H), head=nn.Linear(H, C)), (X, Y), functional.cross_entropy
+    return Module(forward, w=nn.Linear(4 + H, 2 * H), head=nn.Linear(H, C)), (X, Y), F.cross_entropy
 
 
 class Spike(torch.autograd.Function):
@@ -229,7 +225,7 @@ def spiking() -> Case:
             v, total = v - spikes.detach(), total + spikes
         return m.head(total / x.shape[1])
 
-    return Module(forward, w=nn.Linear(4, H), head=nn.Linear(H, C)), (X, Y), functional.cross_entropy
+    return Module(forward, w=nn.Linear(4, H), head=nn.Linear(H, C)), (X, Y), F.cross_entropy
 
 
 def folded_batch() -> Case:
@@ -239,11 +235,11 @@ def folded_batch() -> Case:
         return m.head(h.reshape(b, n, -1).mean(1))
 
     x = noise(B, 5, T, 4)
-    return Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)), (x, Y), functional.cross_entropy
+    return Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)), (x, Y), F.cross_entropy
 
 
 def folded_steps() -> Case:
-    return Net(read=lambda y: y.reshape(-1, H)), (X, classes(B * T)), functional.cross_entropy
+    return Net(read=lambda y: y.reshape(-1, H)), (X, classes(B * T)), F.cross_entropy
 
 
 def dict_input() -> Case:
@@ -252,11 +248,7 @@ def dict_input() -> Case:
 
     lengths = torch.randint(3, T, (B,), generator=torch.Generator().manual_seed(3))
     batch = {"x": X * (torch.arange(T)[None, :, None] < lengths[:, None, None]), "lengths": lengths}
-    return (
-        Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)),
-        (batch, Y),
-        functional.cross_entropy,
-    )
+    return Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)), (batch, Y), F.cross_entropy
 
 
 @dataclasses.dataclass
@@ -269,11 +261,7 @@ def dataclass_input() -> Case:
     def forward(m: Any, batch: Bundle) -> Tensor:
         return m.head(m.rnn(batch.x * batch.scale)[0][:, -1])
 
-    return (
-        Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)),
-        (Bundle(X), Y),
-        functional.cross_entropy,
-    )
+    return Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)), (Bundle(X), Y), F.cross_entropy
 
 
 def packed() -> Case:
@@ -282,23 +270,19 @@ def packed() -> Case:
 
     lengths = torch.randint(3, T, (B,), generator=torch.Generator().manual_seed(3))
     given = nn.utils.rnn.pack_padded_sequence(X, lengths, batch_first=True, enforce_sorted=False)
-    return (
-        Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)),
-        (given, Y),
-        functional.cross_entropy,
-    )
+    return Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)), (given, Y), F.cross_entropy
 
 
 def time_major(dense: bool) -> Case:
     net = Net(nn.LSTM(4, H), read=(lambda y: y) if dense else (lambda y: y[-1]))
     x = X.transpose(0, 1)
     if dense:
-        return net, (x, classes(T, B)), lambda z, y: functional.cross_entropy(z.flatten(0, 1), y.flatten())
-    return net, (x, Y), functional.cross_entropy
+        return net, (x, classes(T, B)), lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten())
+    return net, (x, Y), F.cross_entropy
 
 
 def few() -> Case:
-    return Net(), (X[:4], Y[:4]), functional.cross_entropy
+    return Net(), (X[:4], Y[:4]), F.cross_entropy
 
 
 def truncated_between_batches() -> Case:
@@ -308,40 +292,40 @@ def truncated_between_batches() -> Case:
         return m.head(y)
 
     model = Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, 4), state=None)
-    return model, (X[:, :-1], X[:, 1:]), functional.mse_loss
+    return model, (X[:, :-1], X[:, 1:]), F.mse_loss
 
 
 def forecast() -> Case:
-    return Net(out=4, read=lambda y: y), (X[:, :-1], X[:, 1:]), functional.mse_loss
+    return Net(out=4, read=lambda y: y), (X[:, :-1], X[:, 1:]), F.mse_loss
 
 
 def bidirectional_tagger() -> Case:
     x = noise(80, T, 4)
     y = (x[:, :, 0] + x[:, :, 0].roll(-1, 1) > 0).long()
     net = Net(nn.LSTM(4, H, batch_first=True, bidirectional=True), out=2, read=lambda y: y)
-    return net, (x, y), lambda z, y: functional.cross_entropy(z.transpose(1, 2), y)
+    return net, (x, y), lambda z, y: F.cross_entropy(z.transpose(1, 2), y)
 
 
 def sigmoid_and_bce() -> Case:
     y = (V > 0).float()
-    return Net(out=1, end=torch.sigmoid), (X, y), functional.binary_cross_entropy
+    return Net(out=1, end=torch.sigmoid), (X, y), F.binary_cross_entropy
 
 
 def log_softmax_and_nll() -> Case:
-    return Net(end=lambda z: z.log_softmax(-1)), (X, Y), functional.nll_loss
+    return Net(end=lambda z: z.log_softmax(-1)), (X, Y), F.nll_loss
 
 
 def blank_then_answer() -> Case:
     """A copy task: all but the last steps have no answer."""
     y = torch.full((B, T), -100)
     y[:, -4:] = classes(B, 4)
-    return Net(read=lambda y: y), (X, y), lambda z, y: functional.cross_entropy(z.transpose(1, 2), y, ignore_index=-100)
+    return Net(read=lambda y: y), (X, y), lambda z, y: F.cross_entropy(z.transpose(1, 2), y, ignore_index=-100)
 
 
 def impulse() -> Case:
     x = torch.zeros(B, T, 4)
     x[torch.arange(B), classes(B, of=T), classes(B, of=4)] = 1
-    return Net(), (x, Y), functional.cross_entropy
+    return Net(), (x, Y), F.cross_entropy
 
 
 def convolution_first() -> Case:
@@ -349,7 +333,7 @@ def convolution_first() -> Case:
         return m.head(m.rnn(m.conv(x.transpose(1, 2)).relu().transpose(1, 2))[0].mean(1))
 
     parts = {"conv": nn.Conv1d(4, 8, 3, stride=2), "rnn": nn.GRU(8, H, batch_first=True), "head": nn.Linear(H, C)}
-    return Module(forward, **parts), (X, Y), functional.cross_entropy
+    return Module(forward, **parts), (X, Y), F.cross_entropy
 
 
 def variational() -> Case:
@@ -360,7 +344,7 @@ def variational() -> Case:
 
     def loss(out: tuple[Tensor, ...], y: Tensor) -> Tensor:
         answer, mean, spread = out
-        return functional.mse_loss(answer, y) + 1e-2 * (mean**2 + (2 * spread).exp() - 2 * spread - 1).mean()
+        return F.mse_loss(answer, y) + 1e-2 * (mean**2 + (2 * spread).exp() - 2 * spread - 1).mean()
 
     parts = {"rnn": nn.GRU(4, H, batch_first=True), "code": nn.Linear(H, 8), "head": nn.Linear(4, 1)}
     return Module(forward, **parts), (X, V), loss
@@ -373,14 +357,14 @@ def frozen_extractor() -> Case:
         return m.head(m.rnn(x)[0][:, -1])
 
     parts = {"features": nn.Linear(4, 6).requires_grad_(False), "rnn": nn.GRU(6, H, batch_first=True)}
-    return Module(forward, **parts, head=nn.Linear(H, C)), (X, Y), functional.cross_entropy
+    return Module(forward, **parts, head=nn.Linear(H, C)), (X, Y), F.cross_entropy
 
 
 def open_gates() -> Case:
     lstm = nn.LSTM(4, H, batch_first=True)
     with torch.no_grad():
         lstm.bias_ih_l0[H : 2 * H] = 5.0
-    return Net(lstm), (X, Y), functional.cross_entropy
+    return Net(lstm), (X, Y), F.cross_entropy
 
 
 def quantiles() -> Case:
@@ -400,7 +384,74 @@ def words_of_letters() -> Case:
         return m.head(m.words(torch.stack(words, 1))[0][:, -1])
 
     parts = {"letters": nn.GRU(4, H, batch_first=True), "words": nn.GRU(H, H, batch_first=True)}
-    return Module(forward, **parts, head=nn.Linear(H, C)), (X, Y), functional.cross_entropy
+    return Module(forward, **parts, head=nn.Linear(H, C)), (X, Y), F.cross_entropy
+
+
+def padded_tagger() -> Case:
+    lengths = torch.randint(4, T, (B,), generator=torch.Generator().manual_seed(3))
+    inside = torch.arange(T)[None, :] < lengths[:, None]
+    ids, y = torch.where(inside, IDS + 1, 0), torch.where(inside, classes(B, T), -100)
+
+    def forward(m: Any, ids: Tensor) -> Tensor:
+        return m.head(m.rnn(m.emb(ids))[0])
+
+    model = Module(
+        forward, emb=nn.Embedding(32, 8, padding_idx=0), rnn=nn.LSTM(8, H, batch_first=True), head=nn.Linear(H, C)
+    )
+    return model, (ids, y), lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten())
+
+
+def packed_answers() -> Case:
+    lengths = torch.randint(3, T, (B,), generator=torch.Generator().manual_seed(3)).sort(descending=True).values
+
+    def forward(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        y, _ = m.rnn(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))
+        return m.head(y.data)
+
+    model = Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C))
+    goal = nn.utils.rnn.pack_padded_sequence(classes(B, T), lengths, batch_first=True).data
+    return model, (X, lengths, goal), F.cross_entropy
+
+
+def target_network() -> Case:
+    """Bootstrapped latents: a second encoder without gradient gives the targets."""
+
+    def forward(m: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            goal = m.slow(b)[0][:, -1]
+        return m.head(m.rnn(a)[0][:, -1]), goal
+
+    parts = {"rnn": nn.GRU(4, H, batch_first=True), "slow": nn.GRU(4, H, batch_first=True), "head": nn.Linear(H, H)}
+    return Module(forward, **parts), (X, X + 0.1, Y), lambda z, _: 1 - F.cosine_similarity(*z).mean()
+
+
+def radial_features() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        u = m.inp(x)
+        return m.head(m.rnn(torch.exp(-((u - m.centres) ** 2)))[0][:, -1])
+
+    model = Module(forward, inp=nn.Linear(4, 1), rnn=nn.GRU(7, H, batch_first=True), head=nn.Linear(H, C))
+    model.register_buffer("centres", torch.linspace(-1, 1, 7))
+    return model, (X, Y), F.cross_entropy
+
+
+def smooth_forecast() -> Case:
+    t = torch.arange(T + 3) / 4
+    x = (t + 6 * torch.rand(B, 1, generator=torch.Generator().manual_seed(0))).sin()[..., None] + 0.1 * noise(
+        B, T + 3, 1
+    )
+    return Net(nn.GRU(1, H, batch_first=True), out=1, read=lambda y: y), (x[:, :-3], 2 * x[:, 3:] - 1), F.mse_loss
+
+
+def loss_inside() -> Case:
+    """The model returns its own loss, next to its scores."""
+
+    def forward(m: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        z = m.head(m.rnn(x)[0][:, -1])
+        return {"loss": F.cross_entropy(z, y), "logits": z}
+
+    model = Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C))
+    return Module(lambda m, b: m.net(*b), net=model), ((X, Y),), lambda z: z["loss"]
 
 
 HEALTHY: dict[str, Callable[[], Case]] = {
@@ -443,6 +494,12 @@ HEALTHY: dict[str, Callable[[], Case]] = {
     "open gates": open_gates,
     "quantiles": quantiles,
     "a state per word": words_of_letters,
+    "padded tagger": padded_tagger,
+    "packed answers": packed_answers,
+    "target network": target_network,
+    "radial features": radial_features,
+    "smooth forecast": smooth_forecast,
+    "loss inside": loss_inside,
 }
 
 
@@ -487,7 +544,7 @@ def looped(how: str, cell: str = "LSTMCell", steps: int = T, read: str = "last",
     return (
         Module(forward, cell=getattr(nn, cell)(4, H), head=nn.Linear(H, C)),
         (noise(B, steps, 4), Y),
-        functional.cross_entropy,
+        F.cross_entropy,
     )
 
 
@@ -498,7 +555,7 @@ def own_cell_cut() -> Case:
             h = 0.8 * h.detach() + m.w(torch.cat([x[:, t], h.detach()], 1)).tanh()
         return m.head(h)
 
-    return Module(forward, w=nn.Linear(4 + H, H), head=nn.Linear(H, C)), (X, Y), functional.cross_entropy
+    return Module(forward, w=nn.Linear(4 + H, H), head=nn.Linear(H, C)), (X, Y), F.cross_entropy
 
 
 def kept_state(how: str) -> Case:
@@ -512,66 +569,62 @@ def kept_state(how: str) -> Case:
     return (
         Module(forward, rnn=nn.LSTM(4, H, batch_first=True), head=nn.Linear(H, C), state=None),
         (X, Y),
-        functional.cross_entropy,
+        F.cross_entropy,
     )
 
 
 def mixed(how: str) -> Case:
     lstm = nn.LSTM(4, H, 2, batch_first=how not in ("forgotten", "gru forgotten"))
     if how == "gru forgotten":
-        return Net(nn.GRU(4, H), out=1), (X, V), functional.mse_loss
+        return Net(nn.GRU(4, H), out=1), (X, V), F.mse_loss
     if how == "forgotten":
-        return Net(lstm), (X, Y), functional.cross_entropy
+        return Net(lstm), (X, Y), F.cross_entropy
     if how == "first of time-major":
-        return Net(lstm, read=lambda y: y[-1]), (X.transpose(0, 1), Y), functional.cross_entropy
+        return Net(lstm, read=lambda y: y[-1]), (X.transpose(0, 1), Y), F.cross_entropy
     if how == "view":
-        return (
-            Net(nn.LSTM(4, H), read=lambda y: y[-1], start=lambda x: x.view(T, B, 4)),
-            (X, Y),
-            functional.cross_entropy,
-        )
+        return Net(nn.LSTM(4, H), read=lambda y: y[-1], start=lambda x: x.view(T, B, 4)), (X, Y), F.cross_entropy
 
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.head(m.rnn(x)[1][0].view(len(x), -1))
 
-    return Module(forward, rnn=lstm, head=nn.Linear(2 * H, C)), (X, Y), functional.cross_entropy
+    return Module(forward, rnn=lstm, head=nn.Linear(2 * H, C)), (X, Y), F.cross_entropy
 
 
 def shapes(how: str) -> Case:
     y = V[:, 0]
     if how == "squeezed answers":
-        return Net(out=1, end=lambda z: z.squeeze(-1)), (X, V), functional.mse_loss
+        return Net(out=1, end=lambda z: z.squeeze(-1)), (X, V), F.mse_loss
     if how == "by hand":
         return Net(out=1), (X, y), lambda z, y: ((z - y) ** 2).mean()
     if how == "l1":
-        return Net(out=1), (X, y), functional.l1_loss
-    return Net(out=1), (X, y), functional.mse_loss
+        return Net(out=1), (X, y), F.l1_loss
+    return Net(out=1), (X, y), F.mse_loss
 
 
 def scores(how: str) -> Case:
     binary = (V > 0).float()
     return {
-        "softmax": lambda: (Net(end=lambda z: z.softmax(1)), (X, Y), functional.cross_entropy),
+        "softmax": lambda: (Net(end=lambda z: z.softmax(1)), (X, Y), F.cross_entropy),
         "softmax module": lambda: (Net(end=nn.Softmax(dim=-1)), (X, Y), nn.CrossEntropyLoss()),
         "softmax, tokens": lambda: (
             Net(out=9, read=lambda y: y, end=lambda z: z.softmax(-1)),
             (X, classes(B, T, of=9)),
-            lambda z, y: functional.cross_entropy(z.reshape(-1, 9), y.reshape(-1)),
+            lambda z, y: F.cross_entropy(z.reshape(-1, 9), y.reshape(-1)),
         ),
         "softmax, then log_softmax": lambda: (
             Net(end=lambda z: z.softmax(1)),
             (X, Y),
-            lambda z, y: functional.nll_loss(z.log_softmax(1), y),
+            lambda z, y: F.nll_loss(z.log_softmax(1), y),
         ),
-        "scores into nll": lambda: (Net(), (X, Y), functional.nll_loss),
-        "softmax into nll": lambda: (Net(end=lambda z: z.softmax(1)), (X, Y), functional.nll_loss),
+        "scores into nll": lambda: (Net(), (X, Y), F.nll_loss),
+        "softmax into nll": lambda: (Net(end=lambda z: z.softmax(1)), (X, Y), F.nll_loss),
         "sigmoid, then with logits": lambda: (
             Net(out=1, end=torch.sigmoid),
             (X, binary),
-            functional.binary_cross_entropy_with_logits,
+            F.binary_cross_entropy_with_logits,
         ),
-        "sigmoid before cross-entropy": lambda: (Net(end=torch.sigmoid), (X, Y), functional.cross_entropy),
-        "one class": lambda: (Net(out=1), (X, torch.zeros(B, dtype=torch.long)), functional.cross_entropy),
+        "sigmoid before cross-entropy": lambda: (Net(end=torch.sigmoid), (X, Y), F.cross_entropy),
+        "one class": lambda: (Net(out=1), (X, torch.zeros(B, dtype=torch.long)), F.cross_entropy),
     }[how]()
 
 
@@ -584,13 +637,13 @@ def padded(how: str) -> Case:
         ids = torch.where(inside, classes(n, steps, of=30) + 1, 0)
         emb = nn.Embedding(31, 8, padding_idx=0)
         model = Module(lambda m, x: m.net(m.emb(x)), emb=emb, net=Net(nn.LSTM(8, H, batch_first=True)))
-        return model, (ids, y), functional.cross_entropy
+        return model, (ids, y), F.cross_entropy
     x = noise(n, steps, 4) * inside[..., None]
     if how == "minus one":
         x = torch.where(inside[..., None], noise(n, steps, 4), torch.tensor(-1.0))
     if how == "own cell":
         case = own_cell()
-        return case[0], (x, y), functional.cross_entropy
+        return case[0], (x, y), F.cross_entropy
     if how == "front, packed":
         x = torch.stack([row.roll(steps - int(length), 0) for row, length in zip(x, lengths, strict=True)])
 
@@ -599,8 +652,8 @@ def padded(how: str) -> Case:
             return m.head(m.rnn(given)[1][-1])
 
         model = Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C))
-        return model, (x, lengths, y), functional.cross_entropy
-    return Net(), (x, y), functional.cross_entropy
+        return model, (x, lengths, y), F.cross_entropy
+    return Net(), (x, y), F.cross_entropy
 
 
 def not_finite(how: str) -> Case:
@@ -615,16 +668,16 @@ def not_finite(how: str) -> Case:
             v[3] = net(x)[3]
         return net, (x, v), lambda z, y: ((z - y) ** 2).sqrt().mean()
     if how == "log":
-        return Net(out=1, end=lambda z: z.log()), (x, v), functional.mse_loss
+        return Net(out=1, end=lambda z: z.log()), (x, v), F.mse_loss
     if how == "parameter":
         nn.init.constant_(net.rnn.weight_hh_l0, math.nan)
     if how == "norm":
-        return Net(out=1, start=lambda x: x / (x * 0).norm(dim=-1, keepdim=True)), (x, v), functional.mse_loss
-    return net, (x, v), functional.mse_loss
+        return Net(out=1, start=lambda x: x / (x * 0).norm(dim=-1, keepdim=True)), (x, v), F.mse_loss
+    return net, (x, v), F.mse_loss
 
 
 def deep(kind: str, layers: int) -> Case:
-    return Net(getattr(nn, kind)(4, H, layers, batch_first=True)), (X, Y), functional.cross_entropy
+    return Net(getattr(nn, kind)(4, H, layers, batch_first=True)), (X, Y), F.cross_entropy
 
 
 def deep_modules() -> Case:
@@ -634,7 +687,7 @@ def deep_modules() -> Case:
         return m.head(x[:, -1])
 
     rnns = nn.ModuleList(nn.LSTM(4 if i == 0 else H, H, batch_first=True) for i in range(9))
-    return Module(forward, rnns=rnns, head=nn.Linear(H, C)), (X, Y), functional.cross_entropy
+    return Module(forward, rnns=rnns, head=nn.Linear(H, C)), (X, Y), F.cross_entropy
 
 
 def unmoved(how: str) -> Case:
@@ -643,45 +696,38 @@ def unmoved(how: str) -> Case:
         return (
             Module(lambda m, x: m.head(m.layers[0](x)[0][:, -1]), layers=layers, head=nn.Linear(H, C)),
             (X, Y),
-            functional.cross_entropy,
+            F.cross_entropy,
         )
     if how == "frozen":
-        return Net().requires_grad_(False), (X, Y), functional.cross_entropy
+        return Net().requires_grad_(False), (X, Y), F.cross_entropy
     if how == "argmax":
         return Net(), (X, Y), lambda z, y: (z.argmax(1) != y).float().mean()
-    return Net(read=lambda y: y[:, -1].detach()), (X, Y), functional.cross_entropy
+    return Net(read=lambda y: y[:, -1].detach()), (X, Y), F.cross_entropy
 
 
 def ranges(how: str) -> Case:
     return {
-        "sigmoid": lambda: (Net(out=1, end=torch.sigmoid), (X, 5 * V), functional.mse_loss),
-        "tanh": lambda: (Net(out=1, end=torch.tanh), (X, 3 + V), functional.mse_loss),
-        "relu": lambda: (Net(out=1, end=torch.relu), (X, V), functional.l1_loss),
-        "tanh before cross-entropy": lambda: (
-            Net(out=20, end=torch.tanh),
-            (X, classes(B, of=20)),
-            functional.cross_entropy,
-        ),
+        "sigmoid": lambda: (Net(out=1, end=torch.sigmoid), (X, 5 * V), F.mse_loss),
+        "tanh": lambda: (Net(out=1, end=torch.tanh), (X, 3 + V), F.mse_loss),
+        "relu": lambda: (Net(out=1, end=torch.relu), (X, V), F.l1_loss),
+        "tanh before cross-entropy": lambda: (Net(out=20, end=torch.tanh), (X, classes(B, of=20)), F.cross_entropy),
         "state": lambda: (
             Module(lambda m, x: m.rnn(x)[0][:, -1], rnn=nn.LSTM(4, 1, batch_first=True)),
             (X, 4 * V),
-            functional.mse_loss,
+            F.mse_loss,
         ),
     }[how]()
 
 
 def ignored(how: str) -> Case:
     if how == "class 0":
-        return Net(), (X, Y), lambda z, y: functional.cross_entropy(z, y, ignore_index=0)
+        return Net(), (X, Y), lambda z, y: F.cross_entropy(z, y, ignore_index=0)
     if how == "tags":
         net = Net(out=4, read=lambda y: y)
-        return (
-            net,
-            (X, classes(B, T, of=4)),
-            lambda z, y: functional.cross_entropy(z.transpose(1, 2), y, ignore_index=0),
-        )
-    weight = torch.tensor([1.0, 0.0, 1.0])
-    return Net(), (X, Y), lambda z, y: functional.cross_entropy(z, y, weight=weight)
+        return net, (X, classes(B, T, of=4)), lambda z, y: F.cross_entropy(z.transpose(1, 2), y, ignore_index=0)
+    weight = torch.ones(C)
+    weight[1] = 0
+    return Net(), (X, Y), lambda z, y: F.cross_entropy(z, y, weight=weight)
 
 
 def leak(how: str) -> Case:
@@ -692,13 +738,13 @@ def leak(how: str) -> Case:
     rnn = nn.LSTM(8, H, batch_first=True, bidirectional=both)
     model = Module(forward, emb=nn.Embedding(30, 8), rnn=rnn, head=nn.Linear(2 * H if both else H, 30))
     batch = (IDS[:, :-1], IDS[:, 1:]) if both else (IDS, IDS.clone())
-    return model, batch, lambda z, y: functional.cross_entropy(z.transpose(1, 2), y)
+    return model, batch, lambda z, y: F.cross_entropy(z.transpose(1, 2), y)
 
 
 def future() -> Case:
     x = noise(120, T, 2)
     y = x[:, :, :1].roll(-2, 1)
-    return Net(nn.GRU(2, H, batch_first=True), out=1, read=lambda y: y), (x, y * 2 + 1), functional.mse_loss
+    return Net(nn.GRU(2, H, batch_first=True), out=1, read=lambda y: y), (x, y * 2 + 1), F.mse_loss
 
 
 def reversed_copy() -> Case:
@@ -708,16 +754,14 @@ def reversed_copy() -> Case:
         return m.head(m.rnn(m.emb(ids))[0])
 
     model = Module(forward, emb=nn.Embedding(8, 8), rnn=nn.GRU(8, H, batch_first=True), head=nn.Linear(H, 8))
-    return model, (x, x.flip(1)), lambda z, y: functional.cross_entropy(z.transpose(1, 2), y)
+    return model, (x, x.flip(1)), lambda z, y: F.cross_entropy(z.transpose(1, 2), y)
 
 
 def drowned() -> Case:
     case = multi_task()
 
     def loss(z: dict[str, Tensor], y: dict[str, Tensor]) -> Tensor:
-        return functional.cross_entropy(z["class"], y["class"]) + functional.mse_loss(
-            z["value"] * 300, y["value"] * 300
-        )
+        return F.cross_entropy(z["class"], y["class"]) + F.mse_loss(z["value"] * 300, y["value"] * 300)
 
     return case[0], case[1], loss
 
@@ -726,26 +770,26 @@ def copies() -> Case:
     net = Net(nn.LSTM(4, H, batch_first=True))
     for p in net.rnn.parameters():
         nn.init.constant_(p, 0.1)
-    return net, (X, Y), functional.cross_entropy
+    return net, (X, Y), F.cross_entropy
 
 
 def off() -> Case:
     rnn = nn.RNN(4, H, batch_first=True, nonlinearity="relu")
     with torch.no_grad():
         rnn.bias_ih_l0.fill_(-30.0)
-    return Net(rnn), (X, Y), functional.cross_entropy
+    return Net(rnn), (X, Y), F.cross_entropy
 
 
 def explosion() -> Case:
     rnn = uv.cures.spectral_radius_(nn.RNN(4, H, batch_first=True, nonlinearity="relu"), 2.5)
-    return Net(rnn), (noise(B, 60, 4), Y), functional.cross_entropy
+    return Net(rnn), (noise(B, 60, 4), Y), F.cross_entropy
 
 
 def saturated() -> Case:
     rnn = nn.GRU(4, H, batch_first=True)
     with torch.no_grad():
         rnn.weight_ih_l0.mul_(200)
-    return Net(rnn), (X, Y), functional.cross_entropy
+    return Net(rnn), (X, Y), F.cross_entropy
 
 
 FAULTY: dict[str, tuple[Callable[[], Case], str]] = {
@@ -798,26 +842,19 @@ FAULTY: dict[str, tuple[Callable[[], Case], str]] = {
     "all units off": (off, "dead"),
     "explosion": (explosion, "explodes"),
     "weights too large": (saturated, "saturated"),
-    "raw inputs": (
-        lambda: (Net(nn.LSTM(4, H, batch_first=True)), (100 + 300 * X, Y), functional.cross_entropy),
-        "input_scale",
-    ),
+    "raw inputs": (lambda: (Net(nn.LSTM(4, H, batch_first=True)), (100 + 300 * X, Y), F.cross_entropy), "input_scale"),
     "raw inputs, one feature": (
-        lambda: (Net(), (X * torch.tensor([1.0, 1.0, 1.0, 5e3]), Y), functional.cross_entropy), "input_scale",
+        lambda: (Net(), (X * torch.tensor([1.0, 1.0, 1.0, 5e3]), Y), F.cross_entropy), "input_scale",
     ),
-    "raw targets": (lambda: (Net(out=1), (X, 5_000 + 100 * V), functional.mse_loss), "target_scale"),
+    "raw targets": (lambda: (Net(out=1), (X, 5_000 + 100 * V), F.mse_loss), "target_scale"),
     "ids as numbers": (
-        lambda: (
-            Net(nn.GRU(1, H, batch_first=True), start=lambda x: x.float()[..., None]),
-            (IDS, Y),
-            functional.cross_entropy,
-        ),
+        lambda: (Net(nn.GRU(1, H, batch_first=True), start=lambda x: x.float()[..., None]), (IDS, Y), F.cross_entropy),
         "ids_as_numbers",
     ),
     "features first, by view": (
-        lambda: (Net(start=lambda x: x.view(B, T, 4)), (noise(B, 4, T), Y), functional.cross_entropy), "axes_mixed",
+        lambda: (Net(start=lambda x: x.view(B, T, 4)), (noise(B, 4, T), Y), F.cross_entropy), "axes_mixed",
     ),
-    "input multiplied by 0": (lambda: (Net(start=lambda x: x * 0), (X, Y), functional.cross_entropy), "input_ignored"),
+    "input multiplied by 0": (lambda: (Net(start=lambda x: x * 0), (X, Y), F.cross_entropy), "input_ignored"),
 }  # fmt: skip
 
 

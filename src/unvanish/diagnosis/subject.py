@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from unvanish.diagnosis.structure import detached_copy, floating, mapped, tensors
+from unvanish.diagnosis.trace import COMPARING, traced
 from unvanish.nn.modules import SequenceModule
 
 Loss = Callable[..., Tensor]
@@ -80,22 +81,37 @@ class Subject:
     def _batch(inputs: tuple[Any, ...]) -> Any:
         return inputs[0] if len(inputs) == 1 else inputs
 
-    @cached_property
+    @property
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of the model's own call: given, or seen in one pass of the step; ((), {}) if there is none."""
-        if self.step is None and not self.lightning:
-            return self.inputs, {}
-        seen: list[tuple[Any, Any]] = []
-        twin = self.twin()
-        twin.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-        with self.rng(0), torch.no_grad():
-            self.loss(twin)
-        return mapped(seen[0], torch.detach) if seen else ((), {})
+        return (self.inputs, {}) if self._given else self._seen[0]
+
+    @property
+    def goals(self) -> list[Tensor]:
+        """Tensors of the target: given, or what loss functions compare the answers with in one pass of the step."""
+        return tensors(self.target) if self._given else self._seen[1]
+
+    @property
+    def _given(self) -> bool:
+        """Whether the batch was handed over in parts."""
+        return self.step is None and not self.lightning
+
+    @cached_property
+    def _seen(self) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], list[Tensor]]:
+        with self.rng(0):
+            done = traced(self.twin(), self.loss, backward=False)
+        own = next((c for c in done.trace.modules if c.path == ""), None)
+        goals = []
+        for call in done.trace.functions:
+            target = call.argument(1, "target")
+            if not call.inside and call.name in COMPARING and isinstance(target, Tensor) and not target.requires_grad:
+                goals.append(target.detach())
+        return ((), {}) if own is None else mapped((own.args, own.options), torch.detach), goals
 
     @cached_property
     def _layout(self) -> tuple[int | None, tuple[int, ...]]:
         """(samples, axes in the order in which they are looked at)"""
-        items = self.inputs if self.step is None else self.call
+        items = self.call
         packed = _packed(items)
         if packed:
             return int(packed[0].batch_sizes[0]), (0, 1)
@@ -103,7 +119,9 @@ class Subject:
         if not given:
             return None, (0, 1)
         main = max(given, key=lambda t: (t.dim(), t.numel()))
-        targets = [t for t in tensors(self.target) if t.dim()]
+        targets = [t for t in self.goals if t.dim()]
+        if not targets and self.goals:
+            return None, (0, 1)  # a target without axes: one sample, unbatched
         if not targets:
             targets = [t for t in given if t is not main]
         if main.dim() < 2:

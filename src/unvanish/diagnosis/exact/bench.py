@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unvanish.diagnosis.exact.trace import Pass, double, traced
 from unvanish.diagnosis.structure import detached_copy, floating, mapped, tensors
 from unvanish.diagnosis.subject import Subject
+from unvanish.diagnosis.trace import Pass, double, traced
 from unvanish.nn.modules import RecurrentModule
 
 SAMPLES = (12, 13, 11, 14, 10, 15, 9, 16)
@@ -158,7 +158,8 @@ class Bench:
                 return [tensor.movedim(axis, 0).reshape(count, -1)]
         if tensor.dim() > 2 and tensor.shape[2] == count:
             return [tensor.movedim(2, 0).reshape(count, -1)]
-        if count > 1 and tensor.shape[0] % count == 0:
+        # Other multiples are not steps: the data of packed answers has as many rows as the lengths sum to.
+        if count > 1 and tensor.shape[0] in (count * s for s in (self.steps - 1, self.steps, self.steps + 1) if s > 1):
             folded = tensor.unflatten(0, (count, -1)).reshape(count, -1)
             return [folded, tensor.unflatten(0, (-1, count)).movedim(1, 0).reshape(count, -1)]
         return []
@@ -226,6 +227,16 @@ class Bench:
             mix = torch.rand(part.shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64) + 0.5
             parts.append((part * mix.to(part)).sum())
         return torch.stack(parts).sum()
+
+    @cached_property
+    def asked(self) -> list[Tensor | None]:
+        """∂E/∂answer of the training pass, whole batch; None for an answer that the loss does not use."""
+        done = self.training
+        if done.loss is None or not done.loss.requires_grad:
+            return [None] * len(done.answers)
+        used = [a for a in done.answers if a.requires_grad]
+        got = iter(torch.autograd.grad(done.loss, used, retain_graph=True, allow_unused=True) if used else ())
+        return [next(got) if a.requires_grad else None for a in done.answers]
 
     @cached_property
     def reach(self) -> tuple[Tensor, Tensor] | None:

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from unvanish.diagnosis.exact.bench import RECURRENT, Bench
-from unvanish.diagnosis.exact.trace import ModuleCall
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import detached_copy, graph_tensors, tensors
+from unvanish.diagnosis.trace import ModuleCall
 
 MOVES = 1e-7
 """relative change of the answers from which a step counts as being used"""

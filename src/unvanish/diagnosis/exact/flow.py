@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from unvanish.diagnosis.exact.bench import RECURRENT, Bench
 from unvanish.diagnosis.finding import Finding
+from unvanish.diagnosis.structure import detached_copy
 from unvanish.nn.modules import SequenceModule
 
 
@@ -159,7 +160,7 @@ def _unreached(bench: Bench) -> list[Finding]:
         and all(n in still for n in own)
     ]  # fmt: skip
     called = {c.path for c in bench.training.trace.modules if c.outputs}
-    used = [path for path in recurrent if path in called]
+    used = [path for path in recurrent if path in called and _matters(bench, path)]
     listed = ", ".join(f"`{n}`" for n in still[:4]) + (f" and {len(still) - 4} more" if len(still) > 4 else "")
     proof = f"∂E/∂w is absent or exactly 0 for {len(still)} of {len(gradients)} parameters: {listed}."
     if share == 1.0 or (used and share > 0.3):
@@ -178,6 +179,21 @@ def _unreached(bench: Bench) -> list[Finding]:
             "Some parameters have no part in this loss.", proof, "Nothing, if they are left over or trained elsewhere.",
         )
     ]  # fmt: skip
+
+
+def _matters(bench: Bench, path: str) -> bool:
+    """Whether answers that the loss uses change with this module's weights; those of a target network do not."""
+    twin = detached_copy(bench.model)
+    with torch.no_grad():
+        for p in twin.get_submodule(path).parameters():
+            p.mul_(0.5).add_(0.1)
+    args, named = bench.given
+    with torch.no_grad(), bench.subject.rng(0):
+        changed = bench.subject.answers(twin, args, **named)
+    return any(
+        asked is not None and bool((asked != 0).any()) and not torch.equal(was, now)
+        for was, now, asked in zip(bench.run(), changed, bench.asked, strict=False)
+    )
 
 
 def _unregistered(bench: Bench) -> list[Finding]:

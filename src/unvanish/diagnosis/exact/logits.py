@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from unvanish.diagnosis.exact.bench import Bench
-from unvanish.diagnosis.exact.trace import Called
 from unvanish.diagnosis.finding import Finding
+from unvanish.diagnosis.trace import Called, traced
 
 _VIEWS = (
     "View", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "T", "Permute", "Select", "Slice", "Alias", "Expand",
@@ -214,23 +214,24 @@ def loss_unbalanced(bench: Bench) -> list[Finding]:
     weights = [p for p in done.model.parameters() if p.requires_grad]
     if len(terms) < 2 or not weights:
         return []
-    norms = []
-    for term in terms:
-        if not term.requires_grad:
-            continue
-        got = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
-        norms.append(
-            (float(torch.stack([g.double().norm() for g in got if g is not None]).norm()), float(term.detach()))
-        )
-    norms = [(g, v) for g, v in norms if g > 0]
-    if len(norms) < 2:
+    sizes: list[tuple[float, float, bool]] = []
+    for term, compared in zip(terms, _depend_on_target(bench, len(terms)), strict=True):
+        if term.requires_grad:
+            got = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
+            norms = [g.double().norm() for g in got if g is not None]
+            sizes.append((float(torch.stack(norms).norm()) if norms else 0.0, float(term.detach()), compared))
+    # A penalty on weights or states is small on purpose; a large one drowns the data.
+    most = max((g for g, _, compared in sizes if compared), default=0.0)
+    sizes = sorted((s for s in sizes if s[0] > 0 and (s[2] or s[0] > most)), reverse=True)
+    if len(sizes) < 2:
         return []
-    norms.sort(reverse=True)
-    ratio = norms[0][0] / norms[-1][0]
-    if ratio < 300 or norms[0][1] < 10 * abs(norms[-1][1]):
+    ratio, largest, smallest = sizes[0][0] / sizes[-1][0], sizes[0][1], abs(sizes[-1][1])
+    if ratio < 300 or largest < 10 * smallest:
         return []
-    listed = ", ".join(f"{v:.3g} (gradient {g:.2g})" for g, v in norms)
-    severity = "error" if ratio > 3_000 and norms[0][1] > 100 * abs(norms[-1][1]) else "warning"
+    severity = "error" if ratio > 3_000 and largest > 100 * smallest else "warning"
+    if severity == "warning" and not bench.subject.has_target:
+        return []  # which of the terms are penalties can't be told
+    listed = ", ".join(f"{value:.3g} (gradient {gradient:.2g})" for gradient, value, _ in sizes)
     return [
         Finding(
             "loss_unbalanced", severity, "loss",
@@ -239,6 +240,26 @@ def loss_unbalanced(bench: Bench) -> list[Finding]:
             "Weight the terms so that their gradients are of one size, or standardise what the larger one compares.",
         )
     ]  # fmt: skip
+
+
+def _depend_on_target(bench: Bench, terms: int) -> list[bool]:
+    """Of each term of the loss, whether its value changes with the order of the targets; all, if that can't be told."""
+    subject = bench.subject
+    n = subject.samples
+    if not subject.has_target or n is None or n < 2:
+        return [True] * terms
+    values = []
+    for roll in (0, 1):
+        target = subject.rows(subject.target, torch.roll(torch.arange(n), roll))
+        with subject.rng(0):
+            done = traced(subject.twin(), lambda m, y=target: subject.loss(m, subject.inputs, y), backward=False)
+        if done.loss is None:
+            return [True] * terms
+        made = {id(c.result): c for c in done.trace.functions if c.name in ("add", "__add__", "__radd__", "sum")}
+        values.append([float(t.detach()) for t in _terms(done.loss, made)])
+    if len(values[0]) != terms or len(values[1]) != terms:
+        return [True] * terms
+    return [a != b for a, b in zip(*values, strict=True)]
 
 
 def _terms(loss: Tensor, made: dict[int, Called], depth: int = 0) -> list[Tensor]:

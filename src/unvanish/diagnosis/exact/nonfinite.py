@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from unvanish.diagnosis.exact.bench import Bench
-from unvanish.diagnosis.exact.trace import ModuleCall
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import floating
+from unvanish.diagnosis.trace import ModuleCall
 
 
 def nan(bench: Bench) -> list[Finding]:
@@ -27,7 +27,7 @@ def nan(bench: Bench) -> list[Finding]:
     bad = [n for n, g in done.gradients.items() if g is not None and not bool(g.isfinite().all())]
     if not bad_loss and not bad:
         return []
-    for what, items in (("input", subject.call), ("target", subject.target)):
+    for what, items in (("input", subject.call), ("target", subject.goals)):
         for number, tensor in enumerate(floating(items)):
             if not bool(tensor.isfinite().all()):
                 return [_found(f"{what} {number}", f"The {what} holds NaN or infinity.",

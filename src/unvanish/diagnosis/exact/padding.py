@@ -69,7 +69,18 @@ def _read(bench: Bench, front: bool) -> list[Finding]:
     if len(pick) < (bench.count or 0):
         return []
     given = bench.taken(pick)
-    entries, got = bench.gradients_at(given, bench.last_answers)
+    # By the loss's own gradient: answers on padded steps that it leaves out do no harm.
+    asked = [None if g is None else bench.subject.rows(g, pick).abs() for g in bench.asked]
+
+    def used(answers: list[Tensor]) -> Tensor:
+        parts = [
+            (answer * weight.to(answer)).sum()
+            for answer, weight in zip(answers, asked, strict=False)
+            if weight is not None and weight.shape == answer.shape
+        ]
+        return torch.stack(parts).sum() if parts else torch.zeros(())
+
+    entries, got = bench.gradients_at(given, used)
     k = len(pick)
     norms = None
     for entry, gradient in zip(entries, got, strict=True):

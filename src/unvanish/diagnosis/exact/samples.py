@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from unvanish.diagnosis.exact.bench import RECURRENT, Bench
-from unvanish.diagnosis.exact.trace import Trace
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import detached_copy
+from unvanish.diagnosis.trace import Trace
 
 
 def samples_mixed(bench: Bench) -> list[Finding]:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from unvanish.diagnosis.exact.bench import Bench
 from unvanish.diagnosis.exact.logits import origin
-from unvanish.diagnosis.exact.trace import Called, double
 from unvanish.diagnosis.finding import Finding
-from unvanish.diagnosis.structure import floating, mapped, tensors
+from unvanish.diagnosis.structure import floating, mapped
+from unvanish.diagnosis.trace import Called, double
 
 REGRESSION = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"}
 DIFFERENCES = {"sub", "rsub", "__sub__", "__rsub__", "mul", "__mul__", "__rmul__"} | REGRESSION
@@ -19,7 +19,7 @@ DIFFERENCES = {"sub", "rsub", "__sub__", "__rsub__", "mul", "__mul__", "__rmul__
 def target_mismatch(bench: Bench) -> list[Finding]:
     """An operation of the loss whose operands extend each other: [B, 1] with [B] gives [B, B]."""
     for call in bench.training.trace.functions:
-        if call.path or call.name not in DIFFERENCES or len(operands := _operands(call)) < 2:
+        if call.inside or call.name not in DIFFERENCES or len(operands := _operands(call)) < 2:
             continue
         a, b = operands[0], operands[1]
         if a.requires_grad == b.requires_grad or a.shape == b.shape:
@@ -37,7 +37,7 @@ def target_mismatch(bench: Bench) -> list[Finding]:
             also = (
                 ""
                 if moved is None
-                else f" One target was exchanged: ∂E/∂answer changed for {moved[0]} of the {moved[1]} other samples."
+                else f" One target was changed: so did ∂E/∂answer for {moved[0]} of the {moved[1]} other samples."
             )
             return [
                 Finding(
@@ -80,10 +80,20 @@ def _moved(bench: Bench) -> tuple[int, int] | None:
             got = torch.autograd.grad(value, floating(leaves), allow_unused=True)
         return [g for g in got if g is not None]
 
-    index = torch.arange(n)
-    index[0] = n - 1
+    def first_moved(by: float) -> Any:
+        def change(tensor: Tensor) -> Tensor:
+            axis = subject.axis(tensor)
+            if axis is None or not tensor.is_floating_point():
+                return tensor
+            tensor = tensor.clone()
+            tensor.select(axis, 0).add_(by * (1 + tensor.abs().max()))
+            return tensor
+
+        return mapped(subject.target, change)
+
     most = 0
-    for was, now in zip(gradient(subject.target), gradient(subject.rows(subject.target, index)), strict=True):
+    # Far to both sides: the gradient of an absolute error knows no more than the side.
+    for was, now in zip(gradient(first_moved(-10.0)), gradient(first_moved(10.0)), strict=True):
         rows = bench.by_sample((was - now).abs(), n)
         if rows:
             size = float(was.abs().amax()) or 1.0
@@ -141,10 +151,9 @@ def output_range(bench: Bench) -> list[Finding]:
                 Finding(
                     "output_range", "error" if float(beyond) > much else "warning", "",
                     "The last activation can't reach the targets.",
-                    f"Answers come from {made.lower() if made in ranges else 'a recurrent state'} and lie in "
-                    f"[{low:g}, {high:g}]; targets range from {float(goal.min()):.4g} to {float(goal.max()):.4g}, "
-                    f"{float(beyond):.0%} of them "
-                    "outside.",
+                    f"Answers come from {made.lower() if made in ranges else 'a recurrent state'} and lie in [{low:g}, "
+                    f"{high:g}]; targets range from {float(goal.min()):.4g} to {float(goal.max()):.4g}, "
+                    f"{float(beyond):.0%} of them outside.",
                     "Leave out the last activation and let a linear layer answer, or scale the targets into its range.",
                 )
             ]  # fmt: skip
@@ -188,7 +197,7 @@ def compared(bench: Bench) -> list[tuple[Tensor, Tensor]]:
     """(answers, target) of the same shape that a regression loss compares, or the only ones there are."""
     found = []
     for call in bench.training.trace.functions:
-        if call.path or call.name not in {*REGRESSION, "sub", "__sub__", "rsub", "__rsub__"}:
+        if call.inside or call.name not in {*REGRESSION, "sub", "__sub__", "rsub", "__rsub__"}:
             continue
         pair = _operands(call)[:2]
         if len(pair) == 2 and pair[0].requires_grad != pair[1].requires_grad and pair[0].is_floating_point():
@@ -200,7 +209,7 @@ def compared(bench: Bench) -> list[tuple[Tensor, Tensor]]:
 
 def _is_target(bench: Bench, tensor: Tensor) -> bool:
     """Whether it is the target itself, not a quantity made from it such as its logarithm."""
-    goals = tensors(bench.subject.target)
+    goals = bench.subject.goals
     return not goals or any(
         t.numel() == tensor.numel() and t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
         for t in goals

@@ -1,6 +1,5 @@
 """One training pass of a copy, as seen from outside: what its modules and torch's functions were given and returned."""
 
-import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,9 +23,9 @@ class Called:
     options: dict[str, Any]
     result: Any
     path: str
-    """innermost module that was running; "" outside the model"""
-    line: str
-    """where it was called from in the user's code; only for the first calls"""
+    """innermost module that was running"""
+    inside: bool
+    """whether the model was running; else it is the loss's or the step's own call"""
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """By position or by name."""
@@ -60,7 +59,11 @@ WATCHED = {
     "div", "sum", "mean", "relu_", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__",
     "__truediv__", "__eq__", "eq",
 }  # fmt: skip
-MOST_LINES = 2_000
+COMPARING = {
+    "cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "binary_cross_entropy", "mse_loss", "l1_loss",
+    "smooth_l1_loss", "huber_loss", "kl_div", "gaussian_nll_loss", "sub", "__sub__",
+}  # fmt: skip
+"""loss functions, whose second argument is a target"""
 
 
 class Trace(TorchFunctionMode):
@@ -110,7 +113,7 @@ class Trace(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in WATCHED:
             path = self._running[-1].path if self._running else ""
-            self.functions.append(Called(name, args, options, result, path, ""))
+            self.functions.append(Called(name, args, options, result, path, bool(self._running)))
         return result
 
 
@@ -127,7 +130,6 @@ class Pass:
     """floating-point outputs of the model's first call"""
     error: Exception | None = None
     """what the pass raised"""
-    raised_at: str = ""
 
 
 def traced(model: nn.Module, loss: Callable[[nn.Module], Tensor], *, backward: bool = True) -> Pass:
@@ -149,8 +151,6 @@ def traced(model: nn.Module, loss: Callable[[nn.Module], Tensor], *, backward: b
             done.gradients = {n: None if p.grad is None else p.grad.detach() for n, p in names}
     except Exception as error:
         done.error = error
-        frames = traceback.extract_tb(error.__traceback__)
-        done.raised_at = f"{frames[-1].name}, line {frames[-1].lineno}" if frames else ""
     return done
 
 
