@@ -140,7 +140,7 @@ def test_json_and_a_checkpoint(mine: Path) -> None:
 def test_interventions_end_in_a_plan_or_in_none(mine: Path) -> None:
     source = mine.read_text().replace("randn(4, 40, 3)", "randn(80, 20, 3)").replace("rand(4, WIDTH)", "rand(80, 1)")
     mine.write_text(source.replace("self.encoder(x)[0][:, -1]", "self.encoder(x)[0][:, -1, :1]"))
-    found = json.loads(unvanish(f"{mine}:factory", "--budget", "4", "--json").stdout)
+    found = json.loads(unvanish(f"{mine}:factory", "--budget", "20", "--json").stdout)
     assert found["tried"], "the target is noise: nothing helps, but something was tried"
     assert found["plan"]["code"] == ""
 

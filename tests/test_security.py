@@ -73,7 +73,7 @@ class Evil:
     "arguments",
     [
         ["compare", "--task", "adding", "--length", "12", "--cells", "rnn", "--steps", "2", "--hidden", "4"],
-        ["diagnose", "mine.py:factory"],
+        ["diagnose", "mine.py:factory", "--budget", "0"],
     ],
     ids=lambda arguments: arguments[0],
 )  # fmt: skip
@@ -120,7 +120,7 @@ def test_records_are_read_without_unpickling(tmp_path: Path) -> None:
     save_file(lstm.state_dict(), tmp_path / "weights.safetensors")
     (tmp_path / "mine.py").write_text(SOURCE)
     code = f"import unvanish; unvanish.flow.load('gates.flow')\n{IN_TURN}"
-    done = guarded(code, PICKLES, tmp_path, "diagnose mine.py:factory --checkpoint weights.safetensors")
+    done = guarded(code, PICKLES, tmp_path, "diagnose mine.py:factory --budget 0 --checkpoint weights.safetensors")
     assert done.stderr == ""
     assert done.stdout.split()[-1] == "None"
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from unvanish import draw
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.plan import Plan
 from unvanish.diagnosis.verdict import Verdict
@@ -196,9 +195,13 @@ class Verification:
         """The gradient over the lag in every layer; returns the matplotlib Axes."""
         curves = {f"{name}, before: {d.verdict}": d.curve for name, d in self.before.items()}
         curves |= {f"{name}, after: {d.verdict}": d.curve for name, d in self.after.items()}
+        from unvanish import draw
+
         return draw.over_lag(curves, ax, mark=ARRIVED)
 
     def _repr_html_(self) -> str:
+        from unvanish import draw
+
         return draw.card(self.plot(), type(self).__name__, repr(self))
 
     def __repr__(self) -> str:
@@ -267,9 +270,13 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
     def plot(self, ax: Any = None) -> Any:
         """The gradient over the lag in every layer; returns the matplotlib Axes."""
         curves = {f"{name}: {d.verdict}": d.curve for name, d in self.layers.items()}
+        from unvanish import draw
+
         return draw.over_lag(curves, ax, mark=ARRIVED)
 
     def _repr_html_(self) -> str:
+        from unvanish import draw
+
         return draw.card(self.plot(), type(self).__name__, repr(self))
 
     def __getitem__(self, name: str) -> LayerDiagnosis:
