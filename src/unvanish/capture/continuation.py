@@ -14,11 +14,12 @@ In 2 and 3 a sample whose state is zero, and was not when it was returned, has b
 from collections import deque
 from collections.abc import Sequence
 from itertools import count
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+
+from unvanish import torch_internals
 
 NODES = 256
 """of autograd's graph that are searched for the way back"""
@@ -36,17 +37,12 @@ _tags = count(1)
 _KEY = "unvanish.returned"
 
 
-def _notes(node: Node) -> dict[Any, Any]:
-    """What is noted at a node of the graph; torch declares the property as a method."""
-    return cast(dict[Any, Any], node.metadata)
-
-
 def returned(states: Sequence[Tensor]) -> Returned:
     """What a later call may go on from."""
     tag = next(_tags)
     for s in states:
         if s.grad_fn is not None:
-            _notes(s.grad_fn)[_KEY] = tag
+            torch_internals.notes(s.grad_fn)[_KEY] = tag
     return Returned(tuple(s.detach() for s in states), tag)
 
 
@@ -98,7 +94,7 @@ def _leads_back(given: Tensor, tag: int) -> bool:
         node = waiting.popleft()
         if node in seen:
             continue
-        if _notes(node).get(_KEY) == tag:
+        if torch_internals.notes(node).get(_KEY) == tag:
             return True
         seen.add(node)
         waiting.extend(n for n, _ in node.next_functions if n is not None)

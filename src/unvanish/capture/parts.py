@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterator
 import torch
 from torch import Tensor, nn
 
+from unvanish import torch_internals
 from unvanish.nn.modules import CellModule, RecurrentModule
 
 NAMES = frozenset({"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"})
@@ -55,9 +56,9 @@ def unseen(tensors: list[Tensor]) -> str | None:
     for v in tensors:
         if v.device.type == "meta":
             return "ran on meta tensors, which hold no numbers"
-        if isinstance(v, torch._subclasses.FakeTensor):
+        if torch_internals.fake(v):
             return "ran on fake tensors, which hold no numbers"
-        if torch._C._functorch.is_functorch_wrapped_tensor(v):  # pyright: ignore[reportAttributeAccessIssue]
+        if torch_internals.wrapped_by_transform(v):
             return "ran inside a transform of torch.func, which has its own gradients"
     return None
 

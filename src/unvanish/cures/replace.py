@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unvanish import torch_internals
 from unvanish.cures.layers import recurrent_modules
 
 
@@ -20,7 +21,7 @@ class HiddenState(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_internals.as_plain_tensors():
             out = func(*args, **kwargs)
             if func not in _ALSO_TO_C or not isinstance(out, Tensor):
                 return out

@@ -159,10 +159,11 @@ def _together(proved: tuple[Finding, ...], outcome: Outcome, notes: tuple[str, .
     if outcome.tried:
         return (
             Finding(
-                "not_learnable_from_input", "warning", "",
-                "Nothing that was tried made the loss fall below that of the best constant answer; nothing is proved.",
-                f"{len(outcome.tried)} copies were trained.",
-                "Give a longer budget and more samples, and check that the target can be told from the input at all.",
+                "healthy", "note", "",
+                "No exact test found a fault, and in this budget no copy learnt, with or without a change: nothing is "
+                "proved.",
+                f"{len(outcome.tried)} {'copy was' if len(outcome.tried) == 1 else 'copies were'} trained.",
+                "Give a longer budget and more samples.",
             ),
             *everything,
         )  # fmt: skip

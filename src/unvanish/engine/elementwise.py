@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from unvanish import torch_internals
 
 
 class UnsupportedError(Exception):
@@ -212,17 +213,17 @@ class Recorder(TorchDispatchMode):
         Raises:
             UnsupportedError: the tensor is not made from the inputs.
         """
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._numbers:
+        storage, key = tensor.untyped_storage(), torch_internals.storage_key(tensor)
+        if key not in self._numbers:
             raise UnsupportedError("it reads a tensor that is none of its arguments")
         single = storage.nbytes() == tensor.element_size()
         if not single and (tensor.shape != self._shape or not tensor.is_contiguous()):
             raise UnsupportedError(f"it makes a tensor of another shape than its states, {tuple(tensor.shape)}")
-        return self._numbers[storage._cdata]
+        return self._numbers[key]
 
     def _bind(self, tensor: Tensor, number: int) -> None:
         self._held.append(tensor)
-        self._numbers[tensor.untyped_storage()._cdata] = number
+        self._numbers[torch_internals.storage_key(tensor)] = number
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
@@ -239,11 +240,12 @@ class Recorder(TorchDispatchMode):
             self._bind(out, self._of(value))
             return out
         if name not in OPERATIONS:
-            if func not in decomposition_table or in_place:
+            simpler = None if in_place else torch_internals.decomposition(func)
+            if simpler is None:
                 raise UnsupportedError(f"there is no compiled instruction for {func}")
             try:
                 with self:
-                    return decomposition_table[func](*args, **given)
+                    return simpler(*args, **given)
             except UnsupportedError as why:
                 raise UnsupportedError(f"there is no compiled instruction for {func}") from why
         if name == "lift_fresh" and args[0].numel() == 1:

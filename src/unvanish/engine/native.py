@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unvanish import torch_internals
 from unvanish.cells import CELLS, Cell, Weights
-from unvanish.engine import torch_internals
 from unvanish.engine.sequence import Sorted, transform
 
 try:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unvanish import torch_internals
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import native, reference, torch_internals
+from unvanish.engine import native, reference
 from unvanish.engine.operator_checks import check_backward, check_forward
 from unvanish.engine.sequence import sort
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from unvanish import torch_internals
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import manual, native, native_trace, operators, reference, torch_internals
+from unvanish.engine import manual, native, native_trace, operators, reference
 from unvanish.engine.checks import check_errors, check_layer, whole_lengths
 from unvanish.engine.operator_checks import check_backward
 from unvanish.engine.sequence import add, sort

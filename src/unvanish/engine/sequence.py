@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unvanish import torch_internals
 from unvanish.cells import State
-from unvanish.engine import torch_internals
 
 
 def active_steps(lengths: Tensor | None, T: int, device: torch.device) -> Tensor | None:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unvanish import torch_internals
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import native, reference, torch_internals
+from unvanish.engine import native, reference
 from unvanish.engine.program import Programs, programs
 from unvanish.engine.sequence import transform
 

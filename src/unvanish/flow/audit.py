@@ -9,14 +9,13 @@ backend's own dtype.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from unvanish import torch_internals
 from unvanish.cells import CELLS
 from unvanish.flow.audit_compare import arrived, compare
 from unvanish.flow.audit_report import Audit, LayerAudit
@@ -117,22 +116,17 @@ def _compiled(model: nn.Module, run: Callable[[nn.Module], Tensor], expected: Te
     """Layer inside a module that torch.compile made → its weights' ∂E/∂W under the compiled code, or why there are
     none.
     """
-    if not any(isinstance(m, torch._dynamo.OptimizedModule) for m in model.modules()):
+    if all(torch_internals.compiled(m) is None for m in model.modules()):
         return {}
     twin = detached_copy(model)
     inside = {
         _name(f"{path}.{part}", m): m
         for path, outer in twin.named_modules()
-        if isinstance(outer, torch._dynamo.OptimizedModule)
+        if torch_internals.compiled(outer) is not None
         for part, m in outer.named_modules()
         if isinstance(m, RecurrentModule)
     }
-    # Imported here: it takes as long as all of torch, and only a compiled model needs it, which has it already.
-    inductor: Any = import_module("torch._inductor.config")
-    with ExitStack() as stack:
-        # Without these, code that was compiled often before would run uncompiled, and dropout would draw differently.
-        stack.enter_context(torch._dynamo.config.patch(recompile_limit=256))
-        stack.enter_context(inductor.patch(fallback_random=True))
+    with torch_internals.compiler_that_compares():
         value = run(twin)
         wanted = [(name, key, w) for name, m in inside.items() for key, w in m._parameters.items() if w is not None]
         wanted = [(name, key, w) for name, key, w in wanted if w.requires_grad]

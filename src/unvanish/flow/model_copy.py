@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unvanish import torch_internals
+
 
 def detached_copy(model: nn.Module) -> nn.Module:
     """A deep copy. Tensors inside a graph are copied detached and scripted modules shared: Python copies neither."""
@@ -63,8 +65,9 @@ def _put_back(before: list[tuple[Tensor, Tensor]]) -> None:
 
 def without_compile(model: nn.Module) -> nn.Module:
     """The model with every module that torch.compile made replaced by the one it was made from, in place."""
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        return without_compile(model._orig_mod)
+    inner = torch_internals.compiled(model)
+    if inner is not None:
+        return without_compile(inner)
     for name, child in model._modules.items():
         if child is not None:
             model._modules[name] = without_compile(child)

@@ -26,6 +26,7 @@ from torch.autograd import Variable
 from torch.nn.modules import module as hooks
 from torch.utils.hooks import RemovableHandle
 
+from unvanish import torch_internals
 from unvanish.capture import Call, Capture, Returned, hidden_parts, link, returned
 from unvanish.capture.named_states import Getter, NamedStates
 from unvanish.capture.parts import unseen
@@ -218,7 +219,7 @@ class Watch(Flow):
     def _begin(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if module is self._model and _graph_task() < 0 and torch.is_grad_enabled():
+        if module is self._model and torch_internals.backward_number() < 0 and torch.is_grad_enabled():
             self._epoch += 1
             # What an aborted backward pass of this thread left behind.
             for task in [task for task, run in self._runs.items() if run.thread == get_ident()]:
@@ -276,14 +277,14 @@ class Watch(Flow):
         self._last[name] = returned(call.states)
         sequence = self._current.get(name)
         self._seen[name] = self._seen.get(name, 0) + 1
-        if found is None or sequence is None or sequence.era != (self._cut, _graph_task()):
+        if found is None or sequence is None or sequence.era != (self._cut, torch_internals.backward_number()):
             return None
         sequence.goes_on(found)
         return sequence
 
     def _new(self, name: str, sequence: S) -> S:
         self._count += 1
-        sequence.number, sequence.era = self._count, (self._cut, _graph_task())
+        sequence.number, sequence.era = self._count, (self._cut, torch_internals.backward_number())
         self._current[name] = sequence
         self._sequences.add(sequence)
         return sequence
@@ -310,7 +311,8 @@ class Watch(Flow):
             problems[name] = "a state of it does not require gradients, so that no gradient can come back to it"
             return
         sequence = self._current.get(name)
-        if not isinstance(sequence, MarkSequence) or sequence.era != (self._cut, _graph_task(), self._epoch):
+        era = self._cut, torch_internals.backward_number(), self._epoch
+        if not isinstance(sequence, MarkSequence) or sequence.era != era:
             sequence = self._new(name, MarkSequence(name, self._catch))
             sequence.era = (*sequence.era[:2], self._epoch)
         sequence.add(h)
@@ -333,7 +335,7 @@ class Watch(Flow):
         self._run().sums.append((name, grad.detach().sum(dtype=dtype)))
 
     def _run(self) -> _Backward:
-        task = _graph_task()
+        task = torch_internals.backward_number()
         if task not in self._runs:
             self._runs[task] = _Backward(thread=get_ident(), differentiable=torch.is_grad_enabled())
             Variable._execution_engine.queue_callback(lambda: self._finish(task))
@@ -399,11 +401,6 @@ def _record_names(path: str, module: RecurrentModule) -> list[str]:
         return [path or "cell"]
     ends = ("", ".reverse") if module.bidirectional else ("",)
     return [f"{path}.l{k}{end}".removeprefix(".") for k in range(module.num_layers) for end in ends]
-
-
-def _graph_task() -> int:
-    """The number of the running backward pass, −1 outside."""
-    return torch._C._current_graph_task_id()
 
 
 def _judged(

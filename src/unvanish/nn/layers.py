@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from unvanish import engine
+from unvanish import engine, torch_internals
 from unvanish.cells import State
 from unvanish.nn.modules import (
     LayerDirection,
@@ -244,7 +244,7 @@ class EngineSequence(SequenceLayer, nn.RNNBase):
 
     def _needs_torch(self, x: Tensor | PackedSequence) -> bool:
         data = x.data if isinstance(x, PackedSequence) else x
-        return data.device.type != "cpu" or torch.onnx.is_in_onnx_export() or torch._C._get_tracing_state() is not None
+        return data.device.type != "cpu" or torch.onnx.is_in_onnx_export() or torch_internals.tracing()
 
     def _check(self, x: Tensor | PackedSequence, hx: Any) -> None:
         """torch's checks, in torch's words."""

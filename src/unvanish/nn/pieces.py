@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _autograd
 from torch.utils.checkpoint import checkpoint
 
+from unvanish import torch_internals
 from unvanish.cells import State, Weights
 from unvanish.engine import Norms, Recorder, Replay, Statistics
 from unvanish.engine.sequence import add, transform, vjp
@@ -117,7 +117,7 @@ class _InPieces(torch.autograd.Function):
                 # In the grad mode of the backward pass, by which a recorder knows whether a graph is made of it.
                 for notify in notices:
                     notify()
-                keeps = recorded and _autograd._get_current_graph_task_keep_graph()
+                keeps = recorded and torch_internals.keeps_graph()
                 ctx.errors = (total or errors) if keeps else None
             if torch.is_grad_enabled():
                 gradients = _graph_of_gradients(ctx.plan, x, tuple(kept[: ctx.n]), w, errors, needs)

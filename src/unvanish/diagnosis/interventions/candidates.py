@@ -7,10 +7,9 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from unvanish import cures
+from unvanish import cures, torch_internals
 from unvanish import nn as layers
 from unvanish.diagnosis.interventions.inputs import Fed
 from unvanish.diagnosis.interventions.optimizers import Recipe, other_rates
@@ -90,9 +89,10 @@ optimizer.register_step_pre_hook(clip_gradient)"""
 
 
 _NO_DROPOUT = """for module in model.modules():
-    if isinstance(module, SequenceModule | _DropoutNd):
-        for name in {"p", "dropout"} & vars(module).keys():
-            setattr(module, name, 0.0)"""
+    if isinstance(module, torch.nn.RNNBase):
+        module.dropout = 0.0
+    elif "Dropout" in type(module).__name__:
+        module.p = 0.0"""
 
 
 def rates(recipe: Recipe) -> list[Candidate]:
@@ -121,7 +121,7 @@ def unregularised(model: nn.Module, recipe: Recipe) -> list[Candidate]:
 
 def _dropouts(module: nn.Module) -> list[str]:
     """Which attributes of the module are a probability of dropout above 0."""
-    if not isinstance(module, SequenceModule | _DropoutNd):
+    if not isinstance(module, SequenceModule | torch_internals.Dropout):
         return []
     return [name for name in ("p", "dropout") if vars(module).get(name, 0.0) > 0]
 

@@ -1,12 +1,25 @@
-"""What the engine uses of torch without documentation, one function each: the question it answers, and what to use
-instead if torch drops it."""
+"""What is used of torch without documentation, one function each: the question it answers, and what to use instead if
+torch drops it.
 
-from collections.abc import Iterable
+torch's own layers keep their weights in `_flat_weights`, and modules their parts in `_parameters` and `_modules`; those
+names are part of what a layer of torch is, and are used where layers are.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
+from importlib import import_module
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._C import _autograd
 from torch.autograd import forward_ad
+from torch.autograd.graph import Node
+from torch.nn.modules.dropout import _DropoutNd
+
+Dropout = _DropoutNd
+"""what torch's dropout layers have in common. Instead: a tuple of them"""
 
 
 def transform_active() -> bool:
@@ -51,6 +64,68 @@ def saved_tensors_hooked() -> bool:
 def keeps_graph() -> bool:
     """Whether the backward pass that is running retains the graph. Instead: assume so, at the price of memory."""
     return _autograd._get_current_graph_task_keep_graph()
+
+
+def backward_number() -> int:
+    """The number of the backward pass that is running, −1 outside. Instead: count passes with a callback on the engine,
+    which runs once per pass."""
+    return torch._C._current_graph_task_id()
+
+
+def tracing() -> bool:
+    """Whether torch.jit.trace is running. Instead: `torch.jit.is_tracing`, which scripted code may not call."""
+    return torch._C._get_tracing_state() is not None
+
+
+def notes(node: Node) -> dict[Any, Any]:
+    """What may be noted at a node of the graph; torch declares the property as a method. Instead: a weak dictionary by
+    node."""
+    return cast(dict[Any, Any], node.metadata)
+
+
+def as_plain_tensors() -> AbstractContextManager[Any]:
+    """Within, subclasses of Tensor are treated as tensors. Instead: `as_subclass(Tensor)` of every argument."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def fake(v: Tensor) -> bool:
+    """Whether v has a shape but no memory. Instead: the name of its class."""
+    return isinstance(v, torch._subclasses.FakeTensor)
+
+
+def wrapped_by_transform(v: Tensor) -> bool:
+    """Whether v is a wrapper of a torch.func transform. Instead: `transform_active`."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(v)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def compiled(module: nn.Module) -> nn.Module | None:
+    """The module that torch.compile made this one from; None if it is not of its making. Instead: the name of its
+    class, and its one child."""
+    made = sys.modules.get("torch._dynamo")
+    return cast(Any, module)._orig_mod if made is not None and isinstance(module, made.OptimizedModule) else None
+
+
+def compiler_that_compares() -> AbstractContextManager[Any]:
+    """Within, what torch.compile made runs compiled however often it was compiled before, and draws eager's random
+    numbers. Instead: `torch.compiler.reset`, which also throws away what was compiled. Takes seconds to import."""
+    inductor: Any = import_module("torch._inductor.config")
+    stack = ExitStack()
+    stack.enter_context(torch._dynamo.config.patch(recompile_limit=256))
+    stack.enter_context(inductor.patch(fallback_random=True))
+    return stack
+
+
+def storage_key(v: Tensor) -> int:
+    """The same number for tensors that share memory, also where that memory is not real. Instead: `data_ptr`, for real
+    memory."""
+    return v.untyped_storage()._cdata
+
+
+def decomposition(func: Any) -> Callable[..., Any] | None:
+    """An operation in terms of simpler ones, or None. Instead: torch.export's table."""
+    from torch._decomp import decomposition_table
+
+    return decomposition_table.get(func)
 
 
 _keys_of = torch._C._dispatch_keys
