@@ -23,7 +23,7 @@ print(f"summed flow: ‖∂E/∂h_t‖ is {summed[10]:.1f} at t = 10 and {summed
 
 found = uv.flow.adjoint_map(gru, x, sources="all")
 reaches = [uv.flow.decay(found.over_lag(k).median(dim=1).values).reach for k in range(20, T)]
-print(f"one error at a time: 1 % is left {min(reaches)} to {max(reaches)} steps back, never more, of {T}")
+print(f"one error at a time: 1 % of the gradient remains after {min(reaches)} to {max(reaches)} of {T} steps")
 
 figure, ax = plt.subplots(figsize=(5, 4), layout="constrained")
 decades = found.log_norms.median(dim=2).values / torch.tensor(10.0).log()

@@ -20,7 +20,7 @@ last = lstm(x)[0][:, -1].detach().requires_grad_()
 for name in ("l1", "l0"):
     found = uv.flow.adjoint_map(lstm, x, sources=[-1], error=error.unsqueeze(0), at=name)
     fade = uv.flow.decay(found.over_lag(0).median(dim=1).values)
-    print(f"{name}: the error halves every {fade.half_life:.1f} steps; 1 % of it is left {fade.reach} steps back")
+    print(f"{name}: the gradient halves every {fade.half_life:.1f} steps; 1 % of it remains after {fade.reach} steps")
 
 # Within the last layer: which path carries the error one step back? Shares sum to 1.
 every_step = torch.zeros(120, 8, 32)
