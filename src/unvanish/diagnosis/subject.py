@@ -111,7 +111,8 @@ class Subject:
     @cached_property
     def _layout(self) -> tuple[int | None, tuple[int, ...]]:
         """(samples, axes in the order in which they are looked at)"""
-        items = self.call
+        # A training_step may leave the model's own forward out, and work on the batch itself.
+        items = self.inputs if self.lightning and not any(self.call) else self.call
         packed = _packed(items)
         if packed:
             return int(packed[0].batch_sizes[0]), (0, 1)
@@ -154,7 +155,7 @@ class Subject:
             twin = self.twin().eval()
             with self.rng(0), torch.no_grad():
                 part = self.answers(twin, _taken(args, index, samples, axes), **_taken(named, index, samples, axes))
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError, TypeError):
             return False
         expected = [_taken(t, index, samples, axes) for t in whole]
         return all(
