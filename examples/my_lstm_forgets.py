@@ -35,7 +35,7 @@ with uv.watch(model) as flow:
 layer = flow["lstm.l0"]
 left = (layer.dc / layer.dc[-1]).median(dim=1).values  # of the last step's error, at each step
 for lag in (0, 10, 50, 100, 299):
-    print(f"{lag:4d} steps back: {left[-1 - lag]:.1e} of the error is left")
+    print(f"{lag:4d} steps back: {left[-1 - lag]:.1e} of the error remains")
 
 half_life = torch.log(torch.tensor(2.0)) / -layer.log_carry
 print(f"A unit's error halves every {half_life.min():.1f} to {half_life.max():.1f} steps, by its forget gate alone.")

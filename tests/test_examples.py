@@ -34,7 +34,7 @@ def test_my_lstm_forgets(run: Any) -> None:
     assert float(found["left"][-1]) == 1.0
     assert float(found["left"][-101]) < 1e-15
     assert found["layer"].residual < 1e-5
-    assert printed.count("of the error is left") == 5
+    assert printed.count("of the error remains") == 5
 
 
 def test_where_does_the_error_die(run: Any) -> None:

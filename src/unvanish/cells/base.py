@@ -95,11 +95,19 @@ class Cell(ABC):
     """the gate that scales what is written into the memory, where it is not one minus the carry: the LSTM's i"""
     titles: ClassVar[Mapping[str, str]] = {}
     """gate → its name in words, as records call the path through its matrix; the gate's own name where not listed"""
+    rectifies: ClassVar[bool] = False
+    """whether a unit either passes the error on unchanged or not at all, and nothing bounds its state: relu"""
     initial: ClassVar[Mapping[str, float]] = {}
     """state → its value before the first step; 0 where not listed"""
 
     name: ClassVar[str]
     """how records and messages call the cell; the class's name in lower case where not given"""
+
+    @property
+    def carry_title(self) -> str:
+        """What carries the memory, in words: "forget gate"."""
+        gate = self.carry_gate
+        return "carry" if gate is None else self.titles.get(gate[0], f"gate {gate[0]}").replace("_", " ")
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

@@ -72,6 +72,7 @@ class ReluRNN(RNN):
     """φ = relu, φ' = [h > 0]"""
 
     name = "rnn_relu"
+    rectifies = True
     phi = staticmethod(torch.relu)
 
     def derivative(self, h: Tensor) -> Tensor:

@@ -257,7 +257,7 @@ def _plain(module: SequenceModule) -> SequenceModule:
     if isinstance(module, CellModule):
         return _plain_of_a_cell(module)
     family = next(base for base in type(module).__mro__ if base.__module__ in _FAMILIES)
-    options: dict[str, Any] = {} if module.mode in ("LSTM", "GRU") else {"nonlinearity": module.nonlinearity}
+    options = {key: getattr(module, key) for key in ("nonlinearity",) if hasattr(module, key)}
     layer = family(
         module.input_size, module.hidden_size, module.num_layers, bias=module.bias,
         bidirectional=module.bidirectional, **({"proj_size": module.proj_size} if module.proj_size else {}), **options,

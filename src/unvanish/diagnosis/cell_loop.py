@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unvanish import nn as layers
 from unvanish.capture import Call, Returned, link, returned
-from unvanish.nn.modules import as_states, hear_gradient
+from unvanish.nn.modules import as_states, cell_of, hear_gradient
+from unvanish.nn.recurrent import Recurrent
 
 
 @dataclass
@@ -101,16 +101,10 @@ class CellLoop:
             )
         return ""
 
-    def layer(self) -> nn.RNNBase:
+    def layer(self) -> Recurrent:
         """A layer of the same weights in float64."""
         cell = self.cell
-        if isinstance(cell, nn.LSTMCell):
-            made: nn.RNNBase = layers.LSTM(cell.input_size, cell.hidden_size, bias=bool(cell.bias))
-        elif isinstance(cell, nn.GRUCell):
-            made = layers.GRU(cell.input_size, cell.hidden_size, bias=bool(cell.bias))
-        else:
-            assert isinstance(cell, nn.RNNCell)
-            made = layers.RNN(cell.input_size, cell.hidden_size, bias=bool(cell.bias), nonlinearity=cell.nonlinearity)
+        made = Recurrent(cell_of(cell), cell.input_size, cell.hidden_size, bias=bool(cell.bias))
         made = made.double().to(cell.weight_hh.device)
         with torch.no_grad():
             for name in ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if cell.bias else ())):

@@ -15,7 +15,7 @@ from unvanish import nn as layers
 from unvanish.diagnosis.capture import Given
 from unvanish.diagnosis.records import BAD, LayerDiagnosis, Prescription
 from unvanish.diagnosis.structure import detached_copy
-from unvanish.nn.modules import layer_directions
+from unvanish.nn.modules import RecurrentModule, cell_of, layer_directions
 
 Act = Callable[[nn.Module], nn.Module]
 
@@ -105,7 +105,7 @@ def _both(first: Act | None, second: Act) -> Act:
 
 def _cell_cures(module: nn.Module, worst: LayerDiagnosis, seed: int) -> Iterator[_Candidate]:
     """What changes the recurrence itself."""
-    lag, cell = worst.lag, worst.cell
+    lag = worst.lag
 
     def drawn() -> torch.Generator:
         return torch.Generator().manual_seed(seed)
@@ -113,32 +113,31 @@ def _cell_cures(module: nn.Module, worst: LayerDiagnosis, seed: int) -> Iterator
     if is_parametrized(module):
         yield _Candidate("remove the parametrization", "no cure can be written into weights that are computed", None)
         return
-    if not isinstance(module, nn.RNNBase | nn.RNNCellBase) or not module.bias:
+    if not isinstance(module, RecurrentModule) or not module.bias:
         return
+    cell = cell_of(module)
     longest = max(2.0, lag + 1.0)
     if worst.verdict in ("explodes", "chaotic"):
         for radius in (1.0, 1.2):
             ends = "ends the growth" if radius == 1 else "a little above 1, for what φ' takes"
             yield _Candidate(f"spectral_radius_({radius})", ends, _with(cures.spectral_radius_, radius))
-    elif cell in ("lstm", "gru"):
-        gate = "forget" if cell == "lstm" else "update"
-        spread = f"spreads the {gate} gates' time constants over the lag"
+    elif cell.carries:
+        if cell.carry_gate is None:
+            return
+        spread = f"spreads the {cell.carry_title}s' time constants over the lag"
         yield _Candidate(
             f"chrono_(max_lag={longest:g})", spread, lambda m: cures.chrono_(m, max_lag=longest, generator=drawn())
         )
         value = round(math.log(max(lag, 2)), 2)
-        keeps = f"{gate} gates that keep 1/e over the lag"
+        keeps = f"{cell.carry_title}s that keep 1/e over the lag"
         yield _Candidate(f"forget_bias_({value})", keeps, _with(cures.forget_bias_, value))
         return
-    elif cell == "rnn_relu":
+    elif cell.rectifies:
         yield _Candidate("identity_()", "an integrator: a unit that is on keeps state and error", cures.identity_)
     orthogonal = _Candidate(
         "orthogonal_()", "W_hh then keeps every length", lambda m: cures.orthogonal_(m, generator=drawn())
     )
-    if cell not in ("rnn_tanh", "rnn_relu"):
-        yield orthogonal
-        return
-    if isinstance(module, layers.RNNCell):  # `replace` takes torch's alone
+    if type(module) not in (nn.RNN, nn.RNNCell, layers.RNN):  # what `replace_` takes
         yield orthogonal
         return
     # An orthogonal RNN passes the error on as well; a gated one learnt more tasks of benchmarks/diagnosis.py.

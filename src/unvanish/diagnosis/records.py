@@ -40,7 +40,7 @@ class LayerDiagnosis:
     half_life: float | None
     """steps; None where the error does not fade"""
     reach: int
-    """steps: the largest lag at which 1 % of the error at lag 0 is left"""
+    """steps: the largest lag at which 1 % of the gradient at lag 0 remains"""
     lag: int
     """what was asked for, or the longest that the data offer"""
     evidence: dict[str, float]

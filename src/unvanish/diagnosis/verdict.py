@@ -35,7 +35,7 @@ def judge(m: Measured) -> tuple[Verdict, str]:
             "undecided",
             f"the batch offers a lag of {e['offered']:.0f} steps, not {lag}; hand in longer sequences",
         )
-    bounded = m.place.cell.name != "rnn_relu"
+    bounded = not m.place.cell.rectifies
     grows = float(m.curve[-1]) > -math.log(FRACTION)
     if bounded and grows and e.get("lyapunov_low", -math.inf) > 0 and e["lyapunov"] * lag > 1:
         radius = f"; spectral radius of W_hh {e['spectral_radius']:.2f}" if "spectral_radius" in e else ""
@@ -73,7 +73,7 @@ def _log_ways(lag: int, above: int) -> float:
 
 
 def _left(e: dict[str, float]) -> str:
-    return f"{e['survival']:.2g} of it is left" if e["survival"] <= 1 else f"{e['survival']:.2g} times as large"
+    return f"a fraction of {e['survival']:.2g} remains" if e["survival"] <= 1 else f"{e['survival']:.2g} times as large"
 
 
 def _lost(m: Measured) -> str:
@@ -81,7 +81,7 @@ def _lost(m: Measured) -> str:
     lost = 1 - m.evidence["arriving"]
     if lost == 0:
         return ""
-    why = ", as each relu unit that carried them was off at some step" if m.place.cell.name == "rnn_relu" else ""
+    why = ", as each relu unit that carried them was off at some step" if m.place.cell.rectifies else ""
     return f"; of {lost:.0%} of the errors followed exactly nothing{why}"
 
 
@@ -113,14 +113,14 @@ def _grows(m: Measured) -> tuple[Verdict, str]:
 
 def _fades(m: Measured) -> tuple[Verdict, str]:
     e, lag, reach = m.evidence, m.lag, m.decay.reach
-    cell = m.place.cell.name
+    cell = m.place.cell
     if e["detached"] and e["uninterrupted"] < lag:
         earlier = "" if reach >= e["uninterrupted"] - 1 else f"; and even of that the error reaches {reach} only"
         return "vanishes", (
             f"detached: the state is cut from its graph {e['detached']:.0f} times (truncated BPTT), and no error "
             f"passes a cut; uninterrupted are {e['uninterrupted']:.0f} steps, the lag is {lag}{earlier}"
         )
-    if cell == "rnn_relu" and not bool((m.curve[1:] > -math.inf).any()):
+    if cell.rectifies and not bool((m.curve[1:] > -math.inf).any()):
         return "dead", "no relu unit is on: φ' is 0, and no error passes a single step"
     if e["constant_tail"] > MOST and reach < e["constant_tail"] * lag:
         return "vanishes", (
@@ -136,13 +136,12 @@ def _fades(m: Measured) -> tuple[Verdict, str]:
         )
     last = " The loss is read at few steps only, so no nearer error helps." if e["error_steps"] < 0.1 else ""
     if "carry_half_life" in e:
-        gate = "forget gate" if cell == "lstm" else "update gate"
         return "vanishes", (
-            f"{gate}: its units halve an error in {e['carry_half_life']:.3g} steps (the longest tenth: "
-            f"{e['longest_carry_half_life']:.3g}), the lag is {lag}.{last}"
+            f"{cell.carry_title}: gradient half-life {e['carry_half_life']:.2g} steps for the median unit, "
+            f"{e['longest_carry_half_life']:.2g} for the slowest 10 %; the lag is {lag}.{last}"
         )
     radius, norm = e.get("spectral_radius", math.nan), e["spectral_norm"]
-    if cell == "rnn_relu" and radius >= 1:
+    if cell.rectifies and radius >= 1:
         return "vanishes", (
             f"relu units off: W_hh keeps an error (spectral radius {radius:.2f}), but over {lag} steps "
             f"{_left(e)}{_lost(m)}; half of the errors followed get over {e['half_arriving']:.0f} steps. "

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from unvanish import torch_internals
-from unvanish.cells import CELLS
 from unvanish.flow.audit_compare import arrived, compare
 from unvanish.flow.audit_report import Audit, LayerAudit
 from unvanish.flow.model_copy import detached_copy, forked, without_compile
 from unvanish.flow.tapped import Tapped, TappedCall, tap
 from unvanish.nn.accelerate import sealed
-from unvanish.nn.modules import CellModule, RecurrentModule
+from unvanish.nn.modules import CellModule, RecurrentModule, cell_of
 
 Loss = Callable[..., Tensor]
 
@@ -209,11 +208,12 @@ def _unknown(module: RecurrentModule) -> str | None:
     """Why the equations of a subclass are not known; None if they are."""
     if isinstance(module, CellModule):
         return None
+    try:
+        cell_of(module)
+    except TypeError:
+        return f"the equations of {type(module).__name__} are not known"
     if isinstance(module, nn.RNNCellBase):
-        known = isinstance(module, nn.RNNCell | nn.LSTMCell | nn.GRUCell)
-        return None if known else "it derives from nn.RNNCellBase, so that its equations are not known"
-    if module.mode.lower() not in CELLS:
-        return f"its mode is {module.mode!r}, whose equations are not known"
+        return None
     places = module.num_layers * (2 if module.bidirectional else 1)
     expected = places * (2 + 2 * module.bias + (module.proj_size > 0))
     found = sum(w is not None for w in module._flat_weights)

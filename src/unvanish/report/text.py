@@ -26,7 +26,7 @@ def _table(task: TaskResult, wide: bool) -> Table:
     table = Table(
         title=escape(title),
         caption=("rate: nats per step; half-life: steps, both before training; " if wide else "")
-        + "reach: steps at which 1 % is left, before → after training",
+        + "reach: steps at which 1 % remains, before → after training",
         title_justify="left",
         caption_justify="left",
     )

@@ -45,7 +45,7 @@ def survival(task: TaskResult) -> str:
     """Whose gradient survives the length of the task, before training."""
     lag = task.runs[0].before.lag[-1]
     parts = [f"{run.title}: {power_of_ten(run.before.log_norm[-1])}" for run in task.runs]
-    return f"Of the last step's error, {lag} steps earlier there is left, before training: {'; '.join(parts)}."
+    return f"Fraction of the last step's error that remains {lag} steps earlier, before training: {'; '.join(parts)}."
 
 
 def learning(task: TaskResult) -> str:

@@ -110,7 +110,7 @@ def _directions(layer: SequenceModule) -> nn.ModuleList:
     """[layer][forward, backward], each a layer that runs forward."""
     if isinstance(layer, layers.Recurrent):
         return _directions_of_a_cell(layer)
-    options = {"nonlinearity": layer.nonlinearity} if isinstance(layer, nn.RNN) else {}
+    options = {key: getattr(layer, key) for key in ("nonlinearity",) if hasattr(layer, key)}
     found = nn.ModuleList()
     for k in range(layer.num_layers):
         inputs = layer.input_size if k == 0 else 2 * layer.hidden_size

@@ -151,7 +151,7 @@ def of_reach(model: nn.Module, lag: int, seed: int) -> list[Candidate]:
     orthogonal = tuple(_orthogonal(path, seed) for path in everywhere)
     # Of matrices that are too large these are the same cure as a smaller radius.
     kind: Kind = "radius" if any(_radius(m) > RADIUS for m in plain.values()) else "reach"
-    relu = plain and not gated and all(cell_of(m).name == "rnn_relu" for m in plain.values())
+    relu = plain and not gated and all(cell_of(m).rectifies for m in plain.values())
     if relu:
         found.append(Candidate("identity_()", kind, tuple(_identity(path) for path in everywhere)))
     if gated and not plain:
