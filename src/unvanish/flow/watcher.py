@@ -272,11 +272,18 @@ class Watch(Flow):
 
     def _going_on(self, name: str, call: Call) -> Sequence | None:
         """The sequence that this call goes on with."""
-        found = link(as_states(call.hx), self._last.get(name))
-        self._last[name] = returned(call.states)
+        last = self._last.get(name)
+        found = link(as_states(call.hx), last)
+        self._last[name] = now = returned(call.states)
         sequence = self._current.get(name)
         self._seen[name] = self._seen.get(name, 0) + 1
         if found is None or sequence is None or sequence.era != (self._cut, _graph_task()):
+            return None
+        if last is None or last.states[0].shape != now.states[0].shape:
+            # Samples were dropped or added on the way, and a record has the same ones at every step.
+            return None
+        if found.cut and sequence.ragged:
+            # The cut would come after a different step of each sample, and `detached` names one for all.
             return None
         sequence.goes_on(found)
         return sequence
