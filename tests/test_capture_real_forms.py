@@ -94,3 +94,74 @@ def test_a_cell_that_drops_finished_samples_is_recorded_piece_by_piece() -> None
     assert [record.dh.shape for record in flow.passes("cell")] == [(2, 3), (2, 2), (2, 1)]
     norms = [n for record in flow.passes("cell") for n in record.dh[:, 0].tolist()]
     torch.testing.assert_close(norms, [float(s.grad[0].norm()) for s in states])  # type: ignore[index]
+
+
+class Own(nn.LSTM):
+    """torch's parameters, and a loop of its own."""
+
+    def forward(self, x: Tensor, hx: Any = None) -> Tensor:  # type: ignore[override]
+        h = x.new_zeros(x.shape[1], self.hidden_size)
+        for row in x:
+            h = (row @ self.weight_ih_l0.T + h @ self.weight_hh_l0.T)[:, : self.hidden_size].tanh()
+        return h
+
+
+class Loop(nn.Module):
+    """Layers of cells, whose states are stacked and taken apart again at every step."""
+
+    def __init__(self, cell: nn.Module, direct: bool = False) -> None:
+        super().__init__()
+        self.cell, self.direct = cell, direct
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(1, x.shape[1], 5)
+        for row in x:
+            h = self.cell.forward(row, state[0]) if self.direct else self.cell(row, state[0])
+            state = torch.stack([h])
+        return state[0]
+
+
+class Minimal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(9, 5)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return 0.5 * h + self.w(torch.cat([x, h], 1)).tanh()
+
+
+def test_a_subclass_with_a_loop_of_its_own_is_named() -> None:
+    model = nn.ModuleDict({"own": Own(4, 5), "rnn": nn.RNN(4, 5)}).double()
+    with uv.watch(model) as flow:
+        (model["own"](X).sum() + model["rnn"](X)[0].sum()).backward()
+    assert list(flow) == ["rnn.l0"]
+    assert list(flow.skipped) == ["own"]
+    assert "computes the recurrence by itself" in flow.skipped["own"]
+    alone = Own(4, 5).double()
+    with uv.watch(alone) as flow:
+        alone(X).sum().backward()
+    assert list(flow.skipped) == [""]
+    for layer in (nn.LSTM(4, 5), uv.nn.GRU(4, 5)):
+        with uv.watch(layer) as flow:
+            layer(X.float())[0].sum().backward()
+        assert not flow.skipped
+
+
+def test_a_loop_whose_states_are_stacked_is_named_and_recorded_by_name() -> None:
+    net = Loop(Minimal()).double()
+    with uv.watch(nn.ModuleDict({"net": net, "rnn": nn.RNN(4, 5)})) as flow:
+        net(X).sum().backward()
+    assert list(flow.skipped) == ["net.cell"]
+    assert "name it in states=" in flow.skipped["net.cell"]
+    with uv.watch(net, states={"cell": lambda module, args, out: out}) as flow:
+        net(X).sum().backward()
+    assert flow["cell"].dh.shape == (6, 3)
+    assert not flow.skipped
+
+
+def test_a_named_state_whose_forward_is_called_directly_is_told() -> None:
+    net = Loop(Minimal(), direct=True).double()
+    with uv.watch(net, states={"cell": lambda module, args, out: out}) as flow:
+        assert not flow.skipped
+        net(X).sum().backward()
+    assert "called directly" in flow.skipped["cell"]

@@ -107,6 +107,7 @@ class Watch(Flow):
     def skipped(self) -> dict[str, str]:
         """Name → why, of recurrent parts that were not recorded, or not at every call."""
         found = {name: why for name, why in hidden_parts(self._model) if name not in self._seen}
+        found |= {name: why for name, why in self._named.called.items() if {name, name or "cell"}.isdisjoint(self._seen)}
         return found | self._named.unrecorded | self._capture.problems
 
     def __enter__(self) -> Watch:
