@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import unvanish as uv
+from unvanish.flow.record import NoBackwardError
 
 X = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LENGTHS = [2, 6, 4]
@@ -165,3 +166,30 @@ def test_a_named_state_whose_forward_is_called_directly_is_told() -> None:
         assert not flow.skipped
         net(X).sum().backward()
     assert "called directly" in flow.skipped["cell"]
+    with pytest.raises(NoBackwardError, match="called directly"):
+        flow["cell"]
+
+
+def test_states_of_a_watched_cell_that_is_stepped_make_one_pass() -> None:
+    cell = nn.Sequential(nn.Linear(5, 5), nn.Tanh()).double()
+    states: dict[str, Any] = {"1": lambda module, args, out: out}
+    with uv.watch(cell, states=states) as flow:
+        for steps in (6, 4):
+            h = torch.ones(3, 5, dtype=torch.float64)
+            for _ in range(steps):
+                h = uv.mark(cell(h), "mine")
+            h.sum().backward()
+    for name in ("1", "mine"):
+        assert [len(record.dh) for record in flow.passes(name)] == [6, 4]
+    with uv.watch(cell) as flow:
+        sum(uv.mark(cell(torch.ones(3, 5, dtype=torch.float64)), "mine").sum() for _ in range(2)).backward()
+    assert [len(record.dh) for record in flow.passes("mine")] == [1, 1]
+
+
+def test_watches_within_one_another_each_see_where_a_state_goes_on() -> None:
+    gru, h = nn.GRUCell(4, 5).double(), torch.zeros(3, 5).double()
+    with uv.watch(gru) as outer, uv.watch(gru) as inner:
+        for x in X:
+            h = 0.5 * gru(x, h)
+        h.sum().backward()
+    assert outer["cell"].dh.shape == inner["cell"].dh.shape == (6, 3)

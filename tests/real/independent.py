@@ -92,7 +92,9 @@ class Kernels:
                 outs = []
                 for d in range(directions):
                     n = k * directions + d
-                    hs, end = self._run(kind, rows, tuple(s[n] for s in states), tuple(flat[per * n : per * n + per]), d)
+                    hs, end = self._run(
+                        kind, rows, tuple(s[n] for s in states), tuple(flat[per * n : per * n + per]), d
+                    )
                     kept[f"l{k}{'.reverse' if d else ''}"] = hs
                     outs.append(hs)
                     last.append(end)

@@ -78,7 +78,9 @@ def forecasting_batch(**settings: Any) -> tuple[Any, Any]:
     import pandas as pd
     from pytorch_forecasting import TimeSeriesDataSet
 
-    rows = [{"t": t, "series": f"s{s}", "y": np.sin(0.5 * t + s) + 2, "x": 0.1 * t} for s in range(3) for t in range(24)]
+    rows = [
+        {"t": t, "series": f"s{s}", "y": np.sin(0.5 * t + s) + 2, "x": 0.1 * t} for s in range(3) for t in range(24)
+    ]
     data = TimeSeriesDataSet(
         pd.DataFrame(rows),
         time_idx="t",
@@ -220,7 +222,9 @@ def test_gluonts_deepar() -> None:
 
 def usable(name: str) -> Any:
     """The package, or a skip; torchaudio comes compiled for one build of torch, and does not load in others."""
-    return pytest.importorskip(name, reason=f"{name} is missing, or made for another torch", exc_type=(ImportError, OSError))  # type: ignore[arg-type]
+    return pytest.importorskip(
+        name, reason=f"{name} is missing, or made for another torch", exc_type=(ImportError, OSError)
+    )  # type: ignore[arg-type]
 
 
 def test_torchaudio_tacotron2() -> None:

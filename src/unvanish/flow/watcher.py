@@ -107,7 +107,9 @@ class Watch(Flow):
     def skipped(self) -> dict[str, str]:
         """Name → why, of recurrent parts that were not recorded, or not at every call."""
         found = {name: why for name, why in hidden_parts(self._model) if name not in self._seen}
-        found |= {name: why for name, why in self._named.called.items() if {name, name or "cell"}.isdisjoint(self._seen)}
+        found |= {
+            name: why for name, why in self._named.called.items() if {name, name or "cell"}.isdisjoint(self._seen)
+        }
         return found | self._named.unrecorded | self._capture.problems
 
     def __enter__(self) -> Watch:
@@ -166,7 +168,7 @@ class Watch(Flow):
     def __getitem__(self, name: str) -> LayerFlow:
         if name in self._passed():
             return self.passes(name)[-1]
-        if name in self._names or name in self._seen:
+        if name in self._names or name in self._seen or name in self.skipped:
             raise NoBackwardError(self._silence(name))
         known = dict.fromkeys([*self._names, *self._passed()])
         raise KeyError(f"no layer {name!r} here; there are {', '.join(known) or 'none'}")
@@ -318,9 +320,13 @@ class Watch(Flow):
             problems[name] = "a state of it does not require gradients, so that no gradient can come back to it"
             return
         sequence = self._current.get(name)
-        if not isinstance(sequence, MarkSequence) or sequence.era != (self._cut, _graph_task(), self._epoch):
+        era, last = (self._cut, _graph_task(), self._epoch), self._last.get(name)
+        self._last[name] = returned((h,))
+        # A model that is itself called step after step begins no new pass with each.
+        same = sequence is not None and (sequence.era == era or (sequence.era[:2] == era[:2] and link((h,), last)))
+        if not isinstance(sequence, MarkSequence) or not same:
             sequence = self._new(name, MarkSequence(name, self._catch))
-            sequence.era = (*sequence.era[:2], self._epoch)
+        sequence.era = era
         sequence.add(h)
 
     def _hear_weights(self, module: RecurrentModule) -> None:
