@@ -35,13 +35,18 @@ _tags = count(1)
 _KEY = "unvanish.returned"
 
 
+def _metadata(node: Any) -> dict[str, set[int]]:
+    """What is noted at a node of autograd's graph."""
+    return node.metadata
+
+
 def returned(states: Sequence[Tensor]) -> Returned:
     """What a later call may go on from."""
     tag = next(_tags)
     for s in states:
         if s.grad_fn is not None:
             # A set: several watches, or a mark and a layer, may have to do with the same tensor.
-            s.grad_fn.metadata.setdefault(_KEY, set()).add(tag)
+            _metadata(s.grad_fn).setdefault(_KEY, set()).add(tag)
     return Returned(tuple(s.detach() for s in states), tag)
 
 
@@ -93,7 +98,7 @@ def _leads_back(given: Tensor, tag: int) -> bool:
         node = waiting.popleft()
         if node in seen:
             continue
-        if tag in node.metadata.get(_KEY, ()):
+        if tag in _metadata(node).get(_KEY, ()):
             return True
         seen.add(node)
         waiting.extend(n for n, _ in node.next_functions if n is not None)

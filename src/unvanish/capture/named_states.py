@@ -114,7 +114,7 @@ class NamedStates:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         self._ran = True
-        if module in self._layers:
+        if isinstance(module, LAYERS) and module in self._layers:
             self._called[self._layers[module]] = None
         for name, getter in self._getters.get(module, ()):
             self._shown.add(name)
