@@ -1,13 +1,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test real lint docs clean
 
 demo: .venv/installed
 	$(BIN)/unvanish compare --out unvanish-compare
 
 test: .venv/installed
 	$(BIN)/pytest -q
+
+# In an environment of its own: other packages' requirements leave the one of the tests as it is.
+real: .venv-real/installed
+	.venv-real/bin/pytest -q -m real tests/real
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -23,5 +27,10 @@ docs: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,docs]'
 	touch $@
 
+.venv-real/installed: pyproject.toml constraints.txt $(wildcard CMakeLists.txt csrc/*)
+	$(PYTHON) -m venv .venv-real
+	.venv-real/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,real]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist docs/_build
+	rm -rf .venv .venv-real build dist docs/_build

@@ -42,7 +42,8 @@ def returned(states: Sequence[Tensor]) -> Returned:
     tag = next(_tags)
     for s in states:
         if s.grad_fn is not None:
-            torch_internals.notes(s.grad_fn)[_KEY] = tag
+            # A set: several watches, or a mark and a layer, may have to do with the same tensor.
+            torch_internals.notes(s.grad_fn).setdefault(_KEY, set()).add(tag)
     return Returned(tuple(s.detach() for s in states), tag)
 
 
@@ -94,7 +95,7 @@ def _leads_back(given: Tensor, tag: int) -> bool:
         node = waiting.popleft()
         if node in seen:
             continue
-        if torch_internals.notes(node).get(_KEY) == tag:
+        if tag in torch_internals.notes(node).get(_KEY, ()):
             return True
         seen.add(node)
         waiting.extend(n for n, _ in node.next_functions if n is not None)

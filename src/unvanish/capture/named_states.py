@@ -15,8 +15,21 @@ from unvanish.nn.modules import RecurrentModule
 Getter = int | str | tuple[Any, ...] | Callable[[nn.Module, Any, Any], Any]
 """where in a module's output its state is: an index or key, a path of them, or (module, args, output) → the state"""
 
+LAYERS = (nn.RNNBase, nn.RNNCellBase)
+"""whose kernel is torch's, unless a subclass has its own"""
+
 LOOPS = 2
 """times that a module must be given what it has just returned, to be taken for a recurrent one"""
+
+MOVES = frozenset(
+    f"{name}Backward0"
+    for name in ("Stack", "Cat", "Select", "Slice", "Split", "Unbind", "Chunk", "View", "UnsafeView", "Unsqueeze",
+                 "Squeeze", "Transpose", "Permute", "Expand", "Clone", "Alias", "IndexSelect", "T")
+)  # fmt: skip
+"""what a state may go through on its way to the next call: it is moved, not computed with"""
+
+NODES = 32
+"""of autograd's graph that are searched for a state that was moved"""
 
 
 class NamedStates:
@@ -53,6 +66,10 @@ class NamedStates:
         self._unknown = WeakKeyDictionary(
             {m: name for name, m in model.named_modules() if name and not _known(m) and m not in self._getters}
         )
+        self._layers = WeakKeyDictionary({m: name for name, m in model.named_modules() if isinstance(m, LAYERS)})
+        self._called: dict[str, None] = {}
+        self._shown: set[str] = set()
+        self._ran = False
         self._last: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
         self._loops: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         self._handle: RemovableHandle | None = None
@@ -73,12 +90,34 @@ class NamedStates:
             "called step after step on the state that it returned, and no layer that is known; name it in states= to "
             "record it"
         )
-        return {self._unknown[m]: why for m, n in self._loops.items() if n >= LOOPS and m in self._unknown}
+        found = {self._unknown[m]: why for m, n in self._loops.items() if n >= LOOPS and m in self._unknown}
+        if self._ran:
+            found |= {
+                name: "named in states=, and no call of it with gradients was seen: it did not run, or its forward is "
+                "called directly, as module.forward(...); mark its state with uv.mark"
+                for held in self._getters.values()
+                for name, _ in held
+                if name not in self._shown
+            }
+        return found
+
+    @property
+    def called(self) -> dict[str, str]:
+        """Recurrent layers that were called, with why those of them are not recorded that run no kernel of torch."""
+        return dict.fromkeys(
+            self._called,
+            "its forward computes the recurrence by itself, without the kernel of torch or unvanish; name it in "
+            "states= if it reads one step per call, or mark its states with uv.mark",
+        )
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
+        self._ran = True
+        if isinstance(module, LAYERS) and module in self._layers:
+            self._called[self._layers[module]] = None
         for name, getter in self._getters.get(module, ()):
+            self._shown.add(name)
             try:
                 self._show(name, _state_of(getter, module, args, output))
             except Exception as error:
@@ -86,7 +125,7 @@ class NamedStates:
         if module in self._unknown:
             # Held until the next call, so that no other tensor can come to be the same object.
             given, last = _tensors(args), self._last.get(module, [])
-            if any(g is s for g in given for s in last):
+            if any(_moved(g, last) for g in given):
                 self._loops[module] = self._loops.get(module, 0) + 1
             self._last[module] = [v for v in _tensors(output) if v.requires_grad]
 
@@ -94,6 +133,23 @@ class NamedStates:
 def _known(module: nn.Module) -> bool:
     """Whether a module is a recurrent layer that is recorded anyway, or holds one."""
     return any(isinstance(m, RecurrentModule) for m in module.modules())
+
+
+def _moved(given: Tensor, returned: list[Tensor]) -> bool:
+    """Whether a tensor is one of those returned, or is made of one without any computation."""
+    if any(given is s for s in returned):
+        return True
+    ends = {s.grad_fn for s in returned}
+    waiting, seen = [given.grad_fn], 0
+    while ends and waiting and seen < NODES:
+        node = waiting.pop()
+        seen += 1
+        if node is not None and node.name() in MOVES:
+            before = [n for n, _ in node.next_functions]
+            if any(n in ends for n in before):
+                return True
+            waiting += before
+    return False
 
 
 def _state_of(getter: Getter, module: nn.Module, args: Any, output: Any) -> Any:

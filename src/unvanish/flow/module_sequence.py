@@ -66,6 +66,7 @@ class ModuleSequence(Sequence):
             layers = [d._replace(weights=d.weights.detach()) for d in used]
             masks = dropout_masks(module, inputs, call.rng)
             final = [final_error(inputs, s.detach().clone()) for s in call.states]
+        self.ragged |= inputs.lengths is not None and bool((inputs.lengths < inputs.x.shape[0]).any())
         self.calls.append(_Call(layers, inputs, states, masks, tuple(s for s in final if s is not None)))
         self.listen(call.y, (index, "y"))
         for i, state in enumerate(call.states):

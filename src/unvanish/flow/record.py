@@ -51,7 +51,8 @@ class LayerFlow(Record):
     dgates: Tensor | None = None
     """[T, B, G] ‖∂E/∂a_t‖₂ of each gate's pre-activations"""
     dweight: Tensor | None = None
-    """[T] ‖g_t‖_F, g_t = δa_tᵀ [h_{t-1}, x_t]: the T subgradients of ∂E/∂W = Σ_t g_t, W = [W_hh, W_ih]"""
+    """[T] ‖g_t‖_F, g_t = δa_tᵀ [h_{t-1}, x_t]: the T subgradients of ∂E/∂W = Σ_t g_t, W = [W_hh, W_ih]; where later
+    calls go on from samples of different lengths, t counts the steps of the calls, padding included"""
     partial: Tensor | None = None
     """[T] ‖Σ_{s≥t} g_s‖_F, the partial sums from the end; with `watch(..., partial=True)`"""
     gates: Tensor | None = None

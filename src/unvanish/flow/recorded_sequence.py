@@ -115,6 +115,7 @@ class RecordedSequence(Sequence):
         """A call that has just returned."""
         call.sequence, call.index = self, len(self.calls)
         self.calls.append(call.facts)
+        self.ragged |= bool((call.facts.lengths < call.facts.steps).any())
 
     def title(self, place: str) -> str:
         """The name of the record of one layer and direction."""

@@ -58,6 +58,8 @@ class Sequence(ABC):
         self.detached: list[int] = []
         self.resets: dict[int, Tensor] = {}
         """step → [B] samples whose state was set to zero before it"""
+        self.ragged = False
+        """whether samples of a call so far had different lengths"""
         self.number = 0
         self.era: tuple[int, ...] = (0, 0)
         self.differentiated = False
@@ -289,6 +291,11 @@ def _stack(rows: list[Tensor], B: int) -> Tensor:
     return torch.stack([torch.cat([r, r.new_zeros(B - r.shape[0], *r.shape[1:])]) for r in rows])
 
 
+def _in_order(v: Tensor, order: Tensor) -> Tensor:
+    """A field `[T, B]` or `[T, B, G]` with the steps of each sample in the order `[T, B]`."""
+    return v.take_along_dim(order if v.dim() == 2 else order[..., None], 0)
+
+
 def join(pieces: Iterable[Measured], sequence: Sequence) -> Measured:
     """One record of consecutive calls of a sequence, end to end."""
     pieces, detached = tuple(pieces), tuple(sequence.detached)
@@ -309,6 +316,12 @@ def join(pieces: Iterable[Measured], sequence: Sequence) -> Measured:
         for name in timed
         if getattr(flows[0], name) is not None
     }
+    given = torch.cat([torch.arange(len(flow.dh))[:, None] < flow.lengths for flow in flows])
+    if not given.all():
+        # Where the earlier calls were padded, a sample's own steps follow one another; the padding comes after them.
+        order = (~given).byte().argsort(dim=0, stable=True)
+        joined = {name: v if name == "dweight" else _in_order(v, order) for name, v in joined.items()}
+        first = replace(first, resets=None if resets is None else _in_order(resets, order))
     lengths = torch.stack([flow.lengths for flow in flows])
     if first.log_carry is not None:
         share = lengths.sum(1) / lengths.sum()

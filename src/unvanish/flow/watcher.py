@@ -108,6 +108,9 @@ class Watch(Flow):
     def skipped(self) -> dict[str, str]:
         """Name → why, of recurrent parts that were not recorded, or not at every call."""
         found = {name: why for name, why in hidden_parts(self._model) if name not in self._seen}
+        found |= {
+            name: why for name, why in self._named.called.items() if {name, name or "cell"}.isdisjoint(self._seen)
+        }
         return found | self._named.unrecorded | self._capture.problems
 
     def __enter__(self) -> Watch:
@@ -166,7 +169,7 @@ class Watch(Flow):
     def __getitem__(self, name: str) -> LayerFlow:
         if name in self._passed():
             return self.passes(name)[-1]
-        if name in self._names or name in self._seen:
+        if name in self._names or name in self._seen or name in self.skipped:
             raise NoBackwardError(self._silence(name))
         known = dict.fromkeys([*self._names, *self._passed()])
         raise KeyError(f"no layer {name!r} here; there are {', '.join(known) or 'none'}")
@@ -273,11 +276,18 @@ class Watch(Flow):
 
     def _going_on(self, name: str, call: Call) -> Sequence | None:
         """The sequence that this call goes on with."""
-        found = link(as_states(call.hx), self._last.get(name))
-        self._last[name] = returned(call.states)
+        last = self._last.get(name)
+        found = link(as_states(call.hx), last)
+        self._last[name] = now = returned(call.states)
         sequence = self._current.get(name)
         self._seen[name] = self._seen.get(name, 0) + 1
         if found is None or sequence is None or sequence.era != (self._cut, torch_internals.backward_number()):
+            return None
+        if last is None or last.states[0].shape != now.states[0].shape:
+            # Samples were dropped or added on the way, and a record has the same ones at every step.
+            return None
+        if found.cut and sequence.ragged:
+            # The cut would come after a different step of each sample, and `detached` names one for all.
             return None
         sequence.goes_on(found)
         return sequence
@@ -311,10 +321,13 @@ class Watch(Flow):
             problems[name] = "a state of it does not require gradients, so that no gradient can come back to it"
             return
         sequence = self._current.get(name)
-        era = self._cut, torch_internals.backward_number(), self._epoch
-        if not isinstance(sequence, MarkSequence) or sequence.era != era:
+        era, last = (self._cut, torch_internals.backward_number(), self._epoch), self._last.get(name)
+        self._last[name] = returned((h,))
+        # A model that is itself called step after step begins no new pass with each.
+        same = sequence is not None and (sequence.era == era or (sequence.era[:2] == era[:2] and link((h,), last)))
+        if not isinstance(sequence, MarkSequence) or not same:
             sequence = self._new(name, MarkSequence(name, self._catch))
-            sequence.era = (*sequence.era[:2], self._epoch)
+        sequence.era = era
         sequence.add(h)
 
     def _hear_weights(self, module: RecurrentModule) -> None:
