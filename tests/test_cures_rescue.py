@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import unvanish as uv
 from unvanish.cures import chrono_, rescue, rescue_
-from unvanish.cures.smallest_shift import kept, smallest_shift
+from unvanish.cures.bias_shift import kept, minimum_norm_shift
 from unvanish.flow import survival
 from unvanish.flow.survival import windows
 
@@ -145,7 +145,7 @@ def test_separable_problem_is_solved(seed, steps, target, spread):
     a = units - 1.5 + 0.5 * torch.randn(steps, 2, 6, generator=generator, dtype=torch.float64)
     if float(kept(a, 1.0, torch.zeros(6).double())[0].mean()) >= target**2:
         return
-    beta = smallest_shift(a, 1.0, target)
+    beta = minimum_norm_shift(a, 1.0, target)
     s, slope, _ = kept(a, 1.0, beta)
     assert math.isclose(float(s.mean()), target**2, rel_tol=1e-6)
     # One multiplier for all units, where Newton's method found the optimum: β = μ s'(β).
@@ -163,7 +163,7 @@ def test_separable_problem_is_solved(seed, steps, target, spread):
 def test_few_units_solved_as_well_as_by_search():
     """Two units: walk the whole constraint curve."""
     a = torch.tensor([[[0.5, -0.7]]], dtype=torch.float64).expand(1, 1, 2)
-    beta = smallest_shift(a, 30.0, 0.6)
+    beta = minimum_norm_shift(a, 30.0, 0.6)
     found = math.inf
     for b0 in torch.linspace(0, 9, 600, dtype=torch.float64):
         lacking = 2 * 0.36 - float(kept(a, 30.0, torch.stack([b0, b0]))[0][0])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from unvanish.cures.bias_shift import minimum_norm_shift
 from unvanish.cures.layers import Layer, finite, layers_of
-from unvanish.cures.smallest_shift import smallest_shift
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.survival import log_survival, windows
 from unvanish.nn.modules import SequenceModule, cell_of
@@ -125,7 +125,7 @@ def _rescue_layer(
     if measured >= log_target:
         return
     for round_ in range(ROUNDS):
-        new = smallest_shift(_logits(log_carry) - shift, 1.0, target, shift if round_ else None)
+        new = minimum_norm_shift(_logits(log_carry) - shift, 1.0, target, shift if round_ else None)
         moved = float((new - shift).norm() / new.norm())
         if round_ and abs(measured - log_target) < TOLERANCE and moved < 10 * TOLERANCE:
             return
@@ -170,4 +170,4 @@ def _from_record(layer: Layer, records: Mapping[str, LayerFlow], lag: int, targe
     log_f = log_f.double()
     if float((2 * lag * log_f).logsumexp(0)) - math.log(H) >= 2 * math.log(target):
         return torch.zeros_like(log_f)
-    return smallest_shift(_logits(log_f).expand(1, 1, H), float(lag), target)
+    return minimum_norm_shift(_logits(log_f).expand(1, 1, H), float(lag), target)

@@ -9,7 +9,7 @@ from torch import Tensor
 from unvanish import engine
 from unvanish.cells import CELLS, Cell, State, Weights
 from unvanish.flow.layouts import Sizes, as_float64, as_weights
-from unvanish.flow.nonfinite import birthplace
+from unvanish.flow.nonfinite import origin_of_nonfinite
 from unvanish.flow.record import LayerFlow, NonFiniteError
 from unvanish.flow.summary import healthy, summarise
 
@@ -101,7 +101,7 @@ def _measure(
         flow = engine.adjoint(tr, dy, tuple(None for _ in state))
         steps = torch.full((B,), T) if tr.active is None else tr.active.sum((0, 2))
         record = summarise(cell.name, tr, flow, False, steps)
-        return record, None if healthy(record) else birthplace(cell.name, tr, dy, flow).sentence
+        return record, None if healthy(record) else origin_of_nonfinite(cell.name, tr, dy, flow).sentence
 
 
 def _sequence(name: str, value: Any, batch_first: bool) -> Tensor:

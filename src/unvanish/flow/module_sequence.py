@@ -9,7 +9,7 @@ from torch import Tensor
 from unvanish import engine
 from unvanish.capture import Call
 from unvanish.cells import State, Weights
-from unvanish.flow.nonfinite import birthplace
+from unvanish.flow.nonfinite import origin_of_nonfinite
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.sequences import Errors, Measured, Sequence, apart, join, weight_keys
 from unvanish.flow.summary import healthy, layer_flow, reorder, summarise
@@ -134,7 +134,7 @@ class ModuleSequence(Sequence):
     def _measured(
         self, call: _Call, layer: LayerDirection, record: LayerFlow, grads: Weights, replay: engine.Replay
     ) -> Measured:
-        born = None if healthy(record) else birthplace(record.name, *replay(), 0, call.inputs.order).sentence
+        born = None if healthy(record) else origin_of_nonfinite(record.name, *replay(), 0, call.inputs.order).sentence
         if call.inputs.order is not None:
             record = reorder(record, call.inputs.order.argsort())
         both = (grads.w_ih, grads.w_hh)

@@ -9,7 +9,7 @@ from unvanish import engine
 from unvanish.flow.summary import by_gate
 
 
-class Birth(NamedTuple):
+class NonFiniteOrigin(NamedTuple):
     """Where a NaN or an infinity was born."""
 
     forward: bool
@@ -17,14 +17,14 @@ class Birth(NamedTuple):
     sentence: str
 
 
-def birthplace(
+def origin_of_nonfinite(
     name: str,
     tr: engine.Trace,
     dy: Tensor | None,
     flow: engine.Deltas,
     first_step: int = 0,
     order: Tensor | None = None,
-) -> Birth:
+) -> NonFiniteOrigin:
     """The first non-finite value of a layer's pass, which has one.
 
     Forward, in the layer's reading order, a step is searched in the order of computation: input, previous state,
@@ -34,7 +34,7 @@ def birthplace(
     """
     for label, weight in zip(tr.weights._fields, tr.weights, strict=True):
         if weight is not None and not _finite(weight):
-            return Birth(True, f"{name}: weight {label} holds a {_kind(weight)} before the pass")
+            return NonFiniteOrigin(True, f"{name}: weight {label} holds a {_kind(weight)} before the pass")
     gates = tr.gates
     before = [("the state before the step", v) for v in tr.before]
     forward = [("the input x", tr.x), *before]
@@ -42,15 +42,15 @@ def birthplace(
     forward += [(f"the state {state}", v) for state, v in zip(tr.cell.states, tr.after, strict=True)]
     found = _first(forward, tr.active, tr.reverse)
     if found is not None:
-        return Birth(True, _sentence(name, "forward", found, first_step, order))
+        return NonFiniteOrigin(True, _sentence(name, "forward", found, first_step, order))
     da = by_gate(tr.cell, flow.da, flow.da_hh)
     backward = [] if dy is None else [("the error arriving at h from outside", dy)]
     backward += [(f"δ{state}", d) for state, d in zip(tr.cell.states, flow.dstate, strict=True)]
     backward += [(f"δ of gate {gate}", da[..., i, :]) for i, gate in enumerate(tr.cell.gates)]
     found = _first(backward, tr.active, not tr.reverse)
     if found is not None:
-        return Birth(False, _sentence(name, "backward", found, first_step, order))
-    return Birth(False, f"{name}: the error at the final or initial state is not finite")
+        return NonFiniteOrigin(False, _sentence(name, "backward", found, first_step, order))
+    return NonFiniteOrigin(False, f"{name}: the error at the final or initial state is not finite")
 
 
 def _sentence(name: str, way: str, found: tuple[int, int, str, str], first_step: int, order: Tensor | None) -> str:

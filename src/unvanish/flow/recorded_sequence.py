@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unvanish import engine
 from unvanish.cells import Cell, Weights
-from unvanish.flow.nonfinite import Birth, birthplace
+from unvanish.flow.nonfinite import NonFiniteOrigin, origin_of_nonfinite
 from unvanish.flow.sequences import Errors, Measured, Sequence, join, weight_key
 from unvanish.flow.summary import all_finite, layer_flow, reorder
 from unvanish.nn.modules import LayerDirection, TimeMajor
@@ -86,7 +86,7 @@ class _Listener:
         gates = facts.statistics[self.place][self.start].mean
         where = None
         if not all_finite(norms, gates, (facts.lengths - self.start).clamp(0, len(gates))):
-            where = birthplace(sequence.title(self.place), *replay(), self.start, facts.order)
+            where = origin_of_nonfinite(sequence.title(self.place), *replay(), self.start, facts.order)
         sequence.hear((self.call.index, self.place, self.start), _Heard(norms, gradients, where))
 
 
@@ -96,7 +96,7 @@ class _Heard(NamedTuple):
     norms: engine.Norms
     gradients: Weights | None
     """∂E/∂W; None once it is measured: the norms alone add up"""
-    nonfinite: Birth | None
+    nonfinite: NonFiniteOrigin | None
 
 
 class RecordedSequence(Sequence):

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from unvanish import engine
 from unvanish.capture import Call, Link
 from unvanish.cells import State, Weights, calculus
-from unvanish.flow.nonfinite import birthplace
+from unvanish.flow.nonfinite import origin_of_nonfinite
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.summary import healthy, summarise
 from unvanish.nn.modules import (
@@ -183,7 +183,9 @@ class CellSequence(Sequence):
         resets = self.reset_steps(T, B)
         record = replace(record, detached=tuple(self.detached), resets=resets, problem=problem)
         return [
-            Measured(record, gradients, None if healthy(record) else birthplace(self.name, tr, d[0], flow).sentence)
+            Measured(
+                record, gradients, None if healthy(record) else origin_of_nonfinite(self.name, tr, d[0], flow).sentence
+            )
         ]
 
 

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from unvanish import engine, torch_internals
 from unvanish.cells import State
+from unvanish.nn.checkpointing import run_in_pieces
 from unvanish.nn.modules import (
     LayerDirection,
     SequenceModule,
@@ -33,7 +34,6 @@ from unvanish.nn.modules import (
     used_weights,
 )
 from unvanish.nn.observing import Recorders, observed
-from unvanish.nn.pieces import run_in_pieces
 
 
 @dataclass(frozen=True)

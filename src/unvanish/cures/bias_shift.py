@@ -27,7 +27,7 @@ class _Table(NamedTuple):
     slope: Tensor
 
 
-def smallest_shift(a: Tensor, repeat: float, target: float, near: Tensor | None = None) -> Tensor:
+def minimum_norm_shift(a: Tensor, repeat: float, target: float, near: Tensor | None = None) -> Tensor:
     """β `[H]` ≥ 0 of the smallest 2-norm with mean_u s_u(β_u) = target².
 
     Args:
