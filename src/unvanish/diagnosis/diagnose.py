@@ -1,7 +1,7 @@
 """Why a model does not learn: exact tests, a measurement of the gradient's reach, and interventions on copies."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from unvanish.capture.named_states import Getter
 from unvanish.diagnosis import exact, interventions
 from unvanish.diagnosis.capture import Given, capture
 from unvanish.diagnosis.exact.growth import growth
@@ -19,8 +20,10 @@ from unvanish.diagnosis.measure import Measured, half_width, measure
 from unvanish.diagnosis.prescribe import prescribe
 from unvanish.diagnosis.progress import shown
 from unvanish.diagnosis.records import Diagnosis, LayerDiagnosis, Prescription
+from unvanish.diagnosis.states import of_states
 from unvanish.diagnosis.subject import Subject
 from unvanish.diagnosis.verdict import judge
+from unvanish.nn.modules import RecurrentModule
 
 LR = 3e-3
 """Adam's, to judge sensitivity by where the user gives no optimizer"""
@@ -35,6 +38,7 @@ def diagnose(
     budget: float = 60.0,
     lag: int | None = None,
     samples: int = 16,
+    states: Mapping[str, Getter] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Diagnosis:
@@ -66,6 +70,9 @@ def diagnose(
         budget: seconds for interventions; 0 leaves them out.
         lag: steps that the task needs; None: the longest that the batch offers.
         samples: of the batch that the measurement follows.
+        states: module name → where its state is, as in `unvanish.watch`: modules of other libraries that are called
+            once per step, of which rate, reach and verdict are measured by autograd alone. So are states that
+            `unvanish.mark` shows.
         seed: of dropout, drawn cures and the copies' training.
         progress: is called with a sentence on what is being done; None: a line on stderr after two seconds, if that is
             a terminal.
@@ -80,7 +87,7 @@ def diagnose(
     inputs, target = (batch[:-1], batch[-1]) if len(batch) > 1 and loss is not None else (batch, None)
     has_target = len(batch) > 1 and loss is not None
     settings = {"optimizer": optimizer, "budget": budget, "lag": None if lag is None else int(lag),
-                "samples": int(samples), "seed": seed}  # fmt: skip
+                "samples": int(samples), "states": dict(states or {}), "seed": seed}  # fmt: skip
 
     def of(changed: nn.Module, **other: Any) -> Diagnosis:
         subject = Subject(changed, inputs, target, loss, step=step, has_target=has_target)
@@ -101,6 +108,7 @@ def _diagnosed(
     budget: float,
     lag: int | None,
     samples: int,
+    states: Mapping[str, Getter],
     seed: int,
 ) -> Diagnosis:
     proved, notes = exact.run(subject, lag=lag, optimizer=optimizer, progress=say)
@@ -113,10 +121,12 @@ def _diagnosed(
         return given, {record.name: record for record in records}, unseen
 
     given: list[Given] = []
-    layers: dict[str, LayerDiagnosis] = {}
+    layers, told = of_states(subject, states, lag, samples, seed)
+    notes = (*notes, *told)
     try:
-        given, layers, unseen = measured(subject.model)
-        notes = (*notes, *unseen)
+        if not layers or any(isinstance(m, RecurrentModule) for m in subject.model.modules()):
+            given, found, unseen = measured(subject.model)
+            layers, notes = found | layers, (*notes, *unseen)
     except (ValueError, RuntimeError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
         notes = (*notes, f"the gradient's reach was not measured: {error}")
     proved = ranked((*proved, *growth(layers)))

@@ -26,7 +26,7 @@ class Measured:
     above: int
     """layers between it and the output, at which the errors are made"""
     curve: Tensor
-    """[ℓ] ln‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0 over sources and samples, see `_together`"""
+    """[ℓ] ln‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0 over sources and samples, see `middle`"""
     slopes: Tensor
     """[B] nats per step, each sample's own"""
     lag: int
@@ -91,9 +91,9 @@ def _measure_place(
             inside = torch.arange(k, k + relative.shape[1])[None, :] < lengths[:, None]
             curves[i, :, : relative.shape[1]] = torch.where(inside, relative, torch.nan)
     over_lags = curves.flatten(0, 1)[:, : wanted + 1]
-    curve, arriving = _together(over_lags)
+    curve, arriving = middle(over_lags)
     decay = flow.decay(curve, FRACTION) if bool(curve[0].isfinite()) else flow.Decay(-math.inf, 0.0, 0)
-    slopes = torch.tensor([_slope(row[: wanted + 1]) for row in curves.nanmedian(0).values], dtype=torch.float64)
+    slopes = torch.tensor([slope(row[: wanted + 1]) for row in curves.nanmedian(0).values], dtype=torch.float64)
     evidence = _evidence(given, place, x, fed, hx, lengths, made)
     asked = lag is not None and lag <= offered
     evidence |= {
@@ -117,7 +117,7 @@ def _measure_place(
     return Measured(place, above, curve, slopes, wanted if lag is None else lag, asked or lag is None, decay, evidence)
 
 
-def _together(curves: Tensor) -> tuple[Tensor, Tensor]:
+def middle(curves: Tensor) -> tuple[Tensor, Tensor]:
     """(curve, arriving) `[ℓ]` of the followed errors' own `[N, ℓ]`: ln √p + the median of those that are not 0, and p.
 
     p is the share of the errors that are not exactly 0 at the lag: relu units that are off lose an error in one sample
@@ -143,7 +143,8 @@ def _cut(relative: Tensor, cuts: tuple[int, ...], k: int, reverse: bool) -> None
         relative[:, k - before[-1] + 1 :] = -torch.inf
 
 
-def _slope(curve: Tensor) -> float:
+def slope(curve: Tensor) -> float:
+    """Of a line through the finite values of a curve; NaN where there are fewer than two."""
     present = curve.isfinite()
     if int(present.sum()) < 2:
         return math.nan

@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import RLock, get_ident
 from types import TracebackType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
@@ -56,10 +57,27 @@ class _Backward:
     """whether its gradients are kept as part of a graph (create_graph)"""
 
 
+class MarkListener(NamedTuple):
+    """Whom `uv.mark` shows a state to, where nothing else is recorded."""
+
+    mark: Callable[[str, Any], None]
+
+
+@contextmanager
+def marks_go_to(show: Callable[[str, Any], None]) -> Iterator[None]:
+    """Within, `uv.mark(h, name)` calls show(name, h), and no watch around it records the state."""
+    listener = MarkListener(show)
+    Watch._active.append(listener)
+    try:
+        yield
+    finally:
+        Watch._active.remove(listener)
+
+
 class Watch(Flow):
     """A flow that fills as errors come back; see `watch`."""
 
-    _active: ClassVar[list[Watch]] = []
+    _active: ClassVar[list[Watch | MarkListener]] = []
 
     def __init__(
         self,
