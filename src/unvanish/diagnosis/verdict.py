@@ -99,7 +99,7 @@ def _held(e: dict[str, float], lag: int) -> str:
     if growth <= -math.log(FRACTION):
         return ""
     return (
-        f"; growth is suppressed only by saturation: with spectral radius {e['spectral_radius']:.2f} of W_hh and φ' = 1 "
+        f"; growth is suppressed only by saturation: spectral radius of W_hh {e['spectral_radius']:.2f}, with φ' = 1 "
         f"the gradient would grow by 10^{growth / math.log(10):.0f} over the lag"
     )
 
