@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from unvanish.diagnosis.interventions import Outcome, run
 from unvanish.diagnosis.subject import Subject
 
 
@@ -63,3 +64,19 @@ class RandomTargets:
         return x, torch.randint(2, (samples,), generator=g) if self.kind == "classes" else torch.randn(
             samples, 1, generator=g
         )
+
+
+def outcome(model: nn.Module, *batch: Any, loss: Callable[..., Tensor] = cross_entropy, **options: Any) -> Outcome:
+    """Of the interventions alone."""
+    return run(subject(model, *batch, loss=loss), budget=options.pop("budget", 60.0), **options)
+
+
+def codes(found: Outcome) -> list[str]:
+    """Of its findings, in order."""
+    return [f.code for f in found.findings]
+
+
+def gru(out: int = 3, **options: Any) -> Last:
+    """Drawn from seed 0."""
+    torch.manual_seed(0)
+    return Last(nn.GRU(4, 16, batch_first=True), out, **options)

@@ -82,6 +82,19 @@ def test_what_can_not_be_measured_is_noted() -> None:
         diagnose(Loop(0.9), states={"nothing": 1})
 
 
+def test_a_gradient_that_is_not_finite_is_noted() -> None:
+    class Rooted(Loop):
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.new_zeros(len(x), H)
+            for t in range(x.shape[1]):
+                h = uv.mark((self.cell(x[:, t], h)[1] * 0).sqrt(), "mine")
+            return self.head(h)
+
+    found = diagnose(Rooted(0.9))
+    assert "mine: not measured: the gradient that comes back to it is NaN" in "\n".join(found.notes)
+    assert found.findings[0].code == "nan"
+
+
 def test_the_model_stays_as_it_was() -> None:
     model = Loop(0.9, mark=True)
     before = {name: v.clone() for name, v in model.state_dict().items()}

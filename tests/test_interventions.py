@@ -1,8 +1,6 @@
 """Interventions find the planted cause, by the loss of copies on samples that they were not trained on."""
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -10,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import unvanish as uv
-from tests.interventions_subjects import Last, RandomTargets, recall, subject
-from unvanish.diagnosis.interventions import Outcome, conclude, race, run
+from tests.interventions_subjects import Last, RandomTargets, codes, gru, outcome, recall
+from unvanish.diagnosis.interventions import conclude, race
 
 
 @pytest.fixture(autouse=True)
@@ -19,19 +17,6 @@ def few_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the numbers of updates, not the clock, end each copy's training."""
     monkeypatch.setattr(race, "MOST", 150)
     monkeypatch.setattr(conclude, "UPDATES", 150)
-
-
-def outcome(model: nn.Module, *batch: Any, loss: Callable[..., Tensor] = cross_entropy, **options: Any) -> Outcome:
-    return run(subject(model, *batch, loss=loss), budget=options.pop("budget", 60.0), **options)
-
-
-def codes(found: Outcome) -> list[str]:
-    return [f.code for f in found.findings]
-
-
-def gru(out: int = 3, **options: Any) -> Last:
-    torch.manual_seed(0)
-    return Last(nn.GRU(4, 16, batch_first=True), out, **options)
 
 
 def test_a_model_that_learns_is_healthy_and_nothing_else_is_tried() -> None:

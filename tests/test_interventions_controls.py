@@ -1,4 +1,4 @@
-"""Healthy models of unusual build: none is told to change, none is merely "not proved"."""
+"""Healthy models of unusual build: each is found healthy, and no change is proposed."""
 
 from collections.abc import Callable
 from typing import Any

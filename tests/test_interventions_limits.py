@@ -2,7 +2,6 @@
 
 import copy
 import random
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tests.interventions_subjects import Last, RandomTargets, drawn, recall, subject
+from tests.interventions_subjects import Last, RandomTargets, codes, drawn, gru, outcome, recall, subject
 from unvanish.diagnosis.finding import Finding
-from unvanish.diagnosis.interventions import Outcome, conclude, race, run
+from unvanish.diagnosis.interventions import conclude, race, run
 
 
 @pytest.fixture(autouse=True)
@@ -21,19 +20,6 @@ def few_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the numbers of updates, not the clock, end each copy's training."""
     monkeypatch.setattr(race, "MOST", 150)
     monkeypatch.setattr(conclude, "UPDATES", 150)
-
-
-def outcome(model: nn.Module, *batch: Any, loss: Callable[..., Tensor] = cross_entropy, **options: Any) -> Outcome:
-    return run(subject(model, *batch, loss=loss), budget=options.pop("budget", 60.0), **options)
-
-
-def codes(found: Outcome) -> list[str]:
-    return [f.code for f in found.findings]
-
-
-def gru(out: int = 3, **options: Any) -> Last:
-    torch.manual_seed(0)
-    return Last(nn.GRU(4, 16, batch_first=True), out, **options)
 
 
 def test_random_targets_of_few_samples_accuse_nobody() -> None:

@@ -47,8 +47,11 @@ def of_states(subject: Subject, states: Mapping[str, Getter], lag: int | None, s
             why = _unusable(seen)
             if why is None:
                 curves = log_norms_of_states(seen, seed)[:, :samples].T.cpu()
-                found[name] = _diagnosed(name, curves, lag)
-            else:
+                if bool((curves.isnan() | (curves == math.inf)).any()):
+                    why = "the gradient that comes back to it is NaN or infinite"
+                else:
+                    found[name] = _diagnosed(name, curves, lag)
+            if why is not None:
                 notes.append(f"{name}: not measured: {why}")
     return found, tuple(notes)
 
