@@ -7,8 +7,8 @@
 The grid: 9 kinds of task × 2 lags × 3 learning rates × half of 16 recurrent layers, the halves in turn; width and depth
 alternate, one seed per run. Every run is trained for `UPDATES` updates of Adam on 2,048 samples, and has learnt when
 its loss on unseen samples is below `LEARNT` of the way from the best constant answer down to the lowest loss that any
-run of the same task and lag reached. It is diagnosed before training from one batch. Where the diagnosis has a plan,
-the run is trained again with it, as long as before.
+run of the same task and lag reached. It is diagnosed before training. Where the diagnosis has a plan, the run is
+trained again with it, as long as before.
 
 In the report the chance of each run comes from weights fitted without any run of its kind of task.
 """
@@ -34,13 +34,13 @@ import unvanish as uv
 from unvanish import cures
 from unvanish.diagnosis import interventions
 from unvanish.diagnosis.interventions.bar import best_constant
-from unvanish.diagnosis.interventions.chance import Features
+from unvanish.diagnosis.interventions.chance import HORIZON, Features
 from unvanish.diagnosis.interventions.material import Rows
 from unvanish.diagnosis.subject import Subject
 
-UPDATES, BATCH, CLIP = 400, 32, 1.0
-TRAINED, DIAGNOSED, JUDGED = 2048, 256, 256
-"""samples to train on, those among them that a diagnosis is given, and unseen ones that tell who has learnt"""
+UPDATES, BATCH = HORIZON, 32
+TRAINED, JUDGED = 2048, 256
+"""samples to train on, which the diagnosis is given too, and unseen ones that tell who has learnt"""
 EVERY, ENOUGH = 50, 0.03
 """updates between two looks; share of the best constant's loss from which a training stops early, as it has learnt"""
 LEARNT = 0.5
@@ -228,11 +228,6 @@ class Run:
         """Every run of a task and lag sees the same."""
         return KINDS[self.kind].make(count, self.lag, torch.Generator().manual_seed(seed))
 
-    def diagnosed(self) -> tuple[Tensor, Tensor]:
-        """The first of the samples that it is trained on."""
-        x, y = self.samples(TRAINED, 2)
-        return x[:DIAGNOSED], y[:DIAGNOSED]
-
 
 def grid() -> Iterator[Run]:
     points = list(itertools.product(KINDS, (0, 1), RATES))
@@ -257,8 +252,8 @@ def train(model: nn.Module, run: Run, bar: float, make: Callable[[nn.Module], to
         value = loss(model(x[at]), y[at])
         optimizer.zero_grad()
         value.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        if not bool(value.isfinite()) or not bool(norm.isfinite()):
+        norms = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+        if not bool(value.isfinite()) or not bool(norms.isfinite().all()):
             break
         optimizer.step()
         if (update + 1) % EVERY == 0:
@@ -272,8 +267,8 @@ def train(model: nn.Module, run: Run, bar: float, make: Callable[[nn.Module], to
 
 def bar_of(run: Run) -> float:
     """The loss of the best constant answer on the samples that a diagnosis is given."""
-    x, y = run.diagnosed()
-    found, _ = best_constant(Rows(Subject(run.build(), (x,), y, KINDS[run.kind].loss), DIAGNOSED, 0), 0)
+    x, y = run.samples(TRAINED, 2)
+    found, _ = best_constant(Rows(Subject(run.build(), (x,), y, KINDS[run.kind].loss), TRAINED, 0), 0)
     if found is None:
         raise RuntimeError(f"{run.name}: has no best constant answer")
     return found.mean
@@ -286,7 +281,7 @@ def measure(run: Run, budget: float) -> dict[str, Any]:
     begun = time.process_time()
     found["lowest"] = train(run.build(), run, bar, lambda m: torch.optim.Adam(m.parameters(), lr=run.lr))
     found["seconds"] = time.process_time() - begun
-    model, (x, y) = run.build(), run.diagnosed()
+    model, (x, y) = run.build(), run.samples(TRAINED, 2)
     subject = Subject(model, (x,), y, KINDS[run.kind].loss)
     begun = time.process_time()
     layers = uv.diagnose(model, x, y, loss=KINDS[run.kind].loss, budget=0).layers

@@ -13,7 +13,7 @@ from tests.interventions_subjects import Last, drawn, recall, subject
 from unvanish.diagnosis.interventions.arm import Arm
 from unvanish.diagnosis.interventions.bar import Bar, best_constant
 from unvanish.diagnosis.interventions.candidates import AS_IS, Candidate
-from unvanish.diagnosis.interventions.chance import EARLY, WEIGHTS, Features, features
+from unvanish.diagnosis.interventions.chance import EARLY, HORIZON, WEIGHTS, Features, features
 from unvanish.diagnosis.interventions.inputs import fed
 from unvanish.diagnosis.interventions.material import Draws, Rows, Whole, material
 from unvanish.diagnosis.interventions.optimizers import other_rates, recipe
@@ -387,15 +387,20 @@ def test_the_chance_is_the_logistic_of_the_features_and_none_before_weights_are_
         known.chance((1.0,))
 
 
-def test_features_tell_a_copy_that_begins_to_learn_from_one_that_does_not() -> None:
+def test_features_tell_a_copy_that_learns_from_one_that_does_not() -> None:
     told = []
     for target in (Y, torch.randint(3, (200,), generator=seeded())):
         rows = Rows(subject(Wrapped(3, lambda z: z), X, target, loss=cross_entropy), 200, 0)
         arm = Arm(AS_IS, rows, recipe(None, rows.subject.model, 3e-3)[0], best_constant(rows, 0)[0], 0)
-        arm.train(EARLY)
         arm.judge()
-        told.append(features(arm, read_out(arm, 0), {}))
-    assert told[0].fallen > 0.2 > told[1].fallen
-    assert told[0].readable > 0.5 > told[1].readable
-    assert told[0].sure > told[1].sure
-    assert told[0].survival == 0.0
+        while not arm.clear and arm.updates < EARLY:
+            arm.train(25)
+            arm.judge()
+        found = read_out(arm, 0)
+        assert found is not None
+        told.append(features(arm, found.readable, {}))
+    learns, fails = told
+    assert learns.quick > fails.quick == 0.5 * math.log2(HORIZON / (2 * EARLY))
+    assert learns.fallen > 0.2 > fails.fallen
+    assert learns.readable > 0.5 > fails.readable
+    assert learns.fitted > fails.fitted
