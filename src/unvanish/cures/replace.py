@@ -107,8 +107,8 @@ def replace_(model: nn.Module, by: Literal["lstm", "gru"]) -> nn.Module:
     initial state does.)
 
     Args:
-        model: any module with nn.RNN or nn.RNNCell in it, changed in place; or such a layer itself, which is left
-            alone.
+        model: any module with nn.RNN or nn.RNNCell in it, changed in place; or such a layer itself, which stays
+            unchanged.
         by: "lstm" or "gru".
 
     Returns:

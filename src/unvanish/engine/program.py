@@ -107,7 +107,7 @@ class Programs:
             self._names["share", i] = shares[share]
 
     def _choose_kept(self) -> list[int]:
-        """Nodes of the way forward that the way back starts from, besides the states."""
+        """Nodes of the forward pass that the backward pass starts from, besides the states."""
         g, forward = self._graph, set(self._graph.reachable(self._states, self._names.values()))
         back = self._graph.reachable(self._back.values(), {*self._free, *forward})
         wanted = [n for n in back if n in forward and n not in self._free and g.nodes[n].op != "constant"]
@@ -137,7 +137,7 @@ class Programs:
         return sorted({self.cell.states.index(self.cell.sources[gate]) for gate in self.cell.same_step})
 
     def forward(self, keep: bool) -> Program:
-        """The states, and with `keep` what the way back needs."""
+        """The states, and with `keep` what the backward pass needs."""
         ends: dict[Place, int] = {("after", a): n for a, n in enumerate(self._states)}
         if keep:
             ends |= {("kept", i): n for i, n in enumerate(self.kept)}

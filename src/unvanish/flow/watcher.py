@@ -34,7 +34,7 @@ from unvanish.capture.parts import unseen
 from unvanish.flow.module_sequence import ModuleSequence
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
 from unvanish.flow.recorded_sequence import RecordedCall, RecordedSequence
-from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, Sequence, heard_weights, rounding
+from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, Sequence, observable_weights, rounding
 from unvanish.flow.stream import Stream
 from unvanish.nn.layers import EngineSequence
 from unvanish.nn.modules import RecurrentModule, as_states, full_precision
@@ -57,8 +57,8 @@ class _Backward:
     """whether its gradients are kept as part of a graph (create_graph)"""
 
 
-class MarkListener(NamedTuple):
-    """Whom `uv.mark` shows a state to, where nothing else is recorded."""
+class MarkObserver(NamedTuple):
+    """Gets the states that `uv.mark` shows, where nothing else is recorded."""
 
     mark: Callable[[str, Any], None]
 
@@ -66,18 +66,18 @@ class MarkListener(NamedTuple):
 @contextmanager
 def marks_go_to(show: Callable[[str, Any], None]) -> Iterator[None]:
     """Within, `uv.mark(h, name)` calls show(name, h), and no watch around it records the state."""
-    listener = MarkListener(show)
-    Watch._active.append(listener)
+    observer = MarkObserver(show)
+    Watch._active.append(observer)
     try:
         yield
     finally:
-        Watch._active.remove(listener)
+        Watch._active.remove(observer)
 
 
 class Watch(Flow):
     """A flow that fills as errors come back; see `watch`."""
 
-    _active: ClassVar[list[Watch | MarkListener]] = []
+    _active: ClassVar[list[Watch | MarkObserver]] = []
 
     def __init__(
         self,
@@ -275,13 +275,13 @@ class Watch(Flow):
             sequence = self._going_on(name, call)
             if not isinstance(sequence, CellSequence):
                 sequence = self._new(name, CellSequence(name, call.module, self._catch, self._partial))
-            self._hear_weights(call.module)
+            self._observe_weights(call.module)
             sequence.add(call)
             return
         sequence = self._going_on(name, call)
         if call.module.bidirectional or self._partial:
             sequence = None
-        self._hear_weights(call.module)
+        self._observe_weights(call.module)
         measured = call.recorders
         if isinstance(measured, RecordedCall) and measured.complete(call.x):
             if not isinstance(sequence, RecordedSequence):
@@ -348,14 +348,14 @@ class Watch(Flow):
         sequence.era = era
         sequence.add(h)
 
-    def _hear_weights(self, module: RecurrentModule) -> None:
-        for key, weight in heard_weights(module).values():
+    def _observe_weights(self, module: RecurrentModule) -> None:
+        for key, weight in observable_weights(module).values():
             if weight.requires_grad and not (weight.is_leaf and key in self._weights):
-                handle = weight.register_hook(partial(self._hear, key))
+                handle = weight.register_hook(partial(self._add_gradient, key))
                 if weight.is_leaf:
                     self._weights[key] = (weight, handle)
 
-    def _hear(self, key: Hashable, grad: Tensor) -> None:
+    def _add_gradient(self, key: Hashable, grad: Tensor) -> None:
         gradients = self._run().gradients
         gradients[key] = gradients[key] + grad if key in gradients else grad
 
@@ -440,7 +440,7 @@ def _judged(
     autograd: dict[Hashable, Tensor],
     weights: Mapping[Hashable, tuple[Tensor, Any]],
 ) -> LayerFlow:
-    """The record with its residual, and with what a large one says."""
+    """The record with its residual, and, where it is large, with what that means."""
     pairs = {key: (mine, autograd[key]) for key, mine in ours.items() if key in autograd}
     if not pairs:
         return record
@@ -459,7 +459,7 @@ def _judged(
         record,
         problem=f"its own ∂E/∂W differs from autograd's by {residual:.1e} (rounding explains {10 * allowed:.0e}): "
         "a weight takes part elsewhere in the loss too, part of the backward pass is hidden, or the backend's gradient "
-        "is wrong, which uv.audit tells",
+        "is wrong; uv.audit checks it",
     )
 
 
