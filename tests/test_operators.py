@@ -480,7 +480,7 @@ def test_what_hooks_on_saved_tensors_return_is_checked(recorded: bool) -> None:
 
 def test_kernels_take_their_arrays_by_name() -> None:
     call = native._native.forward_float32
-    with pytest.raises(TypeError, match="cell: missing"):
+    with pytest.raises(TypeError, match="reverse: missing"):
         call(None, 1)
     numbers = dict.fromkeys(("cell", "T", "B", "I", "H", "R", "lengths", *FORWARD, "y", "gates", "cells", "h", "c"), 0)
     complete = {**numbers, "reverse": False, "closed": 0.0, "mean": 0, "saturated": 0, "log_carry": 0}
