@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from unvanish import torch_internals
 from unvanish.cells import Cell
 from unvanish.cells.base import named
 from unvanish.engine.elementwise import Graph, Recorder, UnsupportedError
@@ -241,9 +242,7 @@ def _record_at(cell: Cell, dtype: torch.dtype, shape: torch.Size) -> _Recorded:
             asked = [*reached, *(leaf for group in groups for leaf in group)]
             given = [d for a, d in zip(states, arrived, strict=True) if a.requires_grad]
             try:
-                found = (
-                    torch.autograd.grad(reached, asked, given, allow_unused=True) if reached else [None] * len(asked)
-                )
+                found = torch_internals.vjp(reached, given, asked) if reached else [None] * len(asked)
             except RuntimeError as error:
                 raise UnsupportedError(f"autograd can't derive it: {error}") from error
             ends = [recorder.graph.constant(0.0) if d is None else recorder.number(d) for d in found]

@@ -13,7 +13,7 @@ from unvanish import torch_internals
 from unvanish.cells import Cell, State, Weights
 from unvanish.engine import manual, native, native_trace, operators, reference
 from unvanish.engine.checks import check_errors, check_layer, whole_lengths
-from unvanish.engine.operator_checks import check_backward
+from unvanish.engine.operator_checks import LayerTensors, check_backward
 from unvanish.engine.sequence import add, sort
 
 SATURATED = 0.05
@@ -179,7 +179,7 @@ def _measured_backward(
     how = _how(ctx.cell, ctx.reverse, ctx.clip)
     now: Any = [native.arrived(d) for d in errors]
     if not ctx.intact:
-        check_backward(*now, *saved, cell=how["cell"], clip=how["clip"])
+        check_backward(now, LayerTensors(*saved[:9]), saved[9:], cell=how["cell"], clip=how["clip"])
         saved = [None if v is None else v.contiguous() for v in saved]
     first = ctx.errors is None
     out = native.backward(*now, *saved, **how, want_dx=want_dx, want_delta=False, want_norms=awaits_backward and first)
@@ -191,7 +191,7 @@ def _measured_backward(
         norms = out[8:]
     else:
         norms = native.backward(*total, *saved, **how, want_dx=False, want_delta=False, want_norms=True)[8:]
-    # Only for a graph that outlives this backward: held for nothing, they cost the next step fresh pages.
+    # Kept only while autograd keeps the graph: otherwise the next step would have to take fresh pages.
     ctx.errors = total if torch_internals.keeps_graph() else None
     x, h0, c0, *weights, lengths, _, _, _ = saved
     w = Weights(*weights)
