@@ -31,13 +31,14 @@ from unvanish import torch_internals
 from unvanish.capture import Call, Capture, Returned, hidden_parts, link, returned
 from unvanish.capture.named_states import Getter, NamedStates
 from unvanish.capture.parts import unseen
+from unvanish.engine.precision import full_precision
 from unvanish.flow.module_sequence import ModuleSequence
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
 from unvanish.flow.recorded_sequence import RecordedCall, RecordedSequence
 from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, Sequence, heard_weights, rounding
 from unvanish.flow.stream import Stream
 from unvanish.nn.layers import EngineSequence
-from unvanish.nn.modules import RecurrentModule, as_states, full_precision
+from unvanish.nn.modules import RecurrentModule, as_states
 
 S = TypeVar("S", bound=Sequence)
 
