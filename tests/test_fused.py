@@ -369,3 +369,22 @@ def test_dropout_between_layers_inside_cudnn_is_named_and_does_not_raise(monkeyp
     with uv.watch(layer) as flow:
         layer(torch.randn(4, 2, 3, device="meta"))
     assert "drawn inside cuDNN" in flow.skipped[""]
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_a_layers_own_pass_goes_back_as_often_as_its_graph_is_kept(name: str) -> None:
+    torch.manual_seed(0)
+    cell = CELLS[name]
+    G, lengths = len(cell.gates), torch.tensor([0, 5, 3])
+    x = torch.randn(5, 3, 2, dtype=torch.float64, requires_grad=True)
+    w = Weights(*(torch.randn(G * 4, n, dtype=torch.float64, requires_grad=True) for n in (2, 4)))
+    state = tuple(torch.randn(3, 4, dtype=torch.float64) for _ in cell.states)
+    y, final = engine.run(cell, x, state, w, lengths, rung="fused")
+    error = y.square().sum() + final[-1].sum()
+    first = torch.autograd.grad(error, (x, w.w_hh), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(error, (x, w.w_hh)), first, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(error, (x, w.w_hh))
+    assert not first[0][:, 0].any()
+    with torch.no_grad():
+        assert not engine.run(cell, x, state, w, lengths, rung="fused")[0].requires_grad

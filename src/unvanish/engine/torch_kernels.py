@@ -32,14 +32,15 @@ def identity(cell: Cell, w: Weights) -> list[Tensor]:
 def run(cell: Cell, x: Tensor, sizes: Tensor | None, state: State, weights: list[Tensor]) -> tuple[Tensor, State]:
     """(y, final state) for x `[T, B, I]`, or packed `[Σ sizes, I]`; state `[B, n]` each. Differentiable once.
 
-    In training mode whatever the user's layer is in, since cuDNN refuses to go back in the other; there is one layer,
-    so that no dropout lies between any.
+    In training mode where gradients are enabled, whatever the user's layer is in, since cuDNN refuses to go back in the
+    other; there is one layer, so that no dropout lies between any.
     """
     assert cell.torch_kernel is not None
     kernel: Any = getattr(torch, cell.torch_kernel.name)
     given = [s.unsqueeze(0).contiguous() for s in state]
     hx = given if len(given) > 1 else given[0]
-    how = {"has_biases": len(weights) > 3, "num_layers": 1, "dropout": 0.0, "train": True, "bidirectional": False}
+    how = {"num_layers": 1, "dropout": 0.0, "train": torch.is_grad_enabled(), "bidirectional": False}
+    how["has_biases"] = len(weights) > 3
     if sizes is None:
         y, *final = kernel(x.contiguous(), hx, weights, **how, batch_first=False)
     else:
