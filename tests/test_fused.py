@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -75,6 +75,7 @@ def test_states_gates_and_errors_are_those_of_the_manual_rung(
     with pieces_of(steps):
         tr, flow = traced(case, "fused", dy, tuple(dfinal), follows)
         torch.testing.assert_close(everything(tr, flow), expected, **EXACT)
+        assert all(torch.equal(v, cast(Tensor, present(v, tr))) for v in (*tr.after, *flow.dstate, flow.da))
         # Again: the graphs are used up.
         assert not tr.fused.graphs
         torch.testing.assert_close(everything(tr, engine.adjoint(tr, dy, tuple(dfinal))), expected, **EXACT)
@@ -277,6 +278,29 @@ def test_states_of_our_layers_come_from_the_output() -> None:
     torch.testing.assert_close(*found, **EXACT)
 
 
+@given(case=layer_cases(torch.float64, tuple(TORCHS)), seed=st.integers(0, 99))
+def test_states_and_gates_are_differentiable(case: LayerCase, seed: int) -> None:
+    assume(runs("fused", case))
+    found = []
+    for rung in ("manual", "fused"):
+        with engine.force(rung):
+            tr = engine.trace(case.cell, case.x, case.state, case.weights, case.lengths, case.reverse)
+        out = [present(v, tr) for v in (*tr.before, *tr.after, tr.gates)] + [*tr.final]
+        generator = torch.Generator().manual_seed(seed)
+        error = sum(
+            (torch.randn(v.shape, generator=generator, dtype=v.dtype) * v).square().sum() for v in out if v is not None
+        )
+        assert isinstance(error, Tensor)
+        gradients = torch.autograd.grad(
+            error, case.inputs, allow_unused=True, materialize_grads=True, create_graph=True
+        )
+        again = sum(g.square().sum() for g in gradients)
+        assert isinstance(again, Tensor)
+        second = torch.autograd.grad(again, case.inputs, allow_unused=True, materialize_grads=True)
+        found.append([*out, *gradients, *second])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
 def test_a_graph_is_kept_only_for_an_adjoint_that_follows_and_a_short_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = CELLS["gru"]
     w, x, state = Weights(torch.randn(9, 2), torch.randn(9, 3)), torch.randn(5, 2, 2), (torch.zeros(2, 3),)
@@ -336,6 +360,16 @@ def test_on_the_cpu_it_runs_only_where_it_is_forced(monkeypatch: pytest.MonkeyPa
     assert choice.declined["fused"] == "on the CPU the manual rung is faster"
 
 
+def test_elsewhere_it_runs_unless_there_is_one_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Any device but the CPU: a tensor without numbers, which the rung itself would decline, stands for it.
+    monkeypatch.setattr(fused, "obstacle", lambda *given: None)
+    monkeypatch.setattr("unvanish.engine.native.obstacle", lambda *given: "its kernels are for the CPU")
+    assert engine.explain(CELLS["lstm"], torch.zeros(2, 1, 1, device="meta")).rung == "fused"
+    choice = engine.explain(CELLS["lstm"], torch.zeros(1, 1, 1, device="meta"))
+    assert choice.rung == "manual"
+    assert "a single step" in choice.declined["fused"]
+
+
 @pytest.mark.parametrize("name", TORCHS)
 def test_a_clipped_gradient_goes_down_the_ladder(name: str) -> None:
     torch.manual_seed(0)
@@ -381,10 +415,11 @@ def test_a_layers_own_pass_goes_back_as_often_as_its_graph_is_kept(name: str) ->
     state = tuple(torch.randn(3, 4, dtype=torch.float64) for _ in cell.states)
     y, final = engine.run(cell, x, state, w, lengths, rung="fused")
     error = y.square().sum() + final[-1].sum()
-    first = torch.autograd.grad(error, (x, w.w_hh), retain_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(error, (x, w.w_hh)), first, rtol=0, atol=0)
+    wanted: list[Any] = [x, w.w_hh]
+    first = torch.autograd.grad(error, wanted, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(error, wanted), first, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(error, (x, w.w_hh))
+        torch.autograd.grad(error, wanted)
     assert not first[0][:, 0].any()
     with torch.no_grad():
         assert not engine.run(cell, x, state, w, lengths, rung="fused")[0].requires_grad

@@ -50,6 +50,8 @@ def _disadvantage(rung: str, x: Tensor) -> str | None:
     """Why `rung`, which can run, had better leave it to a later one unless it is forced."""
     if rung == "fused" and x.device.type == "cpu":
         return "on the CPU the manual rung is faster"
+    if rung == "fused" and len(x) == 1:
+        return "a single step takes no loop, and no identity product"
     return None
 
 
@@ -160,7 +162,8 @@ def trace(
     reverse: bool = False,
     adjoint_follows: bool = False,
 ) -> manual.Trace:
-    """`run` with every state and gate kept. Differentiable, on the manual rung, where an input requires gradients.
+    """`run` with every state and gate kept. Differentiable, on the fused or the manual rung, where an input requires
+    gradients.
 
     adjoint_follows: keep what makes `adjoint` cheaper, at the price of memory until it has run (the fused rung keeps
     the kernel's graph).
@@ -168,9 +171,9 @@ def trace(
     check_layer(cell, x, state, w)
     lengths = None if lengths is None else whole_lengths(lengths, x)
     inputs = (x, *state, *w)
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
-        return manual.trace(cell, x, state, w, lengths, reverse)
     rung = explain(cell, x, others=(*state, *w)).rung
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
+        return (fused_pass if rung == "fused" else manual).trace(cell, x, state, w, lengths, reverse)
     if rung == "fused":
         return fused.trace(cell, x, state, w, lengths, reverse, adjoint_follows)
     return (native_trace if rung == "native" else manual).trace(cell, x, state, w, lengths, reverse)

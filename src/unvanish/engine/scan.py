@@ -1,5 +1,7 @@
 """A linear recurrence over time without a loop over time."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,3 +34,28 @@ def scan_(keep: Tensor, add: Tensor, backwards: bool = False) -> Tensor:
             scan_(torch.mul(keep[1::2], keep[0 : 2 * pairs : 2]), odd)
         add[2::2].addcmul_(keep[2::2], odd[: (T - 1) // 2])
     return add
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keep: Tensor, add: Tensor, backwards: bool) -> Tensor:
+        states = scan_(keep, add.clone(), backwards)
+        ctx.save_for_backward(keep, states)
+        ctx.backwards = backwards
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, *errors: Tensor) -> tuple[Tensor, Tensor, None]:
+        keep, states = ctx.saved_tensors
+        earlier = -1 if ctx.backwards else 1
+        total = scan(keep.roll(-earlier, 0), errors[0], not ctx.backwards)
+        before = states.roll(earlier, 0)
+        first = torch.zeros_like(before[:1])
+        before = torch.cat([before[:-1], first] if ctx.backwards else [first, before[1:]])
+        return total * before, total, None
+
+
+def scan(keep: Tensor, add: Tensor, backwards: bool = False) -> Tensor:
+    """`scan_`, in new memory and differentiable, any number of times: δadd_t = δs_t + keep_{t+1} ⊙ δadd_{t+1} is a scan
+    the other way, and δkeep_t = δadd_t ⊙ s_{t-1}."""
+    return _Scan.apply(keep, add, backwards)  # type: ignore[no-any-return]
