@@ -199,12 +199,29 @@ def test_products_are_exact_within_and_as_before_without(monkeypatch: pytest.Mon
         assert seen
         assert all(found == ["ieee"] * 3 for found in seen)
         assert settings_of_products() == before
-        with pytest.raises(KeyError), full_precision(), full_precision():
-            raise KeyError
+        with full_precision():
+            with pytest.raises(KeyError), full_precision():
+                raise KeyError
+            assert settings_of_products() == ["ieee"] * 3
         assert settings_of_products() == before
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_settings_of_products_go_on_following_the_one_above_them() -> None:
+    generic: Any = torch.backends
+    before = settings_of_products()
+    try:
+        for value in ("ieee", "tf32", "none"):
+            generic.fp32_precision = value
+            now = settings_of_products()
+            with full_precision():
+                assert settings_of_products() == ["ieee"] * 3
+            assert settings_of_products() == now
+    finally:
+        generic.fp32_precision = "none"
+    assert settings_of_products() == before
 
 
 @pytest.mark.parametrize("form", ["eval", "frozen", "autocast"])
@@ -299,6 +316,19 @@ def test_states_and_gates_are_differentiable(case: LayerCase, seed: int) -> None
         second = torch.autograd.grad(again, case.inputs, allow_unused=True, materialize_grads=True)
         found.append([*out, *gradients, *second])
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_differentiable_states_of_ragged_samples_start_and_end_where_theirs_do(reverse: bool) -> None:
+    torch.manual_seed(0)
+    x, state = torch.randn(5, 3, 2).double(), (torch.randn(3, 4).double(), torch.randn(3, 4).double())
+    w = Weights(torch.randn(16, 2).double().requires_grad_(), torch.randn(16, 4).double())
+    found = []
+    for rung in ("manual", "fused"):
+        with engine.force(rung):
+            tr = engine.trace(CELLS["lstm"], x, state, w, torch.tensor([2, 5, 0]), reverse)
+        found.append([*tr.after, *tr.final, *(present(s, tr) for s in tr.before)])
+    torch.testing.assert_close(*found, **EXACT)
 
 
 def test_a_graph_is_kept_only_for_an_adjoint_that_follows_and_a_short_sequence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,17 +10,35 @@ import torch
 
 _lock = Lock()
 _depth = 0
-_before: list[Any] = []
+_undo = ExitStack()
 
 
-def _settings() -> list[tuple[Any, str, Any]]:
-    """(where, name, value for IEEE precision) of every setting that rounds a product. torch before 2.9 has one for all
-    of cuDNN."""
-    backends = torch.backends
-    if hasattr(backends.cudnn, "rnn") and hasattr(backends.cudnn.rnn, "fp32_precision"):
-        places = (backends.cuda.matmul, backends.cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.rnn)  # type: ignore[attr-defined]
-        return [(place, "fp32_precision", "ieee") for place in places]
-    return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+def _exact_products(stack: ExitStack) -> None:
+    """Make float32 products exact until `stack` closes."""
+    backends: Any = torch.backends
+    if not hasattr(backends.cudnn, "fp32_precision"):  # torch before 2.9
+        for place in (backends.cuda.matmul, backends.cudnn):
+            stack.callback(setattr, place, "allow_tf32", place.allow_tf32)
+            place.allow_tf32 = False
+        return
+    for whole, parts in (
+        (backends.cudnn, (backends.cuda.matmul, backends.cudnn.rnn)),
+        (backends.mkldnn, (backends.mkldnn.matmul, backends.mkldnn.rnn)),
+    ):
+        stack.callback(_restore, whole, whole.fp32_precision)
+        whole.fp32_precision = "ieee"
+        for part in parts:
+            # Most parts follow the whole. One that was set by itself would follow nothing any more, once written to.
+            if part.fp32_precision != "ieee":
+                stack.callback(setattr, part, "fp32_precision", part.fp32_precision)
+                part.fp32_precision = "ieee"
+
+
+def _restore(whole: Any, value: str) -> None:
+    """Set it back; where the value is that of the setting above, let it follow that one again."""
+    whole.fp32_precision = "none"
+    if whole.fp32_precision != value:
+        whole.fp32_precision = value
 
 
 @contextmanager
@@ -38,22 +56,19 @@ def full_precision() -> Iterator[None]:
     """What is measured is not rounded on the way.
 
     Autocast is a thread's own. The settings of products are the whole process's: they are changed when the first of
-    all threads enters and restored when the last has left, so that products of other threads are exact meanwhile, too.
+    all threads enters and restored when the last has left, so that products of other threads are exact meanwhile, too
+    (and torch's older getter `cudnn.allow_tf32` raises an error, as it does whenever the newer settings differ).
     """
     global _depth
     with without_autocast():
         with _lock:
+            if _depth == 0:
+                _exact_products(_undo)
             _depth += 1
-            if _depth == 1:
-                settings = _settings()
-                _before[:] = [getattr(place, name) for place, name, _ in settings]
-                for place, name, exact in settings:
-                    setattr(place, name, exact)
         try:
             yield
         finally:
             with _lock:
                 _depth -= 1
                 if _depth == 0:
-                    for (place, name, _), value in zip(_settings(), _before, strict=True):
-                        setattr(place, name, value)
+                    _undo.close()
