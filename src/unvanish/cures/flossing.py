@@ -9,13 +9,13 @@ from unvanish import engine
 from unvanish.capture import Call, Capture
 from unvanish.cells import State
 from unvanish.cures.layers import recurrent_modules
+from unvanish.engine.precision import full_precision
 from unvanish.flow.singular import orthonormal, orthonormalised
 from unvanish.flow.stack import full_jacobians, reading_order
 from unvanish.nn.modules import (
     LayerDirection,
     SequenceModule,
     evaluating,
-    full_precision,
     initial_states,
     layer_directions,
     run_layers,

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import manual, native, native_trace, operators, recording, reference
+from unvanish.engine import fused, fused_pass, manual, native, native_trace, operators, recording, reference
 from unvanish.engine.checks import check_errors, check_layer, whole_lengths
 from unvanish.engine.sequence import transform
 
-RUNGS = {"native": operators.run, "manual": manual.run, "reference": reference.run}
+RUNGS = {"native": operators.run, "fused": fused_pass.run, "manual": manual.run, "reference": reference.run}
 """Fastest first; the dispatch takes the first that supports the call."""
 
 # A plain global: torch.compile guards on it, which it can't do with a context variable.
@@ -33,14 +33,25 @@ class Choice:
         return "\n".join([*lines, f"{self.rung}: runs" + ("" if self.how is None else f" {self.how}")])
 
 
-def _obstacle(rung: str, cell: Cell, x: Tensor, others: Sequence[Tensor | None]) -> str | None:
+def _obstacle(rung: str, cell: Cell, x: Tensor, others: Sequence[Tensor | None], clip: float | None) -> str | None:
     """Why `rung` can't run this cell over x, with `others` as states and weights, or None if it can."""
     if rung == "native":
         return native.obstacle(cell, x, others)
+    if rung == "fused":
+        return fused.obstacle(cell, x, others, clip)
     if rung == "manual":
         if not x.dtype.is_floating_point:
             return f"its adjoint is for real floating dtypes, the input is {x.dtype}"
         return transform()
+    return None
+
+
+def _disadvantage(rung: str, x: Tensor) -> str | None:
+    """Why `rung`, which can run, had better leave it to a later one unless it is forced."""
+    if rung == "fused" and x.device.type == "cpu":
+        return "on the CPU the manual rung is faster"
+    if rung == "fused" and len(x) == 1:
+        return "a single step takes no loop, and no identity product"
     return None
 
 
@@ -52,8 +63,8 @@ def _known(rung: str) -> str:
 
 @contextmanager
 def force(rung: str) -> Iterator[None]:
-    """Every sequence of the process runs on `rung` in the block: "native", "manual" or "reference"; an error where
-    it can't.
+    """Every sequence of the process runs on `rung` in the block: "native", "fused", "manual" or "reference"; an error
+    where it can't.
     """
     global _forced
     before, _forced = _forced, _known(rung)
@@ -67,9 +78,15 @@ def _how(rung: str, cell: Cell, x: Tensor) -> str | None:
     return manual.how(cell, x) if rung == "manual" else None
 
 
-def explain(cell: Cell, x: Tensor, rung: str | None = None, others: Sequence[Tensor | None] = ()) -> Choice:
-    """The rung that `run` takes for this cell, an input like x, and states and weights like `others`; and why not a
-    faster one. Tensors that are left out count as ordinary.
+def explain(
+    cell: Cell,
+    x: Tensor,
+    rung: str | None = None,
+    others: Sequence[Tensor | None] = (),
+    clip: float | None = None,
+) -> Choice:
+    """The rung that `run` takes for this cell, an input like x, states and weights like `others`, and this `clip`; and
+    why not a faster one. Tensors that are left out count as ordinary.
 
     Raises:
         ValueError: `rung` names no rung.
@@ -77,14 +94,14 @@ def explain(cell: Cell, x: Tensor, rung: str | None = None, others: Sequence[Ten
     """
     forced = _known(rung) if rung is not None else _forced
     if forced is not None:
-        why = _obstacle(forced, cell, x, others)
+        why = _obstacle(forced, cell, x, others, clip)
         if why is not None:
             raise RuntimeError(f"rung {forced!r} was forced, but can't run here: {why}; force another or none")
         declined = {name: "another rung was forced" for name in RUNGS if name != forced}
         return Choice(forced, declined, _how(forced, cell, x))
     declined: dict[str, str] = {}
     for name in RUNGS:
-        why = _obstacle(name, cell, x, others)
+        why = _obstacle(name, cell, x, others, clip) or _disadvantage(name, x)
         if why is None:
             return Choice(name, declined, _how(name, cell, x))
         declined[name] = why
@@ -113,7 +130,7 @@ def run(
             held and y is 0; what x holds there is not read.
         reverse: read from the last step to the first; y stays in input order.
         clip: the largest 2-norm, per sample, of the error handed from one step to the one before; None: unbounded.
-        rung: force "native", "manual" or "reference"; None: the fastest that supports the call.
+        rung: force "native", "fused", "manual" or "reference"; None: the fastest that supports the call.
         record: notified of gate statistics and error norms; on the native rung, where gradients are enabled.
 
     Returns:
@@ -128,7 +145,7 @@ def run(
     lengths = None if lengths is None else whole_lengths(lengths, x)
     if clip is not None and (isinstance(clip, bool) or not (isinstance(clip, int | float) and clip > 0)):
         raise ValueError(f"clip: expected a positive norm or None, got {clip!r}")
-    runs = explain(cell, x, rung, (*state, *w)).rung
+    runs = explain(cell, x, rung, (*state, *w), clip).rung
     if record is None:
         return RUNGS[runs](cell, x, state, w, lengths, reverse, clip)
     if runs != "native":
@@ -137,16 +154,29 @@ def run(
 
 
 def trace(
-    cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None = None, reverse: bool = False
+    cell: Cell,
+    x: Tensor,
+    state: State,
+    w: Weights,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    adjoint_follows: bool = False,
 ) -> manual.Trace:
-    """`run` with every state and gate kept. Differentiable, on the manual rung, where an input requires gradients."""
+    """`run` with every state and gate kept. Differentiable, on the fused or the manual rung, where an input requires
+    gradients.
+
+    adjoint_follows: keep what makes `adjoint` cheaper, at the price of memory until it has run (the fused rung keeps
+    the kernel's graph).
+    """
     check_layer(cell, x, state, w)
     lengths = None if lengths is None else whole_lengths(lengths, x)
     inputs = (x, *state, *w)
-    differentiable = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    if differentiable or explain(cell, x, others=(*state, *w)).rung != "native":
-        return manual.trace(cell, x, state, w, lengths, reverse)
-    return native_trace.trace(cell, x, state, w, lengths, reverse)
+    rung = explain(cell, x, others=(*state, *w)).rung
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
+        return (fused_pass if rung == "fused" else manual).trace(cell, x, state, w, lengths, reverse)
+    if rung == "fused":
+        return fused.trace(cell, x, state, w, lengths, reverse, adjoint_follows)
+    return (native_trace if rung == "native" else manual).trace(cell, x, state, w, lengths, reverse)
 
 
 def adjoint(
@@ -156,7 +186,14 @@ def adjoint(
 
     Raises:
         ValueError: a shape is not that of the output.
-        RuntimeError: a dtype or device is not that of the input.
+        RuntimeError: a dtype or device is not that of the input; the forced rung can't clip.
     """
     check_errors(tr.x, tr.y, tr.final, dy, dfinal)
-    return (manual if tr.native is None else native_trace).adjoint(tr, dy, dfinal, clip)
+    if tr.native is not None:
+        return native_trace.adjoint(tr, dy, dfinal, clip)
+    if tr.fused is not None and clip is None:
+        return fused.adjoint(tr, dy, dfinal)
+    # Any trace is as good for the manual rung, which clips; an error where another one is forced.
+    if tr.fused is not None and _forced is not None:
+        explain(tr.cell, tr.x, clip=clip)
+    return manual.adjoint(tr, dy, dfinal, clip)

@@ -1,6 +1,7 @@
 """A watched layer that is replayed: nn.RNN, nn.LSTM, nn.GRU or `unvanish.nn.Recurrent`."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class ModuleSequence(Sequence):
         others = [v for state, layer in zip(call.states, call.layers, strict=True) for v in (*state, *layer.weights)]
         rung = engine.explain(call.layers[0].cell, call.inputs.x, others=others).rung
         native = rung == "native" and not self.want_partial
-        make = engine.Pass if native else engine.trace
+        make = engine.Pass if native else partial(engine.trace, adjoint_follows=True)
 
         def run(layer: LayerDirection, x: Tensor, state: State) -> engine.Pass | engine.Trace:
             return make(layer.cell, x, state, layer.weights, call.inputs.lengths, layer.reverse)

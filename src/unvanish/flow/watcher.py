@@ -27,6 +27,7 @@ from unvanish import torch_internals
 from unvanish.capture import Call, Capture, Returned, hidden_parts, link, returned
 from unvanish.capture.named_states import Getter, NamedStates
 from unvanish.capture.parts import unseen
+from unvanish.engine.precision import full_precision
 from unvanish.flow.backward_runs import BackwardRun, BackwardRuns
 from unvanish.flow.module_sequence import ModuleSequence
 from unvanish.flow.passes import Passes
@@ -36,7 +37,7 @@ from unvanish.flow.residual import with_residual
 from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, Sequence
 from unvanish.flow.stream import Stream
 from unvanish.nn.layers import EngineSequence
-from unvanish.nn.modules import RecurrentModule, as_states, full_precision
+from unvanish.nn.modules import RecurrentModule, as_states
 
 S = TypeVar("S", bound=Sequence)
 
