@@ -1,9 +1,11 @@
 """What a diagnosis says: findings, measurements per layer, what to do, and how it went."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.plan import Plan
 from unvanish.diagnosis.verdict import Verdict
+from unvanish.flow.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -199,6 +202,16 @@ class Verification:
 
         return draw.over_lag(curves, ax, mark=ARRIVED)
 
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page with both diagnoses: the gradient before and after, what is found now, the later plan.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        from unvanish.diagnosis.page import verification_page
+
+        write_atomically(Path(path), verification_page(self).encode())
+
     def _repr_html_(self) -> str:
         from unvanish import draw
 
@@ -215,6 +228,8 @@ class Verification:
 class Diagnosis(Mapping[str, LayerDiagnosis]):
     """What was found, with proofs and a plan; as a mapping: layer name → measurement."""
 
+    model: str
+    """class of the diagnosed model"""
     findings: tuple[Finding, ...]
     """ranked: what keeps the model from learning first"""
     layers: dict[str, LayerDiagnosis]
@@ -240,6 +255,11 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         measurement per cure. `plan` is what interventions proved.
         """
         return self.prescribe()
+
+    @property
+    def headline(self) -> str:
+        """The result in a sentence: what the first finding says."""
+        return self.findings[0].says
 
     @property
     def trained(self) -> bool:
@@ -273,6 +293,17 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         from unvanish import draw
 
         return draw.over_lag(curves, ax, mark=ARRIVED)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the diagnosis as one self-contained page: headline, gradient per layer, findings with proofs, plan,
+        copies that were trained, layers, notes. It needs neither network nor script.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        from unvanish.diagnosis.page import diagnosis_page
+
+        write_atomically(Path(path), diagnosis_page(self).encode())
 
     def _repr_html_(self) -> str:
         from unvanish import draw
