@@ -102,7 +102,7 @@ def test_the_lag_decides() -> None:
     assert diagnose(model, lag=np.int64(5))["encoder.l0"].lag == 5
     asked = diagnose(model, lag=500)["encoder.l0"]
     assert asked.verdict == "undecided"
-    assert f"offers a lag of {T - 1} steps" in asked.cause
+    assert f"the longest lag in the batch is {T - 1} steps" in asked.cause
 
 
 def test_without_gradients_there_is_no_diagnosis() -> None:
@@ -308,7 +308,7 @@ def test_too_little_evidence_is_undecided_and_gives_no_rate(samples: int, steps:
     diagnosis = uv.diagnose(model, x[:samples, :steps], y[:samples], budget=0, loss=mse_loss)
     found = diagnosis["encoder.l0"]
     assert found.verdict == "undecided"
-    assert ("at least 2 are needed" if steps < 3 else "hand in at least two") in found.cause
+    assert ("at least 2 are needed" if steps < 3 else "pass at least two") in found.cause
     assert math.isnan(found.rate)
     assert all(map(math.isnan, found.rate_interval))
     assert found.half_life is None

@@ -92,7 +92,7 @@ def test_a_detached_state_is_a_cut() -> None:
     cures.chrono_(model.rnn, T)
     found = uv.diagnose(model, x, y, budget=0, loss=mse_loss)["rnn"]
     assert found.verdict == "vanishes"
-    assert found.cause.startswith("detached: the state is cut from its graph 3 times")
+    assert found.cause.startswith("detached: the state is detached 3 times")
 
 
 def test_what_can_not_be_followed_is_said() -> None:
