@@ -221,7 +221,7 @@ def test_a_direction_that_is_read_where_it_starts_is_undecided() -> None:
     found = uv.diagnose(Last(), data()[0], data()[1], budget=0, loss=mse_loss)
     assert found["rnn.l0"].verdict == "vanishes"
     assert found["rnn.l0.reverse"].verdict == "undecided"
-    assert "enters where this direction starts" in found["rnn.l0.reverse"].cause
+    assert "there is no way back" in found["rnn.l0.reverse"].cause
 
 
 def test_a_lower_reverse_layer_is_reached_through_the_layer_above() -> None:
@@ -239,10 +239,10 @@ def test_a_lower_reverse_layer_is_reached_through_the_layer_above() -> None:
 
     x, y = data()
     last, final = (uv.diagnose(Stacked(final), x, y, budget=0, loss=mse_loss) for final in (False, True))
-    assert "enters where this direction starts" in last["rnn.l1.reverse"].cause
+    assert "there is no way back" in last["rnn.l1.reverse"].cause
     lower = last["rnn.l0.reverse"]
     assert lower.verdict == "undecided"
-    assert "comes to its other steps through the layer above alone" in lower.cause
+    assert "reaches its others through the layer above alone" in lower.cause
     assert "read the reverse direction at the first step" in lower.cause
     assert all(d.verdict != "undecided" for d in final.values())
     rnn, source = layer("GRU", H=8, num_layers=2, bidirectional=True), x.transpose(0, 1)

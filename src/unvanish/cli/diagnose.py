@@ -139,14 +139,12 @@ def _made(source: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
     from torch import nn
 
-    before = sys.path[:]
+    # As Python does for a script, and for good: the factory, the step and the model may import later.
     sys.path.insert(0, str(Path(file).parent.absolute()))
     try:
         names = runpy.run_path(file, run_name=Path(file).stem)
     except (Exception, SystemExit) as error:
         raise UserError(f"FILE.py:FACTORY: running {file} raised {_raised(error, file)}") from error
-    finally:
-        sys.path[:] = before
     factory = names.get(name)
     if not callable(factory):
         raise UserError(f"FILE.py:FACTORY: {file} has no function {name!r}")

@@ -139,7 +139,7 @@ def run(
             reading = reading._replace(used=head_reads(finished, own, seed, raced.end))
     reach = reaching(data, seed) if finished is not None and finished.memorises else 0.0
     findings, plan, concluded = conclude(raced, own, reading, reach)
-    known = None if finished is None or not finished.judgements else features(finished, readable, layers or {})
+    known = None if finished is None or not finished.updates else features(finished, readable, layers or {})
     return Outcome(findings, plan, (*notes, *raced.notes, *concluded), _table(raced), known)
 
 
