@@ -149,8 +149,9 @@ def _diagnosed(
         return prescribe(kept, given, layers, lambda changed: measured(changed)[1], seed)
 
     return Diagnosis(
-        findings, layers, outcome.plan, (*notes, *outcome.notes), outcome.tried, outcome.chance, cures, _unset
-    )
+        type(subject.model).__name__, findings, layers, outcome.plan, (*notes, *outcome.notes), outcome.tried,
+        outcome.chance, cures, _unset,
+    )  # fmt: skip
 
 
 def _unset(model: nn.Module) -> Diagnosis:

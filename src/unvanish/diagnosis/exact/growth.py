@@ -29,7 +29,7 @@ def growth(layers: Mapping[str, Any]) -> list[Finding]:
                 f"`{name}` is chaotic: small differences in its state grow at every step, and so does the gradient.",
                 f"Lyapunov exponent {d.evidence['lyapunov']:+.3g} nats per step; the gradient grows {factor}-fold "
                 f"within {d.lag} steps.",
-                "Scale the recurrent matrices down: uv.cures.spectral_radius_(layer, 1.0), and clip the gradient.",
+                "Scale the recurrent matrices down, `uv.cures.spectral_radius_(layer, 1.0)`, and clip the gradient.",
             )
         ]  # fmt: skip
     return [
@@ -37,7 +37,7 @@ def growth(layers: Mapping[str, Any]) -> list[Finding]:
             "explodes", "error" if most > math.log(ERROR) else "warning", name,
             f"The gradient explodes in `{name}` on its way back through time.",
             f"It grows {factor}-fold within {d.lag} steps ({d.rate_in_words}).",
-            "Scale the recurrent matrices down, uv.cures.spectral_radius_(layer, 1.0), and clip: "
-            "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).",
+            "Scale the recurrent matrices down, `uv.cures.spectral_radius_(layer, 1.0)`, and clip: "
+            "`torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)`.",
         )
     ]  # fmt: skip

@@ -91,7 +91,9 @@ def needs_future(bench: Bench) -> list[Finding]:
     if _answers_use(bench, middle, min(T - 1, middle + 1)) or not _answers_use(bench, middle, middle):
         return []
     for ahead in range(1, min(T - 1, 25)):
-        if torch.equal(y[:, :-ahead, :1].double(), x[:, ahead:, :1].double()):
+        value, later = y[:, :-ahead, :1], x[:, ahead:, :1]
+        judged = torch.ones_like(value, dtype=torch.bool) if y.is_floating_point() else value >= 0
+        if bool(judged.any()) and torch.equal(value[judged].double(), later[judged].double()):
             return []  # a later value, which is what a forecast is asked for
     features = _features(x)
     goal = _goal(y)

@@ -1,7 +1,6 @@
 """The way in: from a subject and a budget to findings, a plan, and a table of what was tried."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -129,19 +128,18 @@ def run(
         found = read_out(arm, seed)
         readable = 0.0 if found is None else found.readable
 
-    end = time.perf_counter() + budget
     raced = race(data, own, entered, early, budget, seed, say)
     finished = raced.as_is
     reading = None
-    if finished is not None and not finished.learns and finished.judgements and not finished.failed:
+    if finished is not None and finished.updates and not finished.learns and not finished.failed:
         say("a linear read-out of the states")
         reading = read_out(finished, seed)
         if reading is not None and reading.holds:
             say("the head alone")
-            reading = reading._replace(used=head_reads(finished, own, seed, end))
+            reading = reading._replace(used=head_reads(finished, own, seed, raced.end))
     reach = reaching(data, seed) if finished is not None and finished.memorises else 0.0
     findings, plan, concluded = conclude(raced, own, reading, reach)
-    known = None if finished is None or not finished.judgements else features(finished, readable, layers or {})
+    known = None if finished is None or not finished.updates else features(finished, readable, layers or {})
     return Outcome(findings, plan, (*notes, *raced.notes, *concluded), _table(raced), known)
 
 
@@ -169,7 +167,7 @@ def _candidates(
 def _table(raced: Race) -> tuple[Tried, ...]:
     rows = []
     for arm in [] if raced.as_is is None else [raced.as_is, *raced.arms]:
-        if arm.judgements:
+        if arm.updates and arm.judgements:
             best = arm.best.score
             rows.append(Tried(arm.candidate.name, arm.updates, best.loss, best.bar, arm.learns, arm.failed))
     return tuple(rows)
