@@ -23,6 +23,8 @@ Kind = Literal["as_is", "rate", "clip", "radius", "reach", "input", "regularisat
 
 RADIUS = 1.2
 """spectral radius of W_hh above which a smaller one is tried"""
+DROPOUT, DECAY = 0.6, 0.1
+"""a probability of dropout, and a weight decay, above which regularisation is the first suspect"""
 FEATURES = 32
 """of an input whose means and spreads are written into a plan one by one"""
 
@@ -121,11 +123,16 @@ def unregularised(model: nn.Module, recipe: Recipe) -> list[Candidate]:
     return found
 
 
-def _dropouts(module: nn.Module) -> list[str]:
-    """Which attributes of the module are a probability of dropout above 0."""
+def much_regularised(model: nn.Module, recipe: Recipe) -> bool:
+    """Whether dropout or weight decay is far beyond what is common, so that a trial without it comes first."""
+    return recipe.weight_decay > DECAY or any(_dropouts(m, DROPOUT) for m in model.modules())
+
+
+def _dropouts(module: nn.Module, above: float = 0.0) -> list[str]:
+    """Which attributes of the module are a probability of dropout above this."""
     if not isinstance(module, SequenceModule | torch_internals.Dropout):
         return []
-    return [name for name in ("p", "dropout") if vars(module).get(name, 0.0) > 0]
+    return [name for name in ("p", "dropout") if vars(module).get(name, 0.0) > above]
 
 
 def _without_dropout(model: nn.Module) -> nn.Module:

@@ -106,13 +106,14 @@ def run(
         raise TypeError(f"budget: expected seconds as a number, got {type(budget).__name__}")
     if not (math.isfinite(budget) and budget >= 0):
         raise ValueError(f"budget: expected a finite number of seconds, 0 or more, got {budget}")
+    proved = [f for f in exact if f.severity == "error"]
+    if proved:
+        # Before the optimizer is looked at: that it holds none of the parameters may be what is proved.
+        codes = ", ".join(dict.fromkeys(f.code for f in proved))
+        return Outcome(notes=(f"no copy was trained: repair what is proved already first ({codes})",))
     own, notes = recipe(optimizer, subject.model, DEFAULT_LR)
     if budget == 0:
         return Outcome(notes=("nothing was tried: budget=0 leaves the interventions out",))
-    proved = [f for f in exact if f.severity == "error"]
-    if proved:
-        codes = ", ".join(dict.fromkeys(f.code for f in proved))
-        return Outcome(notes=(f"no copy was trained: repair what is proved already first ({codes})",))
     say = progress if progress is not None else _silent
     say("what the copies are trained and judged on")
     data, more = material(subject, seed)
@@ -152,13 +153,15 @@ def _candidates(
         lag = max([int(d.lag) for d in layers.values()], default=0) or max(
             [f.steps for f in inputs.values()], default=0
         )
-    found = candidates_of.of_input(model, inputs)
+    regularisation = candidates_of.unregularised(model, own)
+    suspected = candidates_of.much_regularised(model, own)
+    found = candidates_of.of_input(model, inputs) + (regularisation if suspected else [])
     if arm.spikes:
         found += [*candidates_of.of_growth(model), candidates_of.clipped()]
     found += candidates_of.rates(own)
     if lag > 1:
         found += candidates_of.of_reach(model, lag, seed)
-    found += candidates_of.unregularised(model, own)
+    found += [] if suspected else regularisation
     if not arm.spikes:
         found += candidates_of.of_growth(model)
     return found
