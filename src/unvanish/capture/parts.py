@@ -53,6 +53,8 @@ def _inside(name: str, outer: str) -> bool:
 
 def unseen(tensors: list[Tensor]) -> str | None:
     """Why a call with these tensors can't be recorded; None if it can."""
+    if torch_internals.tracing():
+        return "ran inside torch.jit.trace, which would trace the recording too; call the model itself"
     for v in tensors:
         if v.device.type == "meta":
             return "ran on meta tensors, which hold no numbers"

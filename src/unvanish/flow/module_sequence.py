@@ -134,7 +134,7 @@ class ModuleSequence(Sequence):
     def _measured(
         self, call: _Call, layer: LayerDirection, record: LayerFlow, grads: Weights, replay: engine.Replay
     ) -> Measured:
-        born = None if healthy(record) else origin_of_nonfinite(record.name, *replay(), 0, call.inputs.order).sentence
+        born = None if healthy(record) else origin_of_nonfinite(record.name, *replay(), 0, call.inputs.order)
         if call.inputs.order is not None:
             record = reorder(record, call.inputs.order.argsort())
         both = (grads.w_ih, grads.w_hh)

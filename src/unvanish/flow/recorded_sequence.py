@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unvanish import engine
 from unvanish.cells import Cell, Weights
-from unvanish.flow.nonfinite import NonFiniteOrigin, origin_of_nonfinite
+from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin, origin_of_nonfinite
 from unvanish.flow.sequences import Errors, Measured, Sequence, join, weight_key
 from unvanish.flow.summary import all_finite, layer_flow, reorder
 from unvanish.nn.modules import LayerDirection, TimeMajor
@@ -160,8 +160,5 @@ class RecordedSequence(Sequence):
         )
         if call.order is not None:
             record = reorder(record, call.order.argsort())
-        # What was born on the way forward comes first, and is carried on; so is what was born on the way back.
         read = heard[::-1] if place.reverse else heard
-        births = [h.nonfinite for h in read if h is not None and h.nonfinite is not None]
-        born = next((b for b in births if b.forward), births[-1] if births else None)
-        return Measured(record, gradients, None if born is None else born.sentence)
+        return Measured(record, gradients, first_origin(None if h is None else h.nonfinite for h in read))

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from unvanish import engine
 from unvanish.capture import Call, Link
 from unvanish.cells import State, Weights, calculus
-from unvanish.flow.nonfinite import origin_of_nonfinite
+from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin, origin_of_nonfinite
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.summary import healthy, summarise
 from unvanish.nn.modules import (
@@ -43,7 +43,7 @@ class Measured:
     flow: LayerFlow
     gradients: dict[Hashable, Tensor] = field(default_factory=dict)
     """weight key → Σ_t g_t"""
-    nonfinite: str | None = None
+    nonfinite: NonFiniteOrigin | None = None
     """where a NaN or infinity was born"""
 
 
@@ -183,9 +183,7 @@ class CellSequence(Sequence):
         resets = self.reset_steps(T, B)
         record = replace(record, detached=tuple(self.detached), resets=resets, problem=problem)
         return [
-            Measured(
-                record, gradients, None if healthy(record) else origin_of_nonfinite(self.name, tr, d[0], flow).sentence
-            )
+            Measured(record, gradients, None if healthy(record) else origin_of_nonfinite(self.name, tr, d[0], flow))
         ]
 
 
@@ -213,14 +211,14 @@ class MarkSequence(Sequence):
         record = LayerFlow(self.name, "mark", (), lengths, _stack(norms, B).cpu())
         return [Measured(record, nonfinite=self._origin(norms))]
 
-    def _origin(self, norms: list[Tensor]) -> str | None:
+    def _origin(self, norms: list[Tensor]) -> NonFiniteOrigin | None:
         """Where a NaN or infinity came from: the state forward, the gradient at it backward."""
         for t, h in enumerate(self.like):
             if not bool(h.isfinite().all()):
-                return f"{self.name}: {_kind(h)} born forward at step {t}, in the state"
+                return NonFiniteOrigin(True, self.name, _kind(h), t, place="the state")
         for t in reversed(range(len(norms))):
             if not bool(norms[t].isfinite().all()):
-                return f"{self.name}: {_kind(norms[t])} born backward at step {t}, in the gradient at the state"
+                return NonFiniteOrigin(False, self.name, _kind(norms[t]), t, place="the gradient at the state")
         return None
 
 
@@ -330,4 +328,6 @@ def join(pieces: Iterable[Measured], sequence: Sequence) -> Measured:
         joined["log_carry"] = sum(s * flow.log_carry for s, flow in zip(share, flows, strict=True))  # type: ignore[operator]
     problem = next((flow.problem for flow in flows if flow.problem is not None), None)
     record = replace(first, lengths=lengths.sum(0), problem=problem, **joined)
-    return Measured(record, dict(total), next((p.nonfinite for p in pieces if p.nonfinite), None))
+    before = lengths.cumsum(0) - lengths
+    origins = [p.nonfinite and p.nonfinite.later(steps) for p, steps in zip(pieces, before, strict=True)]
+    return Measured(record, dict(total), first_origin(origins))
