@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test real lint docs clean
+.PHONY: demo test real packages-table lint docs clean
 
 demo: .venv/installed
 	$(BIN)/unvanish compare --out unvanish-compare
@@ -12,6 +12,10 @@ test: .venv/installed
 # In an environment of its own: other packages' requirements leave the one of the tests as it is.
 real: .venv-real/installed
 	.venv-real/bin/pytest -q -m real tests/real
+
+# The same, and the table of docs/howto/packages.md is measured anew.
+packages-table: .venv-real/installed
+	.venv-real/bin/pytest -q -m real tests/real --packages-table docs/howto/packages.md
 
 lint: .venv/installed
 	$(BIN)/ruff check .
