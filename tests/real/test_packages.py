@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import unvanish as uv
 from tests.real.independent import expected
-from unvanish.diagnosis.structure import detached_copy
 from tests.real.subjects import SILENT, SUBJECTS, Subject
 
 pytestmark = [
@@ -33,10 +32,6 @@ def step(subject: Subject, model: nn.Module) -> Tensor:
     loss = subject.loss(model)
     loss.backward()
     return loss.detach()
-
-
-def copy_of(subject: Subject, key: tuple[str, str]) -> nn.Module:
-    return detached_copy(subject.model) if subject.copies else build(key).model
 
 
 def norms_of_states(model: nn.Module, subject: Subject) -> dict[str, list[Tensor]]:
@@ -75,7 +70,7 @@ def error_of(record: uv.flow.LayerFlow, theirs: list[list[float]]) -> float:
 
 
 def watched(subject: Subject, key: tuple[str, str]) -> dict[str, str]:
-    model, plain, twin = subject.model, copy_of(subject, key), copy_of(subject, key)
+    model, plain, twin = subject.model, build(key).model, build(key).model
     reference = step(subject, plain)
     with uv.watch(model, states=subject.states) as flow:
         loss = step(subject, model)
@@ -107,7 +102,7 @@ def watched(subject: Subject, key: tuple[str, str]) -> dict[str, str]:
 
 
 def accelerated(subject: Subject, key: tuple[str, str]) -> str:
-    model, plain = copy_of(subject, key), copy_of(subject, key)
+    model, plain = build(key).model, build(key).model
     layers = {name for name, m in model.named_modules() if isinstance(m, nn.RNNBase)}
     if not layers:
         with pytest.raises(ValueError, match="has none"):
@@ -179,6 +174,6 @@ def test_a_package(key: tuple[str, str], packages_table: list[dict[str, str]]) -
     row = {"package": f"{package} {metadata.version(package)}", "model": model}
     row |= watched(build(key), key)
     row["accelerate and restore"] = accelerated(build(key), key)
-    row["diagnose"] = diagnosed(build(key), key) if SUBJECTS and build(key).copies else "can't be copied"
+    row["diagnose"] = diagnosed(build(key), key) if build(key).copies else "can't be copied"
     row["GradientFlow: reach"] = called_back(build(key))
     packages_table.append(row)

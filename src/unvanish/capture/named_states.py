@@ -4,7 +4,6 @@ modules there seem to be."""
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +51,8 @@ class NamedStates:
         show: Callable[[str, Any], None],
         problems: dict[str, str],
     ) -> None:
-        self._getters: WeakKeyDictionary[nn.Module, list[tuple[str, Getter]]] = WeakKeyDictionary()
+        # Modules hash by identity, and are held as long as this is.
+        self._getters: dict[nn.Module, list[tuple[str, Getter]]] = {}
         for name, getter in states.items():
             try:
                 module = model.get_submodule(name)
@@ -66,19 +66,18 @@ class NamedStates:
                 )
             self._getters.setdefault(module, []).append((name, getter))
         self._show, self._problems = show, problems
-        self._model = ref(model)
-        self._unknown = WeakKeyDictionary(
-            {m: name for name, m in model.named_modules() if name and not _known(m) and m not in self._getters}
-        )
+        self._unknown = {
+            m: name for name, m in model.named_modules() if name and not _known(m) and m not in self._getters
+        }
         # torch's own keep nothing from one call to the next.
         self._may_hold = {id(m) for m in self._unknown if not type(m).__module__.startswith("torch.nn.")}
-        self._held: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
-        self._layers = WeakKeyDictionary({m: name for name, m in model.named_modules() if isinstance(m, LAYERS)})
+        self._held: dict[nn.Module, dict[str, Tensor]] = {}
+        self._layers: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if isinstance(m, LAYERS)}
         self._called: dict[str, None] = {}
         self._shown: set[str] = set()
         self._ran = False
-        self._last: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
-        self._loops: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self._last: dict[nn.Module, list[Tensor]] = {}
+        self._loops: dict[nn.Module, int] = {}
         self._handle: RemovableHandle | None = None
 
     def open(self) -> None:
@@ -123,7 +122,7 @@ class NamedStates:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         self._ran = True
-        if isinstance(module, LAYERS) and module in self._layers:
+        if module in self._layers:
             self._called[self._layers[module]] = None
         for name, getter in self._getters.get(module, ()):
             self._shown.add(name)

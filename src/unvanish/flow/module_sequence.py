@@ -1,5 +1,6 @@
 """A watched layer that is replayed: nn.RNN, nn.LSTM, nn.GRU or `unvanish.nn.Recurrent`."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +53,8 @@ class ModuleSequence(Sequence):
         self.want_partial = want_partial
         self.module = module
         self.calls: list[_Call] = []
+        self._keys: dict[str, dict[Hashable, int]] = {}
+        """layer and direction → its weights' keys"""
 
     @property
     def steps(self) -> int:
@@ -140,6 +143,8 @@ class ModuleSequence(Sequence):
         both = (grads.w_ih, grads.w_hh)
         if isinstance(self.module, CellModule):
             both = self.module.learnt_gradients(layer.layer, layer.reverse, grads)
+        if layer.name not in self._keys:
+            self._keys[layer.name] = weight_keys(self.module, layer)
         return Measured(
-            record, {key: g for key, i in weight_keys(self.module, layer).items() if (g := both[i]) is not None}, born
+            record, {key: g for key, i in self._keys[layer.name].items() if (g := both[i]) is not None}, born
         )

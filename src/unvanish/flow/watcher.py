@@ -106,6 +106,8 @@ class Watch(Flow):
         self._names = [n for path, module in self._capture.parts.modules.items() for n in _record_names(path, module)]
         self._handles: list[RemovableHandle] = []
         self._weights: dict[Hashable, tuple[Tensor, RemovableHandle]] = {}
+        self._heard: dict[int, Tensor] = {}
+        """leaf weights that need no further hook, by id"""
         self._sequences: WeakSet[Sequence] = WeakSet()
         self._current: WeakValueDictionary[str, Sequence] = WeakValueDictionary()
         self._last: dict[str, Returned] = {}
@@ -168,7 +170,7 @@ class Watch(Flow):
             handle.remove()
             if not weight._backward_hooks:
                 weight._backward_hooks = None
-        for held in (self._handles, self._weights, self._current, self._last, self._runs):
+        for held in (self._handles, self._weights, self._current, self._last, self._runs, self._heard):
             held.clear()
         if kind is None and not self._capture.parts.modules and not self._seen and not self.skipped:
             raise ValueError(
@@ -359,11 +361,16 @@ class Watch(Flow):
         sequence.add(h)
 
     def _hear_weights(self, module: RecurrentModule) -> None:
+        held = module._flat_weights if isinstance(module, nn.RNNBase) else module._parameters.values()
+        if all(w is None or id(w) in self._heard for w in held):
+            return
         for key, weight in heard_weights(module).values():
             if weight.requires_grad and not (weight.is_leaf and key in self._weights):
                 handle = weight.register_hook(partial(self._hear, key))
                 if weight.is_leaf:
                     self._weights[key] = (weight, handle)
+        # By number, and held, so that no other weight can get the number.
+        self._heard |= {id(w): w for w in held if w is not None and w.is_leaf and w.requires_grad}
 
     def _hear(self, key: Hashable, grad: Tensor) -> None:
         gradients = self._run().gradients
@@ -377,10 +384,11 @@ class Watch(Flow):
 
     def _run(self) -> _Backward:
         task = torch_internals.backward_number()
-        if task not in self._runs:
-            self._runs[task] = _Backward(thread=get_ident(), differentiable=torch.is_grad_enabled())
+        run = self._runs.get(task)
+        if run is None:
+            run = self._runs[task] = _Backward(thread=get_ident(), differentiable=torch.is_grad_enabled())
             Variable._execution_engine.queue_callback(lambda: self._finish(task))
-        return self._runs[task]
+        return run
 
     def _catch(self, sequence: Sequence, key: Hashable, error: Any) -> None:
         errors = self._run().errors.setdefault(sequence, {})
@@ -396,7 +404,7 @@ class Watch(Flow):
                 self._capture.guarded("", lambda: self._measure(run))
 
     def _measure(self, run: _Backward) -> None:
-        bad = [name for name, total in run.sums if not bool(total.isfinite())]
+        bad = [name for name, total in run.sums if not math.isfinite(float(total))]
         self._reached.update(name for name, _ in run.sums)
         ours: dict[Hashable, Tensor] = {}
         measured: list[tuple[Sequence, list[Measured]]] = []
