@@ -4,11 +4,11 @@
     python benchmarks/diagnosis.py fit    --out grid                # the weights of interventions.chance
     python benchmarks/diagnosis.py report --out grid                # leave-one-kind-out: AUC, Brier, alarms, rescues
 
-The grid: 9 kinds of task × 8 recipes × 2 lags × 3 learning rates; width and depth alternate, one seed per run. Every
-run is trained for `UPDATES` updates of Adam on 2,048 samples, and has learnt when its loss on unseen samples is below
-`LEARNT` of the way from the best constant answer down to the lowest loss that any run of the same task and lag reached.
-It is diagnosed before training from one batch. Where the diagnosis has a plan, the run is trained again with it, as
-long as before.
+The grid: 9 kinds of task × 2 lags × 3 learning rates × half of 16 recurrent layers, the halves in turn; width and depth
+alternate, one seed per run. Every run is trained for `UPDATES` updates of Adam on 2,048 samples, and has learnt when
+its loss on unseen samples is below `LEARNT` of the way from the best constant answer down to the lowest loss that any
+run of the same task and lag reached. It is diagnosed before training. Where the diagnosis has a plan, the run is
+trained again with it, as long as before.
 
 In the report the chance of each run comes from weights fitted without any run of its kind of task.
 """
@@ -34,13 +34,13 @@ import unvanish as uv
 from unvanish import cures
 from unvanish.diagnosis import interventions
 from unvanish.diagnosis.interventions.bar import best_constant
-from unvanish.diagnosis.interventions.chance import Features
+from unvanish.diagnosis.interventions.chance import HORIZON, Features
 from unvanish.diagnosis.interventions.material import Rows
 from unvanish.diagnosis.subject import Subject
 
-UPDATES, BATCH, CLIP = 400, 32, 1.0
-TRAINED, DIAGNOSED, JUDGED = 2048, 256, 256
-"""samples to train on, those among them that a diagnosis is given, and unseen ones that tell who has learnt"""
+UPDATES, BATCH = HORIZON, 32
+TRAINED, JUDGED = 2048, 256
+"""samples to train on, which the diagnosis is given too, and unseen ones that tell who has learnt"""
 EVERY, ENOUGH = 50, 0.03
 """updates between two looks; share of the best constant's loss from which a training stops early, as it has learnt"""
 LEARNT = 0.5
@@ -146,24 +146,55 @@ KINDS = {
     "coin": Kind(2, 2, (20, 60), "last", cross_entropy, _coin),
 }
 
-CELLS: dict[str, tuple[type[nn.RNNBase], dict[str, Any], Callable[[nn.Module, int], nn.Module]]] = {
-    "rnn": (nn.RNN, {}, lambda m, lag: m),
-    "rnn-orthogonal": (nn.RNN, {}, lambda m, lag: cures.orthogonal_(m)),
-    "irnn": (nn.RNN, {"nonlinearity": "relu"}, lambda m, lag: cures.identity_(m)),
-    "gru": (nn.GRU, {}, lambda m, lag: m),
-    "gru-chrono": (nn.GRU, {}, lambda m, lag: cures.chrono_(m, lag + 1)),
-    "lstm": (nn.LSTM, {}, lambda m, lag: m),
-    "lstm-forget1": (nn.LSTM, {}, lambda m, lag: cures.forget_bias_(m, 1.0)),
-    "lstm-chrono": (nn.LSTM, {}, lambda m, lag: cures.chrono_(m, lag + 1)),
+Build = Callable[[int, int, int, int], nn.Module]
+"""(inputs, width, depth, lag) → a recurrent module"""
+
+
+def _torch(
+    layer: Callable[..., nn.RNNBase], prepare: Callable[[nn.Module, int], object] | None = None, **options: Any
+) -> Build:
+    def build(inputs: int, width: int, depth: int, lag: int) -> nn.Module:
+        module = layer(inputs, width, num_layers=depth, batch_first=True, **options)
+        if prepare is not None:
+            prepare(module, lag)
+        return module
+
+    return build
+
+
+def _zoo(name: str) -> Build:
+    def build(inputs: int, width: int, depth: int, lag: int) -> nn.Module:
+        return uv.nn.Recurrent(uv.cells.ZOO[name](), inputs, width, num_layers=depth, batch_first=True)
+
+    return build
+
+
+CELLS: dict[str, Build] = {
+    "rnn": _torch(nn.RNN),
+    "rnn-orthogonal": _torch(nn.RNN, lambda m, lag: cures.orthogonal_(m)),
+    "janet": _zoo("janet"),
+    "mgu": _zoo("mgu"),
+    "irnn": _torch(nn.RNN, lambda m, lag: cures.identity_(m), nonlinearity="relu"),
+    "gru": _torch(nn.GRU),
+    "minlstm": _zoo("minlstm"),
+    "indrnn": _zoo("indrnn"),
+    "gru-chrono": _torch(nn.GRU, lambda m, lag: cures.chrono_(m, lag + 1)),
+    "lstm": _torch(nn.LSTM),
+    "ligru": _zoo("ligru"),
+    "lem": _zoo("lem"),
+    "lstm-forget1": _torch(nn.LSTM, lambda m, lag: cures.forget_bias_(m, 1.0)),
+    "lstm-chrono": _torch(nn.LSTM, lambda m, lag: cures.chrono_(m, lag + 1)),
+    "peephole": _zoo("peephole"),
+    "ur_lstm": _zoo("ur_lstm"),
 }
 
 
 class Reader(nn.Module):
     """A recurrent module and a linear head on its last state, each state, or their mean or maximum."""
 
-    def __init__(self, rnn: nn.RNNBase, outputs: int, read: str) -> None:
+    def __init__(self, rnn: nn.Module, width: int, outputs: int, read: str) -> None:
         super().__init__()
-        self.rnn, self.head, self.read = rnn, nn.Linear(rnn.hidden_size, outputs), read
+        self.rnn, self.head, self.read = rnn, nn.Linear(width, outputs), read
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.rnn(x)[0]
@@ -190,25 +221,20 @@ class Run:
     def build(self) -> Reader:
         torch.manual_seed(self.seed)
         kind = KINDS[self.kind]
-        layer, options, prepare = CELLS[self.cell]
-        rnn = layer(kind.inputs, self.width, num_layers=self.depth, batch_first=True, **options)  # type: ignore[call-arg]
-        prepare(rnn, self.lag)
-        return Reader(rnn, kind.outputs, kind.read)
+        rnn = CELLS[self.cell](kind.inputs, self.width, self.depth, self.lag)
+        return Reader(rnn, self.width, kind.outputs, kind.read)
 
     def samples(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """Every run of a task and lag sees the same."""
         return KINDS[self.kind].make(count, self.lag, torch.Generator().manual_seed(seed))
 
-    def diagnosed(self) -> tuple[Tensor, Tensor]:
-        """The first of the samples that it is trained on."""
-        x, y = self.samples(TRAINED, 2)
-        return x[:DIAGNOSED], y[:DIAGNOSED]
-
 
 def grid() -> Iterator[Run]:
-    points = itertools.product(KINDS, (0, 1), RATES, CELLS)
-    for number, (kind, which, lr, cell) in enumerate(points):
-        width, depth = ((16, 1), (32, 1), (16, 2), (32, 2))[(number + number // len(CELLS)) % 4]
+    points = list(itertools.product(KINDS, (0, 1), RATES))
+    halves = [(point, number + number // 6) for number, point in enumerate(points)]
+    runs = [(*point, cell) for point, half in halves for cell in list(CELLS)[half % 2 :: 2]]
+    for number, (kind, which, lr, cell) in enumerate(runs):
+        width, depth = ((16, 1), (32, 1), (16, 2), (32, 2))[(number + number // 8) % 4]
         yield Run(kind, cell, KINDS[kind].lags[which], lr, width, depth, 3000 + number)
 
 
@@ -218,7 +244,7 @@ def train(model: nn.Module, run: Run, bar: float, make: Callable[[nn.Module], to
     optimizer, lowest = make(model), math.inf
     x_v, y_v = run.samples(JUDGED, 1)
     x, y = run.samples(TRAINED, 2)
-    order = torch.Generator().manual_seed(run.seed)
+    order, batches = torch.Generator().manual_seed(run.seed), tuple[Tensor, ...]()
     for update in range(UPDATES):
         if update % (TRAINED // BATCH) == 0:
             batches = torch.randperm(TRAINED, generator=order).split(BATCH)
@@ -226,8 +252,8 @@ def train(model: nn.Module, run: Run, bar: float, make: Callable[[nn.Module], to
         value = loss(model(x[at]), y[at])
         optimizer.zero_grad()
         value.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        if not bool(value.isfinite()) or not bool(norm.isfinite()):
+        norms = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+        if not bool(value.isfinite()) or not bool(norms.isfinite().all()):
             break
         optimizer.step()
         if (update + 1) % EVERY == 0:
@@ -241,8 +267,8 @@ def train(model: nn.Module, run: Run, bar: float, make: Callable[[nn.Module], to
 
 def bar_of(run: Run) -> float:
     """The loss of the best constant answer on the samples that a diagnosis is given."""
-    x, y = run.diagnosed()
-    found, _ = best_constant(Rows(Subject(run.build(), (x,), y, KINDS[run.kind].loss), DIAGNOSED, 0), 0)
+    x, y = run.samples(TRAINED, 2)
+    found, _ = best_constant(Rows(Subject(run.build(), (x,), y, KINDS[run.kind].loss), TRAINED, 0), 0)
     if found is None:
         raise RuntimeError(f"{run.name}: has no best constant answer")
     return found.mean
@@ -255,7 +281,7 @@ def measure(run: Run, budget: float) -> dict[str, Any]:
     begun = time.process_time()
     found["lowest"] = train(run.build(), run, bar, lambda m: torch.optim.Adam(m.parameters(), lr=run.lr))
     found["seconds"] = time.process_time() - begun
-    model, (x, y) = run.build(), run.diagnosed()
+    model, (x, y) = run.build(), run.samples(TRAINED, 2)
     subject = Subject(model, (x,), y, KINDS[run.kind].loss)
     begun = time.process_time()
     layers = uv.diagnose(model, x, y, loss=KINDS[run.kind].loss, budget=0).layers

@@ -7,6 +7,15 @@ from torch import Tensor, nn
 
 from unvanish import torch_internals
 from unvanish.cures.layers import recurrent_modules
+from unvanish.nn.layers import RNN
+from unvanish.nn.modules import cell_of
+
+# `replace_` names classes: the successor has to read the constructor's arguments as the class it replaces did.
+_PLAIN = (nn.RNN, nn.RNNCell)
+_SUCCESSORS: dict[str, tuple[Any, Any]] = {"lstm": (nn.LSTM, nn.LSTMCell), "gru": (nn.GRU, nn.GRUCell)}
+"""name → (layer, single cell) that takes a plain RNN's place"""
+REPLACEABLE = (*_PLAIN, RNN)
+"""the classes that `replace_` takes; ours after `restore`"""
 
 
 class HiddenState(Tensor):
@@ -75,7 +84,7 @@ class HiddenOnly(nn.Module):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As the RNN's; a pair (h, c) is accepted too."""
-        if isinstance(self.lstm, nn.LSTMCell):
+        if isinstance(self.lstm, nn.RNNCellBase):
             return joined(*self.lstm(input, _pair(hx)))
         y, final = self.lstm(input, _pair(hx))
         return y, joined(*final)
@@ -98,8 +107,8 @@ def replace_(model: nn.Module, by: Literal["lstm", "gru"]) -> nn.Module:
     initial state does.)
 
     Args:
-        model: any module with nn.RNN or nn.RNNCell in it, changed in place; or such a layer itself, which is left
-            alone.
+        model: any module with nn.RNN or nn.RNNCell in it, changed in place; or such a layer itself, which stays
+            unchanged.
         by: "lstm" or "gru".
 
     Returns:
@@ -121,9 +130,9 @@ def replace_(model: nn.Module, by: Literal["lstm", "gru"]) -> nn.Module:
     >>> h.shape, model["rnn"].batch_first
     (torch.Size([1, 2, 4]), True)
     """
-    if by not in ("lstm", "gru"):
+    if by not in _SUCCESSORS:
         raise ValueError(f"by: expected 'lstm' or 'gru', got {by!r}")
-    rnns = {p: m for p, m in recurrent_modules(model, "replace_").items() if isinstance(m, nn.RNN | nn.RNNCell)}
+    rnns = {p: m for p, m in recurrent_modules(model, "replace_").items() if isinstance(m, _PLAIN)}
     if not rnns:
         raise ValueError(f"model: replace_ expected an nn.RNN or nn.RNNCell in it; {type(model).__name__} has none")
     for path, rnn in rnns.items():
@@ -138,7 +147,7 @@ def replace_(model: nn.Module, by: Literal["lstm", "gru"]) -> nn.Module:
 
 
 def _check(path: str, rnn: nn.Module) -> None:
-    if type(rnn) not in (nn.RNN, nn.RNNCell):
+    if type(rnn) not in _PLAIN:
         raise ValueError(
             f"model: {path} is a {type(rnn).__module__}.{type(rnn).__name__}, whose own behaviour would be lost; "
             "remove its parametrization, or call unvanish.restore(model) first"
@@ -151,9 +160,11 @@ def _successor(rnn: nn.RNN | nn.RNNCell, by: str) -> nn.Module:
     weight = next(rnn.parameters())
     like: dict[str, Any] = {"bias": bool(rnn.bias), "device": weight.device, "dtype": weight.dtype}
     sizes = (rnn.input_size, rnn.hidden_size)
-    if isinstance(rnn, nn.RNNCell):
-        new = HiddenOnly(nn.LSTMCell(*sizes, **like)) if by == "lstm" else nn.GRUCell(*sizes, **like)
+    layer, single = _SUCCESSORS[by]
+    if isinstance(rnn, nn.RNNCellBase):
+        new = single(*sizes, **like)
     else:
         like |= {k: getattr(rnn, k) for k in ("num_layers", "batch_first", "dropout", "bidirectional")}
-        new = HiddenOnly(nn.LSTM(*sizes, **like)) if by == "lstm" else nn.GRU(*sizes, **like)
-    return new.train(rnn.training)
+        new = layer(*sizes, **like)
+    one_state = len(cell_of(new).states) == 1
+    return (new if one_state else HiddenOnly(new)).train(rnn.training)

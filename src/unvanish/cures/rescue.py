@@ -41,7 +41,8 @@ def rescue_(
     smallest change opens a share of about target² of the units and leaves the others nearly alone: a division into
     long and short memory, where a uniform shift would make all units slow. States react to the biases; so the layer is
     run again and the problem solved again until the measured S is within 0.1 % of the target. Where that goes round in
-    circles among solutions that cost nearly the same, one of them is kept and scaled until S holds.
+    circles among solutions that cost nearly the same, one of them is kept and scaled until S holds. Where the gate
+    reads the memory itself, as with peepholes, the carry is more than f: the rest counts as it was measured.
 
     Layers are rescued from the first to the last, each under the input that the rescued layers below give it. The
     change is added to `bias_ih`. For the GRU read h for c, z for f.
@@ -58,7 +59,7 @@ def rescue_(
         hx: the initial state; None: zeros.
 
     Returns:
-        lstm, changed in place. A layer that survives as well as stated is left alone: the smallest change is none.
+        lstm, changed in place. A layer that survives as well as stated stays unchanged: the smallest change is none.
 
     Raises:
         TypeError: lstm is no layer with a carry gate; x is neither input nor record; a number is none.
@@ -67,7 +68,7 @@ def rescue_(
         ArithmeticError: the states' reaction to the biases kept S from the target; the biases are as before.
 
     Limits: this is the carry alone. The whole derivative also runs through the gates and h, and can keep less or much
-    more: `survival(..., paths="exact")` tells. The change is the smallest at the gates' trajectories it leads to; how
+    more: `survival(..., paths="exact")` has it. The change is the smallest at the gates' trajectories it leads to; how
     the trajectories depend on it is measured, not differentiated. S is about errors of all directions at c_k alike: an
     open unit that goes on writing drives c up until tanh c_k is flat, and then an error at h_k hardly enters it;
     `chrono_` closes the input gate along with it. A surviving error can still be too sharp to use (Zucchet & Orvieto
@@ -114,29 +115,30 @@ def _rescue_layer(
     """Solve at the trajectories measured, apply, measure again, until S holds the target and the change has settled."""
     start, log_target = bias.detach().to(torch.float64, copy=True), math.log(target)
 
-    def measure(shift: Tensor) -> tuple[Tensor, float]:
-        """(ln f, ln S) with the shift applied."""
+    def measure(shift: Tensor) -> tuple[Tensor, Tensor, float]:
+        """(ln f, Σ_t ln of what else the carry multiplies by, ln S) with the shift applied."""
         bias.copy_(start + sign * shift)
         window = windows(lstm, x, lag, hx)[place][1]
-        return window.log_carry, log_survival(window, "carry")
+        log_gate = window.log_gate
+        return log_gate, (window.log_carry - log_gate).sum(0), log_survival(window, "carry")
 
     shift = new = torch.zeros_like(start)
-    log_carry, measured = measure(shift)
+    log_gate, rest, measured = measure(shift)
     if measured >= log_target:
         return
     for round_ in range(ROUNDS):
-        new = minimum_norm_shift(_logits(log_carry) - shift, 1.0, target, shift if round_ else None)
+        new = minimum_norm_shift(_logits(log_gate) - shift, 1.0, target, shift if round_ else None, rest)
         moved = float((new - shift).norm() / new.norm())
         if round_ and abs(measured - log_target) < TOLERANCE and moved < 10 * TOLERANCE:
             return
         # States that answer strongly can make full steps oscillate.
         shift = new if round_ < 8 else 0.5 * (shift + new)
-        log_carry, measured = measure(shift)
+        log_gate, rest, measured = measure(shift)
     # Two sets of units may cost nearly the same, and each look cheaper at the trajectories to which the other leads.
     # One is kept, and its size found; at size 0 S is below the target.
     size, low, high = 1.0, 0.0, math.inf
     for _ in range(ROUNDS):
-        measured = measure(size * new)[1]
+        measured = measure(size * new)[2]
         if abs(measured - log_target) < TOLERANCE:
             return
         low, high = (size, high) if measured < log_target else (low, size)

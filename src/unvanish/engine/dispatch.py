@@ -114,7 +114,7 @@ def run(
         reverse: read from the last step to the first; y stays in input order.
         clip: the largest 2-norm, per sample, of the error handed from one step to the one before; None: unbounded.
         rung: force "native", "manual" or "reference"; None: the fastest that supports the call.
-        record: hears how the gates were and how large the error is; on the native rung, where gradients are enabled.
+        record: notified of gate statistics and error norms; on the native rung, where gradients are enabled.
 
     Returns:
         y `[T, B, R]` and the final state.

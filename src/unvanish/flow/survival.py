@@ -40,9 +40,22 @@ class Window(NamedTuple):
         """ln|∂m_t/∂m_{t−1}| of the carry alone (LSTM: ln f_t, GRU: ln z_t) `[lag, B, H]`, in input order."""
         carry = self.trace.cell.carry(self.trace)
         assert carry is not None
-        B, H = carry.shape[1:]
+        return self._within(carry.abs().log())
+
+    @property
+    def log_gate(self) -> Tensor:
+        """ln of the gate that carries the memory, or of 1 − it where its complement does `[lag, B, H]`: `log_carry` but
+        for cells whose gate reads the memory itself, as with peepholes."""
+        cell = self.trace.cell
+        assert cell.carry_gate is not None
+        gate, sign = cell.carry_gate
+        value = self.trace.gates[..., cell.gates.index(gate), :]
+        return self._within((value if sign > 0 else 1 - value).log())
+
+    def _within(self, v: Tensor) -> Tensor:
+        B, H = v.shape[1:]
         # Sample by sample the inside steps are contiguous and equally many.
-        return carry.abs().log().transpose(0, 1)[self.inside.T].reshape(B, -1, H).transpose(0, 1)
+        return v.transpose(0, 1)[self.inside.T].reshape(B, -1, H).transpose(0, 1)
 
 
 def survival(

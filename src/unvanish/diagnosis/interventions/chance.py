@@ -1,9 +1,9 @@
-"""The chance that a training learns, from what a copy did in its first updates.
+"""The chance that a training learns within `HORIZON` updates, from what a copy did in its own.
 
     chance = σ(w₀ + Σ w_k z_k),   z: the features below
 
-The weights are fitted by benchmarks/diagnosis.py on a grid of small trainings, and hold for such: some hundred updates
-on fresh samples. Kinds of task left out of the fit altogether tell how far the chance can be trusted.
+The weights are fitted by benchmarks/diagnosis.py on a grid of small trainings, and hold for such. Kinds of task left
+out of the fit altogether tell how far the chance can be trusted.
 """
 
 import math
@@ -12,68 +12,67 @@ from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 from unvanish.diagnosis.interventions.arm import CHUNK, Arm
-from unvanish.diagnosis.interventions.readout import Readout
 
 EARLY = 100
-"""updates of the model as it is, after which the features are taken"""
+"""updates of the model as it is, after which its states are read out"""
+HORIZON = 400
+"""updates within which a training is to have learnt"""
 FAINTEST = -20.0
 """ln of a survival below which less does not matter"""
 
-WEIGHTS: tuple[float, ...] | None = None
-"""(w₀, w₁, …) in the order of `Features`; None: not fitted, and so no chance is given"""
+WEIGHTS = (-2.55, 3.75, 1.95, 2.02, 0.58, -0.14, -0.61)
+"""(w₀, w₁, …) in the order of `Features`"""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What is known of a training after `EARLY` updates of a copy; each about between −1 and 1."""
+    """What is known of a training from that of a copy; each about between −1 and 1."""
 
+    quick: float
+    """½ log₂(`HORIZON` / updates after which the copy clearly learnt); where it did not, of twice the updates it had"""
     fallen: float
-    """gain below the bar on unseen samples, as a share of the bar"""
-    sure: float
-    """the gain in units of five standard errors"""
+    """largest gain below the bar on unseen samples within `HORIZON` updates, as a share of the bar"""
     fitted: float
-    """fall of the loss on the samples that it is trained on, as a share of the bar"""
+    """fall of the loss on the samples that it is trained on at the end of them, as a share of the bar"""
     readable: float
-    """R of a linear read-out of the states on held-out rows; 0 where there is none"""
+    """R of a linear read-out of the states on held-out rows after `EARLY` updates; 0 where there is none"""
     survival: float
     """ln of the worst layer's survival over the lag before training, divided by 20"""
     diverged: float
     """1 where the copy's loss stopped being finite"""
 
-    def chance(self, weights: tuple[float, ...] | None = None) -> float | None:
-        """σ(w₀ + Σ w_k z_k); None where no weights are given and none were fitted.
+    def chance(self, weights: tuple[float, ...] = WEIGHTS) -> float:
+        """σ(w₀ + Σ w_k z_k).
 
         Raises:
             ValueError: there is not one weight for each feature and one constant.
         """
-        weights = WEIGHTS if weights is None else weights
-        if weights is None:
-            return None
         if len(weights) != len(fields(self)) + 1:
             raise ValueError(f"weights: expected {len(fields(self)) + 1}, got {len(weights)}")
         z = weights[0] + sum(w * value for w, value in zip(weights[1:], astuple(self), strict=True))
         return 1 / (1 + math.exp(-max(min(z, 500.0), -500.0)))
 
 
-def features(arm: Arm, readout: Readout | None, layers: Mapping[str, Any]) -> Features:
+def features(arm: Arm, readable: float, layers: Mapping[str, Any]) -> Features:
     """Of a copy that was trained for some updates, judged at least once.
 
     Args:
         arm: the copy of the model as it is.
-        readout: of its states, after these updates.
+        readable: R of the read-out of its states after `EARLY` updates.
         layers: name → measurement of each recurrent layer before training; its `evidence["median_survival"]` is used.
     """
-    score = arm.judgements[-1].score
     size = max(abs(arm.bar.mean), 1e-12)
-    recent = arm.losses[-CHUNK:]
+    within = [j for j in arm.judgements if j.updates <= HORIZON]
+    recent = arm.losses[:HORIZON][-CHUNK:]
     mean = sum(recent) / len(recent) if recent else math.nan
+    updates = arm.updates if arm.clear else 2 * max(arm.updates, 1)
     known = (layer.evidence.get("median_survival") for layer in layers.values() if layer.verdict != "undecided")
     survival = min([s for s in known if s is not None], default=1.0)
     return Features(
-        fallen=_clipped(score.share, 1.0),
-        sure=_clipped(score.gain / (5 * score.error) if score.error > 0 else 0.0, 1.0),
+        quick=_clipped(0.5 * math.log2(HORIZON / updates), 1.0),
+        fallen=_clipped(max(j.score.share for j in within), 1.0),
         fitted=_clipped((arm.bar.mean - mean) / size, 1.0),
-        readable=0.0 if readout is None else _clipped(max(readout.readable, 0.0), 1.0),
+        readable=_clipped(max(readable, 0.0), 1.0),
         survival=max(math.log(max(min(survival, 1.0), math.exp(FAINTEST))), FAINTEST) / -FAINTEST,
         diverged=float(bool(arm.failed)),
     )

@@ -59,7 +59,7 @@ class Outcome:
 
     @property
     def chance(self) -> float | None:
-        """That a short training learns, from `features`; None without them, or before weights were fitted."""
+        """That a training learns within `chance.HORIZON` updates, from `features`; None without them."""
         return None if self.features is None else self.features.chance()
 
     def to_dataframe(self) -> "pd.DataFrame":
@@ -122,10 +122,12 @@ def run(
     def entered(arm: Arm) -> list[Candidate]:
         return _candidates(arm, own, fed(data, seed), layers or {}, lag, seed)
 
-    seen: list[Features] = []
+    readable = 0.0
 
     def early(arm: Arm) -> None:
-        seen.append(features(arm, read_out(arm, seed), layers or {}))
+        nonlocal readable
+        found = read_out(arm, seed)
+        readable = 0.0 if found is None else found.readable
 
     end = time.perf_counter() + budget
     raced = race(data, own, entered, early, budget, seed, say)
@@ -139,7 +141,8 @@ def run(
             reading = reading._replace(used=head_reads(finished, own, seed, end))
     reach = reaching(data, seed) if finished is not None and finished.memorises else 0.0
     findings, plan, concluded = conclude(raced, own, reading, reach)
-    return Outcome(findings, plan, (*notes, *raced.notes, *concluded), _table(raced), seen[0] if seen else None)
+    known = None if finished is None or not finished.judgements else features(finished, readable, layers or {})
+    return Outcome(findings, plan, (*notes, *raced.notes, *concluded), _table(raced), known)
 
 
 def _candidates(
