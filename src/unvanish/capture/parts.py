@@ -10,6 +10,7 @@ from unvanish.nn.modules import CellModule, RecurrentModule
 
 _PLAIN = (Tensor, nn.Parameter)
 """read before anything slower is asked: this runs at every call"""
+# Scripted and quantized modules are of no class that could be asked, only of these names.
 NAMES = frozenset({"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"})
 
 
