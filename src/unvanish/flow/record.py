@@ -105,8 +105,8 @@ class LayerFlow(Record):
     def _norms(self) -> list[Any]:
         from unvanish.draw.pictures import Norms
 
-        found = (("h", self.dh), ("c", self.dc))
-        return [Norms(self.name, s, v.numpy(), self.lengths.numpy()) for s, v in found if v is not None]
+        found, name = (("h", self.dh), ("c", self.dc)), self.name if self.valid else f"{self.name} (not valid)"
+        return [Norms(name, s, v.numpy(), self.lengths.numpy()) for s, v in found if v is not None]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields that are present."""

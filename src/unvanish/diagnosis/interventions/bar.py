@@ -269,13 +269,17 @@ def _fit(
         scale = max([float(p.detach().abs().mean()) for p in parameters] + [1.0])
         newton = torch.optim.LBFGS(parameters, max_iter=20, line_search_fn="strong_wolfe")
         adam = torch.optim.Adam(parameters, lr=0.02 * scale)
-        try:
-            for optimizer, times in ((newton, ROUNDS), (adam, evaluations)):
-                back_to_best()
+        for optimizer, times in ((newton, ROUNDS), (adam, evaluations)):
+            back_to_best()
+            try:
                 for _ in range(times):
                     optimizer.step(closure)
-        except _Enough:
-            pass
+            except _Enough:
+                break
+            except Exception:
+                # The loss takes no such answer, as a distribution no negative scale: Adam's steps are shorter.
+                if lowest == math.inf:
+                    raise
         if lowest == math.inf:
             return None
         back_to_best()
