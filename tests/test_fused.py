@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import unvanish as uv
 from tests.strategies import LayerCase, ModuleCase, layer_cases, module_cases, runs
 from tests.test_watch import CellLoop, project_out
-from unvanish import engine
+from unvanish import engine, torch_internals
 from unvanish.cells import CELLS, LSTM, State, Weights
 from unvanish.engine import fused, manual
 from unvanish.engine.precision import full_precision
@@ -207,6 +207,19 @@ def test_products_are_exact_within_and_as_before_without(monkeypatch: pytest.Mon
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_settings_that_a_library_has_frozen_are_no_obstacle() -> None:
+    """As torch's own test library does when it is imported."""
+    layer, x, before = nn.GRU(2, 3), torch.randn(4, 2, 2), settings_of_products()
+    with torch_internals.writable_backends():
+        torch.backends.disable_global_flags()  # undone at the end of the block
+        with uv.watch(layer) as flow, full_precision():
+            assert torch.backends.flags_frozen()
+            assert settings_of_products() == ["ieee"] * 3
+            layer(x)[0].sum().backward()
+        assert flow["l0"].valid
+        assert settings_of_products() == before
 
 
 def test_settings_of_products_go_on_following_the_one_above_them() -> None:

@@ -33,6 +33,12 @@ def forward_mode_active() -> bool:
     return forward_ad._current_level >= 0
 
 
+def writable_backends() -> AbstractContextManager[None]:
+    """Within, the settings of torch.backends can be written, also after `disable_global_flags`, which torch's own test
+    library calls when it is imported. Instead: leave the settings alone where `torch.backends.flags_frozen()`."""
+    return getattr(torch.backends, "__allow_nonbracketed_mutation")()
+
+
 def mode_active() -> bool:
     """Whether a TorchDispatchMode sees torch's operations. Instead: always call the kernels as operators."""
     return torch._C._len_torch_dispatch_stack() > 0

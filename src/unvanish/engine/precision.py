@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from unvanish.torch_internals import writable_backends
+
 _lock = Lock()
 _depth = 0
 _undo = ExitStack()
@@ -63,7 +65,8 @@ def full_precision() -> Iterator[None]:
     with without_autocast():
         with _lock:
             if _depth == 0:
-                _exact_products(_undo)
+                with writable_backends():
+                    _exact_products(_undo)
             _depth += 1
         try:
             yield
@@ -71,4 +74,5 @@ def full_precision() -> Iterator[None]:
             with _lock:
                 _depth -= 1
                 if _depth == 0:
-                    _undo.close()
+                    with writable_backends():
+                        _undo.close()

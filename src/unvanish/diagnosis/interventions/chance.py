@@ -20,7 +20,7 @@ HORIZON = 400
 FAINTEST = -20.0
 """ln of a survival below which less does not matter"""
 
-WEIGHTS = (-2.55, 3.75, 1.95, 2.02, 0.58, -0.14, -0.61)
+WEIGHTS = (-2.47, 3.77, 1.67, 2.20, 0.62, -0.06, -0.58)
 """(w₀, w₁, …) in the order of `Features`"""
 
 
