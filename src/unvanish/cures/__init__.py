@@ -1,6 +1,7 @@
 """Cures for vanishing and exploding gradients, each usable alone on a stock torch module.
 
-- initialise: `forget_bias_`, `chrono_`, `orthogonal_`, `identity_`, `spectral_radius_`
+- initialise: `forget_bias_`, `chrono_`, `uniform_gate_`, `orthogonal_`, `identity_`, `spectral_radius_`
+- learn: `CarryRate` (a learning rate of their own for the carries)
 - clip: `GradientClipper` (global norm, threshold from what was observed), `clip_recurrence_` (δ inside the recurrence)
 - penalise: `Omega` (Pascanu et al. 2013), `GradientFlossing` (Engelken 2023)
 - constrain: `constrain_` (orthogonal or spectral W_hh)
@@ -8,7 +9,8 @@
 - replace: `replace_` (RNN → GRU or LSTM)
 """
 
-from unvanish.cures.carry_bias import chrono_, forget_bias_
+from unvanish.cures.carry_bias import chrono_, forget_bias_, uniform_gate_
+from unvanish.cures.carry_rate import CarryRate
 from unvanish.cures.clip import GradientClipper, clip_recurrence_
 from unvanish.cures.constrain import constrain_
 from unvanish.cures.flossing import GradientFlossing
@@ -18,6 +20,7 @@ from unvanish.cures.replace import replace_
 from unvanish.cures.rescue import rescue_
 
 __all__ = [
+    "CarryRate",
     "GradientClipper",
     "GradientFlossing",
     "Omega",
@@ -30,4 +33,5 @@ __all__ = [
     "replace_",
     "rescue_",
     "spectral_radius_",
+    "uniform_gate_",
 ]
