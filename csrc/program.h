@@ -85,6 +85,7 @@ struct StepGradients {
   const Real* dy;              // in [T, B, H] ∂E_t/∂(first state); null: zero
   const Real* const* dfinal;   // A times in [B, H]; null: zero
   double clip;                 // as in Gradients
+  const bool* cut;             // in [T] steps whose matrices hand no error to the step before; null: none
   Real* dx;                    // out [T, B, I]; null: not wanted
   Real* dw_ih;                 // out [G·H, I]
   Real* dw_hh;                 // out [Q·H, H]; null where Q = 0

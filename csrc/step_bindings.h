@@ -170,6 +170,7 @@ void step_backward(const nb::capsule& owned, const std::optional<std::string>& i
       .dy = a.get<const Real*, "dy">(),
       .dfinal = dfinal.data(),
       .clip = a.get<double, "clip">(),
+      .cut = a.optional<const bool*, "cut">(),
       .dx = a.get<Real*, "dx">(),
       .dw_ih = a.get<Real*, "dw_ih">(),
       .dw_hh = a.get<Real*, "dw_hh">(),

@@ -72,7 +72,7 @@ class Layer:
 
     def blocks(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Gate → its rows of a stacked weight or bias called `name` ("weight_hh", "bias_ih", …); views."""
-        gates = tuple(self.cell.sources) if name.endswith("_hh") else self.cell.input_gates
+        gates = tuple(self.cell.sources) if name.endswith("_hh") else self.cell.learnt_gates
         return dict(zip(gates, tensor.chunk(len(gates), dim=0), strict=True))
 
     def biases(self, gate: str, cure: str) -> list[Tensor]:
@@ -83,7 +83,7 @@ class Layer:
         """
         found = []
         for name in ("bias_ih", "bias_hh"):
-            gates = tuple(self.cell.sources) if name == "bias_hh" else self.cell.input_gates
+            gates = tuple(self.cell.sources) if name == "bias_hh" else self.cell.learnt_gates
             if gate in gates and self.has(name):
                 found.append(self.blocks(name, self.parameter(name, cure))[gate])
         if not found:
@@ -147,6 +147,11 @@ def with_matrices(model: nn.Module, cure: str) -> list[tuple[Layer, nn.Parameter
     """
     layers = recurrent_layers(model, cure, lambda cell: bool(cell.sources), "it has no recurrent matrix")
     return [(layer, layer.parameter("weight_hh", cure)) for layer in layers]
+
+
+def is_plain(cell: Cell) -> bool:
+    """h_t = φ(W x_t + U h_{t-1}): one gate, one state, nothing carried."""
+    return len(cell.gates) == len(cell.states) == len(cell.sources) == 1 and not cell.carries
 
 
 def finite(name: str, value: float, above: float = -math.inf) -> float:

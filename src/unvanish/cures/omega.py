@@ -19,7 +19,7 @@ from unvanish.nn.modules import (
     as_states,
     descend_layers,
     detached_call,
-    dropout_masks,
+    drawn_again,
     evaluating,
     final_error,
     full_precision,
@@ -183,7 +183,7 @@ class Omega:
             layers = layer_directions(module)
         with torch.no_grad():
             inputs, states = detached_call(module, call.x, call.hx, call.lengths)
-            masks = dropout_masks(module, inputs, call.rng)
+            masks = drawn_again(module, inputs, call.rng).masks
 
             def run(layer: LayerDirection, x: Tensor, state: State) -> engine.Trace:
                 return engine.trace(layer.cell, x, state, layer.weights.detach(), inputs.lengths, layer.reverse)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
 from unvanish.engine import manual, native, native_trace, operators, recording, reference
-from unvanish.engine.checks import check_errors, check_layer, whole_lengths
+from unvanish.engine.checks import check_cut, check_errors, check_layer, whole_lengths
 from unvanish.engine.sequence import transform
 
 RUNGS = {"native": operators.run, "manual": manual.run, "reference": reference.run}
@@ -33,10 +33,10 @@ class Choice:
         return "\n".join([*lines, f"{self.rung}: runs" + ("" if self.how is None else f" {self.how}")])
 
 
-def _obstacle(rung: str, cell: Cell, x: Tensor, others: Sequence[Tensor | None]) -> str | None:
+def _obstacle(rung: str, cell: Cell, x: Tensor, others: Sequence[Tensor | None], cut: bool) -> str | None:
     """Why `rung` can't run this cell over x, with `others` as states and weights, or None if it can."""
     if rung == "native":
-        return native.obstacle(cell, x, others)
+        return "its operators know no cut steps" if cut else native.obstacle(cell, x, others)
     if rung == "manual":
         if not x.dtype.is_floating_point:
             return f"its adjoint is for real floating dtypes, the input is {x.dtype}"
@@ -67,9 +67,11 @@ def _how(rung: str, cell: Cell, x: Tensor) -> str | None:
     return manual.how(cell, x) if rung == "manual" else None
 
 
-def explain(cell: Cell, x: Tensor, rung: str | None = None, others: Sequence[Tensor | None] = ()) -> Choice:
-    """The rung that `run` takes for this cell, an input like x, and states and weights like `others`; and why not a
-    faster one. Tensors that are left out count as ordinary.
+def explain(
+    cell: Cell, x: Tensor, rung: str | None = None, others: Sequence[Tensor | None] = (), cut: bool = False
+) -> Choice:
+    """The rung that `run` takes for this cell, an input like x, and states and weights like `others`, with `cut` steps
+    or without; and why not a faster one. Tensors that are left out count as ordinary.
 
     Raises:
         ValueError: `rung` names no rung.
@@ -77,14 +79,14 @@ def explain(cell: Cell, x: Tensor, rung: str | None = None, others: Sequence[Ten
     """
     forced = _known(rung) if rung is not None else _forced
     if forced is not None:
-        why = _obstacle(forced, cell, x, others)
+        why = _obstacle(forced, cell, x, others, cut)
         if why is not None:
             raise RuntimeError(f"rung {forced!r} was forced, but can't run here: {why}; force another or none")
         declined = {name: "another rung was forced" for name in RUNGS if name != forced}
         return Choice(forced, declined, _how(forced, cell, x))
     declined: dict[str, str] = {}
     for name in RUNGS:
-        why = _obstacle(name, cell, x, others)
+        why = _obstacle(name, cell, x, others, cut)
         if why is None:
             return Choice(name, declined, _how(name, cell, x))
         declined[name] = why
@@ -101,6 +103,7 @@ def run(
     clip: float | None = None,
     rung: str | None = None,
     record: recording.Recorder | None = None,
+    cut: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """One layer and direction over one sequence, s_t = φ(p_t, q_t, s_{t-1}), differentiable in x, state and w.
 
@@ -115,12 +118,14 @@ def run(
         clip: the largest 2-norm, per sample, of the error handed from one step to the one before; None: unbounded.
         rung: force "native", "manual" or "reference"; None: the fastest that supports the call.
         record: hears how the gates were and how large the error is; on the native rung, where gradients are enabled.
+        cut: `[T]` bool on the CPU, True at steps t whose matrices hand no error to t − 1, so that it goes there through
+            the carry alone: h-detach (Kanuparthi et al. 2019). Not on the native rung.
 
     Returns:
         y `[T, B, R]` and the final state.
 
     Raises:
-        ValueError: a shape or `lengths` does not fit, or `rung` or `clip` is not valid.
+        ValueError: a shape, `lengths` or `cut` does not fit, or `rung` or `clip` is not valid.
         RuntimeError: states, weights and x differ in dtype or device; the forced rung can't run this input, or the one
             that runs can't record.
     """
@@ -128,9 +133,11 @@ def run(
     lengths = None if lengths is None else whole_lengths(lengths, x)
     if clip is not None and (isinstance(clip, bool) or not (isinstance(clip, int | float) and clip > 0)):
         raise ValueError(f"clip: expected a positive norm or None, got {clip!r}")
-    runs = explain(cell, x, rung, (*state, *w)).rung
+    check_cut(cut, x)
+    runs = explain(cell, x, rung, (*state, *w), cut is not None).rung
     if record is None:
-        return RUNGS[runs](cell, x, state, w, lengths, reverse, clip)
+        where = {} if cut is None else {"cut": cut.contiguous()}
+        return RUNGS[runs](cell, x, state, w, lengths, reverse, clip, **where)
     if runs != "native":
         raise RuntimeError(f"record: only the native rung records, and {runs!r} runs here; replay with engine.trace")
     return recording.run_recorded(record, cell, x, state, w, lengths, reverse, clip)
@@ -150,13 +157,20 @@ def trace(
 
 
 def adjoint(
-    tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None = None
+    tr: manual.Trace,
+    dy: Tensor | None,
+    dfinal: tuple[Tensor | None, ...],
+    clip: float | None = None,
+    cut: Tensor | None = None,
 ) -> manual.Deltas:
     """δ at every step of a trace, from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero.
 
     Raises:
-        ValueError: a shape is not that of the output.
+        ValueError: a shape is not that of the output, or `cut` does not fit; see `run`.
         RuntimeError: a dtype or device is not that of the input.
     """
     check_errors(tr.x, tr.y, tr.final, dy, dfinal)
-    return (manual if tr.native is None else native_trace).adjoint(tr, dy, dfinal, clip)
+    if cut is None and tr.native is not None:
+        return native_trace.adjoint(tr, dy, dfinal, clip)
+    check_cut(cut, tr.x)
+    return manual.adjoint(tr, dy, dfinal, clip, cut)
