@@ -133,7 +133,7 @@ def test_flossing_errors():
         cures.GradientFlossing(nn.RNN(2, 3))(x * math.nan)
 
 
-@pytest.mark.parametrize("name", ["mgu", "lem", "peephole", "slstm", "cornn"])
+@pytest.mark.parametrize("name", ["mgu", "lem", "peephole", "cifg", "cornn"])
 def test_gradient_of_a_derived_cell_is_the_loss_s_own(name):
     torch.manual_seed(0)
     layer = unn.Recurrent(ZOO[name](), 2, 3, dtype=torch.float64)

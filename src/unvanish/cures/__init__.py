@@ -1,10 +1,12 @@
 """Cures for vanishing and exploding gradients, each usable alone on a stock torch module.
 
-- initialise: `forget_bias_`, `chrono_`, `uniform_gate_`, `orthogonal_`, `identity_`, `spectral_radius_`
+- initialise: `forget_bias_`, `chrono_`, `uniform_gate_`, `orthogonal_`, `identity_`, `spectral_radius_`,
+  `critical_`
 - learn: `CarryRate` (a learning rate of their own for the carries)
 - clip: `GradientClipper` (global norm, threshold from what was observed), `clip_recurrence_` (δ inside the recurrence)
 - cut: `h_detach_` (the error passes some steps through the carry alone), `TruncatedBPTT`
-- penalise: `Omega` (Pascanu et al. 2013), `GradientFlossing` (Engelken 2023)
+- penalise: `Omega` (Pascanu et al. 2013), `GradientFlossing` (Engelken 2023), `LocalStability` (Herranz-Celotti &
+  Rouat 2023)
 - regularise: `zoneout_`, `recurrent_dropout_` (noise that leaves the memory long)
 - constrain: `constrain_` (orthogonal or spectral W_hh)
 - rescue: `rescue_` (smallest change of the forget biases)
@@ -15,8 +17,10 @@ from unvanish.cures.carry_bias import chrono_, forget_bias_, uniform_gate_
 from unvanish.cures.carry_rate import CarryRate
 from unvanish.cures.clip import GradientClipper, clip_recurrence_
 from unvanish.cures.constrain import constrain_
+from unvanish.cures.critical import critical_
 from unvanish.cures.flossing import GradientFlossing
 from unvanish.cures.h_detach import h_detach_
+from unvanish.cures.local_stability import LocalStability
 from unvanish.cures.omega import Omega
 from unvanish.cures.recurrent_matrix import identity_, orthogonal_, spectral_radius_
 from unvanish.cures.recurrent_noise import recurrent_dropout_, zoneout_
@@ -28,11 +32,13 @@ __all__ = [
     "CarryRate",
     "GradientClipper",
     "GradientFlossing",
+    "LocalStability",
     "Omega",
     "TruncatedBPTT",
     "chrono_",
     "clip_recurrence_",
     "constrain_",
+    "critical_",
     "forget_bias_",
     "h_detach_",
     "identity_",

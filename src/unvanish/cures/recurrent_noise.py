@@ -233,7 +233,7 @@ class NoisyLayers(nn.Module):
             own = mask[0].split(H, dim=-1)[d * M + zoned : (d + 1) * M]
             full.append((*row, *(m * row[cell.cell.states.index(s)] for m, s in zip(own, read, strict=True))))
         states = tuple(torch.stack(s) for s in zip(*full, strict=True))
-        return states if len(states) > 1 else states[0]
+        return states if len(cell.states) > 1 else next(iter(states))
 
     def extra_repr(self) -> str:
         """The noise."""

@@ -51,6 +51,7 @@ def replace_(model: nn.Module, by: str | Cell) -> nn.Module:
     torch.jit can't compile the state that carries others. `h.detach_()` is refused by torch; use `h.detach()`. A single
     step of a cell that torch does not have runs as a sequence of one.
 
+    >>> import torch
     >>> model = nn.ModuleDict({"rnn": nn.RNN(3, 4, batch_first=True)})
     >>> y, h = replace_(model, "lstm")["rnn"](torch.zeros(2, 5, 3))
     >>> h.shape, model["rnn"].batch_first

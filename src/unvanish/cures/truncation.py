@@ -61,6 +61,7 @@ class TruncatedBPTT:
     Limits: a dependency longer than a piece is not learnt but by way of what the state happens to keep. Within a piece
     the steps near its start have few steps to look back on: of all pairs at lag ℓ about 1 − ℓ/steps are kept.
 
+    >>> import torch
     >>> walk = TruncatedBPTT(torch.zeros(10, 1, 2), steps=4)
     >>> [walk.kept(lag) for lag in (0, 2, 4)], walk.mean_steps
     ([1.0, 0.5, 0.0], 1.3)
