@@ -8,7 +8,7 @@
 - penalise: `Omega` (Pascanu et al. 2013), `GradientFlossing` (Engelken 2023), `LocalStability` (Herranz-Celotti &
   Rouat 2023)
 - regularise: `zoneout_`, `recurrent_dropout_` (noise that leaves the memory long)
-- constrain: `constrain_` (orthogonal or spectral W_hh)
+- constrain: `constrain_` (orthogonal or spectral W_hh), `layer_norm_` (of every gate's share)
 - rescue: `rescue_` (smallest change of the forget biases)
 - replace: `replace_` (RNN → GRU, LSTM or any other cell)
 """
@@ -20,6 +20,7 @@ from unvanish.cures.constrain import constrain_
 from unvanish.cures.critical import critical_
 from unvanish.cures.flossing import GradientFlossing
 from unvanish.cures.h_detach import h_detach_
+from unvanish.cures.layer_norm import layer_norm_
 from unvanish.cures.local_stability import LocalStability
 from unvanish.cures.omega import Omega
 from unvanish.cures.recurrent_matrix import identity_, orthogonal_, spectral_radius_
@@ -42,6 +43,7 @@ __all__ = [
     "forget_bias_",
     "h_detach_",
     "identity_",
+    "layer_norm_",
     "orthogonal_",
     "recurrent_dropout_",
     "replace_",

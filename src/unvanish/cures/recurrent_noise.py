@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import PackedSequence
 from unvanish.cells import Cell, State
 from unvanish.cells.noisy import Noisy
 from unvanish.cures.layers import finite, layers_of, recurrent_modules
-from unvanish.cures.state_read import has_hooks
-from unvanish.nn.layers import ADDED, EngineSequence
-from unvanish.nn.modules import SequenceModule, TimeMajor, as_states, in_layout, time_major
+from unvanish.cures.stand_in import StandIn, check_place, take_places
+from unvanish.nn.layers import ADDED
+from unvanish.nn.modules import SequenceModule, TimeMajor, as_states, time_major
 from unvanish.nn.recurrent import Recurrent
 
 
@@ -122,19 +122,13 @@ def recurrent_dropout_(model: nn.Module, p: float) -> nn.Module:
     return _with_noise(model, "recurrent_dropout_", noise, None)
 
 
-class NoisyLayers(nn.Module):
-    """Recurrent layers with noise, and the interface of the layer in whose place they stand: (output, final state) of
-    x `[T, B, I]`, `[B, T, I]`, `[T, I]` or packed, with hx and `lengths=`.
-
-    `layers` holds an `unvanish.nn.Recurrent` per layer, whose input ends in the masks.
-    """
+class NoisyLayers(StandIn):
+    """Recurrent layers with noise: `layers` holds an `unvanish.nn.Recurrent` for each, whose input ends in the
+    masks."""
 
     def __init__(self, like: SequenceModule, noise: Noise) -> None:
-        super().__init__()
-        cell, self.noise = layers_of(like)[0].cell, noise
-        self.input_size, self.hidden_size, self.num_layers = like.input_size, like.hidden_size, like.num_layers
-        self.bias, self.batch_first, self.dropout = bool(like.bias), like.batch_first, like.dropout
-        self.bidirectional, self.cell, self.proj_size = like.bidirectional, cell, 0
+        super().__init__(like)
+        self.noise = noise
         self.layers = nn.ModuleList(self._layer(like, k) for k in range(like.num_layers))
         self.train(like.training)
 
@@ -179,10 +173,6 @@ class NoisyLayers(nn.Module):
             masks.append(torch.cat([nothing, *(mask for direction in one for mask in direction)], dim=-1))
         return masks
 
-    @property
-    def _directions(self) -> range:
-        return range(2 if self.bidirectional else 1)
-
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -197,32 +187,19 @@ class NoisyLayers(nn.Module):
         Raises:
             ValueError: there are other masks than `draw` would return.
         """
-        own: Any = self
-        inputs = time_major(own, input, lengths)
-        masks = self._draw(inputs.x) if masks is None else masks
-        expected = [(*inputs.x.shape[:2], layer.columns - layer.input_size) for layer in self.layers]  # type: ignore[operator]
-        if [tuple(mask.shape) for mask in masks] != expected:
-            raise ValueError(f"masks: expected {expected}, got {[tuple(mask.shape) for mask in masks]}")
-        y, finals, n_dir = inputs.x, [], len(self._directions)
-        n = len(self.cell.states)
-        given = None if hx is None else self._rows(hx, inputs)
-        for k, (layer, mask) in enumerate(zip(self.layers, masks, strict=True)):
-            if k and self.dropout and self.training:
-                y = nn.functional.dropout(y, self.dropout)
-            start = None if given is None else self._start(layer, given[k * n_dir : (k + 1) * n_dir], mask)
-            y, final = layer(torch.cat([y, mask.to(y.dtype)], dim=-1), start, lengths=inputs.lengths)
-            finals.append(final[:n] if isinstance(final, tuple) else (final,))
-        joined = tuple(torch.cat(s) for s in zip(*finals, strict=True))
-        return in_layout(own, input, inputs, y, joined)
+        x = time_major(self, input, lengths).x  # type: ignore[arg-type]
+        drawn = self._draw(x) if masks is None else masks
+        expected = [(*x.shape[:2], layer.columns - layer.input_size) for layer in self.layers]  # type: ignore[operator]
+        if [tuple(mask.shape) for mask in drawn] != expected:
+            raise ValueError(f"masks: expected {expected}, got {[tuple(mask.shape) for mask in drawn]}")
 
-    def _rows(self, hx: Any, inputs: TimeMajor) -> list[State]:
-        """The initial states by layer and direction, samples in internal order."""
-        states = [s.unsqueeze(1) if s.dim() == 2 else inputs.in_internal_order(s, 1) for s in as_states(hx)]
-        shape = (self.num_layers * len(self._directions), inputs.x.shape[1], self.hidden_size)
-        if [s.shape for s in states] != [shape] * len(self.cell.states):
-            names, found = ", ".join(f"{s}_0" for s in self.cell.states), [tuple(s.shape) for s in states]
-            raise ValueError(f"hx: expected {names}, {shape} each, got {found}")
-        return list(zip(*(s.unbind(0) for s in states), strict=True))
+        def run(k: int, below: Tensor, rows: list[State] | None, inputs: TimeMajor) -> tuple[Tensor, State]:
+            layer, mask = self.layers[k], drawn[k]
+            start = None if rows is None else self._start(layer, rows, mask)
+            y, final = layer(torch.cat([below, mask.to(below.dtype)], dim=-1), start, lengths=inputs.lengths)
+            return y, as_states(final)[: len(self.cell.states)]
+
+        return self._run(input, hx, lengths, run)
 
     def _start(self, layer: Any, rows: list[State], mask: Tensor) -> Any:
         """The initial states of a layer from those of its cell: what the matrices read is dropped as in every step."""
@@ -261,11 +238,7 @@ def _with_noise(model: nn.Module, cure: str, noise: Any, of_cell: Any) -> nn.Mod
         m.noise = wanted[id(m)]
         for layer in m.layers:
             layer.cell = m.noise.of(m.cell)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in new:
-                parent._modules[name] = new[id(child)]
-    return new.get(id(model), model)
+    return take_places(model, new)
 
 
 def _check(path: str, module: Any, cure: str, cells: bool) -> None:
@@ -276,18 +249,7 @@ def _check(path: str, module: Any, cure: str, cells: bool) -> None:
                 "sequence begins; use the layer that runs them whole"
             )
         return
-    known = (nn.RNN, nn.LSTM, nn.GRU, Recurrent, *EngineSequence.__subclasses__())
-    if type(module) not in known:
-        raise ValueError(
-            f"model: {path} is a {type(module).__module__}.{type(module).__name__}, whose own behaviour would be lost; "
-            "remove its parametrization, or use the class it derives from"
-        )
-    if getattr(module, "proj_size", 0):
-        raise ValueError(f"model: {path} has a projection, which {cure} does not know")
-    if has_hooks(module):
-        raise ValueError(f"model: {path} has hooks, which would be lost; remove them first")
-    if isinstance(module, Recurrent) and module.cell.given:
-        raise ValueError(f"model: the cell of {path} is given shares of its own, which {cure} does not know")
+    check_place(path, module, cure)
 
 
 class _Zone:

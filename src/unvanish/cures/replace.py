@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from unvanish.cells import ZOO, Cell
 from unvanish.cures.hidden_state import HiddenOnly
 from unvanish.cures.layers import is_plain, recurrent_modules
+from unvanish.cures.stand_in import take_places
 from unvanish.cures.state_read import has_hooks
 from unvanish.nn.layers import ADDED, GRU, LSTM, RNN
 from unvanish.nn.modules import cell_of
@@ -73,12 +74,7 @@ def replace_(model: nn.Module, by: str | Cell) -> nn.Module:
     for path, rnn in rnns.items():
         _check(path or "it", rnn)
     new = {id(rnn): _successor(rnn, by) for rnn in rnns.values()}
-    # A layer that stands in several places is found once by named_modules, but has to be replaced in all of them.
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in new:
-                parent._modules[name] = new[id(child)]
-    return new.get(id(model), model)
+    return take_places(model, new)
 
 
 def _is_plain_recurrent(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The recurrent layers' passes within a model's call, as parts of one graph: penalties on Jacobians are made of them."""
+"""The recurrent layers' passes within a model's call, in one graph: what penalties on Jacobians are made of."""
 
 from typing import Any
 
