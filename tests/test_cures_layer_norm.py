@@ -89,7 +89,7 @@ def test_layer_norm_errors():
         cures.layer_norm_(build("indrnn"))
     with pytest.raises(ValueError, match="gain"):
         cures.layer_norm_(nn.RNN(2, 3), 0.0)
-    with pytest.raises(ValueError, match="normalised already"):
+    with pytest.raises(ValueError, match="run by a NormalisedLayers"):
         cures.layer_norm_(cures.layer_norm_(nn.RNN(2, 3)))
     with pytest.raises(ValueError, match="uses h_detach"):
         cures.layer_norm_(cures.h_detach_(nn.LSTM(2, 3), 0.5))

@@ -161,7 +161,7 @@ def clip_recurrence_(module: M, limit: float | None) -> M:
     1.0
     """
     limit = None if limit is None else finite("limit", limit, above=0.0)
-    found = recurrent_modules(module, "clip_recurrence_").values()
+    found = recurrent_modules(module, "clip_recurrence_", called=True).values()
     if any(isinstance(m, nn.RNNBase) for m in found):
         accelerate(module, strict=True)
     for m in found:

@@ -54,7 +54,7 @@ def h_detach_(module: M, p: float | None) -> M:
     """
     if p is not None and not 0 <= finite("p", p) <= 1:
         raise ValueError(f"p: expected a probability from 0 to 1, got {p}")
-    found = recurrent_modules(module, "h_detach_")
+    found = recurrent_modules(module, "h_detach_", called=True)
     for path, m in found.items():
         _check(path, m)
     if any(isinstance(m, nn.RNNBase) for m in found.values()):

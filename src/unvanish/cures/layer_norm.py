@@ -9,7 +9,7 @@ from torch.nn.functional import layer_norm
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.cells import State, Weights
-from unvanish.cures.layers import finite, recurrent_layers, recurrent_modules
+from unvanish.cures.layers import ReadsWeights, finite, recurrent_layers, recurrent_modules
 from unvanish.cures.stand_in import StandIn, check_place, take_places
 from unvanish.engine.sequence import active_steps, steps, without_padding
 from unvanish.nn.modules import LayerDirection, SequenceModule, TimeMajor, layer_directions
@@ -47,8 +47,8 @@ def layer_norm_(model: nn.Module, gain: float = 1.0, eps: float = 1e-5) -> nn.Mo
     they normalise all gates of an LSTM together, and without the norm of c before the output, which is the step's own.
 
     Limits: the norm mixes units, so that a step is no elementwise function any more: the layer runs as a loop of torch
-    operations (about ten times the time of nn.LSTM on a CPU), and `uv.watch` does not see inside; `clip`, `h_detach`
-    and noise are not available. A share of fewer than some ten units loses much of what it says.
+    operations (four to twenty times the time of nn.LSTM on a CPU), and `uv.watch` does not see inside; `clip`,
+    `h_detach` and noise are not available. A share of fewer than some ten units loses much of what it says.
 
     >>> layer = layer_norm_(nn.LSTM(3, 16))
     >>> y, (h, c) = layer(torch.zeros(5, 2, 3))
@@ -56,7 +56,7 @@ def layer_norm_(model: nn.Module, gain: float = 1.0, eps: float = 1e-5) -> nn.Mo
     torch.Size([5, 2, 16])
     """
     gain, eps = finite("gain", gain, above=0.0), finite("eps", eps, above=0.0)
-    found = recurrent_modules(model, "layer_norm_")
+    found = recurrent_modules(model, "layer_norm_", called=True)
     recurrent_layers(model, "layer_norm_", lambda cell: bool(cell.sources), "it has no recurrent matrix")
     for path, m in found.items():
         if isinstance(m, nn.RNNCellBase):
@@ -65,15 +65,13 @@ def layer_norm_(model: nn.Module, gain: float = 1.0, eps: float = 1e-5) -> nn.Mo
                 "sequences whole"
             )
         check_place(path or "it", m, "layer_norm_")
-        if any(isinstance(other, NormalisedLayers) and other.inner is m for other in model.modules()):
-            raise ValueError(f"model: {path or 'it'} is normalised already")
         used = [option for option in ("clip", "h_detach", "checkpoint_every") if getattr(m, option, None) is not None]
         if used:
             raise ValueError(f"model: {path or 'it'} uses {', '.join(used)}, which layer_norm_ does not know; unset it")
     return take_places(model, {id(m): NormalisedLayers(m, gain, eps) for m in found.values()})  # type: ignore[arg-type]
 
 
-class NormalisedLayers(StandIn):
+class NormalisedLayers(StandIn, ReadsWeights):
     """Recurrent layers whose gates' shares are normalised: the layer of before, whose weights are read, is `inner`."""
 
     def __init__(self, like: SequenceModule, gain: float, eps: float) -> None:

@@ -93,12 +93,21 @@ class Layer:
         return found
 
 
-def recurrent_modules(model: nn.Module, cure: str) -> dict[str, RecurrentModule]:
+class ReadsWeights(nn.Module):
+    """A module that reads the weights of a recurrent layer inside, and runs by itself: the layer is never called."""
+
+    inner: nn.Module
+
+
+def recurrent_modules(model: nn.Module, cure: str, *, called: bool = False) -> dict[str, RecurrentModule]:
     """Path → recurrent module, in the model's order.
+
+    Args:
+        called: whether the cure acts on how a layer runs, and not on its weights alone.
 
     Raises:
         TypeError: model is no module.
-        ValueError: there is none in it.
+        ValueError: there is none in it; with `called`, one is never called.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"module: {cure} expected a torch.nn.Module, got {type(model).__name__}")
@@ -108,6 +117,13 @@ def recurrent_modules(model: nn.Module, cure: str) -> dict[str, RecurrentModule]
             f"module: {cure} expected torch.nn.RNN, LSTM, GRU, one of their cells, unvanish.nn.Recurrent, or a module "
             f"that contains one; {type(model).__name__} contains none"
         )
+    if called:
+        read = {id(m.inner): type(m).__name__ for m in model.modules() if isinstance(m, ReadsWeights)}
+        for path, m in found.items():
+            if id(m) in read:
+                raise ValueError(
+                    f"module: {path!r} is run by a {read[id(m)]}, which {cure} does not know; apply {cure} without it"
+                )
     return found
 
 

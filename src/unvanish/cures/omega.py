@@ -103,7 +103,7 @@ class Omega:
     def __init__(self, model: nn.Module, norms: Literal["plain", "squared"] = "plain") -> None:
         if norms not in ("plain", "squared"):
             raise ValueError(f"norms: expected 'plain' (equation 9) or 'squared' (equation 10), got {norms!r}")
-        recurrent_modules(model, "Omega")
+        recurrent_modules(model, "Omega", called=True)
         self._capture = Capture(model, self._after)
         self._norms = norms
         self._calls: list[_Heard] = []

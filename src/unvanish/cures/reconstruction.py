@@ -1,5 +1,7 @@
 """An auxiliary loss with short paths: at random steps the state has to tell what was just read."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, one_hot
@@ -69,7 +71,7 @@ class Reconstruction(nn.Module):
         self,
         states: Tensor,
         x: Tensor,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """L_aux, a scalar.
@@ -85,11 +87,10 @@ class Reconstruction(nn.Module):
         """
         if self.batch_first:
             states, x = states.transpose(0, 1), x.transpose(0, 1)
-        expected = x.dim() == (2 if self.tokens else 3)
-        if states.dim() != 3 or not expected or states.shape[:2] != x.shape[:2]:
-            raise ValueError(
-                f"x: expected the steps and samples of the states {tuple(states.shape)}, got {tuple(x.shape)}"
-            )
+        axes = 2 if self.tokens else 3
+        if (states.dim(), x.dim()) != (3, axes) or states.shape[:2] != x.shape[:2]:
+            given = f"states {tuple(states.shape)} and x {tuple(x.shape)}"
+            raise ValueError(f"x: expected {axes} axes, the first two those of the states [T, B, H], got {given}")
         T, B = states.shape[:2]
         steps = torch.full((B,), T) if lengths is None else torch.as_tensor(lengths).cpu()
         long = (steps >= self.length).nonzero().flatten()

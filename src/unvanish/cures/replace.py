@@ -64,7 +64,7 @@ def replace_(model: nn.Module, by: str | Cell) -> nn.Module:
         raise TypeError(f"by: expected the name of a cell or an unvanish.Cell, got {type(by).__name__}")
     if isinstance(by, str) and by not in ZOO:
         raise ValueError(f"by: expected a cell or one of {', '.join(ZOO)}, got {by!r}")
-    found = recurrent_modules(model, "replace_")
+    found = recurrent_modules(model, "replace_", called=True)
     rnns: dict[str, Any] = {path: m for path, m in found.items() if isinstance(m, _PLAIN) or _is_plain_recurrent(m)}
     if not rnns:
         raise ValueError(

@@ -35,7 +35,7 @@ class TracedModel:
 
     def __init__(self, model: nn.Module, cure: str) -> None:
         self._model = model
-        for path, module in recurrent_modules(model, cure).items():
+        for path, module in recurrent_modules(model, cure, called=True).items():
             if not isinstance(module, SequenceModule):
                 raise TypeError(
                     f"model: {cure} expected nn.RNN, nn.LSTM, nn.GRU or unvanish.nn.Recurrent, but {path!r} is a "
