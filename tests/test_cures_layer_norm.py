@@ -45,6 +45,21 @@ def test_an_lstm_is_the_equations():
     torch.testing.assert_close((y[-1], h_n[0], c_n[0]), (h, h, c))
 
 
+def test_a_second_stage_reads_the_state_of_its_own_step():
+    lem, x = build("lem"), noise(5, 3, 2)
+    layer = cures.layer_norm_(copy.deepcopy(lem))
+    y = z = torch.zeros(3, 6, dtype=DOUBLE)
+    w_y, b_y = lem.weight_hh_l0.chunk(4)[3], lem.bias_hh_l0.chunk(4)[3]
+    for step in x:
+        p_a, p_b, p_z, p_y = normed(step @ lem.weight_ih_l0.mT, layer.gain_ih_l0, lem.bias_ih_l0).chunk(4, -1)
+        q_a, q_b, q_z, _ = normed(y @ lem.weight_hh_l0.mT, layer.gain_hh_l0, lem.bias_hh_l0).chunk(4, -1)
+        a, b = (p_a + q_a).sigmoid(), (p_b + q_b).sigmoid()
+        z = (1 - a) * z + a * (p_z + q_z).tanh()
+        q_y = normed(z @ w_y.mT, torch.ones(6, dtype=DOUBLE), b_y)
+        y = (1 - b) * y + b * (p_y + q_y).tanh()
+    torch.testing.assert_close(layer(x)[0][-1], y)
+
+
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "lem", "peephole", "antisymmetric"])
 def test_the_size_of_the_matrices_and_of_the_input_has_no_influence(name):
     layer, x = cures.layer_norm_(build(name, bias=False), eps=1e-20), noise(7, 2, 2)
