@@ -1,30 +1,39 @@
 PYTHON ?= python3
-BIN := .venv/bin
+# Another torch than that of constraints.txt, in an environment of its own: make test TORCH=2.8.0
+TORCH ?=
+VENV := .venv$(if $(TORCH),-torch-$(TORCH))
+BIN := $(VENV)/bin
 
 .PHONY: demo test real lint docs clean
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/unvanish compare --out unvanish-compare
 
-test: .venv/installed
+test: $(VENV)/installed
 	$(BIN)/pytest -q
 
 # In an environment of its own: other packages' requirements leave the one of the tests as it is.
 real: .venv-real/installed
 	.venv-real/bin/pytest -q -m real tests/real
 
-lint: .venv/installed
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-docs: .venv/installed
+docs: $(VENV)/installed
 	$(BIN)/sphinx-build -W --keep-going -q -j 2 docs docs/_build/html
 
 .venv/installed: pyproject.toml constraints.txt $(wildcard CMakeLists.txt csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,docs]'
+	touch $@
+
+.venv-torch-%/installed: pyproject.toml constraints.txt $(wildcard CMakeLists.txt csrc/*)
+	$(PYTHON) -m venv .venv-torch-$*
+	sed 's/^torch==.*/torch==$*/' constraints.txt > .venv-torch-$*/constraints.txt
+	.venv-torch-$*/bin/pip install --quiet --disable-pip-version-check -c .venv-torch-$*/constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 .venv-real/installed: pyproject.toml constraints.txt $(wildcard CMakeLists.txt csrc/*)
@@ -33,4 +42,4 @@ docs: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-real build dist docs/_build
+	rm -rf .venv .venv-real .venv-torch-* build dist docs/_build

@@ -157,7 +157,7 @@ def settings(data: bytes) -> None:
             else:
                 given = ["adam", "cosine", "last", "lstm", draw.ConsumeUnicode(6)]
                 chosen[field.name] = given[draw.ConsumeIntInRange(0, 4)]
-    Settings(**chosen).budget(draw.ConsumeIntInRange(1, 10**6))
+    Settings(**chosen).configuration(draw.ConsumeIntInRange(1, 10**6))
 
 
 def command_line(data: bytes) -> None:

@@ -22,7 +22,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from unvanish.train.budget import Budget, Machines, Optimizer, Schedule
+from unvanish.train.configuration import Machines, Optimizer, Schedule, TrainingConfiguration
 from unvanish.train.fit import answers, evaluate, fit
 from unvanish.train.models import SequenceModel, recipe
 from unvanish.train.tasks import Task, make_task
@@ -84,8 +84,8 @@ class Part:
     schedule: Schedule = "constant"
     weight_decay: float = 0.0
 
-    def budget(self, side: Side, seed: int) -> Budget:
-        return Budget(
+    def configuration(self, side: Side, seed: int) -> TrainingConfiguration:
+        return TrainingConfiguration(
             self.steps,
             self.batch,
             side.lr or self.lr,
@@ -176,7 +176,7 @@ def train(part: Part, side: Side, seed: int, accelerator: str) -> dict[str, Any]
     stop = StopAtGoal(reached, part.patience)
     try:
         machines = Machines(accelerator=accelerator)
-        progress = fit(model, task, part.budget(side, seed), callbacks=[stop], machines=machines)
+        progress = fit(model, task, part.configuration(side, seed), callbacks=[stop], machines=machines)
     except ArithmeticError as error:
         return found | {"failed": str(error), "test_error": math.inf, "learnt_at": None}
     found |= {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "gradient_sums.h"
 #include "norms.h"
 #include "pool.h"
 #include "product.h"
@@ -29,7 +30,7 @@ class Backward {
         w_hh_(s.width * s.Rp),
         w_ih_(g.dx == nullptr ? 1 : s.width * round_up(l.I, kWide * L)),
         w_hr_(l.w_hr == nullptr ? 1 : l.R * s.dh_stride),
-        partial_(s.blocks * per_block()),
+        sums_(s, layer),
         memory_(slots_ * Work(*this, nullptr).size),
         places_(slots_ * most_rows()) {
     for_each(s.panels, threads_for(s.width * (l.R + l.I), threads), [&](int64_t p) {
@@ -49,7 +50,7 @@ class Backward {
         for (int64_t i1 = l.T; i1 > 0; i1 -= chunk_steps_) chunk(number, i1 - smaller(i1, chunk_steps_), i1, 0, w, me);
         end(number, w, me);
       });
-    gather(threads);
+    sums_.gather(g, threads);
   }
 
  private:
@@ -118,7 +119,6 @@ class Backward {
     const int64_t first = number * s.block_rows;
     return {l, first, smaller(s.block_rows, l.B - first)};
   }
-  Real* sums_of(int64_t number) const { return partial_.get() + number * per_block(); }
 
   // All blocks in lockstep, so that g_t, to which all samples contribute, can be measured along the way. One round of tasks is a chunk of
   // every block, then the steps of the chunk before, each to be measured. Tasks are taken in order and wait only for earlier ones, so
@@ -154,32 +154,9 @@ class Backward {
     });
   }
 
-  // Adds the blocks' sums in order and puts them where torch wants them.
-  void gather(int threads) const {
-    threads = threads_for(s.blocks * per_block(), threads);
-    for_each(s.panels, threads, [&](int64_t p) {
-      int64_t rows[A * L];
-      for (int64_t k = 0; k < A * L; ++k) rows[k] = s.source_of(p * A * L + k, l.H);
-      const auto put = [&](int64_t at, Real* out, int64_t columns) {
-        for (int64_t c = 0; out != nullptr && c < columns; ++c) {
-          Real total[A * L];
-          add_blocks(at + c * s.width + p * A * L, total, A * L);
-          for (int64_t k = 0; k < A * L; ++k)
-            if (rows[k] >= 0) out[rows[k] * columns + c] = total[k];
-        }
-      };
-      put(dw_ih(), g.dw_ih, l.I);
-      put(dw_hh(), g.dw_hh, l.R);
-      put(db_ih(), g.db_ih, 1);
-      put(CellType::kSplit ? db_hh() : db_ih(), g.db_hh, 1);
-    });
-    if (l.w_hr == nullptr) return;
-    for (int64_t r = 0; r < l.R; ++r) add_blocks(dw_hr() + r * s.dh_stride, g.dw_hr + r * l.H, l.H);
-  }
-
   void begin(int64_t number, const Work& w, const TeamMember& me) const {
     const Walk<Real> walk = this->walk(number);
-    zero(sums_of(number) + me.from(per_block()), me.to(per_block()) - me.from(per_block()));
+    zero(sums_.of(number) + me.from(sums_.size()), me.to(sums_.size()) - me.from(sums_.size()));
     if (me.leads()) {
       // The padding, and what is added to.
       zero(w.carried, w.padded_size);
@@ -197,21 +174,6 @@ class Backward {
     for (int64_t r = 0; r < walk.rows; ++r) {
       copy(g.dh0 + (walk.first + r) * l.R, w.carried + r * s.dh_stride, l.R);
       if (CellType::kHasC) copy(g.dc0 + (walk.first + r) * l.H, w.dc + r * s.Hp, l.H);
-    }
-  }
-
-  int64_t dw_ih() const { return 0; }
-  int64_t dw_hh() const { return l.I * s.width; }
-  int64_t db_ih() const { return dw_hh() + l.R * s.width; }
-  int64_t db_hh() const { return db_ih() + s.width; }
-  int64_t dw_hr() const { return db_hh() + s.width; }
-  int64_t per_block() const { return dw_hr() + (l.w_hr == nullptr ? 0 : l.R * s.dh_stride); }
-
-  void add_blocks(int64_t at, Real* out, int64_t n) const {
-    copy(out, partial_.get() + at, n);
-    for (int64_t b = 1; b < s.blocks; ++b) {
-      const Real* more = sums_of(b) + at;
-      for (int64_t k = 0; k < n; ++k) out[k] += more[k];
     }
   }
 
@@ -244,14 +206,14 @@ class Backward {
       if (g.dx != nullptr && me.leads()) zero(g.dx + (t * l.B + walk.first + n) * l.I, (walk.rows - n) * l.I);
       filled += n;
     }
-    Real* sums = sums_of(number);
+    Real* sums = sums_.of(number);
     const int64_t m0 = mine.p0 * A * L, m1 = mine.p1 * A * L;
-    add_outer<A>(w.x, 0, l.I, w.da, mine.p0, mine.p1, filled, sums + dw_ih(), s.width);
-    add_outer<A>(w.h_prev, 0, l.R, w.da_hh, mine.p0, mine.p1, filled, sums + dw_hh(), s.width);
-    add_rows(w.da, m0, m1, filled, sums + db_ih());
-    if (CellType::kSplit) add_rows(w.da_hh, m0, m1, filled, sums + db_hh());
+    add_outer<A>(w.x, 0, l.I, w.da, mine.p0, mine.p1, filled, sums + sums_.dw_ih(), s.width);
+    add_outer<A>(w.h_prev, 0, l.R, w.da_hh, mine.p0, mine.p1, filled, sums + sums_.dw_hh(), s.width);
+    add_rows(w.da, m0, m1, filled, sums + sums_.db_ih());
+    if (CellType::kSplit) add_rows(w.da_hh, m0, m1, filled, sums + sums_.db_hh());
     if (l.w_hr != nullptr)
-      add_outer<kWide>(w.projected_dh, me.from(l.R), me.to(l.R), w.m, 0, s.dh_stride / (kWide * L), filled, sums + dw_hr(), s.dh_stride);
+      add_outer<kWide>(w.projected_dh, me.from(l.R), me.to(l.R), w.m, 0, s.dh_stride / (kWide * L), filled, sums + sums_.dw_hr(), s.dh_stride);
     if (g.dx != nullptr)
       multiply_rows(w.da, me.from(filled), me.to(filled), w_ih_.get(), s.width, 0, round_up(l.I, kWide * L) / (kWide * L), l.I,
                     [&](int64_t row) { return g.dx + w.places[row] * l.I; });
@@ -408,7 +370,9 @@ class Backward {
   const Norms* norms_;
   const Sizes<CellType, Real> s;
   const int64_t chunk_steps_, slots_;
-  Scratch<Real> w_hh_, w_ih_, w_hr_, partial_, memory_;
+  Scratch<Real> w_hh_, w_ih_, w_hr_;
+  const GradientSums<CellType, Real> sums_;
+  Scratch<Real> memory_;
   Scratch<int64_t> places_;
 };
 

@@ -47,11 +47,7 @@ class Arguments {
   // A number; an address as a pointer, 0 as null.
   template <class Value, Name name>
   Value get() {
-    // Interned once: a call reads some thirty of them, and is short.
-    static PyObject* const key = PyUnicode_InternFromString(name.text);
-    PyObject* item = PyDict_GetItemWithError(given_.ptr(), key);
-    if (item == nullptr) throw nb::type_error((std::string(name.text) + ": missing").c_str());
-    ++read_;
+    PyObject* item = found<name>();
     if constexpr (std::is_pointer_v<Value>) {
       return reinterpret_cast<Value>(converted<uintptr_t, name>(item));
     } else {
@@ -68,15 +64,11 @@ class Arguments {
   // One address per state, as pointers.
   template <class Pointer, Name name>
   std::vector<Pointer> addresses(int32_t count) {
-    static PyObject* const key = PyUnicode_InternFromString(name.text);
-    PyObject* item = PyDict_GetItemWithError(given_.ptr(), key);
-    if (item == nullptr) throw nb::type_error((std::string(name.text) + ": missing").c_str());
-    ++read_;
-    std::vector<Pointer> found;
-    for (nb::handle address : nb::handle(item)) found.push_back(reinterpret_cast<Pointer>(converted<uintptr_t, name>(address.ptr())));
-    if (found.size() != static_cast<size_t>(count))
+    std::vector<Pointer> all;
+    for (nb::handle address : nb::handle(found<name>())) all.push_back(reinterpret_cast<Pointer>(converted<uintptr_t, name>(address.ptr())));
+    if (all.size() != static_cast<size_t>(count))
       throw std::invalid_argument(std::string(name.text) + ": expected one address per state");
-    return found;
+    return all;
   }
 
   void all_read() const {
@@ -84,6 +76,16 @@ class Arguments {
   }
 
  private:
+  template <Name name>
+  PyObject* found() {
+    // Interned once: a call reads some thirty of them, and is short.
+    static PyObject* const key = PyUnicode_InternFromString(name.text);
+    PyObject* item = PyDict_GetItemWithError(given_.ptr(), key);
+    if (item == nullptr) throw nb::type_error((std::string(name.text) + ": missing").c_str());
+    ++read_;
+    return item;
+  }
+
   template <class Value, Name name>
   static Value converted(PyObject* item) {
     Value value;
@@ -96,28 +98,63 @@ class Arguments {
 };
 
 template <class Real>
-Layer<Real> layer(Arguments& a) {
+LayerInput<Real> layer_input(Arguments& a) {
   return {
-      .cell = static_cast<Cell>(a.get<int, "cell">()),
       .reverse = a.get<bool, "reverse">(),
       .T = a.get<int64_t, "T">(),
       .B = a.get<int64_t, "B">(),
       .I = a.get<int64_t, "I">(),
       .H = a.get<int64_t, "H">(),
-      .R = a.get<int64_t, "R">(),
       .lengths = a.get<const int64_t*, "lengths">(),
       .x = a.get<const Real*, "x">(),
-      .h0 = a.get<const Real*, "h0">(),
-      .c0 = a.get<const Real*, "c0">(),
       .w_ih = a.get<const Real*, "w_ih">(),
       .w_hh = a.get<const Real*, "w_hh">(),
       .b_ih = a.get<const Real*, "b_ih">(),
       .b_hh = a.get<const Real*, "b_hh">(),
-      .w_hr = a.get<const Real*, "w_hr">(),
-      .y = a.get<Real*, "y">(),
-      .gates = a.get<Real*, "gates">(),
-      .cells = a.get<Real*, "cells">(),
   };
+}
+
+template <class Real>
+LayerGradients<Real> layer_gradients(Arguments& a) {
+  return {
+      .dy = a.get<const Real*, "dy">(),
+      .clip = a.get<double, "clip">(),
+      .dx = a.get<Real*, "dx">(),
+      .dw_ih = a.get<Real*, "dw_ih">(),
+      .dw_hh = a.get<Real*, "dw_hh">(),
+      .db_ih = a.get<Real*, "db_ih">(),
+      .db_hh = a.get<Real*, "db_hh">(),
+  };
+}
+
+// A struct with a base has no initialisers by name, so the fields of its own are assigned.
+template <class Real>
+Layer<Real> layer(Arguments& a) {
+  Layer<Real> l{layer_input<Real>(a)};
+  l.cell = static_cast<Cell>(a.get<int, "cell">());
+  l.R = a.get<int64_t, "R">();
+  l.h0 = a.get<const Real*, "h0">();
+  l.c0 = a.get<const Real*, "c0">();
+  l.w_hr = a.get<const Real*, "w_hr">();
+  l.y = a.get<Real*, "y">();
+  l.gates = a.get<Real*, "gates">();
+  l.cells = a.get<Real*, "cells">();
+  return l;
+}
+
+template <class Real>
+Gradients<Real> gradients(Arguments& a) {
+  Gradients<Real> g{layer_gradients<Real>(a)};
+  g.dhn = a.get<const Real*, "dh">();
+  g.dcn = a.get<const Real*, "dc">();
+  g.dw_hr = a.get<Real*, "dw_hr">();
+  g.dh0 = a.get<Real*, "dh0">();
+  g.dc0 = a.get<Real*, "dc0">();
+  g.delta_h = a.get<Real*, "delta_h">();
+  g.delta_c = a.get<Real*, "delta_c">();
+  g.delta_a = a.get<Real*, "delta_a">();
+  g.delta_a_hh = a.get<Real*, "delta_a_hh">();
+  return g;
 }
 
 template <class Real>
@@ -141,24 +178,7 @@ template <class Real>
 void backward(const std::optional<std::string>& isa, int threads, const nb::kwargs& arguments) {
   Arguments a(arguments);
   const Layer<Real> l = layer<Real>(a);
-  const Gradients<Real> gradients{
-      .dy = a.get<const Real*, "dy">(),
-      .dhn = a.get<const Real*, "dh">(),
-      .dcn = a.get<const Real*, "dc">(),
-      .clip = a.get<double, "clip">(),
-      .dx = a.get<Real*, "dx">(),
-      .dw_ih = a.get<Real*, "dw_ih">(),
-      .dw_hh = a.get<Real*, "dw_hh">(),
-      .db_ih = a.get<Real*, "db_ih">(),
-      .db_hh = a.get<Real*, "db_hh">(),
-      .dw_hr = a.get<Real*, "dw_hr">(),
-      .dh0 = a.get<Real*, "dh0">(),
-      .dc0 = a.get<Real*, "dc0">(),
-      .delta_h = a.get<Real*, "delta_h">(),
-      .delta_c = a.get<Real*, "delta_c">(),
-      .delta_a = a.get<Real*, "delta_a">(),
-      .delta_a_hh = a.get<Real*, "delta_a_hh">(),
-  };
+  const Gradients<Real> wanted = gradients<Real>(a);
   const Norms norms{
       .h = a.get<double*, "norm_h">(),
       .c = a.get<double*, "norm_c">(),
@@ -168,7 +188,7 @@ void backward(const std::optional<std::string>& isa, int threads, const nb::kwar
   a.all_read();
   const Kernels<Real>& k = chosen<Real>(isa);
   nb::gil_scoped_release release;
-  k.backward(l, gradients, norms.h == nullptr ? nullptr : &norms, threads);
+  k.backward(l, wanted, norms.h == nullptr ? nullptr : &norms, threads);
 }
 
 #include "step_bindings.h"

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "layer.h"
+
 namespace unvanish {
 
 // Masks are 1 and 0. fma: a b + c. dsigmoid and dtanh: a times the slope at the function's value b. where: a ≠ 0 ? b : c.
@@ -61,19 +63,11 @@ struct StepCell {
   Program early, forward, late_errors, backward;
 };
 
-// All arrays as in Layer, but that the samples may be in any order of length. Every sample's first row of `kept` lies at the block's own
-// place: [T, K, its samples, padded], block after block.
+// Samples may be in any order of length, and x is not read where one is inactive. Every sample's first row of `kept` lies at the block's
+// own place: [T, K, its samples, padded], block after block.
 template <class Real>
-struct StepLayer {
+struct StepLayer : LayerInput<Real> {
   const StepCell& cell;
-  bool reverse;
-  int64_t T, B, I, H;
-  const int64_t* lengths;      // in [B]; null: all T
-  const Real* x;               // in [T, B, I]; not read where a sample is inactive
-  const Real* w_ih;            // in [G·H, I]
-  const Real* w_hh;            // in [Q·H, H]; null where Q = 0
-  const Real* b_ih;            // in [G·H]; null: none
-  const Real* b_hh;            // in [Q·H]; null: none
   const Real* v;               // in [V, H]; null where V = 0
   const Real* const* initial;  // A times in [B, H]
   Real* const* after;          // A times [T, B, H], out of forward, in of backward; null in forward: not wanted
@@ -81,16 +75,9 @@ struct StepLayer {
 };
 
 template <class Real>
-struct StepGradients {
-  const Real* dy;              // in [T, B, H] ∂E_t/∂(first state); null: zero
+struct StepGradients : LayerGradients<Real> {
   const Real* const* dfinal;   // A times in [B, H]; null: zero
-  double clip;                 // as in Gradients
   const bool* cut;             // in [T] steps whose matrices hand no error to the step before; null: none
-  Real* dx;                    // out [T, B, I]; null: not wanted
-  Real* dw_ih;                 // out [G·H, I]
-  Real* dw_hh;                 // out [Q·H, H]; null where Q = 0
-  Real* db_ih;                 // out [G·H]; null: not wanted
-  Real* db_hh;                 // out [Q·H]; null: not wanted
   Real* dv;                    // out [V, H]; null where V = 0
   Real* const* dinitial;       // A times out [B, H]
   Real* const* dstate;         // A times out [T, B, H] total errors; null: not wanted, and the program writes none

@@ -125,24 +125,12 @@ struct StateArrays {
 
 template <class Real>
 StepLayer<Real> step_layer(Arguments& a, const StepCell& cell, const StateArrays<Real>& states) {
-  return {
-      .cell = cell,
-      .reverse = a.get<bool, "reverse">(),
-      .T = a.get<int64_t, "T">(),
-      .B = a.get<int64_t, "B">(),
-      .I = a.get<int64_t, "I">(),
-      .H = a.get<int64_t, "H">(),
-      .lengths = a.get<const int64_t*, "lengths">(),
-      .x = a.get<const Real*, "x">(),
-      .w_ih = a.get<const Real*, "w_ih">(),
-      .w_hh = a.get<const Real*, "w_hh">(),
-      .b_ih = a.get<const Real*, "b_ih">(),
-      .b_hh = a.get<const Real*, "b_hh">(),
-      .v = a.get<const Real*, "v">(),
-      .initial = states.initial.data(),
-      .after = states.after.data(),
-      .kept = a.get<Real*, "kept">(),
-  };
+  StepLayer<Real> l{layer_input<Real>(a), cell};
+  l.v = a.get<const Real*, "v">();
+  l.initial = states.initial.data();
+  l.after = states.after.data();
+  l.kept = a.get<Real*, "kept">();
+  return l;
 }
 
 template <class Real>
@@ -166,22 +154,14 @@ void step_backward(const nb::capsule& owned, const std::optional<std::string>& i
   const StepLayer<Real> l = step_layer<Real>(a, cell, states);
   const auto dfinal = a.addresses<Real*, "dfinal">(cell.A), dinitial = a.addresses<Real*, "dinitial">(cell.A),
              dstate = a.addresses<Real*, "dstate">(cell.A);
-  const StepGradients<Real> gradients{
-      .dy = a.get<const Real*, "dy">(),
-      .dfinal = dfinal.data(),
-      .clip = a.get<double, "clip">(),
-      .cut = a.optional<const bool*, "cut">(),
-      .dx = a.get<Real*, "dx">(),
-      .dw_ih = a.get<Real*, "dw_ih">(),
-      .dw_hh = a.get<Real*, "dw_hh">(),
-      .db_ih = a.get<Real*, "db_ih">(),
-      .db_hh = a.get<Real*, "db_hh">(),
-      .dv = a.get<Real*, "dv">(),
-      .dinitial = dinitial.data(),
-      .dstate = dstate.data(),
-      .dp = a.get<Real*, "dp">(),
-      .dq = a.get<Real*, "dq">(),
-  };
+  StepGradients<Real> gradients{layer_gradients<Real>(a)};
+  gradients.dfinal = dfinal.data();
+  gradients.cut = a.optional<const bool*, "cut">();
+  gradients.dv = a.get<Real*, "dv">();
+  gradients.dinitial = dinitial.data();
+  gradients.dstate = dstate.data();
+  gradients.dp = a.get<Real*, "dp">();
+  gradients.dq = a.get<Real*, "dq">();
   a.all_read();
   const Kernels<Real>& k = chosen<Real>(isa);
   nb::gil_scoped_release release;

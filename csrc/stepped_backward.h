@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "interpreter.h"
+#include "norms.h"
 #include "pool.h"
 #include "product.h"
 #include "program.h"

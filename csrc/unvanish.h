@@ -12,25 +12,20 @@
 
 #include <cstdint>
 
+#include "layer.h"
 #include "program.h"
 
 namespace unvanish {
 
 enum class Cell : int { rnn_tanh, rnn_relu, rnn_sigmoid, lstm, gru };
 
+// `lengths` are non-increasing.
 template <class Real>
-struct Layer {
+struct Layer : LayerInput<Real> {
   Cell cell;
-  bool reverse;            // read from the last step to the first
-  int64_t T, B, I, H, R;
-  const int64_t* lengths;  // in [B], non-increasing, 0 ≤ lengths ≤ T; null: all T
-  const Real* x;           // in [T, B, I]
+  int64_t R;
   const Real* h0;          // in [B, R]
   const Real* c0;          // in [B, H]; null but for the LSTM
-  const Real* w_ih;        // in [G·H, I]
-  const Real* w_hh;        // in [G·H, R]
-  const Real* b_ih;        // in [G·H]; null: none
-  const Real* b_hh;        // in [G·H]; null: none
   const Real* w_hr;        // in [P, H]; null: no projection
   Real* y;                 // [T, B, R]: out of forward, in of backward
   // What is kept for the way back lies block by block of block_rows(B) samples, each [T, its samples, ·], so that a thread walks through
@@ -67,16 +62,9 @@ struct Norms {
 };
 
 template <class Real>
-struct Gradients {
-  const Real* dy;   // in [T, B, R] ∂E_t/∂h_t; null: zero
+struct Gradients : LayerGradients<Real> {
   const Real* dhn;  // in [B, R] with respect to the final h; null: zero
   const Real* dcn;  // in [B, H] with respect to the final c; null: zero
-  double clip;      // largest 2-norm per sample of the error handed from one step to the one before; 0: unbounded
-  Real* dx;         // out [T, B, I]; null: not wanted
-  Real* dw_ih;      // out [G·H, I]
-  Real* dw_hh;      // out [G·H, R]
-  Real* db_ih;      // out [G·H]; null: not wanted
-  Real* db_hh;      // out [G·H]; null: not wanted
   Real* dw_hr;      // out [P, H]; null: no projection
   Real* dh0;        // out [B, R]
   Real* dc0;        // out [B, H]; null but for the LSTM

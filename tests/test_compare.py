@@ -12,10 +12,10 @@ import torch
 
 from unvanish import flow, train
 from unvanish.cli import main
-from unvanish.train.anatomy import ending_together
-from unvanish.train.budget import Budget
 from unvanish.train.compare import measure
+from unvanish.train.configuration import TrainingConfiguration
 from unvanish.train.fit import evaluate, fit
+from unvanish.train.gradient_breakdown import ending_together
 from unvanish.train.memory import GATES, estimated
 from unvanish.train.models import RECIPES, REMEDIES, recipe
 from unvanish.train.records import SCHEMA
@@ -69,7 +69,7 @@ def test_every_recipe_builds_and_learns_something(name: str) -> None:
     task = make_task("digits")
     model = recipe(name).build(task, 16)
     before = evaluate(model, task)
-    progress = fit(model, task, Budget(40, 32, 1e-2, 1.0, 0))
+    progress = fit(model, task, TrainingConfiguration(40, 32, 1e-2, 1.0, 0))
     assert progress.update[-1] == 40
     assert len(progress.error) == 20
     after = evaluate(model, task)
@@ -135,7 +135,7 @@ def test_an_explosion_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         model.head.weight.fill_(math.nan)
     with pytest.raises(ArithmeticError, match="the training loss became nan at update 0"):
-        fit(model, task, Budget(2, 4, 1e-2, 1.0, 0))
+        fit(model, task, TrainingConfiguration(2, 4, 1e-2, 1.0, 0))
 
 
 def test_an_explosion_in_a_comparison_names_the_model() -> None:

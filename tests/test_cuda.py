@@ -249,7 +249,7 @@ def test_training_on_the_device(omega: float) -> None:
     task = train.make_task("adding", 20)
     torch.manual_seed(0)
     model = SequenceModel(nn.RNN(task.inputs, 16, batch_first=True), task.outputs, task.answers)
-    budget = train.Budget(60, 32, 1e-2, 1.0, 0, omega=omega, patience=2)
-    progress = train.fit(model, task, budget, machines=train.Machines(accelerator="gpu"))
+    configuration = train.TrainingConfiguration(60, 32, 1e-2, 1.0, 0, omega=omega, patience=2)
+    progress = train.fit(model, task, configuration, machines=train.Machines(accelerator="gpu"))
     assert progress.error[-1] < progress.error[0]
     assert all(p.device.type == "cpu" for p in model.parameters())

@@ -454,6 +454,18 @@ def loss_inside() -> Case:
     return Module(lambda m, b: m.net(*b), net=model), ((X, Y),), lambda z: z["loss"]
 
 
+def memory_as_answer() -> Case:
+    """c of an LSTMCell is not bounded, so that its targets may lie outside [-1, 1]."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        state = None
+        for x_t in x.unbind(1):
+            state = m.cell(x_t, state)
+        return state[1]
+
+    return Module(forward, cell=nn.LSTMCell(4, 1)), (X, 2 * V), F.mse_loss
+
+
 HEALTHY: dict[str, Callable[[], Case]] = {
     "mean pool": lambda: pooled("mean"),
     "max pool": lambda: pooled("max"),
@@ -492,6 +504,7 @@ HEALTHY: dict[str, Callable[[], Case]] = {
     "variational": variational,
     "frozen extractor": frozen_extractor,
     "open gates": open_gates,
+    "memory as the answer": memory_as_answer,
     "quantiles": quantiles,
     "a state per word": words_of_letters,
     "padded tagger": padded_tagger,

@@ -90,4 +90,4 @@ def test_devices_and_nodes_must_be_what_was_launched(monkeypatch: pytest.MonkeyP
         Machines(devices=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="batch: expected a multiple of the 2 processes, got 15"):
-        train.fit(None, None, train.Budget(1, 15, 0.1, 1.0, 0), machines=Machines(devices=2))  # type: ignore[arg-type]
+        train.fit(None, None, train.TrainingConfiguration(1, 15, 0.1, 1.0, 0), machines=Machines(devices=2))  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import unvanish as uv
 from tests.strategies import ModuleCase, module_cases
-from unvanish.nn.modules import hear_gradient
+from unvanish.nn.modules import on_gradient
 
 
 def flat(output: Any) -> list[Tensor]:
@@ -381,6 +381,6 @@ def test_a_gradient_that_is_undefined_is_not_heard() -> None:
     read, unread = Two.apply(torch.ones(3, requires_grad=True))
     heard: list[Tensor] = []
     for output in (read, unread):
-        hear_gradient(output, heard.append)
+        on_gradient(output, heard.append)
     read.sum().backward()
     assert [d.tolist() for d in heard] == [[1.0] * 3]

@@ -430,12 +430,12 @@ def test_wrappers_of_transforms_never_reach_a_kernel() -> None:
 
 def test_errors_in_a_batch_are_right_also_with_a_recorder() -> None:
     class Recorder:
-        listening = True
+        awaits_backward = True
         heard = 0
 
         def forward(self, statistics: Any) -> None: ...
 
-        def backward(self, norms: Any, gradients: Any, replay: Any) -> None:
+        def backward(self, norms: Any, gradients: Any, recompute: Any) -> None:
             self.heard += 1
 
     layer = uv.nn.LSTM(2, 5, dtype=torch.float64)
@@ -456,11 +456,11 @@ def test_errors_in_a_batch_are_right_also_with_a_recorder() -> None:
 @pytest.mark.parametrize("recorded", [False, True])
 def test_what_hooks_on_saved_tensors_return_is_checked(recorded: bool) -> None:
     class Recorder:
-        listening = True
+        awaits_backward = True
 
         def forward(self, statistics: Any) -> None: ...
 
-        def backward(self, norms: Any, gradients: Any, replay: Any) -> None: ...
+        def backward(self, norms: Any, gradients: Any, recompute: Any) -> None: ...
 
     layer = uv.nn.LSTM(2, 5, dtype=torch.float64)
     x, state, w = _parts(layer, torch.randn(4, 3, 2, dtype=torch.float64))
@@ -480,7 +480,7 @@ def test_what_hooks_on_saved_tensors_return_is_checked(recorded: bool) -> None:
 
 def test_kernels_take_their_arrays_by_name() -> None:
     call = native._native.forward_float32
-    with pytest.raises(TypeError, match="cell: missing"):
+    with pytest.raises(TypeError, match="reverse: missing"):
         call(None, 1)
     numbers = dict.fromkeys(("cell", "T", "B", "I", "H", "R", "lengths", *FORWARD, "y", "gates", "cells", "h", "c"), 0)
     complete = {**numbers, "reverse": False, "closed": 0.0, "mean": 0, "saturated": 0, "log_carry": 0}

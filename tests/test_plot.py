@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import unvanish as uv
-from unvanish.train.records import Anatomy
+from unvanish.train.records import GradientBreakdown
 
 
 def records() -> dict[str, Any]:
@@ -83,10 +83,10 @@ def test_powers_are_whole_and_time_constants_have_ticks() -> None:
         assert sum(low <= tick <= high for tick in ax.get_xticks()) >= 3
 
 
-def test_a_comparisons_anatomy_has_the_same_pictures() -> None:
+def test_a_comparisons_breakdown_has_the_same_pictures() -> None:
     steps, rows = [0, 2, 4, 6], [[-1.0, -0.5, 0.0, None], [-3.0, -2.0, -1.0, 0.0]]
     share: dict[str, list[float | None]] = {"carry": [0.75, 0.75, 0.75, None], "candidate": [0.25] * 4}
-    found = Anatomy(0, steps, share, [-4.0, -2.0, None, 0.0], [1.0] * 4, [2.0, 30.0, None, 4.0], [4, 6], rows)
+    found = GradientBreakdown(0, steps, share, [-4.0, -2.0, None, 0.0], [1.0] * 4, [2.0, 30.0, None, 4.0], [4, 6], rows)
     assert uv.plot.terms(found).lines[0].get_ydata()[:3].tolist() == [0.75] * 3
     drawn = uv.plot.subgradients(found).lines
     assert drawn[0].get_ydata()[1] == pytest.approx(-2 / math.log(10))

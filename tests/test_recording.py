@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=f"native rung: {nat
 class Heard:
     """A recorder that keeps what it hears."""
 
-    listening = True
+    awaits_backward = True
 
     def __init__(self) -> None:
         self.statistics: list[engine.Statistics] = []
@@ -30,7 +30,7 @@ class Heard:
     def forward(self, statistics: engine.Statistics) -> None:
         self.statistics.append(statistics)
 
-    def backward(self, norms: engine.Norms, gradients: Weights, replay: engine.Replay) -> None:
+    def backward(self, norms: engine.Norms, gradients: Weights, recompute: engine.Recompute) -> None:
         self.norms.append(norms)
         self.gradients.append(gradients)
 

@@ -14,7 +14,7 @@ from torch import nn
 import unvanish as uv
 from unvanish import report
 from unvanish.report import verdict
-from unvanish.train.records import Anatomy, Comparison, Cured, Reach, Run, TaskResult
+from unvanish.train.records import Comparison, Cured, GradientBreakdown, Reach, Run, TaskResult
 
 HOSTILE = ["<script>alert(1)</script>\"'&", "</script><img src=x onerror=alert(1)>", "שלום ‮abc", "x" * 300]
 
@@ -28,12 +28,12 @@ def reach(slope: float, update: int = 0, length: int = 200) -> Reach:
     )
 
 
-def anatomy(update: int) -> Anatomy:
+def breakdown(update: int) -> GradientBreakdown:
     steps = list(range(0, 200, 2))
     map_ = [[-0.1 * (k - t) if t <= k else None for t in steps] for k in (99, 149, 199)]
     share = {"carry": [0.9] * 100, "forget_gate": [0.1] * 99 + [None]}
     curve: list[float | None] = [-0.1 * t for t in steps]
-    return Anatomy(update, steps, share, curve, curve, [2.0, 30.0, None], [99, 149, 199], map_)
+    return GradientBreakdown(update, steps, share, curve, curve, [2.0, 30.0, None], [99, 149, 199], map_)
 
 
 def run(title: str, slope: float, error: float, after: float | None = None) -> Run:
@@ -41,7 +41,7 @@ def run(title: str, slope: float, error: float, after: float | None = None) -> R
     end = reach(slope if after is None else after, 100)
     return Run(
         "rnn", title, 10, [50, 100], [0.2, error], error, solved, 100 if solved else None, 1.0, reach(slope), [], end,
-        [anatomy(0), anatomy(100)], [Cured("lstm-chrono", f"cured {title}", reach(-0.001))],
+        [breakdown(0), breakdown(100)], [Cured("lstm-chrono", f"cured {title}", reach(-0.001))],
     )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def test_a_stream_is_read_back_in_order(tmp_path: Path) -> None:
     model = Model(nn.LSTM(2, 3))
     with uv.watch(model, every=2, stream=tmp_path / "run", keep=1) as flow:
         train(model, 5, backwards=2)
-    found = list(uv.flow.replay(tmp_path / "run"))
+    found = list(uv.flow.read_stream(tmp_path / "run"))
     assert [record["layer.l0"].step for record in found] == [1, 1, 3, 3, 5, 5]
     assert torch.equal(found[-1]["layer.l0"].dh, flow["layer.l0"].dh)
     assert torch.allclose(2 * found[-2]["layer.l0"].dh, found[-1]["layer.l0"].dh)
@@ -77,7 +77,7 @@ def test_a_stream_is_read_back_in_order(tmp_path: Path) -> None:
 
 def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has none"):
-        uv.flow.replay(tmp_path)
+        uv.flow.read_stream(tmp_path)
 
 
 def test_nothing_recorded_is_an_error() -> None:

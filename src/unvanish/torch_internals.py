@@ -6,7 +6,7 @@ names are part of what a layer of torch is, and are used where layers are.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from importlib import import_module
 from typing import Any, cast
@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._C import _autograd
-from torch.autograd import forward_ad
+from torch.autograd import Variable, forward_ad
 from torch.autograd.graph import Node
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -70,6 +70,20 @@ def backward_number() -> int:
     """The number of the backward pass that is running, −1 outside. Instead: count passes with a callback on the engine,
     which runs once per pass."""
     return torch._C._current_graph_task_id()
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Have this called when the backward pass that is running has ended. Instead: a hook on every leaf, which knows
+    nothing of the others."""
+    Variable._execution_engine.queue_callback(callback)
+
+
+def vjp(outputs: Sequence[Tensor], errors: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Σ_k errors_kᵀ ∂outputs_k/∂input of each input. Instead: `torch.autograd.grad(outputs, inputs, errors)`, which
+    imports SymPy to compare their shapes, and takes more than a second for it."""
+    return Variable._execution_engine.run_backward(
+        tuple(outputs), tuple(errors), False, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+    )
 
 
 def tracing() -> bool:

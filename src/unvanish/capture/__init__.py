@@ -1,4 +1,4 @@
-"""What runs in a model: one definition of call, sequence, continuation, cut and state, for all who listen.
+"""What runs in a model: one definition of call, sequence, continuation, cut and state, for all observers.
 
 - A *call* is one call of a recurrent module at its kernel (`Call`): what it was given and what it gave.
 - A *state* is what a module hands to its next call: h, or h and c.
@@ -7,7 +7,7 @@
 - A *cut* is a continuation in value but not in the graph: no gradient passes.
 - A *reset* is a sample whose state was set to zero on the way from one call to the next, as at the end of an episode.
 
-`watch`, `diagnose`, `Omega`, `GradientFlossing` and `GradientFlow` listen through `Capture`. It never raises in the
+`watch`, `diagnose`, `Omega`, `GradientFlossing` and `GradientFlow` observe through `Capture`. It never raises in the
 user's pass, changes no number and puts nothing on a module.
 """
 

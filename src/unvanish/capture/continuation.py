@@ -22,7 +22,7 @@ from torch import Tensor
 from unvanish import torch_internals
 
 NODES = 256
-"""of autograd's graph that are searched for the way back"""
+"""of autograd's graph that are searched for the state of the call before"""
 
 
 class Returned(NamedTuple):

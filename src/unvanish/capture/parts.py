@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from unvanish import torch_internals
 from unvanish.nn.modules import CellModule, RecurrentModule
 
+# Scripted and quantized modules are of no class that could be asked, only of these names.
 NAMES = frozenset({"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"})
 
 

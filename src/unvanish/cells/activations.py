@@ -58,7 +58,7 @@ def activations(cell: Cell, at: Point) -> Activations:
             with torch.enable_grad():
                 a = argument.detach().requires_grad_()
                 again = getattr(torch.nn.functional, name)(a)
-                slope = torch.autograd.grad(again, a, torch.ones_like(again))[0]
+                slope = torch.autograd.grad(again.sum(), a)[0]
             values.append(out)
             sensitive.append(slope.abs() / STEEPEST[name])
         else:

@@ -156,13 +156,11 @@ def _vjp(value: Tensor, asked: list[tuple[int, str, Tensor]], graph: bool) -> li
 
     handles = [leaf.register_hook(stop(name)) for kind, name, leaf in asked if kind == 0]
     try:
+        # Of the sum: with `grad_outputs` torch imports SymPy to compare shapes, which takes more than a second.
+        with torch.enable_grad():
+            total = value.sum()
         found = torch.autograd.grad(
-            value,
-            [leaf for *_, leaf in asked],
-            torch.ones_like(value),
-            retain_graph=True,
-            create_graph=graph,
-            allow_unused=True,
+            total, [leaf for *_, leaf in asked], retain_graph=True, create_graph=graph, allow_unused=True
         )
     finally:
         for handle in handles:

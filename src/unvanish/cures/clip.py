@@ -102,7 +102,7 @@ class GradientClipper:
 
         Raises:
             ValueError: no parameter has a gradient.
-            ArithmeticError: ‖g‖ is NaN or infinite, which no factor repairs; gradients are left as they are, so that
+            ArithmeticError: ‖g‖ is NaN or infinite, which no factor repairs; gradients stay as they are, so that
                 the caller may skip the update.
         """
         grads = [p.grad for p in self.parameters if p.grad is not None]

@@ -23,15 +23,15 @@ from unvanish.nn.modules import (
     evaluating,
     final_error,
     full_precision,
-    hear_gradient,
     layer_directions,
+    on_gradient,
     output_error,
     run_layers,
 )
 
 
 @dataclass
-class _Heard:
+class _ObservedCall:
     """One call of a recurrent module, detached, and the error that came back to its outputs."""
 
     call: Call
@@ -42,10 +42,10 @@ class _Heard:
     errors: dict[int, Tensor] = field(default_factory=dict)
     """output (0: y or h, then the final states) → its error"""
 
-    def listen(self, outputs: tuple[Tensor, ...]) -> None:
+    def observe(self, outputs: tuple[Tensor, ...]) -> None:
         for i, output in enumerate(outputs):
             if output.requires_grad:
-                hear_gradient(output, self._catcher(i))
+                on_gradient(output, self._catcher(i))
 
     def _catcher(self, i: int) -> Callable[[Tensor], None]:
         def catch(d: Tensor) -> None:
@@ -106,21 +106,21 @@ class Omega:
         recurrent_modules(model, "Omega", called=True)
         self._capture = Capture(model, self._after)
         self._norms = norms
-        self._calls: list[_Heard] = []
-        self._listening = False
+        self._calls: list[_ObservedCall] = []
+        self._observing = False
 
     def __enter__(self) -> "Omega":
-        if self._listening:
-            raise RuntimeError("Omega: already listening; one `with` at a time")
+        if self._observing:
+            raise RuntimeError("Omega: already observing; one `with` at a time")
         self._calls.clear()
         self._capture.problems.clear()
         self._capture.__enter__()
-        self._listening = True
+        self._observing = True
         return self
 
     def __exit__(self, *raised: object) -> None:
         self._capture.__exit__()
-        self._listening = False
+        self._observing = False
         if raised[0] is not None:
             self._calls.clear()
 
@@ -132,17 +132,17 @@ class Omega:
         """
         for name, why in self._capture.problems.items():
             raise RuntimeError(f"Omega: {name or 'the model'}: {why}")
-        heard = [call for call in self._calls if call.errors]
-        if not heard:
+        observed = [call for call in self._calls if call.errors]
+        if not observed:
             raise RuntimeError(
                 "Omega: no error came back to a recurrent layer; call the model and loss.backward() inside the `with`"
             )
         # The sum of many small numbers: in float64, then in the weights' own dtype.
         with full_precision():
             parts = [
-                self._of_cell(h) if isinstance(h.call.module, nn.RNNCellBase) else self._of_module(h) for h in heard
+                self._of_cell(h) if isinstance(h.call.module, nn.RNNCellBase) else self._of_module(h) for h in observed
             ]
-        return torch.stack(parts).sum().to(next(heard[0].call.module.parameters()).dtype)
+        return torch.stack(parts).sum().to(next(observed[0].call.module.parameters()).dtype)
 
     def _after(self, call: Call) -> None:
         states, cell = call.states, isinstance(call.module, nn.RNNCellBase)
@@ -150,14 +150,14 @@ class Omega:
         fused = cell and len(states) == 2 and states[0].grad_fn is states[1].grad_fn
         outputs = states if cell else (call.y, *states)
         call.x, call.hx, call.output = _detached(call.x), _detached(call.hx), _detached(call.output)
-        heard = _Heard(call, attached, fused)
-        self._calls.append(heard)
-        heard.listen(outputs)
+        observed = _ObservedCall(call, attached, fused)
+        self._calls.append(observed)
+        observed.observe(outputs)
 
-    def _of_cell(self, heard: _Heard) -> Tensor:
+    def _of_cell(self, observed: _ObservedCall) -> Tensor:
         """One step of a loop. Its δ are the outputs' own: autograd has summed every use of them."""
-        call = heard.call
-        if not heard.attached:
+        call = observed.call
+        if not observed.attached:
             return torch.zeros((), dtype=torch.float64, device=call.x.device)
         (layer,) = layers_of(call.module)
         with evaluating(call.module):
@@ -167,16 +167,16 @@ class Omega:
             new = layer.cell.advance(layer.cell.project(x, w), tuple(batched), w)
             at = Point(layer.cell, w.detach(), x, tuple(batched), new)
             d = [
-                heard.errors.get(i, torch.zeros_like(s)).to(x.dtype).reshape(batched[0].shape)
+                observed.errors.get(i, torch.zeros_like(s)).to(x.dtype).reshape(batched[0].shape)
                 for i, s in enumerate(as_states(call.output))
             ]
-            if not heard.fused:
+            if not observed.fused:
                 d = list(_arrived(at, tuple(d)))
         return self._omega(at, w, tuple(d), None)
 
-    def _of_module(self, heard: _Heard) -> Tensor:
+    def _of_module(self, observed: _ObservedCall) -> Tensor:
         """Every layer and direction of one call, from the last to the first."""
-        call, module = heard.call, heard.call.module
+        call, module = observed.call, observed.call.module
         assert isinstance(module, nn.RNNBase | CellModule)
         # With gradients enabled: a parametrized weight is computed here.
         with evaluating(module):
@@ -189,8 +189,8 @@ class Omega:
                 return engine.trace(layer.cell, x, state, layer.weights.detach(), inputs.lengths, layer.reverse)
 
             traces = run_layers(layers, inputs.x, states, run, masks)
-        dy = output_error(module, inputs, heard.errors.get(0))
-        dfinal = [final_error(inputs, heard.errors.get(i + 1)) for i in range(len(traces[0].final))]
+        dy = output_error(module, inputs, observed.errors.get(0))
+        dfinal = [final_error(inputs, observed.errors.get(i + 1)) for i in range(len(traces[0].final))]
         parts: list[Tensor] = []
 
         def back(place: int, own: Tensor | None, ends: tuple[Tensor | None, ...], want_dx: bool) -> Tensor | None:

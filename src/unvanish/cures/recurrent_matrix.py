@@ -67,7 +67,7 @@ def identity_(module: M, scale: float = 1.0) -> M:
 
     Limits: meant for nonlinearity="relu". tanh shrinks the state and its error wherever h is not near 0; relu has no
     bound, so a learning rate that is too large makes it explode. The paper starts the input weights small; here
-    they are left alone.
+    they stay unchanged.
 
     >>> identity_(torch.nn.RNN(3, 2, nonlinearity="relu"), 0.5).weight_hh_l0.tolist()
     [[0.5, 0.0], [0.0, 0.5]]

@@ -59,7 +59,7 @@ def rescue_(
         hx: the initial state; None: zeros.
 
     Returns:
-        lstm, changed in place. A layer that survives as well as stated is left alone: the smallest change is none.
+        lstm, changed in place. A layer that survives as well as stated stays unchanged: the smallest change is none.
 
     Raises:
         TypeError: lstm is no layer with a carry gate; x is neither input nor record; a number is none.
@@ -68,7 +68,7 @@ def rescue_(
         ArithmeticError: the states' reaction to the biases kept S from the target; the biases are as before.
 
     Limits: this is the carry alone. The whole derivative also runs through the gates and h, and can keep less or much
-    more: `survival(..., paths="exact")` tells. The change is the smallest at the gates' trajectories it leads to; how
+    more: `survival(..., paths="exact")` has it. The change is the smallest at the gates' trajectories it leads to; how
     the trajectories depend on it is measured, not differentiated. S is about errors of all directions at c_k alike: an
     open unit that goes on writing drives c up until tanh c_k is flat, and then an error at h_k hardly enters it;
     `chrono_` closes the input gate along with it. A surviving error can still be too sharp to use (Zucchet & Orvieto

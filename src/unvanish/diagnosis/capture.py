@@ -20,8 +20,8 @@ from unvanish.nn.modules import (
     SequenceModule,
     as_states,
     evaluating,
-    hear_gradient,
     layer_directions,
+    on_gradient,
     time_major,
 )
 from unvanish.nn.recurrent import Recurrent
@@ -169,9 +169,9 @@ def _keep(call: Call, calls: dict[str, list[_Call]], last: dict[str, Returned]) 
     if packed is not None:
         kept.packed = PackedSequence(y.data.detach(), y.batch_sizes, y.sorted_indices, y.unsorted_indices)
     calls.setdefault(call.name, []).append(kept)
-    hear_gradient(call.y, lambda grad: setattr(kept, "error", grad.detach()))
+    on_gradient(call.y, lambda grad: setattr(kept, "error", grad.detach()))
     for i, state in enumerate(call.states):
-        hear_gradient(state, lambda grad, i=i: kept.final_error.__setitem__(i, _rows(grad.detach())))
+        on_gradient(state, lambda grad, i=i: kept.final_error.__setitem__(i, _rows(grad.detach())))
 
 
 def _rows(h: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unvanish.capture import Call, Returned, link, returned
-from unvanish.nn.modules import as_states, cell_of, hear_gradient
+from unvanish.nn.modules import as_states, cell_of, on_gradient
 from unvanish.nn.recurrent import Recurrent
 
 
@@ -82,7 +82,7 @@ class CellLoop:
         step = Step(_rows(call.x.detach()), state, shown, returned(shown))
         for i, shown in enumerate(step.shown):
             if shown.requires_grad:
-                hear_gradient(shown, lambda grad, i=i: step.errors.__setitem__(i, _rows(grad.detach())))
+                on_gradient(shown, lambda grad, i=i: step.errors.__setitem__(i, _rows(grad.detach())))
         chain.steps.append(step)
         return step.shown if isinstance(call.output, tuple) else step.shown[0]
 

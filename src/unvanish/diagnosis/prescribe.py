@@ -12,9 +12,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from unvanish import cures
 from unvanish import nn as layers
+from unvanish.cures.replace import REPLACEABLE
 from unvanish.diagnosis.capture import Given
 from unvanish.diagnosis.records import BAD, LayerDiagnosis, Prescription
 from unvanish.diagnosis.structure import detached_copy
+from unvanish.nn.layers import EngineSequence
 from unvanish.nn.modules import RecurrentModule, cell_of, layer_directions
 
 Act = Callable[[nn.Module], nn.Module]
@@ -137,7 +139,7 @@ def _cell_cures(module: nn.Module, worst: LayerDiagnosis, seed: int) -> Iterator
     orthogonal = _Candidate(
         "orthogonal_()", "W_hh then keeps every length", lambda m: cures.orthogonal_(m, generator=drawn())
     )
-    if type(module) not in (nn.RNN, nn.RNNCell, layers.RNN):  # what `replace_` takes
+    if type(module) not in REPLACEABLE:
         yield orthogonal
         return
     # An orthogonal RNN passes the error on as well; a gated one learnt more tasks of benchmarks/diagnosis.py.
@@ -162,7 +164,7 @@ def _gru(module: nn.Module, max_lag: float, seed: int) -> nn.Module:
     """Its successor; of ours, if it is ours."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        ours = isinstance(module, layers.RNN)
+        ours = isinstance(module, EngineSequence)
         successor = cures.replace_(layers.restore(copy.deepcopy(module)) if ours else module, "gru")
     cures.chrono_(successor, max_lag=max_lag, generator=torch.Generator().manual_seed(seed))
     return layers.accelerate(successor) if ours else successor

@@ -3,7 +3,7 @@
 from unvanish.engine.dispatch import RUNGS, Choice, adjoint, explain, force, run, trace
 from unvanish.engine.manual import Deltas, Trace, weight_gradients
 from unvanish.engine.native import isa
-from unvanish.engine.recording import SATURATED, Norms, Pass, Recorder, Replay, Statistics
+from unvanish.engine.recording import SATURATED, Norms, Pass, Recompute, Recorder, Statistics
 from unvanish.engine.sequence import active_steps
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "Deltas",
     "Norms",
     "Pass",
+    "Recompute",
     "Recorder",
-    "Replay",
     "Statistics",
     "Trace",
     "active_steps",

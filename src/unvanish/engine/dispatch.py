@@ -117,7 +117,7 @@ def run(
         reverse: read from the last step to the first; y stays in input order.
         clip: the largest 2-norm, per sample, of the error handed from one step to the one before; None: unbounded.
         rung: force "native", "manual" or "reference"; None: the fastest that supports the call.
-        record: hears how the gates were and how large the error is; on the native rung, where gradients are enabled.
+        record: notified of gate statistics and error norms; on the native rung, where gradients are enabled.
         cut: `[T]` bool on the CPU, True at steps t whose matrices hand no error to t − 1, so that it goes there through
             the carry alone: h-detach (Kanuparthi et al. 2019). Not on the native rung.
 

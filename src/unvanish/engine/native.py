@@ -26,6 +26,7 @@ except ImportError as error:
 else:
     MISSING = ""
 
+# The cells with kernels of their own, as enum Cell of csrc/unvanish.h numbers them.
 NUMBER = {name: i for i, name in enumerate(("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru"))}
 _CELLS = tuple(CELLS[name] for name in NUMBER)
 _KINDS = {cell.name: type(cell) for cell in _CELLS}

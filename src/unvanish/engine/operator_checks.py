@@ -1,6 +1,8 @@
 """What the operators demand of their arguments before a kernel reads memory at an address."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,29 +12,32 @@ from unvanish.engine import native
 _Shape = tuple[int, ...] | None
 
 
-def check_forward(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    lengths: Tensor | None,
-    *,
-    cell: int,
-    clip: float,
-    save: bool,
-    closed: float,
-) -> None:
+class LayerTensors(NamedTuple):
+    """What both operators are given of a layer, in their order; shapes as in `unvanish.engine.native`."""
+
+    x: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    w_hr: Tensor | None
+    lengths: Tensor | None
+
+
+SCHEMA = ", ".join(f"Tensor{'' if kind is Tensor else '?'} {v}" for v, kind in LayerTensors.__annotations__.items())
+"""their declaration"""
+
+
+def check_forward(layer: LayerTensors, *, cell: int, clip: float, save: bool, closed: float) -> None:
     """The arguments of `unvanish::forward` fit each other; strides are free.
 
     Raises:
         ValueError: a shape or value does not fit, or an argument is missing or superfluous.
         RuntimeError: a dtype, device or layout does not fit.
     """
-    _check_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, clip)
+    _check_layer(layer, cell, clip)
     if not 0 <= closed <= 1:
         raise ValueError(f"closed: expected a share from 0 to 1, got {closed}")
     if closed and not save:
@@ -40,58 +45,38 @@ def check_forward(
 
 
 def check_backward(
-    dy: Tensor | None,
-    dh: Tensor | None,
-    dc: Tensor | None,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    lengths: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    *,
-    cell: int,
-    clip: float,
+    errors: Sequence[Tensor | None], layer: LayerTensors, kept: Sequence[Tensor], *, cell: int, clip: float
 ) -> None:
     """The arguments of `unvanish::backward` fit each other, and what forward returned fits them; strides are free.
+
+    Args:
+        errors: dy, dh, dc.
+        layer: what forward was given.
+        kept: y, gates, cells of forward.
+        cell, clip: as forward's.
 
     Raises:
         ValueError: a shape or value does not fit, or an argument is missing or superfluous.
         RuntimeError: a dtype, device or layout does not fit.
     """
-    T, B, H, R = _check_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, clip)
-    layer = native.cell_of(cell)
-    kept = native.layout(layer, H, x.dtype)
-    has_c = len(layer.states) > 1
+    T, B, H, R = _check_layer(layer, cell, clip)
+    x, mathematics = layer.x, native.cell_of(cell)
+    widths = native.layout(mathematics, H, x.dtype)
+    has_c = len(mathematics.states) > 1
+    gates = T * B * widths.saved if native.keeps_gates(mathematics, H, widths) else 0
     # A cell without c returns an empty one, and compiled graphs hand back zeros of that shape.
-    for name, v, shape in (("dy", dy, (T, B, R)), ("dh", dh, (B, R)), ("dc", dc, (B, H) if has_c else (0,))):
+    arriving = (T, B, R), (B, R), (B, H) if has_c else (0,)
+    for name, v, shape in zip(("dy", "dh", "dc"), errors, arriving, strict=True):
         if v is not None:
             _check(name, v, shape, x)
-    _check("y", y, (T, B, R), x)
-    _check("gates", gates, (T * B * kept.saved if native.keeps_gates(layer, H, kept) else 0,), x)
-    _check("cells", cells, (T * B * kept.padded if has_c else 0,), x)
+    returned = (T, B, R), (gates,), (T * B * widths.padded if has_c else 0,)
+    for name, v, shape in zip(("y", "gates", "cells"), kept, returned, strict=True):
+        _check(name, v, shape, x)
 
 
-def _check_layer(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    lengths: Tensor | None,
-    cell: int,
-    clip: float,
-) -> tuple[int, int, int, int]:
+def _check_layer(given: LayerTensors, cell: int, clip: float) -> tuple[int, int, int, int]:
     """T, B, H, R of a layer whose arguments fit each other."""
+    x, _, _, w_ih, w_hh, _, _, w_hr, lengths = given
     names = tuple(native.NUMBER)
     if not 0 <= cell < len(names):
         raise ValueError(f"cell: expected 0 to {len(names) - 1} ({', '.join(names)}), got {cell}")
@@ -106,20 +91,21 @@ def _check_layer(
     projected = has_c and w_hr is not None
     if not projected:
         R = H
-    expected: tuple[tuple[str, Tensor | None, _Shape, bool], ...] = (
-        ("x", x, (T, B, n_in), True),
-        ("w_ih", w_ih, (G * H, n_in), True),
-        ("w_hh", w_hh, (G * H, R), True),
-        ("h0", h0, (B, R), True),
-        ("c0", c0, (B, H) if has_c else None, has_c),
-        ("b_ih", b_ih, (G * H,), False),
-        ("b_hh", b_hh, (G * H,), False),
-        ("w_hr", w_hr, (R, H) if projected else None, False),
-    )
-    for name, v, shape, needed in expected:
+    expected: dict[str, _Shape] = {
+        "x": (T, B, n_in),
+        "w_ih": (G * H, n_in),
+        "w_hh": (G * H, R),
+        "h0": (B, R),
+        "c0": (B, H) if has_c else None,
+        "b_ih": (G * H,),
+        "b_hh": (G * H,),
+        "w_hr": (R, H) if projected else None,
+    }
+    for name, shape in expected.items():
+        v = getattr(given, name)
         if v is not None:
             _check(name, v, shape, x, layer.name)
-        elif needed:
+        elif name == "c0" and has_c:
             raise ValueError(f"{name}: expected {shape} for a {layer.name}, got None")
     if not (clip >= 0 and math.isfinite(clip)):
         raise ValueError(f"clip: expected a finite norm, or 0 for none, got {clip}")

@@ -14,19 +14,15 @@ from torch import Tensor
 from unvanish import torch_internals
 from unvanish.cells import Cell, State, Weights
 from unvanish.engine import native, reference
-from unvanish.engine.operator_checks import check_backward, check_forward
+from unvanish.engine.operator_checks import SCHEMA, LayerTensors, check_backward, check_forward
 from unvanish.engine.sequence import sort
 
-_LAYER = (
-    "Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
-    "Tensor? lengths"
-)
 _EIGHT = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
 def _forward(*given: Any) -> tuple[Tensor, ...]:
     *tensors, cell, _, clip, save, closed = given
-    check_forward(*tensors, cell=cell, clip=clip, save=save, closed=closed)
+    check_forward(LayerTensors(*tensors), cell=cell, clip=clip, save=save, closed=closed)
     inputs: Any = (*_contiguous(tensors), *given[len(tensors) :])
     # The same call returns the same values, as torch's own checks of operators demand.
     return native.forward(*inputs, clear=True)
@@ -36,7 +32,7 @@ forward_operator = torch.library.custom_op(
     "unvanish::forward",
     _forward,
     mutates_args=(),
-    schema=f"({_LAYER}, int cell, bool reverse, float clip, bool save, float closed) -> {_EIGHT}",
+    schema=f"({SCHEMA}, int cell, bool reverse, float clip, bool save, float closed) -> {_EIGHT}",
 )
 """`native.forward`, checked."""
 
@@ -62,7 +58,7 @@ def _gradients(*given: Any) -> tuple[Tensor, ...]:
 
 def _backward(*given: Any) -> tuple[Tensor, ...]:
     *tensors, cell, reverse, clip, want_dx = given
-    check_backward(*tensors, cell=cell, clip=clip)
+    check_backward(tensors[:3], LayerTensors(*tensors[3:12]), tensors[12:], cell=cell, clip=clip)
     return _gradients(*_contiguous(tensors), cell, reverse, clip, want_dx)
 
 
@@ -70,7 +66,7 @@ backward_operator = torch.library.custom_op(
     "unvanish::backward",
     _backward,
     mutates_args=(),
-    schema=f"(Tensor? dy, Tensor? dh, Tensor? dc, {_LAYER}, Tensor y, Tensor gates, Tensor cells, "
+    schema=f"(Tensor? dy, Tensor? dh, Tensor? dc, {SCHEMA}, Tensor y, Tensor gates, Tensor cells, "
     f"int cell, bool reverse, float clip, bool want_dx) -> {_EIGHT}",
 )
 """The gradients of `native.backward`, checked."""

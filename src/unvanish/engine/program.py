@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from unvanish import torch_internals
 from unvanish.cells import Cell
 from unvanish.cells.base import named
 from unvanish.engine.elementwise import Graph, Recorder, UnsupportedError
@@ -107,7 +108,7 @@ class Programs:
             self._names["share", i] = shares[share]
 
     def _choose_kept(self) -> list[int]:
-        """Nodes of the way forward that the way back starts from, besides the states."""
+        """Nodes of the forward pass that the backward pass starts from, besides the states."""
         g, forward = self._graph, set(self._graph.reachable(self._states, self._names.values()))
         back = self._graph.reachable(self._back.values(), {*self._free, *forward})
         wanted = [n for n in back if n in forward and n not in self._free and g.nodes[n].op != "constant"]
@@ -137,7 +138,7 @@ class Programs:
         return sorted({self.cell.states.index(self.cell.sources[gate]) for gate in self.cell.same_step})
 
     def forward(self, keep: bool) -> Program:
-        """The states, and with `keep` what the way back needs."""
+        """The states, and with `keep` what the backward pass needs."""
         ends: dict[Place, int] = {("after", a): n for a, n in enumerate(self._states)}
         if keep:
             ends |= {("kept", i): n for i, n in enumerate(self.kept)}
@@ -241,9 +242,7 @@ def _record_at(cell: Cell, dtype: torch.dtype, shape: torch.Size) -> _Recorded:
             asked = [*reached, *(leaf for group in groups for leaf in group)]
             given = [d for a, d in zip(states, arrived, strict=True) if a.requires_grad]
             try:
-                found = (
-                    torch.autograd.grad(reached, asked, given, allow_unused=True) if reached else [None] * len(asked)
-                )
+                found = torch_internals.vjp(reached, given, asked) if reached else [None] * len(asked)
             except RuntimeError as error:
                 raise UnsupportedError(f"autograd can't derive it: {error}") from error
             ends = [recorder.graph.constant(0.0) if d is None else recorder.number(d) for d in found]

@@ -1,4 +1,4 @@
-"""A sequence measured in the passes that run it anyway: gates on the way forward, errors on the way back.
+"""A sequence measured in the passes that run it anyway: gates in the forward pass, errors in the backward.
 
 Only the native rung can: its kernels see every state, gate and δ while they are in registers.
 """
@@ -13,7 +13,7 @@ from unvanish import torch_internals
 from unvanish.cells import Cell, State, Weights
 from unvanish.engine import manual, native, native_trace, operators, reference
 from unvanish.engine.checks import check_errors, check_layer, whole_lengths
-from unvanish.engine.operator_checks import check_backward
+from unvanish.engine.operator_checks import LayerTensors, check_backward
 from unvanish.engine.sequence import add, sort
 
 SATURATED = 0.05
@@ -44,30 +44,30 @@ class Norms(NamedTuple):
     """[T] ‖g_t‖_F, g_t = δa_tᵀ [h_{t-1}, x_t]"""
 
 
-Replay = Callable[[], tuple[manual.Trace, Tensor | None, manual.Deltas]]
+Recompute = Callable[[], tuple[manual.Trace, Tensor | None, manual.Deltas]]
 """The same pass again, with every state and δ kept: (trace, ∂E_t/∂h_t, flow)."""
 
 
 class Recorder(Protocol):
-    """Hears of one layer and direction over one sequence."""
+    """Notified of one layer and direction over one sequence."""
 
     @property
-    def listening(self) -> bool:
-        """Whether the way back is still to be measured."""
+    def awaits_backward(self) -> bool:
+        """Whether the backward pass is to be measured."""
         ...
 
     def forward(self, statistics: Statistics) -> None:
         """The forward pass has run; again where a checkpoint is recomputed."""
         ...
 
-    def backward(self, norms: Norms, gradients: Weights, replay: Replay) -> None:
-        """An error came back. `norms` are those of all errors that came back through this graph so far, as `.grad`
+    def backward(self, norms: Norms, gradients: Weights, recompute: Recompute) -> None:
+        """A backward pass has run. `norms` are those of all backward passes through this graph so far, as `.grad`
         adds them up; `gradients` this one's ∂E/∂W."""
         ...
 
 
 class Pass:
-    """One layer and direction run forward, outside any graph, ready to be measured on the way back."""
+    """One layer and direction run forward, outside any graph, whose backward pass can be measured."""
 
     def __init__(self, cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None, reverse: bool) -> None:
         check_layer(cell, x, state, w)
@@ -107,7 +107,7 @@ class Pass:
             _present(gradients, self.weights),
         )
 
-    def replay(
+    def recompute(
         self, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None
     ) -> tuple[manual.Trace, Tensor | None, manual.Deltas]:
         """The same pass, every state and δ kept."""
@@ -116,7 +116,7 @@ class Pass:
 
 
 class _Recorded(torch.autograd.Function):
-    """`native.run` that tells a recorder."""
+    """`native.run` that notifies a recorder."""
 
     @staticmethod
     def forward(
@@ -140,11 +140,11 @@ class _Recorded(torch.autograd.Function):
         given = [*errors, None][:3]
         # Errors that arrive in a batch, or with no memory of their own, are not measured: the operator takes them.
         direct = operators.is_direct(*(None if d is None else torch_internals.materialised(d) for d in given))
-        want_dx, listening = ctx.needs_input_grad[5], ctx.record.listening and direct
+        want_dx, awaits_backward = ctx.needs_input_grad[5], ctx.record.awaits_backward and direct
         out = None
-        if listening or not torch.is_grad_enabled():
+        if awaits_backward or not torch.is_grad_enabled():
             if direct:
-                out = _recorded_backward(ctx, saved, given, want_dx, listening)
+                out = _recorded_backward(ctx, saved, given, want_dx, awaits_backward)
             else:
                 number, clip = native.NUMBER[ctx.cell.name], ctx.clip or 0.0
                 out = operators.gradients(given, saved, number, ctx.reverse, clip, want_dx, direct=False)
@@ -162,28 +162,28 @@ class _Recorded(torch.autograd.Function):
 
 
 def _recorded_backward(
-    ctx: Any, saved: Any, errors: list[Tensor | None], want_dx: bool, listening: bool
+    ctx: Any, saved: Any, errors: list[Tensor | None], want_dx: bool, awaits_backward: bool
 ) -> list[Tensor]:
     """All gradients; the recorder is notified, in the grad mode of the backward pass."""
     with torch.no_grad():
-        out, notify = _measured_backward(ctx, saved, errors, want_dx, listening)
+        out, notify = _measured_backward(ctx, saved, errors, want_dx, awaits_backward)
     if notify is not None:
         ctx.record.backward(*notify)
     return out
 
 
 def _measured_backward(
-    ctx: Any, saved: Any, errors: list[Tensor | None], want_dx: bool, listening: bool
-) -> tuple[list[Tensor], tuple[Norms, Weights, Replay] | None]:
+    ctx: Any, saved: Any, errors: list[Tensor | None], want_dx: bool, awaits_backward: bool
+) -> tuple[list[Tensor], tuple[Norms, Weights, Recompute] | None]:
     """(all gradients, what the recorder is to be notified of)."""
     how = _how(ctx.cell, ctx.reverse, ctx.clip)
     now: Any = [native.arrived(d) for d in errors]
     if not ctx.intact:
-        check_backward(*now, *saved, cell=how["cell"], clip=how["clip"])
+        check_backward(now, LayerTensors(*saved[:9]), saved[9:], cell=how["cell"], clip=how["clip"])
         saved = [None if v is None else v.contiguous() for v in saved]
     first = ctx.errors is None
-    out = native.backward(*now, *saved, **how, want_dx=want_dx, want_delta=False, want_norms=listening and first)
-    if not listening:
+    out = native.backward(*now, *saved, **how, want_dx=want_dx, want_delta=False, want_norms=awaits_backward and first)
+    if not awaits_backward:
         return out, None
     # A second backward through the same graph: errors add, as .grad does.
     total: Any = now if first else [add(a, b) for a, b in zip(ctx.errors, now, strict=True)]
@@ -191,12 +191,12 @@ def _measured_backward(
         norms = out[8:]
     else:
         norms = native.backward(*total, *saved, **how, want_dx=False, want_delta=False, want_norms=True)[8:]
-    # Only for a graph that outlives this backward: held for nothing, they cost the next step fresh pages.
+    # Kept only while autograd keeps the graph: otherwise the next step would have to take fresh pages.
     ctx.errors = total if torch_internals.keeps_graph() else None
     x, h0, c0, *weights, lengths, _, _, _ = saved
     w = Weights(*weights)
 
-    def replay() -> tuple[manual.Trace, Tensor | None, manual.Deltas]:
+    def recompute() -> tuple[manual.Trace, Tensor | None, manual.Deltas]:
         state = tuple(_in_order(s, 0, ctx.back) for s in (h0, c0) if s is not None)
         dy, *dfinal = (
             None if d is None else _in_order(d, dim, ctx.back) for d, dim in zip(total, (1, 0, 0), strict=True)
@@ -205,7 +205,7 @@ def _measured_backward(
         tr = native_trace.trace(ctx.cell, _in_order(x, 1, ctx.back), state, w, in_order, ctx.reverse)
         return tr, dy, native_trace.adjoint(tr, dy, tuple(dfinal[: len(state)]), ctx.clip)
 
-    return out[:8], (_norms(norms, ctx.back), _present(out[3:8], w), replay)
+    return out[:8], (_norms(norms, ctx.back), _present(out[3:8], w), recompute)
 
 
 def run_recorded(
@@ -218,7 +218,7 @@ def run_recorded(
     reverse: bool = False,
     clip: float | None = None,
 ) -> tuple[Tensor, State]:
-    """`native.run`, bit for bit, and `record` hears of both ways."""
+    """`native.run`, bit for bit, and `record` is notified of both passes."""
     given = sort(x, state, lengths)
     y, *final = _Recorded.apply(record, cell, given.back, reverse, clip, *native.prepared(given, w))
     return _in_order(y, 1, given.back), tuple(_in_order(s, 0, given.back) for s in final)

@@ -1,7 +1,7 @@
 """Any cell in the C++ kernels, by programs of its step (`unvanish.engine.program`): the fast way of the manual rung.
 
-float32 and float64 on the CPU. A sequence is one call each way: products on packed weights and the step's program in
-turn. What the way forward keeps for the way back lies in the kernels' own layout.
+float32 and float64 on the CPU. A sequence is one call per pass: products on packed weights and the step's program in
+turn. What the forward pass keeps for the backward pass lies in the kernels' own layout.
 """
 
 import math
@@ -30,7 +30,7 @@ class Ran(NamedTuple):
 
 
 class Back(NamedTuple):
-    """What the way back yields; what was not asked for is None."""
+    """What the backward pass yields; what was not asked for is None."""
 
     dx: Tensor | None
     dinitial: State

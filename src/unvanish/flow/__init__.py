@@ -10,7 +10,7 @@
 - `audit(model, x, y, loss=...)`: the backend's gradients against a float64 reference, layer by layer
 - `gate_statistics(layer, x)`: how open the gates are and how long each unit remembers
 - `GradientFlow(every=100)`: a Lightning callback that logs rate, half-life and reach of every layer
-- `replay(folder)`: the records of a training watched with `watch(model, every=100, stream=folder)`
+- `read_stream(folder)`: the records of a training watched with `watch(model, every=100, stream=folder)`
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from unvanish.flow.gates import GateStatistics, gate_statistics
 from unvanish.flow.lyapunov import LyapunovSpectrum, jacobian, lyapunov, singular_values
 from unvanish.flow.reach import Decay, decay
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
-from unvanish.flow.stream import replay
+from unvanish.flow.stream import read_stream
 from unvanish.flow.subgradients import SourceGradients, source_gradients
 from unvanish.flow.survival import survival
 from unvanish.flow.textbook_product import TextbookProduct
@@ -63,7 +63,7 @@ __all__ = [
     "load",
     "lyapunov",
     "mark",
-    "replay",
+    "read_stream",
     "singular_values",
     "source_gradients",
     "survival",

@@ -1,6 +1,6 @@
 """The adjoint map: how each error source alone travels back, ‖∂E_k/∂s_t‖ for every source k and step t.
 
-Only separate sources tell how far an error reaches: in the summed flow new error enters at every step and hides that
+Only separate sources show how far an error reaches: in the summed flow new error enters at every step and hides that
 each one dies.
 
 All sources are rows of one matrix product per step. Each row carries its own exponent, so that `log_norms` stays right

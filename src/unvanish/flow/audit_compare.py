@@ -82,7 +82,7 @@ def compare(
     kind = next(b.__name__ for b in type(module).__mro__ if not b.__name__.startswith("Parametrized"))
     if compiled is not None:
         return LayerAudit(name, kind, label, len(calls), errors, explained)
-    # Where a gradient has left the range of the dtype, nothing can be told.
+    # Where a gradient has left the range of the dtype, the two can't be compared.
     floor = torch.finfo(rounded).tiny / eps
     size, *apart = (torch.cat(column) for column in zip(*by_step, strict=True))
     found, *again = (float(torch.where(size > floor, d / size, 0.0).max()) for d in apart)

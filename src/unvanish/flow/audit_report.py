@@ -75,7 +75,7 @@ class LayerAudit:
         if not off and self.step is not None:
             return (
                 f"{self.name}: ∂E/∂x is off by {self.step.worst:.0e} at single steps, where it is small, "
-                f"{self.dtype} explains {self.step.explained:.0e}; is the gradient cut off on its way back?"
+                f"{self.dtype} explains {self.step.explained:.0e}; is the gradient cut in the backward pass?"
             )
         first, *others = off
         also = f" (also {', '.join(f'∂E/∂{q} by {self.errors[q]:.0e}' for q in others)})" if others else ""

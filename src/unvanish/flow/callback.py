@@ -19,7 +19,7 @@ from unvanish.flow.state_reach import log_norms_of_states
 from unvanish.nn.modules import SequenceModule, evaluating, layer_directions, time_major
 
 
-class _Heard(NamedTuple):
+class _Input(NamedTuple):
     """A layer's input of one call, a few samples of it."""
 
     x: Tensor | PackedSequence
@@ -36,7 +36,7 @@ class GradientFlow(lightning.Callback):
     """Rate, reach and saturation of every recurrent layer, at every `every`-th optimizer step.
 
     The error is one made at the layer's last step alone, a random unit vector: of the flow summed over all steps
-    nothing can be said of reach, since new error enters everywhere. Measured is ‖∂E_T/∂s_{T−ℓ}‖ of the samples that
+    reach is not defined, since new error enters everywhere. Measured is ‖∂E_T/∂s_{T−ℓ}‖ of the samples that
     the layer has just been given, s the state that the cell remembers by (c for the LSTM), with the weights of the
     moment.
 
@@ -88,12 +88,12 @@ class GradientFlow(lightning.Callback):
         self.saturation: dict[str, float] = {}
         """layer and direction → share of gates and steps at which φ' is below 5 % of its maximum"""
         self._steps: dict[str, int] = {}
-        self._heard: dict[str, _Heard] = {}
+        self._inputs: dict[str, _Input] = {}
         self._shown: dict[str, list[Tensor]] = {}
         self._curves: dict[str, Tensor] = {}
         self._capture: Capture | None = None
         self._named: NamedStates | None = None
-        self._listening = False
+        self._observing = False
         self._measured = -1
         self._losses: list[float] = []
         self._means: list[float] = []
@@ -119,17 +119,17 @@ class GradientFlow(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every == 0 and trainer.global_step != self._measured and not self._listening:
+        if trainer.global_step % self.every == 0 and trainer.global_step != self._measured and not self._observing:
             assert self._capture is not None
             assert self._named is not None
             self._capture.__enter__()
             self._named.open()
-            self._listening = True
+            self._observing = True
 
     def on_before_backward(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Tensor
     ) -> None:
-        if self._listening and self._shown:
+        if self._observing and self._shown:
             assert self._capture is not None
             for name, states in self._shown.items():
                 curve = self._capture.guarded(name, lambda s=states: log_norms_of_states(s, self.seed))
@@ -138,14 +138,14 @@ class GradientFlow(lightning.Callback):
             self._shown.clear()
 
     def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if not self._listening:
+        if not self._observing:
             return
-        self._stop_listening()
+        self._stop_observing()
         self._measured = trainer.global_step
-        own = {name: curve for layer in self._heard for name, curve in self._measure(layer)}
+        own = {name: curve for layer in self._inputs for name, curve in self._measure(layer)}
         curves = _gather(own | self._curves)
-        self.saturation = {name: share for layer in self._heard for name, share in self._saturated(layer)}
-        self._heard.clear()
+        self.saturation = {name: share for layer in self._inputs for name, share in self._saturated(layer)}
+        self._inputs.clear()
         self._curves.clear()
         middle = {name: _middle(curve) for name, curve in curves.items()}
         self.latest = {name: _decay(curve, self.fraction) for name, curve in middle.items()}
@@ -162,7 +162,7 @@ class GradientFlow(lightning.Callback):
             self._losses.append(float(loss.detach()))
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._stop_listening()
+        self._stop_observing()
         bar = trainer.progress_bar_callback
         if bar is not None:
             vars(bar).pop("get_metrics", None)
@@ -173,7 +173,7 @@ class GradientFlow(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        self._stop_listening()
+        self._stop_observing()
 
     def state_dict(self) -> dict[str, Any]:
         return {"latest": {name: tuple(found) for name, found in self.latest.items()}}
@@ -181,18 +181,18 @@ class GradientFlow(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.latest = {name: Decay(*found) for name, found in state_dict["latest"].items()}
 
-    def _stop_listening(self) -> None:
-        if self._listening:
+    def _stop_observing(self) -> None:
+        if self._observing:
             assert self._capture is not None
             assert self._named is not None
             self._capture.__exit__()
             self._named.close()
-            self._listening = False
+            self._observing = False
 
     def _take(self, call: Call) -> bool:
         """A call begins: the first of the step is kept; under checkpointing it comes again."""
-        if call.name not in self._heard and isinstance(call.module, SequenceModule):
-            self._heard[call.name] = _first_samples(call.module, call.x, call.hx, call.lengths, self.samples)
+        if call.name not in self._inputs and isinstance(call.module, SequenceModule):
+            self._inputs[call.name] = _first_samples(call.module, call.x, call.hx, call.lengths, self.samples)
         return False
 
     def _show(self, name: str, h: Any) -> None:
@@ -223,8 +223,8 @@ class GradientFlow(lightning.Callback):
         self._warned = True
         warnings.warn(
             f"after {step} steps the loss has not fallen ({first:.3g} → {last:.3g}), and the gradient at {name} "
-            f"reaches over {self.latest[name].reach} of {self._steps[name] - 1} steps; uv.diagnose tells whether that "
-            "is the reason",
+            f"reaches over {self.latest[name].reach} of {self._steps[name] - 1} steps; uv.diagnose finds out "
+            "whether that is the reason",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -232,7 +232,7 @@ class GradientFlow(lightning.Callback):
     def _measure(self, name: str) -> list[tuple[str, Tensor]]:
         """Of each layer and direction: its name and ln‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0, `[T, B]`, T each sample's own
         last step; NaN beyond its length."""
-        layer, (x, hx) = self._layer(name), self._heard[name]
+        layer, (x, hx) = self._layer(name), self._inputs[name]
         lengths, unit, found = _lengths(layer, x), self._error(layer), []
         with evaluating(layer):
             places = layer_directions(layer)
@@ -255,7 +255,7 @@ class GradientFlow(lightning.Callback):
 
     def _saturated(self, name: str) -> list[tuple[str, float]]:
         """Of each layer and direction."""
-        layer, (x, hx) = self._layer(name), self._heard[name]
+        layer, (x, hx) = self._layer(name), self._inputs[name]
         with evaluating(layer):
             places = [place.name for place in layer_directions(layer)]
         found = [(place, gate_statistics(layer, x, hx, at=place).saturation) for place in places]
@@ -290,7 +290,7 @@ class GradientFlow(lightning.Callback):
                 add("gradient_flow", draw.over_lag(shown).figure, step)
 
 
-def _first_samples(layer: SequenceModule, x: Tensor | PackedSequence, hx: Any, lengths: Any, n: int) -> _Heard:
+def _first_samples(layer: SequenceModule, x: Tensor | PackedSequence, hx: Any, lengths: Any, n: int) -> _Input:
     """A few samples in the weights' dtype, detached; packed where they differ in length."""
     dtype = next(layer.parameters()).dtype
     batch_axis = 0 if layer.batch_first else 1
@@ -309,11 +309,11 @@ def _first_samples(layer: SequenceModule, x: Tensor | PackedSequence, hx: Any, l
         padded, found = x, torch.as_tensor(lengths).cpu()
     else:
         x = x.detach().to(dtype)
-        return _Heard(x if x.dim() == 2 else x[:n] if batch_axis == 0 else x[:, :n], states(slice(n)))
+        return _Input(x if x.dim() == 2 else x[:n] if batch_axis == 0 else x[:, :n], states(slice(n)))
     keep = (found > 0).nonzero().flatten()[:n]
     part = padded.detach().to(dtype).index_select(batch_axis, keep.to(padded.device))
     packed = pack_padded_sequence(part, found[keep].long(), layer.batch_first, enforce_sorted=False)
-    return _Heard(packed, states(keep.to(padded.device)))
+    return _Input(packed, states(keep.to(padded.device)))
 
 
 def _lengths(layer: SequenceModule, x: Tensor | PackedSequence) -> Tensor:

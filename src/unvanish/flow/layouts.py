@@ -75,7 +75,9 @@ def _torch(cell: Cell, weights: Any, sizes: Sizes) -> Weights:
                 f"weight_hr), got {len(given)}"
             )
         found = dict(zip(names, given, strict=False))
-    optional = ["bias_ih", "bias_hh", *(["weight_hr"] if cell.name == "lstm" else [])]
+    # A projection shrinks an output that is made from the memory.
+    projects = cell.remembers != cell.states[0]
+    optional = ["bias_ih", "bias_hh", *(["weight_hr"] if projects else [])]
     _check_names("torch", found, ["weight_ih", "weight_hh"], optional)
     arrays = {name: as_float64(name, v) for name, v in found.items()}
     G, R = len(cell.gates), sizes.outputs
@@ -108,6 +110,7 @@ def _keras(cell: Cell, weights: Any, sizes: Sizes) -> Weights:
         found = dict(zip(("kernel", "recurrent_kernel", "bias"), given, strict=False))
     _check_names("keras", found, ["kernel", "recurrent_kernel"], ["bias"])
     arrays = {name: as_float64(name, v) for name, v in found.items()}
+    # Of Keras' cells the GRU alone orders its gates otherwise, and has a bias [2, 3H].
     G, H, gru = len(cell.gates), sizes.outputs, cell.name == "gru"
     _check_shape("kernel", arrays["kernel"], (sizes.inputs, G * H), cell)
     _check_shape("recurrent_kernel", arrays["recurrent_kernel"], (H, G * H), cell)
@@ -136,6 +139,7 @@ def _keras(cell: Cell, weights: Any, sizes: Sizes) -> Weights:
     return Weights(w_ih.contiguous(), w_hh.contiguous(), gates(b_ih), gates(b_hh))
 
 
+# Part of the names of flax's parameters, which differ from cell to cell.
 _FLAX_GATES = {"lstm": ("i", "f", "g", "o"), "gru": ("r", "z", "n")}
 
 

@@ -68,9 +68,9 @@ class ModuleSequence(Sequence):
             final = [final_error(inputs, s.detach().clone()) for s in call.states]
         self.ragged |= inputs.lengths is not None and bool((inputs.lengths < inputs.x.shape[0]).any())
         self.calls.append(_Call(layers, inputs, states, drawn, tuple(s for s in final if s is not None)))
-        self.listen(call.y, (index, "y"))
+        self.observe(call.y, (index, "y"))
         for i, state in enumerate(call.states):
-            self.listen(state, (index, i))
+            self.observe(state, (index, i))
 
     def measure(self, errors: Errors) -> list[Measured]:
         parts: list[list[Measured]] = [self._measure_call(i, call, errors) for i, call in enumerate(self.calls)]
@@ -113,13 +113,13 @@ class ModuleSequence(Sequence):
         ends: tuple[Tensor | None, ...],
         want_dx: bool,
     ) -> tuple[Tensor | None, Measured]:
-        """(∂E/∂x if wanted, what was measured on the way back)."""
+        """(∂E/∂x if wanted, what the backward pass measured)."""
         layer, cut = call.layers[place], call.drawn.cuts[place]
         name, lengths, clip = self._name(layer), self._lengths(call), getattr(self.module, "clip", None)
         if isinstance(ran, engine.Pass):
             dx, norms, grads = ran.back(dy, ends, clip, want_dx)
             record = layer_flow(name, layer.cell, lengths, [ran.statistics], [norms])
-            return dx, self._measured(call, layer, record, grads, lambda: ran.replay(dy, ends, clip))
+            return dx, self._measured(call, layer, record, grads, lambda: ran.recompute(dy, ends, clip))
         flow = engine.adjoint(ran, dy, ends, clip, cut)
         record = summarise(name, ran, flow, self.want_partial, lengths)
         found = self._measured(call, layer, record, engine.weight_gradients(ran, flow), lambda: (ran, dy, flow))
@@ -133,9 +133,11 @@ class ModuleSequence(Sequence):
         return torch.full((B,), T) if call.inputs.lengths is None else call.inputs.lengths.cpu()
 
     def _measured(
-        self, call: _Call, layer: LayerDirection, record: LayerFlow, grads: Weights, replay: engine.Replay
+        self, call: _Call, layer: LayerDirection, record: LayerFlow, grads: Weights, recompute: engine.Recompute
     ) -> Measured:
-        born = None if healthy(record) else origin_of_nonfinite(record.name, *replay(), 0, call.inputs.order).sentence
+        born = (
+            None if healthy(record) else origin_of_nonfinite(record.name, *recompute(), 0, call.inputs.order).sentence
+        )
         if call.inputs.order is not None:
             record = reorder(record, call.inputs.order.argsort())
         both = (grads.w_ih, grads.w_hh)

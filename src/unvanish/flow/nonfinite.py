@@ -13,7 +13,7 @@ class NonFiniteOrigin(NamedTuple):
     """Where a NaN or an infinity was born."""
 
     forward: bool
-    """or on the way back"""
+    """or in the backward pass"""
     sentence: str
 
 

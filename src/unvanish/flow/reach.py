@@ -1,4 +1,4 @@
-"""How fast an error fades on its way back: rate, half-life and reach of a curve of norms over the lag."""
+"""How fast a gradient fades through time: rate, half-life and reach of a curve of norms over the lag."""
 
 import math
 from typing import NamedTuple

@@ -25,12 +25,12 @@ class NoBackwardError(RuntimeError):
 
 
 class NonFiniteError(ArithmeticError):
-    """A NaN or an infinity turned up in a watched pass; the message says where it was born."""
+    """A NaN or an infinity turned up in a watched pass; the message says where it first appeared."""
 
 
 @dataclass(frozen=True, repr=False)
 class LayerFlow(Record):
-    """The error's way back through one layer and direction, one forward pass.
+    """The gradient through one layer and direction over the steps of one forward pass.
 
     Steps are in input order, also for a reversed layer. Where a sample has no input (t ≥ its length) norms are 0 and
     gate statistics NaN. A field that does not exist for the cell is None: `dc` but for the LSTM, all but `dh` for

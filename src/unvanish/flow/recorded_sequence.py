@@ -24,8 +24,7 @@ class _Place(NamedTuple):
 
 
 class _Call:
-    """What one call of a layer said of itself. It knows nothing of who is notified of its gradients: no cycle keeps it
-    alive."""
+    """What was recorded of one call of a layer. It holds no reference to the recorders: no cycle keeps it alive."""
 
     def __init__(self) -> None:
         self.places: dict[str, _Place] = {}
@@ -38,7 +37,7 @@ class _Call:
 
 
 class RecordedCall:
-    """One call of a layer, from its start on: who is notified of each layer and direction."""
+    """One call of a layer, from its start on; makes the recorder of each layer and direction."""
 
     def __init__(self, module: nn.RNNBase) -> None:
         self.module = module
@@ -46,7 +45,7 @@ class RecordedCall:
         self.sequence: RecordedSequence | None = None
         self.index = 0
 
-    def __call__(self, inputs: TimeMajor, place: LayerDirection, start: int) -> "_Listener":
+    def __call__(self, inputs: TimeMajor, place: LayerDirection, start: int) -> "_DirectionRecorder":
         facts, w = self.facts, place.weights
         if place.name not in facts.places:
             suffix = f"_l{place.layer}{'_reverse' if place.reverse else ''}"
@@ -58,40 +57,40 @@ class RecordedCall:
             facts.steps, B = inputs.x.shape[:2]
             facts.order = inputs.order
             facts.lengths = torch.full((B,), facts.steps) if inputs.lengths is None else inputs.lengths.cpu()
-        return _Listener(self, place.name, start)
+        return _DirectionRecorder(self, place.name, start)
 
     def complete(self, x: Any) -> bool:
-        """Whether every layer and direction was recorded, and will hear of the error that comes back."""
+        """Whether every layer and direction was recorded, and a gradient can arrive."""
         data = x.data if isinstance(x, nn.utils.rnn.PackedSequence) else x
         expected = self.module.num_layers * (2 if self.module.bidirectional else 1)
         return len(self.facts.statistics) == expected and (data.requires_grad or self.facts.trainable)
 
 
-class _Listener:
-    """Is notified of one layer and direction of a call; an `engine.Recorder`."""
+class _DirectionRecorder:
+    """Records one layer and direction of a call; an `engine.Recorder`."""
 
     def __init__(self, call: RecordedCall, place: str, start: int) -> None:
         self.call, self.place, self.start = call, place, start
 
     @property
-    def listening(self) -> bool:
+    def awaits_backward(self) -> bool:
         return self.call.sequence is not None and self.call.sequence.open
 
     def forward(self, statistics: engine.Statistics) -> None:
         self.call.facts.statistics.setdefault(self.place, {})[self.start] = statistics
 
-    def backward(self, norms: engine.Norms, gradients: Weights, replay: engine.Replay) -> None:
+    def backward(self, norms: engine.Norms, gradients: Weights, recompute: engine.Recompute) -> None:
         sequence, facts = self.call.sequence, self.call.facts
         assert sequence is not None
         gates = facts.statistics[self.place][self.start].mean
         where = None
         if not all_finite(norms, gates, (facts.lengths - self.start).clamp(0, len(gates))):
-            where = origin_of_nonfinite(sequence.title(self.place), *replay(), self.start, facts.order)
-        sequence.hear((self.call.index, self.place, self.start), _Heard(norms, gradients, where))
+            where = origin_of_nonfinite(sequence.title(self.place), *recompute(), self.start, facts.order)
+        sequence.receive((self.call.index, self.place, self.start), _Observed(norms, gradients, where))
 
 
-class _Heard(NamedTuple):
-    """What came back to one piece of a layer and direction."""
+class _Observed(NamedTuple):
+    """What the backward pass measured of one piece of a layer and direction."""
 
     norms: engine.Norms
     gradients: Weights | None
@@ -121,9 +120,9 @@ class RecordedSequence(Sequence):
         """The name of the record of one layer and direction."""
         return f"{self.name}.{place}" if self.name else place
 
-    def hear(self, key: Hashable, heard: _Heard) -> None:
-        """An error has come back."""
-        self._catch(self, key, heard)
+    def receive(self, key: Hashable, observed: _Observed) -> None:
+        """The measurements of a backward pass."""
+        self._catch(self, key, observed)
 
     def close(self) -> None:
         self.open = False
@@ -131,8 +130,8 @@ class RecordedSequence(Sequence):
     def arrive(self, errors: Errors) -> list[Measured]:
         # The engine adds the errors of several backwards itself; ∂E/∂W is wanted of these alone.
         found = self.measure(self.errors | errors)
-        for key, heard in errors.items():
-            self.errors[key] = heard._replace(gradients=None)
+        for key, observed in errors.items():
+            self.errors[key] = observed._replace(gradients=None)
         return found
 
     def measure(self, errors: Errors) -> list[Measured]:
@@ -144,9 +143,9 @@ class RecordedSequence(Sequence):
     def _measure_call(self, index: int, call: _Call, name: str, errors: Errors) -> Measured:
         statistics, place = call.statistics[name], call.places[name]
         starts = sorted(statistics)
-        heard: list[_Heard | None] = [errors.get((index, name, start)) for start in starts]
+        observed: list[_Observed | None] = [errors.get((index, name, start)) for start in starts]
         gradients: dict[Hashable, Tensor] = {}
-        for found in (h.gradients for h in heard if h is not None and h.gradients is not None):
+        for found in (h.gradients for h in observed if h is not None and h.gradients is not None):
             both = (found.w_ih, found.w_hh)
             for key, i in place.keys.items():
                 if (g := both[i]) is not None:
@@ -156,12 +155,12 @@ class RecordedSequence(Sequence):
             place.cell,
             call.lengths,
             [statistics[start] for start in starts],
-            [None if h is None else h.norms for h in heard],
+            [None if h is None else h.norms for h in observed],
         )
         if call.order is not None:
             record = reorder(record, call.order.argsort())
-        # What was born on the way forward comes first, and is carried on; so is what was born on the way back.
-        read = heard[::-1] if place.reverse else heard
+        # The first one of the forward pass is the origin, since it is carried on; else the first of the backward pass.
+        read = observed[::-1] if place.reverse else observed
         births = [h.nonfinite for h in read if h is not None and h.nonfinite is not None]
         born = next((b for b in births if b.forward), births[-1] if births else None)
         return Measured(record, gradients, None if born is None else born.sentence)

@@ -29,11 +29,11 @@ from unvanish.nn.modules import (
     as_states,
     cell_of,
     evaluating,
-    hear_gradient,
+    on_gradient,
 )
 
 Errors = dict[Hashable, Any]
-"""where an error arrived (segment and output) → ∂E/∂(that output), or what was measured of it on the way"""
+"""where an error arrived (segment and output) → ∂E/∂(that output), or what was measured of it in the backward pass"""
 
 
 @dataclass
@@ -94,10 +94,10 @@ class Sequence(ABC):
         if link.resets is not None:
             self.resets[self.steps] = link.resets.cpu()
 
-    def listen(self, tensor: Tensor, key: Hashable) -> None:
+    def observe(self, tensor: Tensor, key: Hashable) -> None:
         """Be notified of the gradient that reaches `tensor`."""
         if tensor.requires_grad:
-            self.handles.append(hear_gradient(tensor, lambda grad: self._catch(self, key, grad.detach())))
+            self.handles.append(on_gradient(tensor, lambda grad: self._catch(self, key, grad.detach())))
 
     def reset_steps(self, T: int, B: int) -> Tensor | None:
         """[T, B] where samples were reset."""
@@ -109,7 +109,7 @@ class Sequence(ABC):
         return found
 
     def close(self) -> None:
-        """Stop listening."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -148,7 +148,7 @@ class CellSequence(Sequence):
         self.exposed.append(len(states) == 1 or states[0].grad_fn is not states[1].grad_fn)
         self.last = tuple(_batched(s.detach().clone()) for s in states)
         for i, state in enumerate(states):
-            self.listen(state, (t, i))
+            self.observe(state, (t, i))
 
     def measure(self, errors: Errors) -> list[Measured]:
         assert self.weights is not None
@@ -177,7 +177,7 @@ class CellSequence(Sequence):
         record = summarise(self.name, tr, flow, self.want_partial, lengths)
         made = engine.weight_gradients(tr, flow)
         mine = {"weight_ih": made.w_ih, "weight_hh": made.w_hh}
-        gradients = {key: mine[name] for name, (key, _) in heard_weights(self.module).items()}
+        gradients = {key: mine[name] for name, (key, _) in observable_weights(self.module).items()}
         replayed = tuple(s[-1][: len(real)] for s, real in zip(state, self.last, strict=True))
         problem = apart(self.last, replayed)
         resets = self.reset_steps(T, B)
@@ -202,7 +202,7 @@ class MarkSequence(Sequence):
 
     def add(self, h: Tensor) -> None:
         """The state of the next step."""
-        self.listen(h, self.steps)
+        self.observe(h, self.steps)
         self.like.append(_batched(h.detach()))
 
     def measure(self, errors: Errors) -> list[Measured]:
@@ -252,10 +252,10 @@ def rounding(v: Tensor) -> float:
     return min(0.1, 2e3 * torch.finfo(v.dtype).eps)
 
 
-def heard_weights(module: RecurrentModule) -> dict[str, tuple[Hashable, Tensor]]:
-    """Name → (key, tensor) of the weights that the last forward pass used and whose ∂E/∂W can be heard.
+def observable_weights(module: RecurrentModule) -> dict[str, tuple[Hashable, Tensor]]:
+    """Name → (key, tensor) of the weights that the last forward pass used and whose ∂E/∂W can be observed.
 
-    A cell reads a parametrised weight anew, out of reach: it is left out, and with it its part of the residual.
+    A cell computes a parametrised weight anew at each step, where no hook can be set: the residual leaves it out.
     """
     if isinstance(module, nn.RNNBase):
         found = zip(module._flat_weights_names, module._flat_weights, strict=True)
@@ -276,10 +276,10 @@ def weight_key(module: nn.Module, name: str, weight: Tensor) -> Hashable:
 
 
 def weight_keys(module: SequenceModule, layer: LayerDirection) -> dict[Hashable, int]:
-    """Key → 0 for W_ih, 1 for W_hh, of one layer and direction; without those whose ∂E/∂W can't be heard."""
-    heard, suffix = heard_weights(module), f"l{layer.layer}{'_reverse' if layer.reverse else ''}"
+    """Key → 0 for W_ih, 1 for W_hh, of one layer and direction; without those whose ∂E/∂W can't be observed."""
+    observed, suffix = observable_weights(module), f"l{layer.layer}{'_reverse' if layer.reverse else ''}"
     names = (f"weight_ih_{suffix}", f"weight_hh_{suffix}")
-    return {heard[name][0]: i for i, name in enumerate(names) if name in heard}
+    return {observed[name][0]: i for i, name in enumerate(names) if name in observed}
 
 
 def _batched(v: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Stream:
         flow.save(self.folder / f"{self.written:08d}-step-{step}{SUFFIX}")
 
 
-def replay(folder: str | os.PathLike[str]) -> Iterator[Flow]:
+def read_stream(folder: str | os.PathLike[str]) -> Iterator[Flow]:
     """The records that `watch(model, stream=folder)` wrote, in order, one at a time in memory.
 
     Raises:

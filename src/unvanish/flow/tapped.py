@@ -20,6 +20,7 @@ from unvanish.nn.modules import (
     CellModule,
     RecurrentModule,
     as_states,
+    cell_of,
     draws_cuts,
     draws_dropout,
     evaluating,
@@ -27,7 +28,7 @@ from unvanish.nn.modules import (
 from unvanish.nn.recurrent import Recurrent
 
 _LAYERS = (Recurrent, RNN, LSTM, GRU, nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
-"""whose forward computes the cell's equations"""
+"""whose forward computes the cell's equations; a class is listed by name, since a subclass may compute others"""
 _not_compiled: Any = torch.compiler.disable
 """Compiled code must not look inside: it would trace the bookkeeping instead of doing it."""
 
@@ -228,7 +229,7 @@ def _leave(seen: Tapped, calls: list[TappedCall], call: TappedCall, output: Any)
     y, final = output if pair and not cell else (as_states(output)[0] if cell else output, None)
     states = as_states(output) if cell else as_states(final)
     tensors = isinstance(y, Tensor | PackedSequence) and all(isinstance(s, Tensor) for s in states)
-    if not tensors or (cell and len(states) != 1 + isinstance(seen.module, nn.LSTMCell)):
+    if not tensors or (cell and len(states) != len(cell_of(seen.module).states)):
         seen.problems.append("it returns something else than (output, state)")
         return output
     if not (y.data if isinstance(y, PackedSequence) else y).requires_grad:

@@ -63,7 +63,7 @@ def watch(
         every: record one training step in so many, the first included; a step is a call of `model` with gradients
             enabled, and a record's `step` counts them from 1. The other steps cost nothing.
         stream: a new or empty folder that each recorded step is written to, one file per backward pass, for
-            `unvanish.flow.replay`; memory stays bounded by `keep`.
+            `unvanish.flow.read_stream`; memory stays bounded by `keep`.
 
     Raises:
         TypeError: model is no nn.Module.

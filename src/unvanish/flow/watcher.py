@@ -8,22 +8,18 @@ autograd's ∂E/∂W (`residual`).
 
 from __future__ import annotations
 
-import math
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from threading import RLock, get_ident
+from threading import RLock
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.nn.modules import module as hooks
 from torch.utils.hooks import RemovableHandle
 
@@ -31,10 +27,13 @@ from unvanish import torch_internals
 from unvanish.capture import Call, Capture, Returned, hidden_parts, link, returned
 from unvanish.capture.named_states import Getter, NamedStates
 from unvanish.capture.parts import unseen
+from unvanish.flow.backward_runs import BackwardRun, BackwardRuns
 from unvanish.flow.module_sequence import ModuleSequence
+from unvanish.flow.passes import Passes
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
 from unvanish.flow.recorded_sequence import RecordedCall, RecordedSequence
-from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, Sequence, heard_weights, rounding
+from unvanish.flow.residual import with_residual
+from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, Sequence
 from unvanish.flow.stream import Stream
 from unvanish.nn.layers import EngineSequence
 from unvanish.nn.modules import RecurrentModule, as_states, full_precision
@@ -42,23 +41,8 @@ from unvanish.nn.modules import RecurrentModule, as_states, full_precision
 S = TypeVar("S", bound=Sequence)
 
 
-@dataclass
-class _Backward:
-    """One run of the autograd engine."""
-
-    errors: dict[Sequence, dict[Hashable, Any]] = field(default_factory=dict)
-    gradients: dict[Hashable, Tensor] = field(default_factory=dict)
-    """weight key → autograd's ∂E/∂W of this run"""
-    sums: list[tuple[str, Tensor]] = field(default_factory=list)
-    """(parameter, the sum of its gradient): not finite where the gradient is not"""
-    thread: int = 0
-    """that it runs in"""
-    differentiable: bool = False
-    """whether its gradients are kept as part of a graph (create_graph)"""
-
-
-class MarkListener(NamedTuple):
-    """Whom `uv.mark` shows a state to, where nothing else is recorded."""
+class MarkObserver(NamedTuple):
+    """Gets the states that `uv.mark` shows, where nothing else is recorded."""
 
     mark: Callable[[str, Any], None]
 
@@ -66,18 +50,18 @@ class MarkListener(NamedTuple):
 @contextmanager
 def marks_go_to(show: Callable[[str, Any], None]) -> Iterator[None]:
     """Within, `uv.mark(h, name)` calls show(name, h), and no watch around it records the state."""
-    listener = MarkListener(show)
-    Watch._active.append(listener)
+    observer = MarkObserver(show)
+    Watch._active.append(observer)
     try:
         yield
     finally:
-        Watch._active.remove(listener)
+        Watch._active.remove(observer)
 
 
 class Watch(Flow):
     """A flow that fills as errors come back; see `watch`."""
 
-    _active: ClassVar[list[Watch | MarkListener]] = []
+    _active: ClassVar[list[Watch | MarkObserver]] = []
 
     def __init__(
         self,
@@ -96,26 +80,27 @@ class Watch(Flow):
                 raise ValueError(f"{name}: expected a whole number, at least 1 {what}, got {value!r}")
         self._every = every
         self._model = model
-        self._partial = partial
-        self._keep = keep
+        self._want_partial = partial
         self._capture = Capture(model, self._after, self._before)
         self._lock = RLock()
         self._named = NamedStates(model, states or {}, self.mark, self._capture.problems)
         self._stream = None if stream is None else Stream(Path(stream))
         self._names = [n for path, module in self._capture.parts.modules.items() for n in _record_names(path, module)]
         self._handles: list[RemovableHandle] = []
-        self._weights: dict[Hashable, tuple[Tensor, RemovableHandle]] = {}
         self._sequences: WeakSet[Sequence] = WeakSet()
         self._current: WeakValueDictionary[str, Sequence] = WeakValueDictionary()
         self._last: dict[str, Returned] = {}
         self._epoch = self._cut = self._count = 0
-        self._runs: dict[int, _Backward] = {}
-        self._passes: OrderedDict[tuple[int, int], Measured] = OrderedDict()
+        self._runs = BackwardRuns(self._finish)
+        self._passes = Passes(keep)
         self._seen: dict[str, int] = {}
         """name → calls, or marks, so far"""
         self._bad_parameter: str | None = None
-        self.dropped = 0
-        """passes measured and forgotten, since more than `keep` of a layer came"""
+
+    @property
+    def dropped(self) -> int:
+        """Passes measured and forgotten, since more than `keep` of a layer came."""
+        return self._passes.dropped
 
     @property
     def on(self) -> bool:
@@ -138,10 +123,7 @@ class Watch(Flow):
         self._handles.append(hooks.register_module_forward_pre_hook(self._begin))
         self._named.open()
         self._capture.__enter__()
-        for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad:
-                handle = parameter.register_hook(partial(self._look_at, name))
-                self._weights["", name] = (parameter, handle)
+        self._runs.observe_parameters(self._model)
         Watch._active.append(self)
         return self
 
@@ -155,11 +137,8 @@ class Watch(Flow):
             handle.remove()
         for sequence in list(self._sequences):
             sequence.close()
-        for weight, handle in self._weights.values():
-            handle.remove()
-            if not weight._backward_hooks:
-                weight._backward_hooks = None
-        for held in (self._handles, self._weights, self._current, self._last, self._runs):
+        self._runs.close()
+        for held in (self._handles, self._current, self._last):
             held.clear()
         if kind is None and not self._capture.parts.modules and not self._seen and not self.skipped:
             raise ValueError(
@@ -175,7 +154,7 @@ class Watch(Flow):
             NoBackwardError: no error has come back to any layer.
             NonFiniteError: a NaN or infinity turned up; the message says where it was born.
         """
-        latest = {measured.flow.name: measured for measured in self._passes.values()}
+        latest = self._passes.latest()
         if not latest:
             raise NoBackwardError(self._silence(None))
         for measured in latest.values():
@@ -185,11 +164,11 @@ class Watch(Flow):
         return {name: latest[name].flow for name in sorted(latest, key=order.index)}
 
     def __getitem__(self, name: str) -> LayerFlow:
-        if name in self._passed():
+        if name in self._passes.latest():
             return self.passes(name)[-1]
         if name in self._names or name in self._seen or name in self.skipped:
             raise NoBackwardError(self._silence(name))
-        known = dict.fromkeys([*self._names, *self._passed()])
+        known = dict.fromkeys([*self._names, *self._passes.latest()])
         raise KeyError(f"no layer {name!r} here; there are {', '.join(known) or 'none'}")
 
     @property
@@ -202,7 +181,7 @@ class Watch(Flow):
         Raises:
             KeyError, NoBackwardError, NonFiniteError: as for `flow[name]`.
         """
-        found = [measured for measured in self._passes.values() if measured.flow.name == name]
+        found = self._passes.of(name)
         if not found:
             self[name]
         for measured in found:
@@ -214,9 +193,6 @@ class Watch(Flow):
         nothing = f"Watch of {type(self._model).__name__}: no gradient has come back yet"
         text = super().__repr__() if self._passes else nothing
         return "\n".join([text, *(f"not recorded: {name or 'the model'}: {why}" for name, why in self.skipped.items())])
-
-    def _passed(self) -> dict[str, None]:
-        return dict.fromkeys(measured.flow.name for measured in self._passes.values())
 
     def _silence(self, name: str | None) -> str:
         what = "any layer" if name is None else repr(name)
@@ -242,9 +218,7 @@ class Watch(Flow):
             return
         if module is self._model and torch_internals.backward_number() < 0 and torch.is_grad_enabled():
             self._epoch += 1
-            # What an aborted backward pass of this thread left behind.
-            for task in [task for task, run in self._runs.items() if run.thread == get_ident()]:
-                del self._runs[task]
+            self._runs.forget_aborted()
 
     def _awake(self, name: str) -> bool:
         """Whether a call is to be recorded."""
@@ -259,7 +233,7 @@ class Watch(Flow):
     def _before(self, call: Call) -> bool:
         if not self._awake(call.name):
             return False
-        if isinstance(call.module, EngineSequence) and not self._partial:
+        if isinstance(call.module, EngineSequence) and not self._want_partial:
             call.recorders = RecordedCall(call.module)
         return True
 
@@ -274,22 +248,22 @@ class Watch(Flow):
             name = name or "cell"
             sequence = self._going_on(name, call)
             if not isinstance(sequence, CellSequence):
-                sequence = self._new(name, CellSequence(name, call.module, self._catch, self._partial))
-            self._hear_weights(call.module)
+                sequence = self._new(name, CellSequence(name, call.module, self._runs.catch, self._want_partial))
+            self._runs.observe_weights(call.module)
             sequence.add(call)
             return
         sequence = self._going_on(name, call)
-        if call.module.bidirectional or self._partial:
+        if call.module.bidirectional or self._want_partial:
             sequence = None
-        self._hear_weights(call.module)
+        self._runs.observe_weights(call.module)
         measured = call.recorders
         if isinstance(measured, RecordedCall) and measured.complete(call.x):
             if not isinstance(sequence, RecordedSequence):
-                sequence = self._new(name, RecordedSequence(name, self._catch))
+                sequence = self._new(name, RecordedSequence(name, self._runs.catch))
             sequence.add(measured)
             return
         if not isinstance(sequence, ModuleSequence):
-            sequence = self._new(name, ModuleSequence(name, call.module, self._catch, self._partial))
+            sequence = self._new(name, ModuleSequence(name, call.module, self._runs.catch, self._want_partial))
         sequence.add(call)
 
     def _going_on(self, name: str, call: Call) -> Sequence | None:
@@ -344,48 +318,19 @@ class Watch(Flow):
         # A model that is itself called step after step begins no new pass with each.
         same = sequence is not None and (sequence.era == era or (sequence.era[:2] == era[:2] and link((h,), last)))
         if not isinstance(sequence, MarkSequence) or not same:
-            sequence = self._new(name, MarkSequence(name, self._catch))
+            sequence = self._new(name, MarkSequence(name, self._runs.catch))
         sequence.era = era
         sequence.add(h)
 
-    def _hear_weights(self, module: RecurrentModule) -> None:
-        for key, weight in heard_weights(module).values():
-            if weight.requires_grad and not (weight.is_leaf and key in self._weights):
-                handle = weight.register_hook(partial(self._hear, key))
-                if weight.is_leaf:
-                    self._weights[key] = (weight, handle)
-
-    def _hear(self, key: Hashable, grad: Tensor) -> None:
-        gradients = self._run().gradients
-        gradients[key] = gradients[key] + grad if key in gradients else grad
-
-    def _look_at(self, name: str, grad: Tensor) -> None:
-        if unseen([grad]) is not None:
-            return
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        self._run().sums.append((name, grad.detach().sum(dtype=dtype)))
-
-    def _run(self) -> _Backward:
-        task = torch_internals.backward_number()
-        if task not in self._runs:
-            self._runs[task] = _Backward(thread=get_ident(), differentiable=torch.is_grad_enabled())
-            Variable._execution_engine.queue_callback(lambda: self._finish(task))
-        return self._runs[task]
-
-    def _catch(self, sequence: Sequence, key: Hashable, error: Any) -> None:
-        errors = self._run().errors.setdefault(sequence, {})
-        errors[key] = errors[key] + error if key in errors else error
-
     @torch.no_grad()
-    def _finish(self, task: int) -> None:
+    def _finish(self, run: BackwardRun | None) -> None:
         """A backward pass has ended: measure every sequence it reached, before an optimizer moves the weights."""
-        run = self._runs.pop(task, None)
         self._cut += 1
         if run is not None:
             with self._lock:
                 self._capture.guarded("", lambda: self._measure(run))
 
-    def _measure(self, run: _Backward) -> None:
+    def _measure(self, run: BackwardRun) -> None:
         bad = [name for name, total in run.sums if not bool(total.isfinite())]
         ours: dict[Hashable, Tensor] = {}
         measured: list[tuple[Sequence, list[Measured]]] = []
@@ -409,22 +354,16 @@ class Watch(Flow):
             for index, part in enumerate(found):
                 record = replace(part.flow, step=self._epoch)
                 if not isinstance(sequence, RecordedSequence):
-                    record = _judged(record, {key: ours[key] for key in part.gradients}, run.gradients, self._weights)
+                    record = with_residual(
+                        record, {key: ours[key] for key in part.gradients}, run.gradients, self._runs.weights
+                    )
                 origin = part.nonfinite
                 if origin is None and bad:
                     origin = f"{bad[0]}: its gradient is not finite, although every gradient at {record.name} is"
-                self._store(sequence, index, replace(part, gradients={}, flow=record, nonfinite=origin))
+                self._passes.add((sequence.number, index), replace(part, gradients={}, flow=record, nonfinite=origin))
         if self._stream is not None:
-            latest = {m.flow.name: m.flow for m in self._passes.values() if m.flow.step == self._epoch}
+            latest = {name: m.flow for name, m in self._passes.latest(self._epoch).items()}
             self._stream.write(Flow(latest), self._epoch)
-
-    def _store(self, sequence: Sequence, index: int, measured: Measured) -> None:
-        token = (sequence.number, index)
-        self._passes[token] = measured
-        same = [key for key, other in self._passes.items() if other.flow.name == measured.flow.name]
-        for key in same[: -self._keep]:
-            del self._passes[key]
-            self.dropped += 1
 
 
 def _record_names(path: str, module: RecurrentModule) -> list[str]:
@@ -432,40 +371,3 @@ def _record_names(path: str, module: RecurrentModule) -> list[str]:
         return [path or "cell"]
     ends = ("", ".reverse") if module.bidirectional else ("",)
     return [f"{path}.l{k}{end}".removeprefix(".") for k in range(module.num_layers) for end in ends]
-
-
-def _judged(
-    record: LayerFlow,
-    ours: dict[Hashable, Tensor],
-    autograd: dict[Hashable, Tensor],
-    weights: Mapping[Hashable, tuple[Tensor, Any]],
-) -> LayerFlow:
-    """The record with its residual, and with what a large one says."""
-    pairs = {key: (mine, autograd[key]) for key, mine in ours.items() if key in autograd}
-    if not pairs:
-        return record
-    apart, size = (
-        math.hypot(*(float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in vs))
-        for vs in ([mine - theirs for mine, theirs in pairs.values()], [theirs for _, theirs in pairs.values()])
-    )
-    residual = apart / size if size > 0 else (0.0 if apart == 0 else math.inf)
-    allowed = rounding(next(iter(pairs.values()))[1])
-    record = replace(record, residual=residual)
-    if residual <= 10 * allowed or record.problem is not None or not math.isfinite(residual):
-        return record
-    if all(_is_a_penalty(theirs - mine, weights.get(key)) for key, (mine, theirs) in pairs.items()):
-        return record
-    return replace(
-        record,
-        problem=f"its own ∂E/∂W differs from autograd's by {residual:.1e} (rounding explains {10 * allowed:.0e}): "
-        "a weight takes part elsewhere in the loss too, part of the backward pass is hidden, or the backend's gradient "
-        "is wrong, which uv.audit tells",
-    )
-
-
-def _is_a_penalty(extra: Tensor, weight: tuple[Tensor, Any] | None) -> bool:
-    """Whether what autograd adds is the gradient of a squared or absolute norm of the weight."""
-    if weight is None:
-        return False
-    w, cosine = weight[0].detach(), nn.functional.cosine_similarity
-    return any(float(cosine(extra.flatten(), v.flatten(), dim=0)) > 0.999 for v in (w, w.sign()))

@@ -36,7 +36,7 @@ def accelerate(model: M, strict: bool = False) -> M:
 
     Only the class of each layer changes: weights, optimizer state, hooks and state_dict stay as they are. A subclass
     that leaves `forward` to torch is accelerated too and remains an instance of its own class. A layer that cannot be
-    accelerated is left as it is and named in one UserWarning: it has a forward of its own, is scripted or quantized,
+    accelerated stays as it is and is named in one UserWarning: it has a forward of its own, is scripted or quantized,
     or uses a name that unvanish's layers use.
 
     Args:

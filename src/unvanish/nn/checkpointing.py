@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from unvanish import torch_internals
 from unvanish.cells import State, Weights
-from unvanish.engine import Norms, Recorder, Replay, Statistics
+from unvanish.engine import Norms, Recompute, Recorder, Statistics
 from unvanish.engine.sequence import add, transform, vjp
 
 Run = Callable[[Tensor, State, Weights, Tensor | None, Recorder | None], tuple[Tensor, State]]
-"""(input, state before it, weights, steps left to each sample, who hears of it) → (output, state after it)"""
+"""(input, state before it, weights, remaining steps of each sample, its recorder) → (output, state after it)"""
 
 
 class Piece(NamedTuple):
@@ -41,9 +41,9 @@ class Plan(NamedTuple):
     lengths: Tensor | None
     run: Run
     recorder: Callable[[int], Recorder] | None
-    """first step of a piece → who hears of it"""
+    """first step of a piece → its recorder"""
 
-    def hears(self, piece: Piece) -> Recorder | None:
+    def recorder_for(self, piece: Piece) -> Recorder | None:
         return None if self.recorder is None else self.recorder(piece.start)
 
 
@@ -91,7 +91,7 @@ class _InPieces(torch.autograd.Function):
         whole, kept = x.new_empty(0), []
         for piece in plan.pieces:
             kept += state
-            y, state = plan.run(piece.of(x), state, w, piece.lengths(plan.lengths), plan.hears(piece))
+            y, state = plan.run(piece.of(x), state, w, piece.lengths(plan.lengths), plan.recorder_for(piece))
             # Not the kernels' pool, which would hold on to as much once the output is let go.
             whole = whole if len(whole) else y.new_empty(len(x), *y.shape[1:])
             piece.of(whole).copy_(y)
@@ -109,7 +109,7 @@ class _InPieces(torch.autograd.Function):
         gradients, recorded = [], ctx.plan.recorder is not None
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             if recorded or not torch.is_grad_enabled():
-                # A second backward through the same graph: heard of are the errors of both, as .grad adds them up.
+                # A second backward through the same graph: the errors of both are recorded, as .grad adds them up.
                 total = None if ctx.errors is None else [add(a, b) for a, b in zip(ctx.errors, errors, strict=True)]
                 notices: list[Callable[[], None]] = []
                 with torch.no_grad():
@@ -134,7 +134,7 @@ def _back(
     total: Any,
     notices: list[Callable[[], None]],
 ) -> list[Tensor | None]:
-    """The gradients of x, the initial state and w from the errors of (y, final state); recorders hear of `total`, or of
+    """The gradients of x, the initial state and w from the errors of (y, final state); what is recorded is `total`, or
     the same errors where it is None."""
     n = len(errors) - 1
     dx = torch.zeros_like(x) if needs[0] else None
@@ -142,7 +142,7 @@ def _back(
     dy_total, *d_total = total or [None] * (n + 1)
     for number, piece in reversed(list(enumerate(plan.pieces))):
         inputs = piece, x, tuple(kept[number * n : (number + 1) * n]), w, needs
-        recorder = plan.hears(piece)
+        recorder = plan.recorder_for(piece)
         held = None if recorder is None else _Held(recorder)
         here = _piece(plan, *inputs, [piece.of(dy), *d], held if total is None else None)
         if held is not None:
@@ -176,7 +176,7 @@ def _graph_of_gradients(
     """Differentiable gradients. What is kept of the states knows nothing of where it came from, so this makes a graph
     of the whole sequence."""
     n = len(state)
-    # Views, so that who listens to the tensors themselves does not hear of them twice.
+    # Views, so that hooks on the tensors themselves do not run twice.
     inputs = [None if v is None else v.view_as(v) for v in (x, *state, *w)]
     part, *rest = inputs
     y, final = plan.run(part, tuple(rest[:n]), Weights(*rest[n:]), plan.lengths, None)  # type: ignore[arg-type]
@@ -184,26 +184,26 @@ def _graph_of_gradients(
 
 
 class _Held:
-    """Holds what a recorder is to hear on the way back: a piece's gradients are a backward pass of their own, and the
-    recorder belongs to the one around it."""
+    """Holds what a recorder is notified of until the backward pass around it: the gradients of a piece are a pass of
+    their own."""
 
     def __init__(self, recorder: Recorder) -> None:
-        self.recorder, self.heard = recorder, list[tuple[Norms, Weights, Replay]]()
+        self.recorder, self.observed = recorder, list[tuple[Norms, Weights, Recompute]]()
 
     @property
-    def listening(self) -> bool:
-        return self.recorder.listening
+    def awaits_backward(self) -> bool:
+        return self.recorder.awaits_backward
 
     def forward(self, statistics: Statistics) -> None:
         self.recorder.forward(statistics)
 
-    def backward(self, norms: Norms, gradients: Weights, replay: Replay) -> None:
-        self.heard.append((norms, gradients, replay))
+    def backward(self, norms: Norms, gradients: Weights, recompute: Recompute) -> None:
+        self.observed.append((norms, gradients, recompute))
 
     def hand_on(self, gradients: list[Tensor | None]) -> None:
-        """`gradients` take the place of those that were heard, where there are any. Nothing is kept: a replay holds the
+        """`gradients` take the place of those observed, where there are any. Nothing is kept: `recompute` holds the
         piece's graph, which holds this."""
-        said, self.heard = self.heard, []
-        for norms, heard, replay in said:
-            both = zip(gradients, heard, strict=True)
-            self.recorder.backward(norms, Weights(*(b if a is None else a for a, b in both)), replay)  # type: ignore[arg-type]
+        held, self.observed = self.observed, []
+        for norms, observed, recompute in held:
+            both = zip(gradients, observed, strict=True)
+            self.recorder.backward(norms, Weights(*(b if a is None else a for a, b in both)), recompute)  # type: ignore[arg-type]

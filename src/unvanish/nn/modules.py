@@ -381,12 +381,12 @@ def drawn_again(module: SequenceModule, inputs: TimeMajor, rng: Tensor | None) -
         return Drawn([inputs.dropout_mask(width, module.dropout) for _ in range(layers)], cuts)
 
 
-def hear_gradient(tensor: Tensor, hear: Callable[[Tensor], None]) -> RemovableHandle:
-    """`hear` is called with every gradient that reaches `tensor`."""
+def on_gradient(tensor: Tensor, notify: Callable[[Tensor], None]) -> RemovableHandle:
+    """`notify` is called with every gradient that reaches `tensor`."""
 
     def hook(d: Tensor | None) -> None:
         # Of several outputs of one node, that of one nothing read may be undefined.
         if d is not None:
-            hear(d)
+            notify(d)
 
     return tensor.register_hook(hook)

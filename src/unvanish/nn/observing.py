@@ -1,4 +1,4 @@
-"""Where a recurrent layer says what it was given and what it gave: at the call of its kernel, inside `forward`.
+"""Where a recurrent layer reports its inputs and outputs: at the call of its kernel, inside `forward`.
 
 `unvanish.nn`'s layers come here by themselves. torch's do while somebody observes: then the *class attribute* `forward`
 of nn.RNN, LSTM, GRU and their cells is a wrapper, so that a subclass's `super().forward(...)`, `layer.forward(x)`

@@ -14,7 +14,7 @@ from unvanish.draw import LINES, LN10, decades, line, short
 from unvanish.flow.files import write_atomically
 from unvanish.report import verdict
 from unvanish.report.plot import spans_decades
-from unvanish.train.records import Anatomy, Comparison, Reach, TaskResult
+from unvanish.train.records import Comparison, GradientBreakdown, Reach, TaskResult
 
 
 def write_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> None:
@@ -77,7 +77,7 @@ def _task_data(task: TaskResult) -> dict[str, Any]:
                 "update": run.curve_update,
                 "error": run.curve_error,
                 "moments": [_moment(m) for m in (run.before, *run.during, run.after)],
-                "anatomy": [_anatomy(a) for a in run.anatomy],
+                "breakdown": [_breakdown(a) for a in run.breakdown],
                 "cures": [{"title": short(cure.title), "moment": _moment(cure.reach)} for cure in run.cures],
             }
             for index, run in enumerate(task.runs)
@@ -95,12 +95,12 @@ def _moment(reach: Reach) -> dict[str, Any]:
     }
 
 
-def _anatomy(a: Anatomy) -> dict[str, Any]:
+def _breakdown(a: GradientBreakdown) -> dict[str, Any]:
     return {
         "steps": a.steps,
         "share": a.share,
         "subgradient": _powers(a.subgradient),
-        "partial": _powers(a.partial),
+        "partialSums": _powers(a.partial_sums),
         "tau": a.time_constants,
         "sources": a.sources,
         "map": [_powers(row) for row in a.map],

@@ -26,7 +26,7 @@ from unvanish.flow import (
     SourceGradients,
     StateTerms,
 )
-from unvanish.train.records import Anatomy, Comparison, Reach, Run, TaskResult
+from unvanish.train.records import Comparison, GradientBreakdown, Reach, Run, TaskResult
 
 Moment = Literal["before", "after"]
 
@@ -102,45 +102,45 @@ def decay(curves: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
     return draw.over_lag({name: curve.tolist() for name, curve in curves.items()}, ax)
 
 
-def adjoint_map(record: AdjointMap | Anatomy, sample: int | None = None, ax: Axes | None = None) -> Axes:
+def adjoint_map(record: AdjointMap | GradientBreakdown, sample: int | None = None, ax: Axes | None = None) -> Axes:
     """‖∂E_k/∂s_t‖ of every source k over the step t: a heat map, or up to eight sources as curves.
 
     Args:
-        record: the map, or the anatomy of a comparison's run.
-        sample: which one to show; None: the median over samples, which is all that an anatomy has.
+        record: the map, or the breakdown of a comparison's run.
+        sample: which one to show; None: the median over samples, which is all that a breakdown has.
         ax: where to draw.
 
     Raises:
         IndexError: there is no such sample.
-        ValueError: a sample is asked for of an anatomy.
+        ValueError: a sample is asked for of a breakdown.
     """
-    if not isinstance(record, Anatomy):
+    if not isinstance(record, GradientBreakdown):
         return record.plot(ax, sample)
     if sample is not None:
-        raise ValueError(f"sample: an anatomy holds medians over samples alone; leave it out, got {sample}")
+        raise ValueError(f"sample: a breakdown holds medians over samples alone; leave it out, got {sample}")
     log_norms = np.array(record.map, dtype=float)
     return draw.heat_map(record.steps, record.sources, log_norms, r"$\|\partial E_k/\partial s_t\|$", ax)
 
 
-def terms(record: StateTerms | Anatomy, ax: Axes | None = None) -> Axes:
+def terms(record: StateTerms | GradientBreakdown, ax: Axes | None = None) -> Axes:
     """Each path's share of the gradient that comes back to step t, the median over samples; they sum to 1."""
-    if not isinstance(record, Anatomy):
+    if not isinstance(record, GradientBreakdown):
         return record.plot(ax)
     return draw.lines(record.share, record.steps, "step t", "share of the gradient that comes back", ax, zero=True)
 
 
-def memory(record: GateStatistics | Anatomy, bins: int = 20, ax: Axes | None = None) -> Axes:
+def memory(record: GateStatistics | GradientBreakdown, bins: int = 20, ax: Axes | None = None) -> Axes:
     """How many units forget by 1/e in how many steps: the time constants that the carry implies.
 
     Raises:
         ValueError: the cell carries nothing.
     """
-    counts, edges = _time_constants(record, bins) if isinstance(record, Anatomy) else record.histogram(bins)
+    counts, edges = _time_constants(record, bins) if isinstance(record, GradientBreakdown) else record.histogram(bins)
     return draw.histogram(np.asarray(counts), np.asarray(edges), ax)
 
 
-def _time_constants(record: Anatomy, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """The histogram of an anatomy's units, bins of equal width in ln τ as `GateStatistics.histogram` has them."""
+def _time_constants(record: GradientBreakdown, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """The histogram of a breakdown's units, bins of equal width in ln τ as `GateStatistics.histogram` has them."""
     if record.time_constants is None:
         raise ValueError("record: of a plain RNN, which has no gate that carries its state")
     tau = np.clip([value for value in record.time_constants if value is not None], 1e-3, 1e9)
@@ -149,15 +149,15 @@ def _time_constants(record: Anatomy, bins: int) -> tuple[np.ndarray, np.ndarray]
     return np.histogram(tau, np.geomspace(tau.min(), tau.max() if tau.max() > tau.min() else 10 * tau.min(), bins + 1))
 
 
-def subgradients(record: LayerFlow | Anatomy, ax: Axes | None = None) -> Axes:
+def subgradients(record: LayerFlow | GradientBreakdown, ax: Axes | None = None) -> Axes:
     """‖g_t‖ of the T subgradients of ∂E/∂W = Σ_t g_t, and, where recorded, ‖Σ_{s ≥ t} g_s‖.
 
     Raises:
         ValueError: the record has none: it is of marked states.
     """
     names, y = (r"$\|g_t\|$", r"$\|\sum_{s \geq t} g_s\|$"), "norm of the weight's gradient"
-    if isinstance(record, Anatomy):
-        both = (record.subgradient, record.partial)
+    if isinstance(record, GradientBreakdown):
+        both = (record.subgradient, record.partial_sums)
         curves = {
             name: [None if v is None else v / draw.LN10 for v in values]
             for name, values in zip(names, both, strict=True)

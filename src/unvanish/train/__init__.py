@@ -1,7 +1,7 @@
 """Tasks and training."""
 
-from unvanish.train.budget import Budget, Machines
 from unvanish.train.compare import DEFAULT_CELLS, DEFAULT_TASKS, compare, environment
+from unvanish.train.configuration import Machines, TrainingConfiguration
 from unvanish.train.data.sequences import Sequences
 from unvanish.train.data.series import Series
 from unvanish.train.data.table import DataError
@@ -26,7 +26,6 @@ __all__ = [
     "DEFAULT_TASKS",
     "RECIPES",
     "TASKS",
-    "Budget",
     "Classification",
     "Comparison",
     "DataError",
@@ -45,6 +44,7 @@ __all__ = [
     "TaskProblem",
     "TaskResult",
     "Trained",
+    "TrainingConfiguration",
     "compare",
     "environment",
     "evaluate",

@@ -13,9 +13,9 @@ import torch
 
 import unvanish
 from unvanish import flow
-from unvanish.train.anatomy import dissect, ending_together
-from unvanish.train.budget import Budget
+from unvanish.train.configuration import TrainingConfiguration
 from unvanish.train.fit import evaluate, fit
+from unvanish.train.gradient_breakdown import break_down, ending_together
 from unvanish.train.memory import estimated, require
 from unvanish.train.models import REMEDIES, SequenceModel, recipe
 from unvanish.train.records import Comparison, Cured, Reach, Run, TaskResult
@@ -73,7 +73,7 @@ def measure(model: SequenceModel, task: Task, update: int, fraction: float = 0.0
 
 
 def cured(task: Task, name: str, hidden: int, seed: int) -> list[Cured]:
-    """What each cure of a plain recipe does to the error's way back before training; global random numbers stay."""
+    """How each cure of a plain recipe changes the reach of the gradient before training; global random numbers stay."""
     found = []
     with torch.random.fork_rng(devices=[]):
         for remedy in REMEDIES.get(name, ()):
@@ -83,22 +83,24 @@ def cured(task: Task, name: str, hidden: int, seed: int) -> list[Cured]:
     return found
 
 
-def run_one(task: Task, name: str, hidden: int, budget: Budget, tell: Tell, folder: Path | None) -> Run:
+def run_one(
+    task: Task, name: str, hidden: int, configuration: TrainingConfiguration, tell: Tell, folder: Path | None
+) -> Run:
     """Measure, train, measure again; the same seed gives the same run."""
     start = time.perf_counter()
-    torch.manual_seed(budget.seed)
+    torch.manual_seed(configuration.seed)
     chosen = recipe(name)
     model = chosen.build(task, hidden)
     before = measure(model, task, 0)
-    anatomy = [dissect(model, task, 0, PROBES // 2)]
+    breakdown = [break_down(model, task, 0, PROBES // 2)]
     during: list[Reach] = []
-    moments = {budget.steps // 10, budget.steps // 2} - {0, budget.steps}
+    moments = {configuration.steps // 10, configuration.steps // 2} - {0, configuration.steps}
     progress: Progress = fit(
         model,
         task,
-        budget,
+        configuration,
         at={update: lambda done: during.append(measure(model, task, done)) for update in moments},
-        tell=lambda done, error: tell(task, name, done, budget.steps, error),
+        tell=lambda done, error: tell(task, name, done, configuration.steps, error),
     )
     if folder is not None:
         with flow.watch(model) as record:
@@ -106,7 +108,7 @@ def run_one(task: Task, name: str, hidden: int, budget: Budget, tell: Tell, fold
             task.loss(model(x), y).backward()
         record.save(folder / f"{task.name}-{name}.flow")
     model.zero_grad()
-    anatomy.append(dissect(model, task, budget.steps, PROBES // 2))
+    breakdown.append(break_down(model, task, configuration.steps, PROBES // 2))
     test_error = evaluate(model, task)
     stays = [all(e < task.solved_below for e in progress.error[i:]) for i in range(len(progress.error))]
     return Run(
@@ -121,9 +123,9 @@ def run_one(task: Task, name: str, hidden: int, budget: Budget, tell: Tell, fold
         seconds=time.perf_counter() - start,
         before=before,
         during=during,
-        after=measure(model, task, budget.steps),
-        anatomy=anatomy,
-        cures=cured(task, name, hidden, budget.seed),
+        after=measure(model, task, configuration.steps),
+        breakdown=breakdown,
+        cures=cured(task, name, hidden, configuration.seed),
     )
 
 
@@ -155,7 +157,7 @@ def compare(
         seed: of data, weights and order.
         flows: a folder for one flow file per run; None: keep none.
         command: what the user typed, for the report.
-        tell: hears of every update.
+        tell: called after every update.
 
     Raises:
         ValueError: no task or cell, an unknown one or one named twice, a number out of range, or too little memory.
@@ -170,8 +172,10 @@ def compare(
     images = {name for name in tasks if issubclass(TASKS.get(name, Task), PixelDigits)}
     keep = images if images != set(tasks) else set()
     chosen = [make_task(name, None if name in keep else length, seed) for name in tasks]
-    budgets = [
-        Budget(steps if steps is not None else DEFAULT_STEPS.get(task.name, STEPS), batch, lr, CLIP, seed)
+    configurations = [
+        TrainingConfiguration(
+            steps if steps is not None else DEFAULT_STEPS.get(task.name, STEPS), batch, lr, CLIP, seed
+        )
         for task in chosen
     ]
     for task in chosen:
@@ -179,14 +183,14 @@ def compare(
         require(needed, f"hidden {hidden}, batch {batch}, length {task.length}")
     results = []
     folder = None if flows is None else Path(flows)
-    for task, budget in zip(chosen, budgets, strict=True):
+    for task, configuration in zip(chosen, configurations, strict=True):
         runs = []
         for name in cells:
             try:
-                runs.append(run_one(task, name, hidden, budget, tell, folder))
+                runs.append(run_one(task, name, hidden, configuration, tell, folder))
             except ArithmeticError as error:
                 raise ArithmeticError(f"{task.name}, {name}: {error}") from error
-        settings = {**asdict(budget), "hidden": hidden, "optimizer": "Adam", "probes": PROBES}
+        settings = {**asdict(configuration), "hidden": hidden, "optimizer": "Adam", "probes": PROBES}
         results.append(
             TaskResult(
                 name=task.name,

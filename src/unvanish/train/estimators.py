@@ -10,7 +10,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
-from unvanish.train.budget import Optimizer, Schedule
+from unvanish.train.configuration import Optimizer, Schedule
 from unvanish.train.data.missing import Missing, check_missing, filled, refuse
 from unvanish.train.data.sequences import Sequences
 from unvanish.train.data.series import Series, last_season

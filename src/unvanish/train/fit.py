@@ -1,4 +1,4 @@
-"""Train a model for a budget of updates, on Lightning: measured in rounds, resumable, on one process or many."""
+"""Train a model for so many updates, on Lightning: measured in rounds, resumable, on one process or many."""
 
 import logging
 import signal
@@ -16,8 +16,8 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from unvanish.train.budget import Budget, Machines
 from unvanish.train.checkpoints import SaveEachRound, SealedCheckpointIO, newest
+from unvanish.train.configuration import Machines, TrainingConfiguration
 from unvanish.train.models import SequenceModel
 from unvanish.train.supervised import Problem, Progress, Supervised, Tell, judged, together
 from unvanish.train.tasks.base import Split
@@ -42,7 +42,7 @@ class _At(lightning.Callback):
 def fit(
     model: SequenceModel,
     problem: Problem,
-    budget: Budget,
+    configuration: TrainingConfiguration,
     *,
     at: dict[int, Callable[[int], None]] | None = None,
     tell: Tell = lambda update, error: None,
@@ -52,13 +52,13 @@ def fit(
     loggers: Sequence[Logger] = (),
     machines: Machines | None = None,
 ) -> Progress:
-    """Minimise the problem's loss for the updates of the budget, the global gradient norm clipped; validate at the
+    """Minimise the problem's loss for its configured updates, the global gradient norm clipped; validate at the
     end of each round. With `patience` the model ends with the weights of its best round, else with the last.
 
     Args:
         model: answers what the problem's loss takes.
         problem: where samples come from.
-        budget: what it may use.
+        configuration: of the training.
         at: update → called with the update once it is done.
         tell: called after each update with the latest validation error.
         callbacks: further ones of Lightning.
@@ -75,9 +75,9 @@ def fit(
         OSError: a checkpoint can't be written; the last good one is kept.
     """
     machines = machines or Machines()
-    if budget.batch % machines.processes:
-        raise ValueError(f"batch: expected a multiple of the {machines.processes} processes, got {budget.batch}")
-    module = Supervised(model, problem, budget, tell)
+    if configuration.batch % machines.processes:
+        raise ValueError(f"batch: expected a multiple of the {machines.processes} processes, got {configuration.batch}")
+    module = Supervised(model, problem, configuration, tell)
     chosen = [*callbacks]
     if at:
         chosen.append(_At(set(at), lambda update: at[update](update)))
@@ -99,14 +99,14 @@ def fit(
                 num_nodes=machines.nodes,
                 strategy="ddp" if several else "auto",
                 plugins=plugins,
-                max_steps=budget.steps,
+                max_steps=configuration.steps,
                 max_epochs=-1,
                 num_sanity_val_steps=0,
                 reload_dataloaders_every_n_epochs=1,
                 use_distributed_sampler=False,
-                gradient_clip_val=budget.clip,
+                gradient_clip_val=configuration.clip,
                 logger=list(loggers),
-                log_every_n_steps=min(10, budget.round),
+                log_every_n_steps=min(10, configuration.round),
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
@@ -124,7 +124,7 @@ def fit(
             raise KeyboardInterrupt from stop
         finally:
             module.stop_listening()
-    if budget.patience is not None and module.best is None:
+    if configuration.patience is not None and module.best is None:
         raise ArithmeticError("the validation loss was never finite; try a smaller lr or clip")
     if module.best is not None:
         model.load_state_dict(module.best[1])

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from unvanish.flow.callback import GradientFlow
-from unvanish.train.budget import Budget, Machines
+from unvanish.train.configuration import Machines, TrainingConfiguration
 from unvanish.train.fit import JUDGED, fit
 from unvanish.train.memory import estimated, require
 from unvanish.train.models import Shape
@@ -53,7 +53,7 @@ def train_on(
         loggers: Lightning's.
         machines: where it runs; None: in this process.
         callbacks: Lightning's, further ones.
-        tell: hears of every update.
+        tell: called after every update.
 
     Raises:
         ValueError: the settings don't fit the problem, or need more memory than there is; `out` holds something else,
@@ -64,10 +64,10 @@ def train_on(
         OSError: `out` can't be written; the last good checkpoint is kept.
     """
     shape = problem.begin(settings)
-    budget = settings.budget(problem.size("train"), problem.steps, problem.patience)
+    configuration = settings.configuration(problem.size("train"), problem.steps, problem.patience)
     machines = machines or Machines()
     if machines.accelerator == "cpu":
-        _check_memory(problem, shape, budget)
+        _check_memory(problem, shape, configuration)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = shape.build(problem.length)
@@ -76,7 +76,12 @@ def train_on(
     flow = None if flow_every is None else GradientFlow(flow_every, samples=samples)
     folder = None
     if out is not None:
-        run = {"kind": problem.kind, "budget": asdict(budget), "shape": asdict(shape), "data": fingerprint(problem)}
+        run = {
+            "kind": problem.kind,
+            "configuration": asdict(configuration),
+            "shape": asdict(shape),
+            "data": fingerprint(problem),
+        }
         folder = RunFolder(Path(out), run, resume, machines.first)
         if folder.finished:
             return Trained.load(out)
@@ -84,8 +89,8 @@ def train_on(
         progress = fit(
             model,
             problem,
-            budget,
-            tell=lambda done, error: tell(done, budget.steps, error),
+            configuration,
+            tell=lambda done, error: tell(done, configuration.steps, error),
             callbacks=[*callbacks, *([] if flow is None else [flow])],
             checkpoints=None if folder is None else folder.checkpoints,
             resume=resume,
@@ -110,8 +115,8 @@ def train_on(
     return trained
 
 
-def _check_memory(problem: DataProblem, shape: Shape, budget: Budget) -> None:
-    batch, length, judged = min(budget.batch, problem.size("train")), problem.length, 0
+def _check_memory(problem: DataProblem, shape: Shape, configuration: TrainingConfiguration) -> None:
+    batch, length, judged = min(configuration.batch, problem.size("train")), problem.length, 0
     if problem.size("validation"):
         # A language model's is longer than what an update sees.
         longest = max(length, len(problem.dataset("validation")[0][0]))

@@ -33,7 +33,7 @@ class Reach:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class GradientBreakdown:
     """Why the error survives or dies in the recurrent layer, at one moment of training; medians over the batch.
 
     None stands where there is no number: a logarithm of zero, a share of no error.
@@ -46,7 +46,7 @@ class Anatomy:
     """path, in words → its signed share of the last step's error that comes back to step t; they sum to 1"""
     subgradient: list[float | None]
     """ln‖g_t‖, ∂E/∂W = Σ_t g_t"""
-    partial: list[float | None]
+    partial_sums: list[float | None]
     """ln‖Σ_{s ≥ t} g_s‖"""
     time_constants: list[float | None] | None
     """steps, per unit: τ = 1 / −mean ln of the gate that carries the state; None for a plain RNN"""
@@ -85,7 +85,7 @@ class Run:
     before: Reach
     during: list[Reach]
     after: Reach
-    anatomy: list[Anatomy]
+    breakdown: list[GradientBreakdown]
     """before and after training"""
     cures: list[Cured]
     """of a plain cell; none of a cured one"""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from unvanish.train.budget import Budget, Optimizer, Schedule
+from unvanish.train.configuration import Optimizer, Schedule, TrainingConfiguration
 from unvanish.train.models import READS, Read, recipe
 
 EPOCHS = 50
@@ -66,17 +66,19 @@ class Settings:
             raise ValueError(f"epochs, steps: expected one of them, got epochs {self.epochs} and steps {self.steps}")
         if self.patience is not None and self.patience < 0:
             raise ValueError(f"patience: expected 0 or more, got {self.patience}")
-        self.budget(1)
+        self.configuration(1)
 
-    def budget(self, size: int, default_steps: int | None = None, default_patience: int | None = None) -> Budget:
-        """The budget for so many training samples; the defaults are for what the settings leave open."""
+    def configuration(
+        self, size: int, default_steps: int | None = None, default_patience: int | None = None
+    ) -> TrainingConfiguration:
+        """The configuration for so many training samples; the defaults are for what the settings leave open."""
         one_pass = -(-size // max(1, self.batch))
         steps = self.steps
         if steps is None:
             by_default = EPOCHS * one_pass if default_steps is None else default_steps
             steps = by_default if self.epochs is None else self.epochs * one_pass
         patience = default_patience if self.patience is None else self.patience or None
-        return Budget(
+        return TrainingConfiguration(
             steps,
             self.batch,
             self.lr,

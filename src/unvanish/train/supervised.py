@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from unvanish.cures import Omega
-from unvanish.train.budget import OPTIMIZERS, Budget
+from unvanish.train.configuration import OPTIMIZERS, TrainingConfiguration
 from unvanish.train.models import SequenceModel
 from unvanish.train.rounds import batches
 from unvanish.train.tasks.base import IGNORED, Samples, Split
@@ -59,26 +59,28 @@ Tell = Callable[[int, float | None], None]
 class Supervised(lightning.LightningModule):
     """One round of updates is one epoch of Lightning's: data, order and randomness follow from (seed, update)."""
 
-    def __init__(self, model: SequenceModel, problem: Problem, budget: Budget, tell: Tell) -> None:
+    def __init__(
+        self, model: SequenceModel, problem: Problem, configuration: TrainingConfiguration, tell: Tell
+    ) -> None:
         super().__init__()
-        self.model, self.problem, self.budget, self.tell = model, problem, budget, tell
+        self.model, self.problem, self.configuration, self.tell = model, problem, configuration, tell
         self.progress = Progress()
         self.best: tuple[float, dict[str, Tensor]] | None = None
         """(validation loss, weights) of the best round"""
         self._since_best = 0
-        self._omega = Omega(model) if budget.omega else None
+        self._omega = Omega(model) if configuration.omega else None
         self._state: Any = None
         self._sums = torch.zeros(3, dtype=torch.float64)
 
     def train_dataloader(self) -> DataLoader:
-        updates = self.budget.updates(self.current_epoch)
+        updates = self.configuration.updates(self.current_epoch)
         size, world = self.problem.size("train"), self.trainer.world_size
         chosen = list(
             batches(
                 size,
-                self.budget.batch,
+                self.configuration.batch,
                 updates,
-                seed=self.budget.seed,
+                seed=self.configuration.seed,
                 shuffle=self.problem.shuffle,
                 rank=self.trainer.global_rank,
                 world=world,
@@ -104,7 +106,7 @@ class Supervised(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         # A state of its own for each round, so that a checkpoint need not hold the generator's.
-        seed = np.random.SeedSequence([self.budget.seed, self.current_epoch, self.trainer.global_rank])
+        seed = np.random.SeedSequence([self.configuration.seed, self.current_epoch, self.trainer.global_rank])
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
         self._state = None
 
@@ -128,9 +130,9 @@ class Supervised(lightning.LightningModule):
         if self._omega is None:
             return
         self.stop_listening()
-        # Not through backward(): DDP has averaged the loss's gradients by now, and would not hear of these.
+        # Not through backward(): DDP has averaged the loss's gradients by now, and would miss these.
         weights = [w for w in self.model.recurrent.parameters() if w.requires_grad]
-        penalty = self.budget.omega * self._omega.penalty()
+        penalty = self.configuration.omega * self._omega.penalty()
         for w, d in zip(weights, torch.autograd.grad(penalty, weights, allow_unused=True), strict=True):
             if d is not None:
                 mean = self.trainer.strategy.reduce(d, reduce_op="mean")
@@ -159,7 +161,7 @@ class Supervised(lightning.LightningModule):
         self.progress.error.append(error)
         if self.trainer.loggers:
             self.log_dict({"validation_loss": loss, "validation_error": error}, rank_zero_only=True)
-        if self.budget.patience is None:
+        if self.configuration.patience is None:
             if not math.isfinite(loss):  # with patience the best round's weights are taken, and it is none of them
                 raise ArithmeticError(
                     f"the validation loss became {loss} at update {self.global_step}; try a smaller lr or clip"
@@ -170,14 +172,16 @@ class Supervised(lightning.LightningModule):
             self._since_best = 0
         else:
             self._since_best += 1
-            self.trainer.should_stop |= self._since_best >= self.budget.patience
+            self.trainer.should_stop |= self._since_best >= self.configuration.patience
 
     def configure_optimizers(self) -> Any:
-        made = OPTIMIZERS[self.budget.optimizer]
-        optimizer = made(self.model.parameters(), lr=self.budget.lr, weight_decay=self.budget.weight_decay)  # type: ignore[call-arg]
-        if self.budget.schedule == "constant":
+        made = OPTIMIZERS[self.configuration.optimizer]
+        optimizer = made(
+            self.model.parameters(), lr=self.configuration.lr, weight_decay=self.configuration.weight_decay
+        )  # type: ignore[call-arg]
+        if self.configuration.schedule == "constant":
             return optimizer
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.budget.steps)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.configuration.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -193,7 +197,9 @@ class Supervised(lightning.LightningModule):
         self.progress.update[:], self.progress.error[:] = kept["update"], kept["error"]
         self.best, self._since_best = kept["best"], kept["since_best"]
         # It was to stop just then.
-        self.trainer.should_stop |= self.budget.patience is not None and self._since_best >= self.budget.patience
+        self.trainer.should_stop |= (
+            self.configuration.patience is not None and self._since_best >= self.configuration.patience
+        )
 
 
 def together(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None, Tensor]:

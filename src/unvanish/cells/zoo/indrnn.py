@@ -1,4 +1,4 @@
-"""Independently recurrent network (Li et al. 2018): every unit hears itself alone.
+"""Independently recurrent network (Li et al. 2018): every unit reads its own state alone.
 
 h_t = relu(W x_t + b + u ⊙ h_{t-1})
 

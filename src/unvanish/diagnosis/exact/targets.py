@@ -4,13 +4,15 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from unvanish.capture.parts import NAMES
 from unvanish.diagnosis.exact.bench import Bench
 from unvanish.diagnosis.exact.logits import origin
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import floating, mapped
 from unvanish.diagnosis.trace import Called, double
+from unvanish.nn.modules import cell_of
 
 REGRESSION = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"}
 DIFFERENCES = {"sub", "rsub", "__sub__", "__rsub__", "mul", "__mul__", "__rmul__"} | REGRESSION
@@ -178,17 +180,21 @@ def output_range(bench: Bench) -> list[Finding]:
 
 
 def _recurrent_range(bench: Bench, answers: Tensor, low: float, high: float) -> tuple[float, float]:
-    """[-1, 1] for answers that are a recurrent layer's own output."""
+    """[-1, 1] for answers that are the output h of a gated layer or cell of torch or unvanish.
+
+    A projection of h is not bounded, nor is c; h of a plain RNN is as φ is.
+    """
     if math.isfinite(low):
         return low, high
     for call in bench.training.trace.modules:
-        kind = type(call.module).__name__
-        if kind not in ("LSTM", "GRU", "LSTMCell", "GRUCell") or getattr(call.module, "proj_size", 0):
+        module = call.module
+        if not isinstance(module, nn.RNNBase | nn.RNNCellBase) or type(module).__name__ not in NAMES:
             continue
-        for state in call.outputs[:2]:
-            if state.untyped_storage().data_ptr() == answers.untyped_storage().data_ptr() and (
-                kind.startswith("GRU") or state is call.outputs[0] or answers.shape[-1] == state.shape[-1]
-            ):
+        if not cell_of(module).carries or getattr(module, "proj_size", 0):
+            continue
+        # A cell returns h, with c behind it where it has one; a layer returns the outputs and the last h first.
+        for h in call.outputs[: 1 if isinstance(module, nn.RNNCellBase) else 2]:
+            if h.untyped_storage().data_ptr() == answers.untyped_storage().data_ptr():
                 return -1.0, 1.0
     return low, high
 

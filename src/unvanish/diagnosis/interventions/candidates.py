@@ -11,10 +11,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from unvanish import cures, torch_internals
 from unvanish import nn as layers
+from unvanish.cures.replace import REPLACEABLE
 from unvanish.diagnosis.interventions.inputs import Fed
 from unvanish.diagnosis.interventions.optimizers import Recipe, other_rates
 from unvanish.diagnosis.interventions.standardise import standardise_
 from unvanish.diagnosis.plan import Step
+from unvanish.nn.layers import EngineSequence
 from unvanish.nn.modules import RecurrentModule, SequenceModule, cell_of
 
 Kind = Literal["as_is", "rate", "clip", "radius", "reach", "input", "regularisation"]
@@ -184,7 +186,6 @@ def of_input(model: nn.Module, found: dict[str, Fed]) -> list[Candidate]:
 
 
 Modules = dict[str, RecurrentModule]
-_PLAIN = (nn.RNN, nn.RNNCell, layers.RNN)
 
 
 def _all(model: nn.Module) -> Modules:
@@ -213,7 +214,7 @@ def _paths(model: nn.Module, paths: list[str]) -> list[str]:
 def _replaceable(model: nn.Module) -> bool:
     """Whether every plain RNN of the model can have a gated successor: it is torch's or ours, as it was made."""
     plain = [m for m in _all(model).values() if not cell_of(m).carries]
-    return all(type(m) in _PLAIN and not is_parametrized(m) and not _hooked(m) for m in plain)
+    return all(type(m) in REPLACEABLE and not is_parametrized(m) and not _hooked(m) for m in plain)
 
 
 def _hooked(m: nn.Module) -> bool:
@@ -271,7 +272,7 @@ def _identity(path: str) -> Step:
 
 
 def _replaced(plain: Modules, seed: int) -> Step:
-    ours = any(isinstance(m, layers.RNN) for m in plain.values())
+    ours = any(isinstance(m, EngineSequence) for m in plain.values())
     given = "uv.restore(model)" if ours else "model"
 
     def act(model: nn.Module) -> nn.Module:

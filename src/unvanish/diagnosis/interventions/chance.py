@@ -20,8 +20,8 @@ HORIZON = 400
 FAINTEST = -20.0
 """ln of a survival below which less does not matter"""
 
-WEIGHTS: tuple[float, ...] | None = None
-"""(w₀, w₁, …) in the order of `Features`; None: not fitted, and so no chance is given"""
+WEIGHTS = (-2.55, 3.75, 1.95, 2.02, 0.58, -0.14, -0.61)
+"""(w₀, w₁, …) in the order of `Features`"""
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,12 @@ class Features:
     diverged: float
     """1 where the copy's loss stopped being finite"""
 
-    def chance(self, weights: tuple[float, ...] | None = None) -> float | None:
-        """σ(w₀ + Σ w_k z_k); None where no weights are given and none were fitted.
+    def chance(self, weights: tuple[float, ...] = WEIGHTS) -> float:
+        """σ(w₀ + Σ w_k z_k).
 
         Raises:
             ValueError: there is not one weight for each feature and one constant.
         """
-        weights = WEIGHTS if weights is None else weights
-        if weights is None:
-            return None
         if len(weights) != len(fields(self)) + 1:
             raise ValueError(f"weights: expected {len(fields(self)) + 1}, got {len(weights)}")
         z = weights[0] + sum(w * value for w, value in zip(weights[1:], astuple(self), strict=True))

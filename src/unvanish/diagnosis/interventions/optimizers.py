@@ -14,10 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 USUAL = {
-    "Adam": (1e-3, 3e-3),
-    "AdamW": (1e-3, 3e-3),
-    "NAdam": (1e-3, 3e-3),
-    "RAdam": (1e-3, 3e-3),
+    "Adam": (1e-3, 3e-3, 1e-2),
+    "AdamW": (1e-3, 3e-3, 1e-2),
+    "NAdam": (1e-3, 3e-3, 1e-2),
+    "RAdam": (1e-3, 3e-3, 1e-2),
     "Adamax": (2e-3, 5e-3),
     "RMSprop": (1e-3, 3e-3),
     "Adagrad": (1e-2, 3e-2),

@@ -59,7 +59,7 @@ class Outcome:
 
     @property
     def chance(self) -> float | None:
-        """That a short training learns, from `features`; None without them, or before weights were fitted."""
+        """That a training learns within `chance.HORIZON` updates, from `features`; None without them."""
         return None if self.features is None else self.features.chance()
 
     def to_dataframe(self) -> "pd.DataFrame":

@@ -136,8 +136,8 @@ function histogram(powers, bins) {
   return { x: y.map((_, i) => low + (i + 0.5) * width), y, width, customdata: y.map((_, i) => `${steps(i)} to ${steps(i + 1)}`) };
 }
 
-function drawAnatomy(name) {
-  const task = data.tasks[name], run = task.runs[chosen("model", name)], a = run.anatomy[chosen("when", name)];
+function drawBreakdown(name) {
+  const task = data.tasks[name], run = task.runs[chosen("model", name)], a = run.breakdown[chosen("when", name)];
   const grey = softInk();
   const shares = Object.entries(a.share).map(([path, y], i) => ({
     x: a.steps, y, mode: "lines", name: escapeText(path), line: { color: shade(data.palette[i].colour), dash: data.palette[i].dash, width: 2.2 },
@@ -155,11 +155,11 @@ function drawAnatomy(name) {
     ...bins, type: "bar", marker: { color: shade(run.colour) }, hovertemplate: "τ %{customdata} steps<br>%{y} units<extra></extra>",
   }], { ...memory, bargap: 0.06, annotations: tau.length ? [] : [empty] });
 
-  const curves = [["‖g_t‖, one step", a.subgradient, "solid"], ["‖Σ g_s‖, s ≥ t", a.partial, "dash"]].map(([label, y, dash], i) => ({
+  const curves = [["‖g_t‖, one step", a.subgradient, "solid"], ["‖Σ g_s‖, s ≥ t", a.partialSums, "dash"]].map(([label, y, dash], i) => ({
     x: a.steps, y, mode: "lines", name: label, line: { color: shade(data.palette[i].colour), dash, width: 2.2 }, customdata: y.map(factor),
     hovertemplate: `step %{x}<br>%{customdata}<extra>${label}</extra>`,
   }));
-  draw("subgradient-" + name, curves, layout("step t", "norm", decadeTicks([a.subgradient, a.partial])));
+  draw("subgradient-" + name, curves, layout("step t", "norm", decadeTicks([a.subgradient, a.partialSums])));
 
   const inside = a.map.flat().filter((v) => v !== null), ends = [Math.min(...inside), Math.max(...inside)];
   let bar = decadeTicks(a.map);
@@ -175,14 +175,14 @@ function drawAll() {
   for (const name of Object.keys(data.tasks)) {
     drawReach(name);
     drawLearning(name);
-    drawAnatomy(name);
+    drawBreakdown(name);
     if (document.getElementById("cures-" + name)) drawCures(name);
   }
 }
 
 for (const input of document.querySelectorAll("fieldset input")) {
-  const { task, anatomy, cure } = input.dataset;
-  input.addEventListener("change", () => (task ? drawReach(task) : anatomy ? drawAnatomy(anatomy) : drawCures(cure)));
+  const { task, breakdown, cure } = input.dataset;
+  input.addEventListener("change", () => (task ? drawReach(task) : breakdown ? drawBreakdown(breakdown) : drawCures(cure)));
 }
 function redraw(paper) {
   ground.paper = paper;

@@ -8,7 +8,7 @@ from torch import Tensor
 from unvanish import flow
 from unvanish.nn.modules import layer_directions
 from unvanish.train.models import SequenceModel
-from unvanish.train.records import Anatomy
+from unvanish.train.records import GradientBreakdown
 from unvanish.train.tasks import Task
 from unvanish.train.tasks.base import IGNORED
 
@@ -18,7 +18,7 @@ SOURCES = 30
 """error sources of the map at most"""
 
 
-def dissect(model: SequenceModel, task: Task, update: int, probes: int) -> Anatomy:
+def break_down(model: SequenceModel, task: Task, update: int, probes: int) -> GradientBreakdown:
     """Terms, subgradients, time constants and the adjoint map of a model's layer, in float64.
 
     The error is the task's own at the last step; in the map a random one at each source.
@@ -39,12 +39,12 @@ def dissect(model: SequenceModel, task: Task, update: int, probes: int) -> Anato
     carries = layer_directions(layer)[0].cell.carries
     assert own.dweight is not None
     assert own.partial is not None
-    return Anatomy(
+    return GradientBreakdown(
         update=update,
         steps=steps,
         share={term.title: _plain(term.share.nanmedian(1).values[steps]) for term in terms.terms.values()},
         subgradient=_plain(own.dweight[steps].log()),
-        partial=_plain(own.partial[steps].log()),
+        partial_sums=_plain(own.partial[steps].log()),
         time_constants=_plain(flow.gate_statistics(layer, x).time_constant) if carries else None,
         sources=list(found.sources),
         map=[_plain(row) for row in found.log_norms.median(2).values[:, steps]],

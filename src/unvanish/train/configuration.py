@@ -1,4 +1,4 @@
-"""What a training may use, and where it runs."""
+"""How a training is configured, and where it runs."""
 
 import math
 import os
@@ -23,8 +23,8 @@ RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What a training may use."""
+class TrainingConfiguration:
+    """Updates, batch, optimizer and penalties of a training."""
 
     steps: int
     """optimizer updates"""
@@ -66,7 +66,7 @@ class Budget:
         return self.every or max(1, self.steps // 20)
 
     def updates(self, number: int) -> range:
-        """The updates of a round; the last round takes what is left."""
+        """The updates of a round; the last round may be shorter."""
         return range(number * self.round, min((number + 1) * self.round, self.steps))
 
 

@@ -1,0 +1,93 @@
+"""What hooks see in each run of the autograd engine: errors at sequences, gradients of weights and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import partial
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from unvanish import torch_internals
+from unvanish.capture.parts import unseen
+from unvanish.flow.sequences import Sequence, observable_weights
+from unvanish.nn.modules import RecurrentModule
+
+
+@dataclass
+class BackwardRun:
+    """One run of the autograd engine."""
+
+    errors: dict[Sequence, dict[Hashable, Any]] = field(default_factory=dict)
+    gradients: dict[Hashable, Tensor] = field(default_factory=dict)
+    """weight key → autograd's ∂E/∂W of this run"""
+    sums: list[tuple[str, Tensor]] = field(default_factory=list)
+    """(parameter, the sum of its gradient): not finite where the gradient is not"""
+    thread: int = 0
+    """that it runs in"""
+    differentiable: bool = False
+    """whether its gradients are kept as part of a graph (create_graph)"""
+
+
+class BackwardRuns:
+    """The runs that have begun; `finish` is called at the end of each, with None for one that was forgotten."""
+
+    def __init__(self, finish: Callable[[BackwardRun | None], None]) -> None:
+        self._finish = finish
+        self._begun: dict[int, BackwardRun] = {}
+        self.weights: dict[Hashable, tuple[Tensor, RemovableHandle]] = {}
+        """key → (weight or parameter, its hook)"""
+
+    def observe_parameters(self, model: nn.Module) -> None:
+        """Note of each parameter whether its gradient is finite."""
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.weights["", name] = (parameter, parameter.register_hook(partial(self._add_sum, name)))
+
+    def observe_weights(self, module: RecurrentModule) -> None:
+        """Note ∂E/∂W of the weights that the module's last call used."""
+        for key, weight in observable_weights(module).values():
+            if weight.requires_grad and not (weight.is_leaf and key in self.weights):
+                handle = weight.register_hook(partial(self._add_gradient, key))
+                if weight.is_leaf:
+                    self.weights[key] = (weight, handle)
+
+    def catch(self, sequence: Sequence, key: Hashable, error: Any) -> None:
+        """An error that arrived at a sequence."""
+        errors = self._current().errors.setdefault(sequence, {})
+        errors[key] = errors[key] + error if key in errors else error
+
+    def forget_aborted(self) -> None:
+        """Forget the runs of this thread that never came to their end."""
+        for task in [task for task, run in self._begun.items() if run.thread == get_ident()]:
+            del self._begun[task]
+
+    def close(self) -> None:
+        """Remove the hooks, and forget all runs."""
+        for weight, handle in self.weights.values():
+            handle.remove()
+            if not weight._backward_hooks:
+                weight._backward_hooks = None
+        self.weights.clear()
+        self._begun.clear()
+
+    def _add_gradient(self, key: Hashable, grad: Tensor) -> None:
+        gradients = self._current().gradients
+        gradients[key] = gradients[key] + grad if key in gradients else grad
+
+    def _add_sum(self, name: str, grad: Tensor) -> None:
+        if unseen([grad]) is not None:
+            return
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        self._current().sums.append((name, grad.detach().sum(dtype=dtype)))
+
+    def _current(self) -> BackwardRun:
+        task = torch_internals.backward_number()
+        if task not in self._begun:
+            self._begun[task] = BackwardRun(thread=get_ident(), differentiable=torch.is_grad_enabled())
+            torch_internals.after_backward(lambda: self._finish(self._begun.pop(task, None)))
+        return self._begun[task]
