@@ -4,7 +4,7 @@ TORCH ?=
 VENV := .venv$(if $(TORCH),-torch-$(TORCH))
 BIN := $(VENV)/bin
 
-.PHONY: demo test real lint docs clean
+.PHONY: demo test real packages-table lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/unvanish compare --out unvanish-compare
@@ -15,6 +15,10 @@ test: $(VENV)/installed
 # In an environment of its own: other packages' requirements leave the one of the tests as it is.
 real: .venv-real/installed
 	.venv-real/bin/pytest -q -m real tests/real
+
+# The same, and the table of docs/howto/packages.md is measured anew.
+packages-table: .venv-real/installed
+	.venv-real/bin/pytest -q -m real tests/real --packages-table docs/howto/packages.md
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

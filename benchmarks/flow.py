@@ -5,7 +5,8 @@
     python benchmarks/flow.py watch --device cuda
 
 watch   a training step (forward and backward) watched, against the same step unwatched: our layer, torch's layer, and
-        the usual alternative, torch's cell in a loop with retain_grad on every state
+        the usual alternative, torch's cell in a loop with retain_grad on every state; on CUDA in float32, in TF32 and
+        under bfloat16 autocast, with the peak of the device's memory
 map     the full adjoint map, against one autograd pass per source through that loop: `grad` takes only what the map
         holds, ∂E_k/∂h_t (h or c) of every t ≤ k; `backward` is what a training script would call. Timed at sources
         spread evenly over the sequence, so that their mean is that of all, and multiplied by their number.
@@ -14,13 +15,15 @@ growth  resident memory of a watched loop after 100, 2,000 and 10,000 steps
 """
 
 import argparse
+import contextlib
 import functools
 import gc
+import itertools
 import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +33,9 @@ import unvanish as uv
 
 SIZES = [(1000, 32, 64, 128), (200, 32, 64, 128), (500, 4, 64, 64), (100, 64, 128, 256)]
 """T, B, I, H"""
+
+PRECISIONS = {"float32": False, "TF32": True, "bfloat16": False}
+"""What torch rounds products to on CUDA: name → whether it may take TF32."""
 
 CELLS = {"RNN": nn.RNNCell, "GRU": nn.GRUCell, "LSTM": nn.LSTMCell}
 
@@ -88,32 +94,69 @@ def cell_loop_step(kind: str, cell: nn.RNNCellBase, x: Tensor) -> Step:
     return step
 
 
+@contextlib.contextmanager
+def precision(name: str, device: str) -> Iterator[None]:
+    """Products of the user's own pass at this precision."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = PRECISIONS[name]
+    try:
+        with torch.autocast(device, torch.bfloat16, enabled=name == "bfloat16"):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def device_peak(run: Step) -> int:
+    """Bytes of a CUDA device that a step needs above what is held before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def watch(rounds: int, device: str = "cpu") -> None:
     print("watch: seconds of the unwatched step, and ratios to it")
-    for T, B, n_in, H in SIZES:
-        x = torch.randn(T, B, n_in, device=device)
-        for kind in CELLS:
-            torch.manual_seed(0)
-            families = (getattr(nn, kind), getattr(uv.nn, kind), CELLS[kind])
-            stock, ours, cell = (family(n_in, H).to(device) for family in families)
-            s = interleaved(
-                {
-                    "stock": training_step(stock, x, False),
-                    "stock watched": training_step(stock, x, True),
-                    "ours": training_step(ours, x, False),
-                    "ours watched": training_step(ours, x, True),
-                    "cell loop": cell_loop_step(kind, cell, x),
-                },
-                rounds,
-            )
-            print(
-                f"  {kind:4} T={T:<4} B={B:<2} I={n_in:<3} H={H:<3}  "
-                f"ours {s['ours']:.4f} s, watched {s['ours watched'] / s['ours']:5.2f}×   "
-                f"torch {s['stock']:.4f} s, watched {s['stock watched'] / s['stock']:5.2f}×   "
-                f"cell loop with retain_grad against ours watched {s['cell loop'] / s['ours watched']:5.1f}×, "
-                f"torch watched {s['cell loop'] / s['stock watched']:5.1f}×",
-                flush=True,
-            )
+    on_gpu = device.startswith("cuda")
+    for name in PRECISIONS if on_gpu else ["float32"]:
+        ratios = []
+        with precision(name, "cuda" if on_gpu else device):
+            for size, kind in itertools.product(SIZES, CELLS):
+                ratios.append(_watch(kind, size, rounds, device, name))
+        print(
+            f"  torch watched, {name}: geometric mean {statistics.geometric_mean(ratios):.2f}×, most {max(ratios):.2f}×"
+        )
+
+
+def _watch(kind: str, size: tuple[int, int, int, int], rounds: int, device: str, name: str) -> float:
+    """Prints a row; returns the ratio of torch's watched step to its plain one."""
+    T, B, n_in, H = size
+    x = torch.randn(T, B, n_in, device=device)
+    torch.manual_seed(0)
+    families = (getattr(nn, kind), getattr(uv.nn, kind), CELLS[kind])
+    stock, ours, cell = (family(n_in, H).to(device) for family in families)
+    steps = {
+        "stock": training_step(stock, x, False),
+        "stock watched": training_step(stock, x, True),
+        "ours": training_step(ours, x, False),
+        "ours watched": training_step(ours, x, True),
+        "cell loop": cell_loop_step(kind, cell, x),
+    }
+    s = interleaved(steps, rounds)
+    memory = ""
+    if device.startswith("cuda"):
+        plain, watched = (device_peak(steps[step]) for step in ("stock", "stock watched"))
+        memory = f"   peak {plain / 2**20:.0f} MiB, watched {watched / plain:.2f}×"
+    print(
+        f"  {name:8} {kind:4} T={T:<4} B={B:<2} I={n_in:<3} H={H:<3}  "
+        f"ours {s['ours']:.4f} s, watched {s['ours watched'] / s['ours']:5.2f}×   "
+        f"torch {s['stock']:.4f} s, watched {s['stock watched'] / s['stock']:5.2f}×   "
+        f"cell loop with retain_grad against ours watched {s['cell loop'] / s['ours watched']:5.1f}×, "
+        f"torch watched {s['cell loop'] / s['stock watched']:5.1f}×{memory}",
+        flush=True,
+    )
+    return s["stock watched"] / s["stock"]
 
 
 def adjoint_map(rounds: int, T: int = 500, B: int = 4, H: int = 64, sampled: int = 20) -> None:

@@ -1,5 +1,8 @@
 """Settings for all tests."""
 
+import shutil
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -7,3 +10,18 @@ from hypothesis import settings
 settings.register_profile("unvanish", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("unvanish")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, for pages as a reader sees them."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine: the page is not rendered")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=flags)
+        yield chromium
+        chromium.close()

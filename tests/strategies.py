@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from unvanish import engine
 from unvanish.cells import CELLS, Cell, State, Weights
+
+RUNG_CELLS = [
+    (rung, name) for rung in engine.RUNGS for name in CELLS if rung != "fused" or CELLS[name].torch_kernel is not None
+]
+"""every rung with every cell that it runs"""
 
 
 @dataclass
@@ -24,6 +30,15 @@ class LayerCase:
     @property
     def inputs(self) -> list[Tensor]:
         return [self.x, *self.state, *(v for v in self.weights if v is not None)]
+
+
+def runs(rung: str, case: LayerCase) -> bool:
+    """Whether a rung can run a case; torch has no kernels for some."""
+    try:
+        engine.explain(case.cell, case.x, rung, (*case.state, *case.weights))
+    except RuntimeError:
+        return False
+    return True
 
 
 @st.composite

@@ -225,3 +225,77 @@ def test_a_distributed_training_logs_the_median_over_all_samples(tmp_path: Path)
         curve = uv.flow.adjoint_map(layer, x[:samples], sources=[-1]).over_lag(0)
         right = uv.flow.decay((curve - curve[0]).median(1).values).rate
         assert rate(processes) == pytest.approx(right, rel=1e-4)
+
+
+class Stepped(Module):
+    """Calls its cell or layer once per step."""
+
+    def training_step(self, batch: tuple[Tensor, ...]) -> Tensor:
+        return self.head(self.states(batch[0])[-1]).square().mean()
+
+    def states(self, x: Tensor) -> list[Tensor]:
+        """The state that the cell remembers by, of each step."""
+        kept, state = [], None
+        for row in x.transpose(0, 1):
+            out = self.encoder(row if isinstance(self.encoder, nn.RNNCellBase) else row[None], state)
+            state = out if isinstance(self.encoder, nn.RNNCellBase) else out[1]
+            kept.append(state[1] if isinstance(state, tuple) else state)
+        return kept
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (lambda: nn.LSTMCell(2, 5), ["encoder"]),
+        (lambda: nn.GRUCell(2, 5), ["encoder"]),
+        (lambda: nn.LSTM(2, 5, num_layers=2), ["encoder.l0", "encoder.l1"]),
+        (lambda: uv.nn.GRU(2, 5), ["encoder.l0"]),
+    ],
+)
+def test_a_cell_or_layer_that_is_called_step_by_step(build: Any, names: list[str]) -> None:
+    torch.manual_seed(0)
+    module = Stepped(build())
+    x = torch.randn(8, 6, 2, generator=torch.Generator().manual_seed(1))
+    callback = uv.flow.GradientFlow(every=1, samples=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = lightning.Trainer(
+            accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
+            enable_progress_bar=False, callbacks=[callback],
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(TensorDataset(x), batch_size=8))
+    assert list(callback.latest) == names
+    states = module.states(x)
+    unit = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for layer, name in enumerate(names):
+        error = torch.zeros_like(states[-1])
+        (error[layer] if error.dim() == 3 else error).copy_((unit / unit.norm()).expand(8, 5))
+        found = torch.autograd.grad(states[-1], states, error, retain_graph=True)
+        norms = torch.stack([(g[layer] if g.dim() == 3 else g).norm(dim=-1) for g in found]).double().flip(0)
+        expected = uv.flow.decay((norms / norms[0]).log().median(1).values, 0.01)
+        assert callback.latest[name].reach == expected.reach
+        assert callback.latest[name].rate == pytest.approx(expected.rate, rel=1e-4)
+
+
+def test_a_layer_with_a_loop_of_its_own_is_told() -> None:
+    class Own(nn.LSTM):
+        def forward(self, x: Tensor, hx: Any = None) -> Any:  # type: ignore[override]
+            h = (x @ self.weight_ih_l0.T).chunk(4, -1)[0].tanh()
+            return h, h[:, -1:].transpose(0, 1)
+
+    both = nn.ModuleDict({"a": Own(2, 5, batch_first=True), "b": nn.GRU(2, 5, batch_first=True)})
+
+    class Net(Module):
+        def training_step(self, batch: tuple[Tensor, ...]) -> Tensor:
+            return sum(self.encoder[key](batch[0])[1].square().mean() for key in "ab")  # type: ignore[index]
+
+    callback = uv.flow.GradientFlow(every=1, pictures=False)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_model_summary=False,
+        enable_progress_bar=False, callbacks=[callback],
+    )  # fmt: skip
+    module = Net(both)  # type: ignore[arg-type]
+    module.head = nn.Linear(1, 1)
+    with pytest.warns(RuntimeWarning, match=r"GradientFlow: encoder\.a: its forward computes the recurrence by itself"):
+        trainer.fit(module, DataLoader(TensorDataset(torch.randn(8, 6, 2)), batch_size=8))
+    assert list(callback.latest) == ["encoder.b.l0"]

@@ -68,6 +68,31 @@ def lightning():
 def loaded():
     model, batch, loss = factory()
     return model, list(batch), loss
+
+def checkpointed():
+    from pathlib import Path
+    from lit import Lit
+
+    return Lit.load_from_checkpoint(Path(__file__).parent / "lit.ckpt"), factory()[1]
+"""
+
+LIGHTNING = """
+import lightning
+from torch import nn
+
+class Lit(lightning.LightningModule):
+    def __init__(self, width):
+        super().__init__()
+        self.save_hyperparameters()
+        self.encoder = nn.LSTM(3, width, batch_first=True)
+
+    def training_step(self, batch, index):
+        x, y = batch
+        return nn.functional.mse_loss(self.encoder(x)[0][:, -1], y)
+
+    def configure_optimizers(self):
+        import torch
+        return torch.optim.Adam(self.parameters(), lr=0.01)
 """
 
 
@@ -110,6 +135,44 @@ def test_a_factory_may_return_a_step_or_a_lightning_module(mine: Path) -> None:
         found = json.loads(done.stdout)
         assert found["findings"][0]["code"] == "healthy"
         assert list(found["layers"]) == ["encoder.l0"]
+
+
+def test_a_lightning_module_from_a_checkpoint(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lightning
+
+    (mine.parent / "lit.py").write_text(LIGHTNING)
+    monkeypatch.syspath_prepend(str(mine.parent))
+    monkeypatch.delitem(sys.modules, "lit", raising=False)
+    from lit import Lit  # type: ignore[import-not-found]
+
+    module = Lit(8)
+    with torch.no_grad():
+        module.encoder.bias_hh_l0[8:16] = 6.0
+    data = torch.utils.data.TensorDataset(torch.randn(8, 40, 3), torch.rand(8, 8))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_steps=2, accelerator="cpu", default_root_dir=mine.parent, **quiet)
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=4))
+    trainer.save_checkpoint(mine.parent / "lit.ckpt")
+    done = unvanish(f"{mine}:checkpointed", "--budget", "0", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["model"] == "Lit"
+    assert found["layers"]["encoder.l0"]["verdict"] == "healthy", "with the weights of the checkpoint"
+
+
+def test_a_page(mine: Path) -> None:
+    page = mine.parent / "page.html"
+    done = unvanish(f"{mine}:mismatched", "--budget", "0", "--out", str(page))
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.endswith(f"Page: {page}\n")
+    assert "Every answer is compared with every target" in page.read_text("utf-8")
+    quiet = unvanish(f"{mine}:factory", "--budget", "0", "--out", str(page), "--quiet")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+    assert "no fault found" in page.read_text("utf-8")
+    for wrong in (mine.parent, mine.parent / "no" / "page.html"):
+        refused = unvanish(f"{mine}:factory", "--out", str(wrong))
+        assert refused.returncode == 2
+        assert "--out: expected a file in a folder that exists" in refused.stderr
 
 
 def test_a_batch_may_be_a_list_as_loaders_make_it(mine: Path) -> None:
@@ -161,9 +224,12 @@ def test_a_trained_folder_on_the_users_file(tmp_path: Path) -> None:
     assert unvanish(folder, *given[:2], *given[4:], "--json").stdout == done.stdout, "the folder tells the columns"
     task = train.TaskProblem(train.make_task("adding", 5))
     train.train_on(task, train.Settings(hidden=2, steps=1), out=tmp_path / "task", flow_every=None)
+    drawn = unvanish(str(tmp_path / "task"), "--budget", "0", "--json")
+    assert json.loads(drawn.stdout)["layers"]["recurrent.l0"]["lag"] == 4, drawn.stderr
     for arguments, message in (
         ((str(tmp_path), *given), "has no config.json; name a folder that `unvanish train` finished"),
-        ((str(tmp_path / "task"), *given), "expected a model that was trained on data, got one of the task adding"),
+        ((str(tmp_path / "task"), *given), "was trained on the task adding, which draws its own; leave it out"),
+        ((folder, "--budget", "0"), "--data: expected a file like the one that"),
         ((folder, *given, "--id", "label", "--time", "x0"), "--target 'label', --id 'label', --time 'x0' must be"),
     ):
         refused = unvanish(*arguments)
@@ -185,7 +251,7 @@ def test_a_trained_folder_on_the_users_file(tmp_path: Path) -> None:
         ("{mine}:ends", "ends() raised SystemExit: 0; at"),
         ("{mine}:unfit", "loss(model(input), target) raised RuntimeError: input.size(-1) must be equal to input_size"),
         ("{mine}:unfit", "mine.py, line 12: return self.encoder(x)[0][:, -1]"),
-        ("{folder}", "is a folder; of one that `unvanish train` wrote, add the file to --data"),
+        ("{folder}", "has no config.json; name a folder that `unvanish train` finished"),
         ("{folder}/raises.py:factory", "raises.py, line 2: 1 / 0"),
     ],
 )

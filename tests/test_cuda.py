@@ -1,21 +1,25 @@
 """On a CUDA device everything is measured as on the CPU: the same numbers, of the same model."""
 
+import contextlib
 import copy
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import unvanish as uv
-from tests.strategies import ModuleCase, module_cases
-from unvanish import train
+from tests.strategies import LayerCase, ModuleCase, layer_cases, module_cases, runs
+from unvanish import engine, train
+from unvanish.cells import CELLS, Weights
+from unvanish.engine import fused
 from unvanish.train.models import SequenceModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -154,11 +158,115 @@ def test_autocast_is_torchs(kind: str, dtype: torch.dtype) -> None:
     assert flow["l0"].dh.isfinite().all()
 
 
-def test_dropout_inside_cudnn_is_refused() -> None:
+def test_dropout_inside_cudnn_is_named_and_does_not_raise() -> None:
     module = nn.LSTM(3, 5, num_layers=2, dropout=0.5).cuda()
     x = torch.randn(9, 4, 3, device="cuda")
-    with pytest.raises(RuntimeError, match="drawn inside cuDNN"), uv.watch(module):
+    with uv.watch(module) as flow:
         module(x)[0].sum().backward()
+    assert "drawn inside cuDNN" in flow.skipped[""]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torchs_kernels_are_chosen_and_say_so(kind: type[nn.RNNBase]) -> None:
+    cell = CELLS[layer(kind, "cpu").mode.lower()]
+    x = sequence("cuda")
+    assert engine.explain(cell, x).rung == "fused"
+    assert "CPU" in engine.explain(cell, x).declined["native"]
+    assert engine.explain(cell, x, clip=1.0).rung == "manual"
+    assert engine.explain(CELLS["rnn_sigmoid"], x).rung == "manual"
+
+
+@settings(max_examples=60)
+@given(case=layer_cases(cells=("rnn_tanh", "rnn_relu", "lstm", "gru")), steps=st.sampled_from([1, 3, 64]))
+def test_a_trace_and_its_adjoint(case: LayerCase, steps: int) -> None:
+    assume(runs("fused", case))
+
+    def run(device: str) -> Any:
+        x, w = case.x.detach().to(device), Weights(*(moved(v, device) for v in case.weights.detach()))
+        state = tuple(s.detach().to(device) for s in case.state)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused, "PIECE_STEPS", steps)
+            patch.setattr(fused, "PIECE_ELEMENTS", 1)
+            tr = engine.trace(case.cell, x, state, w, case.lengths, case.reverse, adjoint_follows=steps > 1)
+            flow = engine.adjoint(tr, torch.ones_like(tr.y), tuple(torch.ones_like(s) for s in tr.final))
+        return tr.y, tr.final, flow.dstate, flow.da, flow.dinitial, list(engine.weight_gradients(tr, flow))
+
+    assert_same(run)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("mode", ["train", "frozen", "float16", "bfloat16"])
+def test_the_replay_is_exact_whatever_the_run_rounds(kind: type[nn.RNNBase], tf32: bool, mode: str) -> None:
+    torch.manual_seed(0)
+    module = kind(32, 64).cuda().requires_grad_(mode != "frozen")
+    x = torch.randn(200, 8, 32, device="cuda", requires_grad=True)
+    right = copy.deepcopy(module).double()
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        with warnings.catch_warnings(), uv.watch(module) as flow:
+            warnings.simplefilter("error")  # weights that are not in one block are copied at every call, with a warning
+            dtype = getattr(torch, mode, torch.float16)
+            with torch.autocast("cuda", dtype, enabled=mode.endswith("16")):
+                y = module(x)[0]
+            y.float().sum().backward()
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (tf32, tf32)
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    with uv.watch(right) as exact:
+        right(x.double())[0].sum().backward()
+    assert flow["l0"].problem is None or mode.endswith("16")
+    torch.testing.assert_close(flow["l0"].dh, exact["l0"].dh, rtol=1e-4, atol=1e-7)
+    if mode == "train":
+        assert flow["l0"].residual < (5e-2 if tf32 else 1e-4)
+
+
+def test_another_stream_and_a_graph_that_is_kept() -> None:
+    def run(device: str) -> Any:
+        module, x = layer(nn.LSTM, device), sequence(device)
+        stream = torch.cuda.Stream() if device == "cuda" else None
+        with torch.cuda.stream(stream), uv.watch(module) as flow:
+            y = module(x)[0]
+            y[2].sum().backward(retain_graph=True)
+            y.square().sum().backward()
+        return [*flow.passes("l0")]
+
+    assert_same(run)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one() -> None:
+    def run(device: str) -> Any:
+        place = "cuda:1" if device == "cuda" else device
+        module, x = layer(nn.GRU, place), sequence(place)
+        with uv.watch(module) as flow:
+            module(x)[0].square().sum().backward()
+        return flow["l0"]
+
+    assert_same(run)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1000, 32, 64, 128), (100, 64, 512, 1024)])
+def test_the_memory_of_a_watched_step_is_at_most_twice_a_plain_ones(
+    kind: type[nn.RNNBase], shape: tuple[int, ...]
+) -> None:
+    T, B, n_in, H = shape
+    module, x = kind(n_in, H).cuda(), torch.randn(T, B, n_in, device="cuda")
+
+    def peak(watched: bool) -> int:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        module.zero_grad()
+        with uv.watch(module) if watched else contextlib.nullcontext():
+            module(x)[0].square().mean().backward()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(True)
+    assert peak(True) <= 2 * peak(False)
 
 
 def test_a_nan_is_traced_to_its_birth() -> None:

@@ -92,14 +92,14 @@ def test_a_detached_state_is_a_cut() -> None:
     cures.chrono_(model.rnn, T)
     found = uv.diagnose(model, x, y, budget=0, loss=mse_loss)["rnn"]
     assert found.verdict == "vanishes"
-    assert found.cause.startswith("detached: the state is cut from its graph 3 times")
+    assert found.cause.startswith("detached: the state is detached 3 times")
 
 
 def test_what_can_not_be_followed_is_said() -> None:
     x, y = data()
     alone = uv.diagnose(Loop("GRU", looped=True, keeps=0.9), x, y, budget=0, loss=mse_loss)
     assert not alone.layers
-    assert "rnn: not diagnosed: what it is given as state is never just what it" in alone.notes[0]
+    assert "rnn: not measured: it is never given exactly the state that it" in alone.notes[0]
 
     class Both(nn.Module):
         def __init__(self) -> None:
@@ -113,7 +113,7 @@ def test_what_can_not_be_followed_is_said() -> None:
     model = Both()
     found = uv.diagnose(model, x, y, budget=0, loss=mse_loss)
     assert list(found) == ["encoder.l0"]
-    assert found.notes[0].startswith("decoder.rnn: not diagnosed")
+    assert found.notes[0].startswith("decoder.rnn: not measured")
     assert found.notes[0] in repr(found)
     model.decoder.keeps = 1.0
     both = uv.diagnose(model, x, y, budget=0, loss=mse_loss)

@@ -23,7 +23,7 @@ def padded() -> Tensor:
 DISEASES: dict[str, tuple[Callable[[], Any], float, str, str]] = {
     "radius 0.5": (lambda: cures.spectral_radius_(layer("RNN"), 0.5), 1.0, "vanishes", "weights too small"),
     "radius 2, tanh": (lambda: cures.spectral_radius_(layer("RNN", H=48), 2.0), 1.0, "chaotic", "weights too large"),
-    "radius 1.5, tanh": (lambda: cures.spectral_radius_(layer("RNN", H=48), 1.5), 0.1, "healthy", "arrives"),
+    "radius 1.5, tanh": (lambda: cures.spectral_radius_(layer("RNN", H=48), 1.5), 0.1, "healthy", "reaches back"),
     "radius 1.5, relu": (lambda: relu(1.5), 1.0, "explodes", "weights too large"),
     "forget bias −3": (lambda: cures.forget_bias_(layer("LSTM"), -3.0), 1.0, "vanishes", "forget gate"),
     "update bias −3": (lambda: cures.forget_bias_(layer("GRU"), -3.0), 1.0, "vanishes", "update gate"),
@@ -32,8 +32,8 @@ DISEASES: dict[str, tuple[Callable[[], Any], float, str, str]] = {
     "detached": (lambda: cures.chrono_(layer("LSTM"), T), 1.0, "vanishes", "detached"),
     "padding": (lambda: layer("LSTM"), 1.0, "vanishes", "padding"),
     "dead": (lambda: dead(), 1.0, "dead", "no relu unit is on"),
-    "identity": (lambda: relu(), 0.1, "healthy", "arrives"),
-    "chrono": (lambda: cures.chrono_(layer("LSTM"), T), 1.0, "healthy", "arrives"),
+    "identity": (lambda: relu(), 0.1, "healthy", "reaches back"),
+    "chrono": (lambda: cures.chrono_(layer("LSTM"), T), 1.0, "healthy", "reaches back"),
 }
 """layer, scale of the input, verdict, cause"""
 
@@ -129,7 +129,7 @@ def test_an_error_that_some_samples_lose_and_others_keep_arrives(scale: float, s
     assert arriving < 1
     assert found.evidence["survival"] == pytest.approx(float(own[own > 0].median()) * arriving**0.5, rel=1e-6)
     assert found.verdict == "healthy"
-    assert f"of {1 - arriving:.0%} of the errors followed exactly nothing" in found.cause
+    assert f"for {1 - arriving:.0%} of the errors followed exactly nothing remains" in found.cause
 
 
 def test_an_error_that_every_sample_loses_vanishes_with_the_units_off() -> None:
@@ -140,7 +140,7 @@ def test_an_error_that_every_sample_loses_vanishes_with_the_units_off() -> None:
     found = uv.diagnose(model, x, torch.randn(8, 1), budget=0, loss=mse_loss)["rnn.l0"]
     assert found.verdict == "vanishes"
     assert found.cause.startswith("relu units off")
-    assert "of 100% of the errors followed exactly nothing" in found.cause
+    assert "for 100% of the errors followed exactly nothing remains" in found.cause
     assert found.evidence["half_arriving"] <= 29
 
 
@@ -149,7 +149,7 @@ def test_an_error_that_layers_above_hand_down_at_every_step_does_not_explode() -
     found = uv.diagnose(integrator(3, 3, 0), torch.randn(8, 100, 3), torch.randn(8, 1), budget=0, loss=mse_loss)
     assert [d.verdict for d in found.values()] == ["healthy"] * 3
     assert found["rnn.l0"].evidence["survival"] > 100
-    assert "along 5e+03 ways" in found["rnn.l0"].cause
+    assert "along 5e+03 paths" in found["rnn.l0"].cause
     torch.manual_seed(0)
     stretching = nn.RNN(3, 24, 2, batch_first=True, nonlinearity="relu")
     cures.identity_(stretching, 0.5)

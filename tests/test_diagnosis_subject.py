@@ -12,6 +12,7 @@ from torch.nn.functional import mse_loss
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from unvanish.diagnosis.finding import CODES, Finding, ranked
+from unvanish.diagnosis.order import axis_of_time
 from unvanish.diagnosis.subject import Subject
 
 N, T = 12, 7
@@ -131,3 +132,19 @@ def test_findings_are_ranked_and_readable() -> None:
         finding("other")
     with pytest.raises(ValueError, match="severity: expected error, warning or note, got 'bad'"):
         finding("nan", "bad")
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_time_is_the_axis_along_which_neighbours_depend_on_each_other(ids: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(9, (40, 12), generator=generator) if ids else torch.randn(40, 12, 3, generator=generator)
+    y = torch.cat([x[:, :1], x[:, :-1]], 1)
+    assert axis_of_time(x, [y]) == 1
+    assert axis_of_time(x.transpose(0, 1), [y.transpose(0, 1)]) == 0
+    assert axis_of_time(x, []) is None
+
+
+def test_what_all_samples_have_at_a_step_does_not_look_like_time() -> None:
+    generator = torch.Generator().manual_seed(0)
+    seasonal = torch.randn(40, 12, 1, generator=generator) + 5 * torch.randn(1, 12, 1, generator=generator)
+    assert axis_of_time(seasonal, []) is None

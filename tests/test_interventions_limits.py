@@ -2,17 +2,22 @@
 
 import copy
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 from tests.interventions_subjects import Last, RandomTargets, codes, drawn, gru, outcome, recall, subject
 from unvanish.diagnosis.finding import Finding
-from unvanish.diagnosis.interventions import conclude, race, run
+from unvanish.diagnosis.interventions import arm, bar, conclude, race, readout, run
+from unvanish.diagnosis.interventions.material import GROUPS
+
+SETUP = 60
+"""evaluations of the loss before the clock of the budget starts: judging the groups once, and the first update"""
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +64,48 @@ def test_an_update_that_is_too_slow_for_the_budget_tries_nothing_and_says_what_w
     found = outcome(gru(), *recall(256, 200), budget=0.02)
     assert found.tried == ()
     assert "nothing was tried: one update takes" in found.notes[0]
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.1, 0.5])
+def test_the_budget_holds_however_long_an_update_takes(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the user's loss moves: each evaluation of it takes so many seconds."""
+    now = [0.0]
+    for part in (race, arm, bar, readout):
+        monkeypatch.setattr(part, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def slow(answer: Tensor, y: Tensor) -> Tensor:
+        now[0] += seconds
+        return cross_entropy(answer, y)
+
+    budget = 60.0
+    run(subject(gru(2), *RandomTargets("classes")(256), loss=slow), budget=budget)
+    one_judgement = 3 * GROUPS * seconds
+    assert now[0] < budget + one_judgement + SETUP * seconds
+
+
+def test_a_first_update_that_only_warms_up_is_not_taken_for_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    for part in (race, arm, bar, readout):
+        monkeypatch.setattr(part, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def warming(answer: Tensor, y: Tensor) -> Tensor:
+        now[0] += 0.001 if now[0] else 50.0
+        return cross_entropy(answer, y)
+
+    found = run(subject(gru(), *recall(256, 5), loss=warming), budget=60.0)
+    assert codes(found) == ["healthy"]
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_targets_that_are_all_the_same_leave_nothing_to_learn(classes: bool) -> None:
+    x, y = recall(64, 5)
+    same, loss = (torch.zeros_like(y), cross_entropy) if classes else (torch.full((64, 3), 0.7), mse_loss)
+    found = outcome(gru(), x, same, loss=loss)
+    assert codes(found) == ["not_learnable_from_input"]
+    assert "Every sample has the same target" in found.findings[0].says
+    assert (found.tried, found.plan.steps) == ((), ())
+    same[0] += 1
+    assert "Every sample has the same target" not in str(outcome(gru(), x, same, loss=loss).findings)
 
 
 def test_candidates_that_the_budget_does_not_reach_are_not_said_to_have_failed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,16 @@ def test_what_a_model_hands_through_is_not_made_constant() -> None:
     assert found.mean == pytest.approx(float(X[:, 0, 0].var()), rel=0.2)
 
 
+def test_a_loss_that_refuses_an_answer_keeps_the_best_constant_before_it() -> None:
+    def loss(out: Tensor, _: Tensor) -> Tensor:
+        if bool((out <= 0).any()):
+            raise ValueError("expected a positive scale")
+        return (out + 1.0).square().mean()
+
+    found = bar_of(Wrapped(1, lambda z: z.abs() + 3.0), X, Y, loss)
+    assert 1.0 < found.mean < 10.0
+
+
 def test_the_bar_of_a_step_is_that_of_its_batches() -> None:
     model = Wrapped(3, lambda z: z)
     found, _ = best_constant(Draws(subject(model, step=drawn(5)), 0), 0)

@@ -190,6 +190,6 @@ def test_an_empty_plan_is_false_and_has_no_code() -> None:
 def test_a_plan_shows_its_steps_prediction_and_code() -> None:
     model = Model(rnn_of("lstm"))
     shown = str(plan_of(of_reach(model, 20, 0)[0].with_rate(0.01), model))
-    assert "1. spread the carry gates' time constants over 21 steps" in shown
+    assert "1. spread the time constants of the forget gates over 21 steps" in shown
     assert "1 as it is, 0.5 with the plan (best constant answer: 1.1)" in shown
     assert "lr=0.01" in shown

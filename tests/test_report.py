@@ -1,7 +1,6 @@
 """The report is true in words, safe with hostile names, and alive in a browser."""
 
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,20 +160,6 @@ def test_code_in_advice_is_code_and_nothing_else(tmp_path: Path) -> None:
     assert "<script>x" not in page
 
 
-@pytest.fixture(scope="module")
-def browser():
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine: the page is not rendered")
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=flags)
-        yield chromium
-        chromium.close()
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 375])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -244,21 +229,4 @@ def test_report_prints(browser, tmp_path: Path) -> None:
     assert page.evaluate("document.getElementById('reach-adding').layout.font.color") == "#1c1f24"
     page.evaluate("window.dispatchEvent(new Event('afterprint'))")
     assert page.evaluate("document.getElementById('reach-adding').layout.font.color") == "#e8eaee"
-    page.close()
-
-
-@pytest.mark.browser
-def test_flow_page_lives_in_a_browser(browser, tmp_path: Path) -> None:
-    lstm = nn.LSTM(2, 3)
-    with uv.watch(lstm) as flow:
-        lstm(torch.randn(5, 2, 2))[0][-1].sum().backward()
-    flow.to_html(tmp_path / "flow.html")
-    page = browser.new_page()
-    said: list[str] = []
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.goto((tmp_path / "flow.html").as_uri())
-    page.wait_for_selector("#flow .legend")
-    drawn = page.evaluate("document.getElementById('flow').data.map((t) => t.y)")
-    assert drawn[0] == pytest.approx(flow["l0"].dh.double().median(1).values.log10().tolist(), abs=1.0)
-    assert said == []
     page.close()

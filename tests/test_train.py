@@ -70,6 +70,8 @@ def test_it_learns_beats_the_baselines_repeats_and_is_applied(tmp_path: Path, ki
         assert mine < 0.95 * min(figures.values())
     first.save(tmp_path / "m")
     assert train.Trained.load(tmp_path / "m").predict(GIVEN[kind]) == first.predict(GIVEN[kind])
+    assert first.config["assessment"]["better"]
+    assert first.config["assessment"]["says"].startswith("Better than guessing: ")
 
 
 def test_the_test_split_leaves_no_trace_in_the_model() -> None:

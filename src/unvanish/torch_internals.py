@@ -129,6 +129,24 @@ def compiler_that_compares() -> AbstractContextManager[Any]:
     return stack
 
 
+def flatten_for_cudnn(weights: list[Tensor], kernel: str, hidden: int, projected: int) -> None:
+    """Put the weights of one layer and direction, in torch's order, into one block of memory, in place, where cuDNN
+    will run `kernel` ("lstm", "gru", "rnn_tanh", "rnn_relu"); projected: the size of a projected h, 0 without. Instead:
+    `flatten_parameters` of a layer that is made to hold them, or nothing: cuDNN's caller then copies them at every
+    call, with a warning."""
+    w_ih, private = weights[0], cast(Any, torch)
+    if not (w_ih.is_cuda and torch.backends.cudnn.is_acceptable(w_ih) and private._use_cudnn_rnn_flatten_weight()):
+        return
+    from torch.backends.cudnn import rnn
+
+    mode = rnn.get_cudnn_mode(kernel.upper())
+    with torch.no_grad(), torch.cuda.device_of(w_ih):
+        private._cudnn_rnn_flatten_weight(
+            weights, len(weights), w_ih.shape[1], mode, hidden, projected, num_layers=1, batch_first=False,
+            bidirectional=False,
+        )  # fmt: skip
+
+
 def storage_key(v: Tensor) -> int:
     """The same number for tensors that share memory, also where that memory is not real. Instead: `data_ptr`, for real
     memory."""

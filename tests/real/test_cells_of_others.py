@@ -127,9 +127,6 @@ def test_unnamed_cells_are_listed(name: str) -> None:
         (run(model) + both["rnn"](X)[0].sum()).backward()
     assert list(flow) == ["rnn.l0"]
     missing = [key for key in states if f"other.{key}" not in flow.skipped]
-    if name == "snntorch":
-        # Its cell stores the state in a buffer of its own, and is handed it only as a default.
-        return
     assert not missing, flow.skipped
 
 
@@ -241,3 +238,26 @@ def test_a_diagnosis_of_a_model_without_known_layers_ends(name: str) -> None:
     found = uv.diagnose(Net(), X, torch.randn(B, 1), loss=nn.functional.mse_loss, budget=0)
     assert not found.layers
     assert str(found)
+
+
+@pytest.mark.parametrize("name", ["Leaky", "Synaptic", "Alpha", "Lapicque", "RLeaky", "SLSTM"])
+def test_snntorchs_hidden_states_are_listed(name: str) -> None:
+    package = pytest.importorskip("snntorch")
+    options: dict[str, dict[str, Any]] = {
+        "Leaky": {"beta": 0.9}, "Synaptic": {"alpha": 0.9, "beta": 0.8}, "Alpha": {"alpha": 0.9, "beta": 0.8},
+        "Lapicque": {"beta": 0.9}, "RLeaky": {"beta": 0.9, "linear_features": H},
+        "SLSTM": {"input_size": H, "hidden_size": H},
+    }  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "inner": nn.Linear(5, H),
+            "cell": getattr(package, name)(init_hidden=True, **options[name]),
+            "rnn": nn.RNN(5, H),
+        }
+    )
+    getattr(model["cell"], "reset_mem", lambda: None)()
+    with uv.watch(model) as flow:
+        spikes = torch.stack([model["cell"](model["inner"](row)) for row in X])
+        (spikes.sum() + model["rnn"](X)[0].sum()).backward()
+    assert list(flow) == ["cell.lstm_cell", "rnn.l0"] if name == "SLSTM" else ["rnn.l0"]
+    assert name == "SLSTM" or "cell" in flow.skipped, flow.skipped

@@ -107,7 +107,7 @@ class _Observer:
     def _begun(self, name: str, module: Any, x: Any, hx: Any, lengths: Any) -> Call | None:
         data = x.data if isinstance(x, PackedSequence) else x
         tensors = [v for v in (data, *as_states(hx)) if isinstance(v, Tensor)]
-        why = unseen([*tensors, *module.parameters(recurse=False)])
+        why = unseen([*tensors, *(p for p in module._parameters.values() if p is not None)])
         if why is not None:
             self._capture.problems[name] = why
             return None

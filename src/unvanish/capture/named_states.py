@@ -1,9 +1,9 @@
 """The states of modules that are no recurrent layers of torch or unvanish, by the modules' names; and which such
 modules there seem to be."""
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ MOVES = frozenset(
 NODES = 32
 """of autograd's graph that are searched for a state that was moved"""
 
+STEP_NODES = 256
+"""of autograd's graph that are searched for the state of the call before: as many as one step may have"""
+
 
 class NamedStates:
     """Notifies of the state of each named module, once per call, through torch's hooks for all modules, which leave
@@ -48,7 +51,8 @@ class NamedStates:
         show: Callable[[str, Any], None],
         problems: dict[str, str],
     ) -> None:
-        self._getters: WeakKeyDictionary[nn.Module, list[tuple[str, Getter]]] = WeakKeyDictionary()
+        # Modules hash by identity, and are held as long as this is.
+        self._getters: dict[nn.Module, list[tuple[str, Getter]]] = {}
         for name, getter in states.items():
             try:
                 module = model.get_submodule(name)
@@ -62,16 +66,18 @@ class NamedStates:
                 )
             self._getters.setdefault(module, []).append((name, getter))
         self._show, self._problems = show, problems
-        self._model = ref(model)
-        self._unknown = WeakKeyDictionary(
-            {m: name for name, m in model.named_modules() if name and not _known(m) and m not in self._getters}
-        )
-        self._layers = WeakKeyDictionary({m: name for name, m in model.named_modules() if isinstance(m, LAYERS)})
+        self._unknown = {
+            m: name for name, m in model.named_modules() if name and not _known(m) and m not in self._getters
+        }
+        # torch's own keep nothing from one call to the next.
+        self._may_hold = {id(m) for m in self._unknown if not type(m).__module__.startswith("torch.nn.")}
+        self._held: dict[nn.Module, dict[str, Tensor]] = {}
+        self._layers: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if isinstance(m, LAYERS)}
         self._called: dict[str, None] = {}
         self._shown: set[str] = set()
         self._ran = False
-        self._last: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
-        self._loops: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self._last: dict[nn.Module, list[Tensor]] = {}
+        self._loops: dict[nn.Module, int] = {}
         self._handle: RemovableHandle | None = None
 
     def open(self) -> None:
@@ -82,13 +88,15 @@ class NamedStates:
         """End."""
         if self._handle is not None:
             self._handle.remove()
+        self._last.clear()
+        self._held.clear()
 
     @property
     def unrecorded(self) -> dict[str, str]:
-        """Modules called step after step on what they had returned, and not named."""
+        """Modules called step after step on what they had returned, or hold, and not named."""
         why = (
-            "called step after step on the state that it returned, and no layer that is known; name it in states= to "
-            "record it"
+            "called step after step on the state that it returned or holds, and no layer that is known; name it in "
+            "states= to record it"
         )
         found = {self._unknown[m]: why for m, n in self._loops.items() if n >= LOOPS and m in self._unknown}
         if self._ran:
@@ -114,7 +122,7 @@ class NamedStates:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         self._ran = True
-        if isinstance(module, LAYERS) and module in self._layers:
+        if module in self._layers:
             self._called[self._layers[module]] = None
         for name, getter in self._getters.get(module, ()):
             self._shown.add(name)
@@ -125,7 +133,12 @@ class NamedStates:
         if module in self._unknown:
             # Held until the next call, so that no other tensor can come to be the same object.
             given, last = _tensors(args), self._last.get(module, [])
-            if any(_moved(g, last) for g in given):
+            loops = any(_moved(g, last) for g in given)
+            if id(module) in self._may_hold:
+                held, before = _held(module), self._held.get(module, {})
+                loops |= any(_goes_on(v, before.get(key), given) for key, v in held.items())
+                self._held[module] = held
+            if loops:
                 self._loops[module] = self._loops.get(module, 0) + 1
             self._last[module] = [v for v in _tensors(output) if v.requires_grad]
 
@@ -149,6 +162,30 @@ def _moved(given: Tensor, returned: list[Tensor]) -> bool:
             if any(n in ends for n in before):
                 return True
             waiting += before
+    return False
+
+
+def _held(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors computed by a call that a module keeps in its attributes."""
+    found = (*vars(module).items(), *module._buffers.items())
+    return {key: v for key, v in found if isinstance(v, Tensor) and v.grad_fn is not None}
+
+
+def _goes_on(now: Tensor, before: Tensor | None, given: list[Tensor]) -> bool:
+    """Whether what a module holds was computed from what it held after the call before, and not by way of what it was
+    given: that is how attention weights follow from those of the layer below, where layers share their weights."""
+    if before is None or now is before:
+        return False
+    end, outside = before.grad_fn, {v.grad_fn for v in given}
+    waiting, seen = deque([now.grad_fn]), set[Any]()
+    while waiting and len(seen) < STEP_NODES:
+        node = waiting.popleft()
+        if node is None or node in seen or node in outside:
+            continue
+        if node is end:
+            return True
+        seen.add(node)
+        waiting.extend(n for n, _ in node.next_functions)
     return False
 
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from unvanish import torch_internals
 from unvanish.nn.modules import CellModule, RecurrentModule
 
+_PLAIN = (Tensor, nn.Parameter)
+"""read before anything slower is asked: this runs at every call"""
 # Scripted and quantized modules are of no class that could be asked, only of these names.
 NAMES = frozenset({"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"})
 
@@ -54,12 +56,15 @@ def _inside(name: str, outer: str) -> bool:
 
 def unseen(tensors: list[Tensor]) -> str | None:
     """Why a call with these tensors can't be recorded; None if it can."""
+    if torch_internals.tracing():
+        return "ran inside torch.jit.trace, which would trace the recording too; call the model itself"
+    transforms = torch_internals.transform_active()
     for v in tensors:
-        if v.device.type == "meta":
+        if v.is_meta and not torch_internals.fake(v):
             return "ran on meta tensors, which hold no numbers"
-        if torch_internals.fake(v):
+        if type(v) not in _PLAIN and torch_internals.fake(v):
             return "ran on fake tensors, which hold no numbers"
-        if torch_internals.wrapped_by_transform(v):
+        if transforms and torch_internals.wrapped_by_transform(v):
             return "ran inside a transform of torch.func, which has its own gradients"
     return None
 

@@ -9,6 +9,7 @@ from unvanish.cells.calculus import Adjoint, Partials, Point
 from unvanish.cells.gru import GRU
 from unvanish.cells.lstm import LSTM
 from unvanish.cells.rnn import RNN, ReluRNN, SigmoidRNN, TanhRNN
+from unvanish.cells.torch_kernel import TorchKernel
 
 CELLS: dict[str, Cell] = {cell.name: cell for cell in (TanhRNN(), ReluRNN(), SigmoidRNN(), LSTM(), GRU())}
 """torch's cells by name: rnn_tanh, rnn_relu, rnn_sigmoid, lstm, gru."""
@@ -54,5 +55,6 @@ __all__ = [
     "SigmoidRNN",
     "State",
     "TanhRNN",
+    "TorchKernel",
     "Weights",
 ]

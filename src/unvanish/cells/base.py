@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 
 if TYPE_CHECKING:
     from unvanish.cells.calculus import Partials, Point
+    from unvanish.cells.torch_kernel import TorchKernel
 
 State = tuple[Tensor, ...]
 """One tensor per name in `Cell.states`: (h,), (h, c), …"""
@@ -103,6 +104,9 @@ class Cell(ABC):
     initial: ClassVar[Mapping[str, float]] = {}
     """state → its value before the first step; 0 where not listed"""
 
+    torch_kernel: ClassVar["TorchKernel | None"] = None
+    """torch's own kernel for sequences of this cell; not inherited, since a subclass may take another step"""
+
     name: ClassVar[str]
     """how records and messages call the cell; the class's name in lower case where not given"""
 
@@ -116,6 +120,8 @@ class Cell(ABC):
         super().__init_subclass__(**keywords)
         if "name" not in vars(cls):
             cls.name = cls.__name__.lower()
+        if "torch_kernel" not in vars(cls):
+            cls.torch_kernel = None
 
     @abstractmethod
     def step(self, p: Any, q: Any, s: Any, v: Any) -> Any:

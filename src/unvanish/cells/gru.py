@@ -12,7 +12,35 @@ import torch
 from torch import Tensor
 
 from unvanish.cells.base import Cell
-from unvanish.cells.calculus import Partials, Point
+from unvanish.cells.calculus import Diagonals, Partials, Point
+from unvanish.cells.torch_kernel import Shares, TorchKernel
+
+
+class GRUKernel(TorchKernel):
+    """torch.gru returns its one state; the reset gate stands between δp and δq of the candidate."""
+
+    name = "gru"
+
+    def kept(self, shares: Shares, y: Tensor) -> Tensor:
+        """r, z, n and q^n"""
+        (p_rz, p_n), (q_rz, q_n) = (self._split(share) for share in shares())
+        rz = (p_rz + q_rz).sigmoid()
+        n = (p_n + rz[..., :1, :] * q_n).tanh()
+        return torch.cat([rz, n, q_n], dim=-2)
+
+    def recurrent(self, dp: Tensor, kept: Tensor) -> Tensor:
+        """δq = [δp^r, δp^z, r ⊙ δp^n]"""
+        rz, n = self._split(dp)
+        return torch.cat([rz, n * kept[..., :1, :]], dim=-2).flatten(-2)
+
+    def between(self, kept: Tensor, after: tuple[Tensor, ...]) -> tuple[Diagonals, Diagonals]:
+        """∂h_t/∂h_{t-1} = z_t"""
+        return {}, {("h", "h"): kept[..., 1, :]}
+
+    @staticmethod
+    def _split(v: Tensor) -> tuple[Tensor, ...]:
+        """r and z `[..., 2, H]`, n `[..., 1, H]`."""
+        return v.unflatten(-1, (3, -1)).split([2, 1], dim=-2)
 
 
 class GRU(Cell):
@@ -22,6 +50,7 @@ class GRU(Cell):
     gates = ("r", "z", "n")
     states = ("h",)
     titles = {"r": "reset_gate", "z": "update_gate", "n": "candidate"}
+    torch_kernel = GRUKernel()
 
     def step(self, p: Any, q: Any, s: Any, v: Any) -> Tensor:
         """h_t = (1 − z_t) ⊙ n_t + z_t ⊙ h_{t-1}"""

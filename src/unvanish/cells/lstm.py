@@ -12,7 +12,33 @@ import torch
 from torch import Tensor
 
 from unvanish.cells.base import Cell
-from unvanish.cells.calculus import Partials, Point
+from unvanish.cells.calculus import Diagonals, Partials, Point
+from unvanish.cells.torch_kernel import Shares, TorchKernel
+
+
+class LSTMKernel(TorchKernel):
+    """torch.lstm returns h of every step, c of the last alone."""
+
+    name = "lstm"
+
+    def kept(self, shares: Shares, y: Tensor) -> Tensor:
+        """i, f, g, o"""
+        p, q = shares()
+        gates = (p + q).unflatten(-1, (4, -1))
+        gates[..., :2, :].sigmoid_()
+        gates[..., 2, :].tanh_()
+        gates[..., 3, :].sigmoid_()
+        return gates
+
+    def others(self, kept: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """c_t = f_t ⊙ c_{t-1} + i_t ⊙ g_t"""
+        i, f, g, _ = kept.unbind(-2)
+        return [(f, i * g)]
+
+    def between(self, kept: Tensor, after: tuple[Tensor, ...]) -> tuple[Diagonals, Diagonals]:
+        """∂m_t/∂c_t = o_t ⊙ (1 − tanh² c_t), ∂c_t/∂c_{t-1} = f_t"""
+        tanh_c = after[1].tanh()
+        return {("h", "c"): kept[..., 3, :] * (1 - tanh_c * tanh_c)}, {("c", "c"): kept[..., 1, :]}
 
 
 class LSTM(Cell):
@@ -23,6 +49,7 @@ class LSTM(Cell):
     states = ("h", "c")
     titles = {"i": "input_gate", "f": "forget_gate", "g": "candidate", "o": "output_gate"}
     write_gate = "i"
+    torch_kernel = LSTMKernel()
 
     def step(self, p: Any, q: Any, s: Any, v: Any) -> tuple[Tensor, Tensor]:
         """c_t = f_t ⊙ c_{t-1} + i_t ⊙ g_t,  m_t = o_t ⊙ tanh(c_t)"""

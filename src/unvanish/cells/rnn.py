@@ -12,6 +12,18 @@ from torch import Tensor
 
 from unvanish.cells.base import Cell
 from unvanish.cells.calculus import Partials, Point
+from unvanish.cells.torch_kernel import Shares, TorchKernel
+
+
+class RNNKernel(TorchKernel):
+    """torch.rnn_tanh and rnn_relu return all there is."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def kept(self, shares: Shares, y: Tensor) -> Tensor:
+        """h_t, the only "gate"."""
+        return y.unsqueeze(-2)
 
 
 class RNN(Cell):
@@ -62,6 +74,7 @@ class TanhRNN(RNN):
     """φ = tanh, φ' = 1 − h²"""
 
     name = "rnn_tanh"
+    torch_kernel = RNNKernel("rnn_tanh")
     phi = staticmethod(torch.tanh)
 
     def derivative(self, h: Tensor) -> Tensor:
@@ -72,6 +85,7 @@ class ReluRNN(RNN):
     """φ = relu, φ' = [h > 0]"""
 
     name = "rnn_relu"
+    torch_kernel = RNNKernel("rnn_relu")
     rectifies = True
     phi = staticmethod(torch.relu)
 

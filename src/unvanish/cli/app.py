@@ -161,7 +161,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inst
         console.print(f"{name:12} {escape(found)}")
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         console.print(f"\n[bold]a float32 sequence on {device}[/bold]")
-        choice = engine.explain(CELLS["lstm"], torch.zeros(1, 1, 1, device=device))
+        choice = engine.explain(CELLS["lstm"], torch.zeros(2, 1, 1, device=device))
         console.print(escape(str(choice)))
         if choice.rung == "native":
             console.print(f"instruction set: {engine.isa()}")

@@ -24,11 +24,11 @@ def diagnose(
         typer.Argument(
             metavar="SOURCE",
             help="FILE.py:FACTORY. Runs this file; FACTORY() returns (model, batch, loss), or (model, step), or "
-            "(LightningModule, batch). Or, with --data, a folder that `unvanish train` wrote.",
+            "(LightningModule, batch). Or a folder that `unvanish train` wrote, with --data unless it learnt a task.",
         ),
     ],
     data: Annotated[
-        Path | None, typer.Option(help="A file as `unvanish train` reads it; its first 512 sequences.")
+        Path | None, typer.Option(help="A file as `unvanish train` reads it; 512 of its sequences at most.")
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="With --data: column of the answers; by default as the model was trained.")
@@ -48,6 +48,9 @@ def diagnose(
         float, typer.Option(help="Seconds for training copies, each with one change; 0 leaves that out.")
     ] = 60.0,
     seed: Annotated[int, typer.Option(help="Seed of dropout, of drawn cures and of the copies' training.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="A file to write the diagnosis to as a page, which opens offline.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -59,8 +62,11 @@ def diagnose(
 
     Exit status: 0 if nothing that keeps the model from learning was found, 1 if something was, 2 for an error.
     """
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"--out: expected a file in a folder that exists, got {out}")
     columns = {"target": target, "id": id, "time": time, "text": text, "missing": missing}
-    if data is None:
+    factory = data is None and not Path(source).is_dir()
+    if factory:
         for name, value in columns.items():
             if value is not None:
                 raise UserError(f"--{name}: says how to read a file; expected --data with it")
@@ -70,45 +76,61 @@ def diagnose(
         how = {"loss": loss}
     if checkpoint is not None:
         _load(model, checkpoint)
-    if data is None and (batch or how):
+    if factory and (batch or how):
         _try_out(source, model, batch, how)
     import unvanish as uv
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the same of every pass; what matters is a finding
-        found = uv.diagnose(model, *batch, **how, lag=lag, samples=samples, budget=budget, seed=seed)
+        found = uv.diagnose(
+            model,
+            *batch,
+            **how,
+            lag=lag,
+            samples=samples,
+            budget=budget,
+            seed=seed,
+            progress=_silent if quiet else None,
+        )
+    if out is not None:
+        found.to_html(out)
     if as_json:
         typer.echo(json.dumps(_strict(_plain(found))))
     else:
-        _print(found, Console(quiet=quiet, highlight=False, emoji=False))
+        console = Console(quiet=quiet, highlight=False, emoji=False)
+        _print(found, console)
+        if out is not None:
+            console.print(f"Page: [bold]{escape(str(out.absolute()))}[/bold]", soft_wrap=True)
     if not found.healthy:
         raise typer.Exit(1)
 
 
-def _trained(folder: str, data: Path, **columns: str | None) -> tuple[Any, tuple[Any, ...], Any]:
+def _silent(sentence: str) -> None:
+    pass
+
+
+def _trained(folder: str, data: Path | None, **columns: str | None) -> tuple[Any, tuple[Any, ...], Any]:
+    """(model, batch, loss) of a folder that `unvanish train` wrote, and of data if it was trained on some."""
     from unvanish import train as training
 
     trained = training.Trained.load(Path(folder))
     if trained.config["kind"] == "task":
-        name = trained.config["task"]["name"]
-        raise UserError(f"SOURCE: expected a model that was trained on data, got one of the task {name}")
+        if data is not None:
+            name = trained.config["task"]["name"]
+            raise UserError(f"--data: {folder} was trained on the task {name}, which draws its own; leave it out")
+        return trained.model, *trained.batch()
+    if data is None:
+        raise UserError(f"--data: expected a file like the one that {folder} was trained on")
     told = trained.config.get("columns", {}) | {name: value for name, value in columns.items() if value is not None}
-    if "target" not in told and data.suffix.lower() != ".ts":
+    kind = trained.config["kind"]
+    if "target" not in told and kind != "language" and data.suffix.lower() != ".ts":
         raise UserError("--target: expected the column of the answers, which this model's folder does not tell")
-    given = training.read_data(data, trained.config["kind"], **told)
-    if not isinstance(given, training.Sequences):
-        raise UserError(
-            f"SOURCE: expected a model for classification or regression, got one for {trained.config['kind']}"
-        )
-    batch, loss = trained.batch(given)
-    return trained.model, batch, loss
+    return trained.model, *trained.batch(training.read_data(data, kind, **told))
 
 
 def _made(source: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """(model, batch, loss or step by name)"""
     file, _, name = source.rpartition(":")
-    if Path(source).is_dir():
-        raise UserError(f"SOURCE: {source} is a folder; of one that `unvanish train` wrote, add the file to --data")
     if not file.endswith(".py") or not name.isidentifier():
         raise UserError(f"FILE.py:FACTORY: expected a Python file and a function in it, got {source!r}")
     if not Path(file).is_file():
@@ -117,14 +139,12 @@ def _made(source: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
     from torch import nn
 
-    before = sys.path[:]
+    # As Python does for a script, and for good: the factory, the step and the model may import later.
     sys.path.insert(0, str(Path(file).parent.absolute()))
     try:
         names = runpy.run_path(file, run_name=Path(file).stem)
     except (Exception, SystemExit) as error:
         raise UserError(f"FILE.py:FACTORY: running {file} raised {_raised(error, file)}") from error
-    finally:
-        sys.path[:] = before
     factory = names.get(name)
     if not callable(factory):
         raise UserError(f"FILE.py:FACTORY: {file} has no function {name!r}")
@@ -216,6 +236,8 @@ def _plain(found: "Diagnosis") -> dict[str, Any]:
 
     plan = found.plan
     return {
+        "model": found.model,
+        "headline": found.headline,
         "healthy": found.healthy,
         "findings": [asdict(finding) for finding in found.findings],
         "plan": {

@@ -1,5 +1,6 @@
 """`unvanish train` and `unvanish predict`."""
 
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -136,6 +137,16 @@ def train(
 
         typer.echo(json.dumps(trained.config))
     _print(trained, out, console)
+    source = ["--data", str(data)] if data is not None else []
+    console.print(f"Next: [bold]{escape(shlex.join(_follows(trained, out, source)))}[/bold]")
+
+
+def _follows(trained: "Trained", out: Path, source: list[str]) -> list[str]:
+    """The command that the training's outcome asks for."""
+    kind = trained.config["kind"]
+    if not trained.config["assessment"]["better"] or kind == "task":
+        return ["unvanish", "diagnose", str(out), *source]
+    return ["unvanish", "predict", str(out), *(["--prompt", "..."] if kind == "language" else source)]
 
 
 def _print(trained: "Trained", out: Path, console: Console) -> None:
@@ -160,6 +171,8 @@ def _print(trained: "Trained", out: Path, console: Console) -> None:
     for who, figures in config["test"].items():
         shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
         console.print(f"test, {escape(who)}: {shown}")
+    found = config["assessment"]
+    console.print(f"[bold {'green' if found['better'] else 'yellow'}]{escape(found['says'])}[/]")
     console.print(f"Model: [bold]{escape(str(out.absolute()))}[/bold]")
 
 

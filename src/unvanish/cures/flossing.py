@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from unvanish import engine
 from unvanish.cures.traced import TracedModel
+from unvanish.engine.precision import full_precision
 from unvanish.flow.singular import orthonormal, orthonormalised
 from unvanish.flow.stack import full_jacobians, reading_order
-from unvanish.nn.modules import full_precision
 
 
 class GradientFlossing:

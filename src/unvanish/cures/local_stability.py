@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from unvanish.cures.layers import finite
 from unvanish.cures.mean_square import input_gain, mean_square_gain
 from unvanish.cures.traced import TracedModel
-from unvanish.nn.modules import full_precision
+from unvanish.engine.precision import full_precision
 
 
 class LocalStability:

@@ -12,6 +12,7 @@ from unvanish import engine
 from unvanish.capture import Call, Capture
 from unvanish.cells import Point, State, Weights, calculus
 from unvanish.cures.layers import layers_of, recurrent_modules
+from unvanish.engine.precision import full_precision
 from unvanish.flow.stack import reading_order
 from unvanish.nn.modules import (
     CellModule,
@@ -22,7 +23,6 @@ from unvanish.nn.modules import (
     drawn_again,
     evaluating,
     final_error,
-    full_precision,
     layer_directions,
     on_gradient,
     output_error,
@@ -186,7 +186,8 @@ class Omega:
             masks = drawn_again(module, inputs, call.rng).masks
 
             def run(layer: LayerDirection, x: Tensor, state: State) -> engine.Trace:
-                return engine.trace(layer.cell, x, state, layer.weights.detach(), inputs.lengths, layer.reverse)
+                weights = layer.weights.detach()
+                return engine.trace(layer.cell, x, state, weights, inputs.lengths, layer.reverse, adjoint_follows=True)
 
             traces = run_layers(layers, inputs.x, states, run, masks)
         dy = output_error(module, inputs, observed.errors.get(0))

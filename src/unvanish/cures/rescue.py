@@ -164,6 +164,8 @@ def _from_record(layer: Layer, records: Mapping[str, LayerFlow], lag: int, targe
             f"x: expected a record with one {layer.cell.name} layer {name!r}, found {len(found)} among "
             f"{', '.join(records)}; pass the record of this module alone: {{name: flow[name], …}}"
         )
+    if found[0].problem is not None:
+        raise ValueError(f"x: the record {found[0].name!r} is not valid: {found[0].problem}")
     log_f = found[0].log_carry
     if log_f is None or log_f.shape != (H,) or not bool((log_f.isfinite() & (log_f < 0)).all()):
         raise ValueError(

@@ -8,12 +8,12 @@ from unvanish import engine
 from unvanish.capture import Call, Capture
 from unvanish.cells import State
 from unvanish.cures.layers import recurrent_modules
+from unvanish.engine.precision import full_precision
 from unvanish.nn.modules import (
     LayerDirection,
     SequenceModule,
     TimeMajor,
     evaluating,
-    full_precision,
     initial_states,
     layer_directions,
     run_layers,

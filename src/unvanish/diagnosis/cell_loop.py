@@ -93,11 +93,11 @@ class CellLoop:
 
     @property
     def unseen(self) -> str:
-        """Why nothing can be told of this cell; "" if something can."""
+        """Why this cell can't be measured; "" if it can."""
         if len(self.chains) > 1 and len(self.longest.steps) == 1:
             return (
-                f"{self.path}: not diagnosed: what it is given as state is never just what it returned last, so its "
-                "calls can't be followed as one sequence; uv.watch tells of each"
+                f"{self.path}: not measured: it is never given exactly the state that it returned last, so its calls "
+                "can't be joined into one sequence; uv.watch records each call"
             )
         return ""
 

@@ -84,6 +84,11 @@ def diagnose(
         RuntimeError: within torch.inference_mode.
     """
     _check(model, batch, loss, step, budget, lag, samples)
+    if optimizer is not None and not isinstance(optimizer, Optimizer) and not callable(optimizer):
+        raise TypeError(
+            "optimizer: expected a torch.optim.Optimizer, or a function that makes one from parameters, got "
+            f"{type(optimizer).__name__}"
+        )
     inputs, target = (batch[:-1], batch[-1]) if len(batch) > 1 and loss is not None else (batch, None)
     has_target = len(batch) > 1 and loss is not None
     settings = {"optimizer": optimizer, "budget": budget, "lag": None if lag is None else int(lag),
@@ -149,8 +154,9 @@ def _diagnosed(
         return prescribe(kept, given, layers, lambda changed: measured(changed)[1], seed)
 
     return Diagnosis(
-        findings, layers, outcome.plan, (*notes, *outcome.notes), outcome.tried, outcome.chance, cures, _unset
-    )
+        type(subject.model).__name__, findings, layers, outcome.plan, (*notes, *outcome.notes), outcome.tried,
+        outcome.chance, cures, _unset,
+    )  # fmt: skip
 
 
 def _unset(model: nn.Module) -> Diagnosis:
@@ -161,8 +167,12 @@ def _together(proved: tuple[Finding, ...], outcome: Outcome, notes: tuple[str, .
     """Ranked. A model that was seen to learn is healthy first, and what else was found are remarks."""
     learnt = [f for f in outcome.findings if f.code == "healthy"]
     if learnt:
-        rest = [replace(f, severity="note") if f.severity == "warning" else f for f in proved]
-        return (*learnt, *ranked((*rest, *(f for f in outcome.findings if f.code != "healthy"))))
+        # That the loss falls says nothing against a target that is read off the input: it is what follows from it.
+        leaks = [f for f in proved if f.code == "target_in_input"]
+        rest = [replace(f, severity="note") if f.severity == "warning" else f for f in proved if f not in leaks]
+        told = [f for f in leaks if f.severity != "note"]
+        rest += [f for f in leaks if f not in told]
+        return (*told, *learnt, *ranked((*rest, *(f for f in outcome.findings if f.code != "healthy"))))
     everything = ranked((*proved, *outcome.findings))
     if any(f.severity != "note" for f in everything) or outcome.findings:
         return everything

@@ -1,9 +1,11 @@
-"""What a diagnosis says: findings, measurements per layer, what to do, and how it went."""
+"""The result of a diagnosis: findings, a measurement per layer, the plan, and the comparison after a change."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.plan import Plan
 from unvanish.diagnosis.verdict import Verdict
+from unvanish.flow.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,39 +21,44 @@ if TYPE_CHECKING:
     from unvanish.diagnosis.interventions import Tried
 
 ARRIVED = 0.01
-"""of the gradient at lag 0 that still counts as having arrived"""
+"""fraction of the gradient at lag 0 down to which it counts as reaching"""
 BAD = ("vanishes", "explodes", "chaotic", "saturated", "dead")
 
 
 @dataclass(frozen=True)
 class LayerDiagnosis:
-    """One recurrent layer and direction."""
+    """The measured reach of the gradient in one recurrent layer and direction.
+
+    With s the state that the cell remembers by (c for the LSTM, h for the others), all of it is about
+    ‖∂E_k/∂s_{k−ℓ}‖ over the lag ℓ in steps, relative to its value at ℓ = 0.
+    """
 
     name: str
     """module path, layer, direction: "encoder.lstm.l0" """
     cell: str
     verdict: Verdict
     cause: str
-    """why, in words"""
+    """what the verdict rests on, in words, with the numbers"""
     rate: float
-    """nats per step of ‖∂E_k/∂s_{k−ℓ}‖ over the lag; −∞ where it is zero after one step; NaN where one sample or fewer
-    than two steps can't tell it"""
+    """slope of ln‖∂E_k/∂s_{k−ℓ}‖ over ℓ, in nats per step; −∞ where nothing remains after one step; NaN for a single
+    sample or fewer than two steps"""
     rate_interval: tuple[float, float]
-    """95 %, over samples; NaN for one sample"""
+    """95 % confidence interval of the rate over samples; NaN for a single sample"""
     half_life: float | None
-    """steps; None where the error does not fade"""
+    """ln 2 / −rate, in steps; None where the gradient does not fade"""
     reach: int
-    """steps: the largest lag at which 1 % of the gradient at lag 0 remains"""
+    """the largest lag, in steps, at which at least 1 % of the gradient remains"""
     lag: int
-    """what was asked for, or the longest that the data offer"""
+    """the largest lag that was looked at, in steps: the one given, or the longest in the batch"""
     evidence: dict[str, float]
+    """the numbers behind the verdict, by name"""
     curve: tuple[float, ...] = field(repr=False, default=())
-    """ln‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0: the median over sources and samples of those that are not 0, times the root
-    of their share"""
+    """ln‖∂E_k/∂s_{k−ℓ}‖ relative to ℓ = 0, one value per lag: the median over errors and samples of the values that are
+    not 0, times the square root of their share"""
 
     @property
     def rate_in_words(self) -> str:
-        """The rate in words, with its interval if there is one; "no rate" if it is unknown."""
+        """The rate with its unit and, if known, its interval; "no rate" if it is unknown."""
         if math.isnan(self.rate):
             return "no rate"
         low, high = self.rate_interval
@@ -59,7 +67,7 @@ class LayerDiagnosis:
 
 @dataclass(frozen=True)
 class Prescription:
-    """A cure for one recurrent module, tried on a copy."""
+    """One change to one recurrent module, measured on a copy."""
 
     cure: str
     """"chrono_(max_lag=100)" """
@@ -67,26 +75,26 @@ class Prescription:
     """the module: "encoder.lstm" """
     reason: str
     predicted: dict[str, LayerDiagnosis]
-    """what a copy of the model measures after it"""
+    """the measurement of a copy after the change, by layer"""
     act: Callable[[nn.Module], nn.Module] | None = field(repr=False, compare=False, default=None)
-    """the module → the cured one (the same, changed in place, or its successor); None: only advice"""
+    """module → the changed module, which is the same one or its replacement; None: advice without code"""
     _undo: dict[int, tuple[nn.Module, Callable[[], None]]] = field(repr=False, compare=False, default_factory=dict)
-    """by a model's id, which is its own as long as the model is held"""
+    """by a model's id, which stays its own as long as the model is kept here"""
 
     @property
     def heals(self) -> bool:
-        """Whether every layer of the copy that can be judged was healthy afterwards."""
+        """Whether every layer of the copy with a verdict was healthy afterwards."""
         return bool(self.told) and all(d.verdict == "healthy" for d in self.told)
 
     @property
     def cures_its_module(self) -> bool:
-        """Whether every layer of its own module that can be judged was healthy afterwards."""
+        """Whether every layer of the changed module with a verdict was healthy afterwards."""
         own = [d for d in self.told if not self.path or d.name == self.path or d.name.startswith(f"{self.path}.")]
         return bool(own) and all(d.verdict == "healthy" for d in own)
 
     @property
     def limit(self) -> str:
-        """What it leaves undone, to be put behind its reason; "" if it heals, or nothing could be told."""
+        """What the change does not cure, to be appended to its reason; "" if it heals, or nothing was decided."""
         if self.heals or not self.told:
             return ""
         if self.cures_its_module:
@@ -95,15 +103,16 @@ class Prescription:
 
     @property
     def told(self) -> list[LayerDiagnosis]:
-        """The layers of the copy about which something could be told."""
+        """The layers of the copy that have a verdict."""
         return [d for d in self.predicted.values() if d.verdict != "undecided"]
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Cure the model in place, and return it; where the module itself is `model` and is replaced, its successor.
+        """Make the change in place and return the model; where `model` itself is the module and is replaced, its
+        replacement.
 
         Raises:
-            ValueError: this is advice that no code can follow, the model has no such module, or it has been applied to
-                this model and not been taken back.
+            ValueError: this is advice without code, the model has no such module, or the change has been applied to
+                this model already and not been undone.
         """
         if id(model) in self._undo:
             raise ValueError(f"{self.cure}: was applied to this model already; take it back with undo first")
@@ -125,11 +134,11 @@ class Prescription:
         return model
 
     def undo(self, model: nn.Module) -> nn.Module:
-        """Take the cure back: the module's weights are bitwise what they were before `apply`, whatever was trained
-        since; the other modules keep what they have learnt. The optimizer's own state is left as it is.
+        """Undo `apply`: the module's weights are bitwise what they were before it, whatever was trained since; the
+        other modules keep what they have learnt. The optimizer's state is left as it is.
 
         Raises:
-            ValueError: it was not applied to this model.
+            ValueError: the change was not applied to this model.
         """
         if id(model) not in self._undo:
             raise ValueError(f"{self.cure}: was not applied to this model, so there is nothing to take back")
@@ -142,7 +151,7 @@ def _restore(module: nn.Module, before: Mapping[str, Tensor]) -> None:
 
 
 def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """In every place, as a module may stand in several."""
+    """In every parent, since a module may be used in several places."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
@@ -199,6 +208,16 @@ class Verification:
 
         return draw.over_lag(curves, ax, mark=ARRIVED)
 
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page with both diagnoses: the gradient before and after, what is found now, the later plan.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        from unvanish.diagnosis.page import verification_page
+
+        write_atomically(Path(path), verification_page(self).encode())
+
     def _repr_html_(self) -> str:
         from unvanish import draw
 
@@ -213,33 +232,41 @@ class Verification:
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis(Mapping[str, LayerDiagnosis]):
-    """What was found, with proofs and a plan; as a mapping: layer name → measurement."""
+    """Findings with their proofs, the measurement of each layer, and the plan; a mapping from layer name to
+    measurement."""
 
+    model: str
+    """class of the diagnosed model"""
     findings: tuple[Finding, ...]
-    """ranked: what keeps the model from learning first"""
+    """ranked: what keeps the model from learning comes first"""
     layers: dict[str, LayerDiagnosis]
     """how far the gradient reaches in each recurrent layer: a measurement, not a cause"""
     plan: Plan
-    """what to change, all at once, as interventions proved it; false where there is nothing, or nothing was proved"""
+    """every change at once, as interventions proved it; false where there is nothing to change or nothing was proved"""
     notes: tuple[str, ...]
     """what could not be tested or measured, and why"""
     tried: tuple["Tried", ...]
     """the copies that were trained"""
     chance: float | None
-    """that a short training learns, from a copy's first updates; None if none was trained"""
+    """probability that a short training learns, from a copy's first updates; None if no copy was trained"""
     prescribe: Callable[[], tuple[Prescription, ...]] = field(repr=False, compare=False)
-    """tries single cures of reach"""
+    """measures single changes that extend the reach"""
     again: Callable[[nn.Module], "Diagnosis"] = field(repr=False, compare=False)
-    """the same diagnosis of another state of the model"""
+    """changed model → its diagnosis, with the same batch and settings"""
 
     @cached_property
     def prescriptions(self) -> tuple[Prescription, ...]:
-        """Single cures of reach for the layers whose gradient does not reach; the most promising first.
+        """Single changes for the layers whose gradient does not reach, the most promising first.
 
-        Each is tried on a copy of the model as it was diagnosed when this is first asked for, which takes a
-        measurement per cure. `plan` is what interventions proved.
+        Each is measured on a copy of the diagnosed model when this is first accessed. They are not trained: `plan` is
+        what interventions proved.
         """
         return self.prescribe()
+
+    @property
+    def headline(self) -> str:
+        """The result in a sentence: what the first finding says."""
+        return self.findings[0].says
 
     @property
     def trained(self) -> bool:
@@ -274,6 +301,17 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
 
         return draw.over_lag(curves, ax, mark=ARRIVED)
 
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the diagnosis as one self-contained page: headline, gradient per layer, findings with proofs, plan,
+        copies that were trained, layers, notes. It needs neither network nor script.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        from unvanish.diagnosis.page import diagnosis_page
+
+        write_atomically(Path(path), diagnosis_page(self).encode())
+
     def _repr_html_(self) -> str:
         from unvanish import draw
 
@@ -301,7 +339,7 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
 
 def _brief(d: LayerDiagnosis | None) -> str:
     if d is None:
-        return "not there"
+        return "not measured"
     if d.verdict == "undecided":
         return d.verdict
     return f"{d.verdict}, {d.rate_in_words}, reach {d.reach}"

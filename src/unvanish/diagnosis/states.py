@@ -86,7 +86,7 @@ def _diagnosed(name: str, curves: Tensor, lag: int | None) -> LayerDiagnosis:
 
 def _judged(reach: int, end: float, wanted: int, lag: int | None, offered: int) -> tuple[Verdict, str]:
     if lag is not None and lag > offered:
-        return "undecided", f"the batch offers a lag of {offered} steps, not {lag}; hand in longer sequences"
+        return "undecided", f"the longest lag in the batch is {offered} steps, not {lag}; pass longer sequences"
     if end > -math.log(FRACTION):
         return "explodes", f"the gradient grows to {math.exp(min(end, 700.0)):.2g} times its size over {wanted} steps"
     if reach >= wanted:

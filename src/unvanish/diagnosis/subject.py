@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from unvanish.diagnosis.order import axis_of_time
 from unvanish.diagnosis.structure import detached_copy, floating, mapped, tensors
 from unvanish.diagnosis.trace import COMPARING, traced
 from unvanish.nn.modules import SequenceModule
@@ -133,7 +134,11 @@ class Subject:
             axis = 0 if targets and main.dim() < 3 else self._declared_axis
             return (None, (0, 1)) if targets else (main.shape[axis], (axis, 1 - axis))
         best = max(scores, key=lambda axis: (scores[axis], -axis))
-        if scores[0] and scores[1] and main.dim() >= 3:
+        if scores[0] and scores[1]:
+            # A time-major batch, and a layer that takes a batch for time-major, look the same but for the data.
+            time = axis_of_time(main, targets)
+            if time is not None:
+                return main.shape[1 - time], (1 - time, time)
             other = self._follows(main.shape[1], (1, 0)) and not self._follows(main.shape[0], (0, 1))
             best = 1 if other else 0 if scores[0] >= scores[1] else best
         return main.shape[best], (best, 1 - best)

@@ -20,33 +20,33 @@ def judge(m: Measured) -> tuple[Verdict, str]:
     e, lag = m.evidence, m.lag
     if e["offered"] < 2 and m.place.reverse and e["steps"] > 2:
         where = (
-            "the error enters where this direction starts, so there is nothing to travel"
+            "the loss reads this direction at the step that it processes first, so there is no way back"
             if not m.above
-            else "the error is made where this direction starts, and comes to its other steps through the layer above "
-            "alone, whose verdict covers that way"
+            else "the error arises at the step that this direction processes first, and reaches its others through "
+            "the layer above alone, whose verdict covers that path"
         )
-        return "undecided", f"{where}; read the reverse direction at the first step (torch's final state is that)"
+        return "undecided", f"{where}; read the reverse direction at the first step, as torch's final state does"
     if e["offered"] < 2:
-        return "undecided", f"the error has {e['offered']:.0f} steps to travel; at least 2 are needed to tell a rate"
+        return "undecided", f"the gradient travels back {e['offered']:.0f} steps; at least 2 are needed for a rate"
     if len(m.slopes) < 2:
-        return "undecided", "one sample only: no interval can be given; hand in at least two"
+        return "undecided", "a single sample gives no interval; pass at least two"
     if not m.asked:
         return (
             "undecided",
-            f"the batch offers a lag of {e['offered']:.0f} steps, not {lag}; hand in longer sequences",
+            f"the longest lag in the batch is {e['offered']:.0f} steps, not {lag}; pass longer sequences",
         )
     bounded = not m.place.cell.rectifies
     grows = float(m.curve[-1]) > -math.log(FRACTION)
     if bounded and grows and e.get("lyapunov_low", -math.inf) > 0 and e["lyapunov"] * lag > 1:
         radius = f"; spectral radius of W_hh {e['spectral_radius']:.2f}" if "spectral_radius" in e else ""
         return "chaotic", (
-            f"recurrent weights too large: neighbouring states drift apart by {e['lyapunov']:.3f} nats per step "
+            f"recurrent weights too large: neighbouring states diverge by {e['lyapunov']:.3f} nats per step "
             f"(Lyapunov exponent){radius}"
         )
     if _explodes(m):
         return _grows(m)
     if m.decay.reach >= lag:
-        arrives = f"the error arrives over {lag} steps: {_left(e)}{_lost(m)}{_handed_down(m)}{_held(e, lag)}"
+        arrives = f"the gradient reaches back all {lag} steps: {_left(e)}{_lost(m)}{_handed_down(m)}{_held(e, lag)}"
         if e["step_change"] > TOO_SENSITIVE:
             return "healthy", (
                 f"{arrives}; but the state is too sensitive: one step of Adam changes it by up to "
@@ -77,24 +77,24 @@ def _left(e: dict[str, float]) -> str:
 
 
 def _lost(m: Measured) -> str:
-    """Of how many errors nothing arrives."""
+    """For how many errors no gradient remains."""
     lost = 1 - m.evidence["arriving"]
     if lost == 0:
         return ""
-    why = ", as each relu unit that carried them was off at some step" if m.place.cell.rectifies else ""
-    return f"; of {lost:.0%} of the errors followed exactly nothing{why}"
+    why = ", since every relu unit on their way was off at some step" if m.place.cell.rectifies else ""
+    return f"; for {lost:.0%} of the errors followed exactly nothing remains{why}"
 
 
 def _handed_down(m: Measured) -> str:
-    """Growth that no path has, but their number."""
+    """Growth that comes from the number of paths, not from any single one."""
     if float(m.curve[-1]) <= -math.log(FRACTION):
         return ""
     ways = math.exp(_log_ways(len(m.curve) - 1, m.above))
-    return f", because the layers above hand it down at every step, along {ways:.2g} ways in all"
+    return f", because the layers above pass it down at every step, along {ways:.2g} paths in all"
 
 
 def _held(e: dict[str, float], lag: int) -> str:
-    """What is to be said of recurrent weights that are large enough for an explosion which does not come."""
+    """A remark on recurrent weights that are large enough for an explosion which saturation prevents."""
     growth = lag * math.log(max(e.get("spectral_radius", 0.0), 1e-300))
     if growth <= -math.log(FRACTION):
         return ""
@@ -115,17 +115,19 @@ def _fades(m: Measured) -> tuple[Verdict, str]:
     e, lag, reach = m.evidence, m.lag, m.decay.reach
     cell = m.place.cell
     if e["detached"] and e["uninterrupted"] < lag:
-        earlier = "" if reach >= e["uninterrupted"] - 1 else f"; and even of that the error reaches {reach} only"
+        earlier = (
+            "" if reach >= e["uninterrupted"] - 1 else f"; even within those the gradient reaches back only {reach}"
+        )
         return "vanishes", (
-            f"detached: the state is cut from its graph {e['detached']:.0f} times (truncated BPTT), and no error "
-            f"passes a cut; uninterrupted are {e['uninterrupted']:.0f} steps, the lag is {lag}{earlier}"
+            f"detached: the state is detached {e['detached']:.0f} times (truncated BPTT), and no gradient passes that; "
+            f"the lag is {lag} steps, of which {e['uninterrupted']:.0f} lie between two cuts{earlier}"
         )
     if cell.rectifies and not bool((m.curve[1:] > -math.inf).any()):
-        return "dead", "no relu unit is on: φ' is 0, and no error passes a single step"
+        return "dead", "no relu unit is on: φ' is 0 everywhere, so no gradient passes a single step"
     if e["constant_tail"] > MOST and reach < e["constant_tail"] * lag:
         return "vanishes", (
-            f"padding: the last {e['constant_tail']:.0%} of the steps repeat one input, and the error has died in them "
-            f"after {reach}; pack the sequences, or read the state at each one's own last step"
+            f"padding: the last {e['constant_tail']:.0%} of the steps repeat one input, and the gradient vanishes "
+            f"within them, after {reach} steps; pack the sequences, or read each sample's state at its own last step"
         )
     if e["saturated"] > MOST and "carry_half_life" not in e and e["spectral_norm"] >= 1:
         return "saturated", f"activations saturated: {e['saturated']:.0%} of φ' are below 5 % of their maximum"
@@ -134,7 +136,7 @@ def _fades(m: Measured) -> tuple[Verdict, str]:
             f"gates saturated: {e['saturated']:.0%} of their φ' are below 5 % of the maximum"
             + (f"; W_ih x has standard deviation {e['input_scale']:.1f}" if "input_scale" in e else "")
         )
-    last = " The loss is read at few steps only, so no nearer error helps." if e["error_steps"] < 0.1 else ""
+    last = " Few steps enter the loss, so no other error is nearer." if e["error_steps"] < 0.1 else ""
     if "carry_half_life" in e:
         return "vanishes", (
             f"{cell.carry_title}: gradient half-life {e['carry_half_life']:.2g} steps for the median unit, "
@@ -143,13 +145,13 @@ def _fades(m: Measured) -> tuple[Verdict, str]:
     radius, norm = e.get("spectral_radius", math.nan), e["spectral_norm"]
     if cell.rectifies and radius >= 1:
         return "vanishes", (
-            f"relu units off: W_hh keeps an error (spectral radius {radius:.2f}), but over {lag} steps "
-            f"{_left(e)}{_lost(m)}; half of the errors followed get over {e['half_arriving']:.0f} steps. "
+            f"relu units off: W_hh alone preserves a gradient (spectral radius {radius:.2f}), but over {lag} steps "
+            f"{_left(e)}{_lost(m)}; for half of the errors something remains over {e['half_arriving']:.0f} steps. "
             f"{e['saturated']:.0%} of the units are off.{last}"
         )
     if radius >= 1:
         return "vanishes", (
-            f"activation slopes: W_hh keeps an error (spectral radius {radius:.2f}), φ' takes it: "
-            f"{e['saturated']:.0%} of units are saturated.{last}"
+            f"activation slopes: W_hh alone preserves a gradient (spectral radius {radius:.2f}), but φ' shrinks it: "
+            f"{e['saturated']:.0%} of the units are saturated.{last}"
         )
     return "vanishes", f"recurrent weights too small: spectral radius {radius:.2f}, norm {norm:.2f} of W_hh.{last}"

@@ -1,13 +1,12 @@
-"""Pictures from arrays: matplotlib axes, a notebook card, a page around a picture.
+"""Pictures from arrays: matplotlib axes, a notebook card, and (`page`, `strips`) self-contained pages.
 
 Nothing here knows a record, a layer or a model: whoever has measured hands over numbers and names.
 """
 
 from unvanish.draw.axes import figure_of, label, new_axes
 from unvanish.draw.card import card
-from unvanish.draw.page import page
 from unvanish.draw.pictures import heat_map, histogram, lines, norms_over_time, over_lag, per_step
-from unvanish.draw.style import LINES, LN10, Line, decades, line, short
+from unvanish.draw.style import LINES, LN10, Line, decades, fraction, line, short
 
 __all__ = [
     "LINES",
@@ -16,6 +15,7 @@ __all__ = [
     "card",
     "decades",
     "figure_of",
+    "fraction",
     "heat_map",
     "histogram",
     "label",
@@ -24,7 +24,6 @@ __all__ = [
     "new_axes",
     "norms_over_time",
     "over_lag",
-    "page",
     "per_step",
     "short",
 ]

@@ -44,3 +44,15 @@ def decades(log_norm: Iterable[float]) -> list[float | None]:
 def short(name: str, most: int = 40) -> str:
     """A name that leaves room for the picture."""
     return name if len(name) <= most else name[: most - 1] + "…"
+
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def fraction(power: float) -> str:
+    """A power of ten in words: "1", "1 %", "10⁻⁸", "exactly 0"."""
+    if power == -math.inf:
+        return "exactly 0"
+    if -3 < power <= 0:
+        return "1" if power == 0 else f"{100 * 10**power:.2g} %"
+    return f"10{str(round(power)).translate(_SUPERSCRIPTS)}"

@@ -1,4 +1,5 @@
-"""One recurrent layer over one sequence, on a ladder of rungs with one signature: native, manual, reference."""
+"""One recurrent layer over one sequence, on a ladder of rungs with one signature: native, fused, manual,
+reference."""
 
 from unvanish.engine.dispatch import RUNGS, Choice, adjoint, explain, force, run, trace
 from unvanish.engine.manual import Deltas, Trace, weight_gradients

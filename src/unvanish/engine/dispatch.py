@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import manual, native, native_trace, operators, recording, reference
+from unvanish.engine import fused, fused_pass, manual, native, native_trace, operators, recording, reference
 from unvanish.engine.checks import check_cut, check_errors, check_layer, whole_lengths
 from unvanish.engine.sequence import transform
 
-RUNGS = {"native": operators.run, "manual": manual.run, "reference": reference.run}
+RUNGS = {"native": operators.run, "fused": fused_pass.run, "manual": manual.run, "reference": reference.run}
 """Fastest first; the dispatch takes the first that supports the call."""
 
 # A plain global: torch.compile guards on it, which it can't do with a context variable.
@@ -33,14 +33,29 @@ class Choice:
         return "\n".join([*lines, f"{self.rung}: runs" + ("" if self.how is None else f" {self.how}")])
 
 
-def _obstacle(rung: str, cell: Cell, x: Tensor, others: Sequence[Tensor | None], cut: bool) -> str | None:
+def _obstacle(
+    rung: str, cell: Cell, x: Tensor, others: Sequence[Tensor | None], clip: float | None, cut: bool
+) -> str | None:
     """Why `rung` can't run this cell over x, with `others` as states and weights, or None if it can."""
+    if cut and rung in ("native", "fused"):
+        return "it knows no cut steps"
     if rung == "native":
-        return "its operators know no cut steps" if cut else native.obstacle(cell, x, others)
+        return native.obstacle(cell, x, others)
+    if rung == "fused":
+        return fused.obstacle(cell, x, others, clip)
     if rung == "manual":
         if not x.dtype.is_floating_point:
             return f"its adjoint is for real floating dtypes, the input is {x.dtype}"
         return transform()
+    return None
+
+
+def _disadvantage(rung: str, x: Tensor) -> str | None:
+    """Why `rung`, which can run, had better leave it to a later one unless it is forced."""
+    if rung == "fused" and x.device.type == "cpu":
+        return "on the CPU the manual rung is faster"
+    if rung == "fused" and len(x) == 1:
+        return "a single step takes no loop, and no identity product"
     return None
 
 
@@ -52,8 +67,8 @@ def _known(rung: str) -> str:
 
 @contextmanager
 def force(rung: str) -> Iterator[None]:
-    """Every sequence of the process runs on `rung` in the block: "native", "manual" or "reference"; an error where
-    it can't.
+    """Every sequence of the process runs on `rung` in the block: "native", "fused", "manual" or "reference"; an error
+    where it can't.
     """
     global _forced
     before, _forced = _forced, _known(rung)
@@ -68,10 +83,15 @@ def _how(rung: str, cell: Cell, x: Tensor) -> str | None:
 
 
 def explain(
-    cell: Cell, x: Tensor, rung: str | None = None, others: Sequence[Tensor | None] = (), cut: bool = False
+    cell: Cell,
+    x: Tensor,
+    rung: str | None = None,
+    others: Sequence[Tensor | None] = (),
+    clip: float | None = None,
+    cut: bool = False,
 ) -> Choice:
-    """The rung that `run` takes for this cell, an input like x, and states and weights like `others`, with `cut` steps
-    or without; and why not a faster one. Tensors that are left out count as ordinary.
+    """The rung that `run` takes for this cell, an input like x, states and weights like `others`, this `clip`, and
+    `cut` steps or none; and why not a faster one. Tensors that are left out count as ordinary.
 
     Raises:
         ValueError: `rung` names no rung.
@@ -79,14 +99,14 @@ def explain(
     """
     forced = _known(rung) if rung is not None else _forced
     if forced is not None:
-        why = _obstacle(forced, cell, x, others, cut)
+        why = _obstacle(forced, cell, x, others, clip, cut)
         if why is not None:
             raise RuntimeError(f"rung {forced!r} was forced, but can't run here: {why}; force another or none")
         declined = {name: "another rung was forced" for name in RUNGS if name != forced}
         return Choice(forced, declined, _how(forced, cell, x))
     declined: dict[str, str] = {}
     for name in RUNGS:
-        why = _obstacle(name, cell, x, others, cut)
+        why = _obstacle(name, cell, x, others, clip, cut) or _disadvantage(name, x)
         if why is None:
             return Choice(name, declined, _how(name, cell, x))
         declined[name] = why
@@ -116,10 +136,10 @@ def run(
             held and y is 0; what x holds there is not read.
         reverse: read from the last step to the first; y stays in input order.
         clip: the largest 2-norm, per sample, of the error handed from one step to the one before; None: unbounded.
-        rung: force "native", "manual" or "reference"; None: the fastest that supports the call.
+        rung: force "native", "fused", "manual" or "reference"; None: the fastest that supports the call.
         record: notified of gate statistics and error norms; on the native rung, where gradients are enabled.
         cut: `[T]` bool on the CPU, True at steps t whose matrices hand no error to t − 1, so that it goes there through
-            the carry alone: h-detach (Kanuparthi et al. 2019). Not on the native rung.
+            the carry alone: h-detach (Kanuparthi et al. 2019). On the manual and the reference rung.
 
     Returns:
         y `[T, B, R]` and the final state.
@@ -134,7 +154,7 @@ def run(
     if clip is not None and (isinstance(clip, bool) or not (isinstance(clip, int | float) and clip > 0)):
         raise ValueError(f"clip: expected a positive norm or None, got {clip!r}")
     check_cut(cut, x)
-    runs = explain(cell, x, rung, (*state, *w), cut is not None).rung
+    runs = explain(cell, x, rung, (*state, *w), clip, cut is not None).rung
     if record is None:
         where = {} if cut is None else {"cut": cut.contiguous()}
         return RUNGS[runs](cell, x, state, w, lengths, reverse, clip, **where)
@@ -144,16 +164,29 @@ def run(
 
 
 def trace(
-    cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None = None, reverse: bool = False
+    cell: Cell,
+    x: Tensor,
+    state: State,
+    w: Weights,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    adjoint_follows: bool = False,
 ) -> manual.Trace:
-    """`run` with every state and gate kept. Differentiable, on the manual rung, where an input requires gradients."""
+    """`run` with every state and gate kept. Differentiable, on the fused or the manual rung, where an input requires
+    gradients.
+
+    adjoint_follows: keep what makes `adjoint` cheaper, at the price of memory until it has run (the fused rung keeps
+    the kernel's graph).
+    """
     check_layer(cell, x, state, w)
     lengths = None if lengths is None else whole_lengths(lengths, x)
     inputs = (x, *state, *w)
-    differentiable = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-    if differentiable or explain(cell, x, others=(*state, *w)).rung != "native":
-        return manual.trace(cell, x, state, w, lengths, reverse)
-    return native_trace.trace(cell, x, state, w, lengths, reverse)
+    rung = explain(cell, x, others=(*state, *w)).rung
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs):
+        return (fused_pass if rung == "fused" else manual).trace(cell, x, state, w, lengths, reverse)
+    if rung == "fused":
+        return fused.trace(cell, x, state, w, lengths, reverse, adjoint_follows)
+    return (native_trace if rung == "native" else manual).trace(cell, x, state, w, lengths, reverse)
 
 
 def adjoint(
@@ -167,10 +200,15 @@ def adjoint(
 
     Raises:
         ValueError: a shape is not that of the output, or `cut` does not fit; see `run`.
-        RuntimeError: a dtype or device is not that of the input.
+        RuntimeError: a dtype or device is not that of the input; the forced rung can't clip or cut.
     """
     check_errors(tr.x, tr.y, tr.final, dy, dfinal)
+    check_cut(cut, tr.x)
     if cut is None and tr.native is not None:
         return native_trace.adjoint(tr, dy, dfinal, clip)
-    check_cut(cut, tr.x)
+    if cut is None and tr.fused is not None and clip is None:
+        return fused.adjoint(tr, dy, dfinal)
+    # Any trace is as good for the manual rung, which clips and cuts; an error where another one is forced.
+    if tr.fused is not None and _forced is not None:
+        explain(tr.cell, tr.x, clip=clip, cut=cut is not None)
     return manual.adjoint(tr, dy, dfinal, clip, cut)

@@ -47,12 +47,14 @@ class Trace(Point):
         kept: Tensor | None = None,
         native: Any = None,
         ran: "Ran | None" = None,
+        fused: Any = None,
     ) -> None:
         super().__init__(cell, weights, x, before, after, kept)
-        self.final, self.active, self.reverse, self.native, self.ran = final, active, reverse, native, ran
+        self.final, self.active, self.reverse = final, active, reverse
+        self.native, self.ran, self.fused = native, ran, fused
         """final: the states after the last step read; active: [T, B, 1], None when all samples have T steps; native:
-        what the native rung needs to go back, None when the manual rung ran; ran: likewise for the manual rung's
-        programs. x is 0 at inactive steps."""
+        what the native rung needs to go back, None when another ran; ran, fused: likewise for the manual rung's
+        programs and the fused rung. x is 0 at inactive steps."""
 
     @cached_property
     def partials_by_step(self) -> list[Partials]:

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
+from unvanish.engine.precision import full_precision
 from unvanish.flow.descent import HELD_ELEMENTS, arriving_at
 from unvanish.flow.files import Record
 from unvanish.flow.scaled_rows import log_norms_of, made_at
 from unvanish.flow.stack import Stack, run_stack
-from unvanish.nn.modules import SequenceModule, full_precision
+from unvanish.nn.modules import SequenceModule
 
 if TYPE_CHECKING:
     import pandas as pd

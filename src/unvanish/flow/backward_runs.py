@@ -41,6 +41,8 @@ class BackwardRuns:
         self._begun: dict[int, BackwardRun] = {}
         self.weights: dict[Hashable, tuple[Tensor, RemovableHandle]] = {}
         """key → (weight or parameter, its hook)"""
+        self._observed: dict[int, Tensor] = {}
+        """leaf weights that need no further hook, by id"""
 
     def observe_parameters(self, model: nn.Module) -> None:
         """Note of each parameter whether its gradient is finite."""
@@ -50,11 +52,16 @@ class BackwardRuns:
 
     def observe_weights(self, module: RecurrentModule) -> None:
         """Note ∂E/∂W of the weights that the module's last call used."""
+        used = module._flat_weights if isinstance(module, nn.RNNBase) else module._parameters.values()
+        if all(w is None or id(w) in self._observed for w in used):
+            return
         for key, weight in observable_weights(module).values():
             if weight.requires_grad and not (weight.is_leaf and key in self.weights):
                 handle = weight.register_hook(partial(self._add_gradient, key))
                 if weight.is_leaf:
                     self.weights[key] = (weight, handle)
+        # Held, so that no other weight can get the number.
+        self._observed |= {id(w): w for w in used if w is not None and w.is_leaf and w.requires_grad}
 
     def catch(self, sequence: Sequence, key: Hashable, error: Any) -> None:
         """An error that arrived at a sequence."""
@@ -73,6 +80,7 @@ class BackwardRuns:
             if not weight._backward_hooks:
                 weight._backward_hooks = None
         self.weights.clear()
+        self._observed.clear()
         self._begun.clear()
 
     def _add_gradient(self, key: Hashable, grad: Tensor) -> None:
@@ -87,7 +95,8 @@ class BackwardRuns:
 
     def _current(self) -> BackwardRun:
         task = torch_internals.backward_number()
-        if task not in self._begun:
-            self._begun[task] = BackwardRun(thread=get_ident(), differentiable=torch.is_grad_enabled())
+        run = self._begun.get(task)
+        if run is None:
+            run = self._begun[task] = BackwardRun(thread=get_ident(), differentiable=torch.is_grad_enabled())
             torch_internals.after_backward(lambda: self._finish(self._begun.pop(task, None)))
-        return self._begun[task]
+        return run

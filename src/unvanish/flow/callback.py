@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from unvanish.capture import Call, Capture
+from unvanish.capture import Call, Capture, hidden_parts, steps_of
 from unvanish.capture.named_states import Getter, NamedStates
 from unvanish.flow.adjoint_map import adjoint_map
 from unvanish.flow.gates import gate_statistics
 from unvanish.flow.reach import Decay, decay
 from unvanish.flow.state_reach import log_norms_of_states
+from unvanish.flow.stepped_states import SteppedStates, log_norms_of_calls
 from unvanish.nn.modules import SequenceModule, evaluating, layer_directions, time_major
 
 
@@ -38,7 +39,8 @@ class GradientFlow(lightning.Callback):
     The error is one made at the layer's last step alone, a random unit vector: of the flow summed over all steps
     reach is not defined, since new error enters everywhere. Measured is ‖∂E_T/∂s_{T−ℓ}‖ of the samples that
     the layer has just been given, s the state that the cell remembers by (c for the LSTM), with the weights of the
-    moment.
+    moment. A cell, or a layer that the model calls step after step, is measured through autograd's graph, before the
+    backward pass; the error is then one at s itself, and saturation is not known.
 
         lightning.Trainer(callbacks=[uv.flow.GradientFlow(every=100)])
 
@@ -90,6 +92,7 @@ class GradientFlow(lightning.Callback):
         self._steps: dict[str, int] = {}
         self._inputs: dict[str, _Input] = {}
         self._shown: dict[str, list[Tensor]] = {}
+        self._stepped = SteppedStates()
         self._curves: dict[str, Tensor] = {}
         self._capture: Capture | None = None
         self._named: NamedStates | None = None
@@ -100,15 +103,12 @@ class GradientFlow(lightning.Callback):
         self._warned = False
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._capture = Capture(pl_module, lambda call: None, self._take, without_gradients=False)
-        self._capture.parts.modules = {
-            name: m for name, m in self._capture.parts.modules.items() if isinstance(m, SequenceModule)
-        }
+        self._capture = Capture(pl_module, self._stepped.add, self._take, without_gradients=False)
         self._named = NamedStates(pl_module, self.states, self._show, self._capture.problems)
         if not self._capture.parts.modules and not self.states:
             raise ValueError(
-                f"model: {type(pl_module).__name__} has no nn.RNN, nn.LSTM, nn.GRU or unvanish.nn.Recurrent; name the "
-                "module whose state recurs with states=, or drop the GradientFlow callback"
+                f"model: {type(pl_module).__name__} has no nn.RNN, nn.LSTM, nn.GRU, cell or unvanish.nn.Recurrent; "
+                "name the module whose state recurs with states=, or drop the GradientFlow callback"
             )
         self._measured, self._losses, self._means, self._warned = -1, [], [], False
         bar = trainer.progress_bar_callback
@@ -129,13 +129,21 @@ class GradientFlow(lightning.Callback):
     def on_before_backward(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Tensor
     ) -> None:
-        if self._observing and self._shown:
-            assert self._capture is not None
-            for name, states in self._shown.items():
-                curve = self._capture.guarded(name, lambda s=states: log_norms_of_states(s, self.seed))
-                if curve is not None:
-                    self._curves[name] = curve[:, : self.samples].cpu()
-            self._shown.clear()
+        if not self._observing:
+            return
+        assert self._capture is not None
+        # Under checkpointing the graph is run again while it is measured: what was seen so far is taken out first.
+        shown, self._shown = self._shown, {}
+        found: dict[str, Tensor] = {}
+        for name, states in shown.items():
+            curve = self._capture.guarded(name, lambda s=states: log_norms_of_states(s, self.seed))
+            found |= {} if curve is None else {name: curve}
+        for name, calls in self._stepped.take().items():
+            if name in self._inputs and steps_of(calls[0].module, self._inputs[name].x) >= len(calls):
+                continue
+            self._inputs.pop(name, None)
+            found |= self._capture.guarded(name, lambda c=calls: log_norms_of_calls(c, self.seed)) or {}
+        self._curves = {name: curve[:, : self.samples].cpu() for name, curve in found.items()}
 
     def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not self._observing:
@@ -145,8 +153,8 @@ class GradientFlow(lightning.Callback):
         own = {name: curve for layer in self._inputs for name, curve in self._measure(layer)}
         curves = _gather(own | self._curves)
         self.saturation = {name: share for layer in self._inputs for name, share in self._saturated(layer)}
-        self._inputs.clear()
-        self._curves.clear()
+        for held in (self._inputs, self._curves, self._shown):
+            held.clear()
         middle = {name: _middle(curve) for name, curve in curves.items()}
         self.latest = {name: _decay(curve, self.fraction) for name, curve in middle.items()}
         self._steps = {name: len(curve) for name, curve in curves.items()}
@@ -167,7 +175,11 @@ class GradientFlow(lightning.Callback):
         if bar is not None:
             vars(bar).pop("get_metrics", None)
         assert self._capture is not None
-        for name, why in self._capture.problems.items():
+        assert self._named is not None
+        measured = {name.rpartition(".l")[0] for name in self.latest} | set(self.latest)
+        hidden = dict(hidden_parts(pl_module)) | self._named.called
+        why_not = {name: why for name, why in hidden.items() if name not in measured} | self._named.unrecorded
+        for name, why in (why_not | self._capture.problems).items():
             warnings.warn(f"GradientFlow: {name or 'the model'}: {why}", RuntimeWarning, stacklevel=2)
 
     def on_exception(
@@ -187,13 +199,14 @@ class GradientFlow(lightning.Callback):
             assert self._named is not None
             self._capture.__exit__()
             self._named.close()
+            self._stepped.take()
             self._observing = False
 
     def _take(self, call: Call) -> bool:
         """A call begins: the first of the step is kept; under checkpointing it comes again."""
         if call.name not in self._inputs and isinstance(call.module, SequenceModule):
             self._inputs[call.name] = _first_samples(call.module, call.x, call.hx, call.lengths, self.samples)
-        return False
+        return True
 
     def _show(self, name: str, h: Any) -> None:
         if isinstance(h, Tensor):

@@ -29,12 +29,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
 from unvanish.cells import Cell, calculus
+from unvanish.engine.precision import full_precision
 from unvanish.flow.descent import flow_at
 from unvanish.flow.exponents import Rows, log_norms, times_power_of_two
 from unvanish.flow.files import Record
 from unvanish.flow.stack import Stack, run_stack
 from unvanish.flow.textbook_product import TextbookProduct, textbook_product
-from unvanish.nn.modules import SequenceModule, full_precision
+from unvanish.nn.modules import SequenceModule
 
 if TYPE_CHECKING:
     import pandas as pd

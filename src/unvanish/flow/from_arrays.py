@@ -9,7 +9,7 @@ from torch import Tensor
 from unvanish import engine
 from unvanish.cells import CELLS, Cell, State, Weights
 from unvanish.flow.layouts import Sizes, as_float64, as_weights
-from unvanish.flow.nonfinite import origin_of_nonfinite
+from unvanish.flow.nonfinite import NonFiniteOrigin, origin_of_nonfinite
 from unvanish.flow.record import LayerFlow, NonFiniteError
 from unvanish.flow.summary import healthy, summarise
 
@@ -85,13 +85,13 @@ def from_arrays(
     state = _initial(kind, w, x, h0, c0)
     record, origin = _measure(kind, w, x, dy, state, lengths, reverse)
     if origin is not None:
-        raise NonFiniteError(origin)
+        raise NonFiniteError(origin.sentence)
     return record
 
 
 def _measure(
     cell: Cell, w: Weights, x: Tensor, dy: Tensor, state: State, lengths: Tensor | Sequence[int] | None, reverse: bool
-) -> tuple[LayerFlow, str | None]:
+) -> tuple[LayerFlow, NonFiniteOrigin | None]:
     """The record, and where a NaN or infinity came from if there is one."""
     T, B = x.shape[:2]
     with torch.no_grad():
@@ -101,7 +101,7 @@ def _measure(
         flow = engine.adjoint(tr, dy, tuple(None for _ in state))
         steps = torch.full((B,), T) if tr.active is None else tr.active.sum((0, 2))
         record = summarise(cell.name, tr, flow, False, steps)
-        return record, None if healthy(record) else origin_of_nonfinite(cell.name, tr, dy, flow).sentence
+        return record, None if healthy(record) else origin_of_nonfinite(cell.name, tr, dy, flow)
 
 
 def _sequence(name: str, value: Any, batch_first: bool) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.engine import SATURATED
+from unvanish.engine.precision import full_precision
 from unvanish.flow.files import Record
 from unvanish.flow.stack import run_stack
-from unvanish.nn.modules import SequenceModule, full_precision
+from unvanish.nn.modules import SequenceModule
 
 if TYPE_CHECKING:
     import pandas as pd

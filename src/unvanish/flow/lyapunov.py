@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from unvanish.engine.precision import full_precision
 from unvanish.flow import tangents
 from unvanish.flow.files import Record
 from unvanish.flow.singular import orthonormal, orthonormalised, singular_values
 from unvanish.flow.stack import full_jacobians, reading_order, run_stack
-from unvanish.nn.modules import SequenceModule, full_precision
+from unvanish.nn.modules import SequenceModule
 
 __all__ = ["LyapunovSpectrum", "jacobian", "lyapunov", "singular_values"]
 

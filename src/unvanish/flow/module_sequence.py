@@ -1,6 +1,8 @@
 """A watched layer that is replayed: nn.RNN, nn.LSTM, nn.GRU or `unvanish.nn.Recurrent`."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,6 +54,8 @@ class ModuleSequence(Sequence):
         self.want_partial = want_partial
         self.module = module
         self.calls: list[_Call] = []
+        self._keys: dict[str, dict[Hashable, int]] = {}
+        """layer and direction → its weights' keys"""
 
     @property
     def steps(self) -> int:
@@ -97,7 +101,7 @@ class ModuleSequence(Sequence):
         others = [v for state, layer in zip(call.states, call.layers, strict=True) for v in (*state, *layer.weights)]
         rung = engine.explain(call.layers[0].cell, call.inputs.x, others=others).rung
         native = rung == "native" and not self.want_partial and all(cut is None for cut in call.drawn.cuts)
-        make = engine.Pass if native else engine.trace
+        make = engine.Pass if native else partial(engine.trace, adjoint_follows=True)
 
         def run(layer: LayerDirection, x: Tensor, state: State) -> engine.Pass | engine.Trace:
             return make(layer.cell, x, state, layer.weights, call.inputs.lengths, layer.reverse)
@@ -135,14 +139,14 @@ class ModuleSequence(Sequence):
     def _measured(
         self, call: _Call, layer: LayerDirection, record: LayerFlow, grads: Weights, recompute: engine.Recompute
     ) -> Measured:
-        born = (
-            None if healthy(record) else origin_of_nonfinite(record.name, *recompute(), 0, call.inputs.order).sentence
-        )
+        born = None if healthy(record) else origin_of_nonfinite(record.name, *recompute(), 0, call.inputs.order)
         if call.inputs.order is not None:
             record = reorder(record, call.inputs.order.argsort())
         both = (grads.w_ih, grads.w_hh)
         if isinstance(self.module, CellModule):
             both = self.module.learnt_gradients(layer.layer, layer.reverse, grads)
+        if layer.name not in self._keys:
+            self._keys[layer.name] = weight_keys(self.module, layer)
         return Measured(
-            record, {key: g for key, i in weight_keys(self.module, layer).items() if (g := both[i]) is not None}, born
+            record, {key: g for key, i in self._keys[layer.name].items() if (g := both[i]) is not None}, born
         )

@@ -13,8 +13,34 @@ class NonFiniteOrigin(NamedTuple):
     """Where a NaN or an infinity was born."""
 
     forward: bool
-    """or in the backward pass"""
-    sentence: str
+    """or on the way back"""
+    name: str
+    """of the record"""
+    says: str
+    """what was born, or all there is to say where no step is known"""
+    step: int | None = None
+    sample: int | None = None
+    place: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """For a person."""
+        if self.step is None:
+            return f"{self.name}: {self.says}"
+        way = "forward" if self.forward else "backward"
+        sample = "" if self.sample is None else f", sample {self.sample}"
+        return f"{self.name}: {self.says} born {way} at step {self.step}{sample}, in {self.place}"
+
+    def later(self, steps: Tensor) -> "NonFiniteOrigin":
+        """The same, where the call came after so many steps of each sample, `[B]`."""
+        return self if self.step is None else self._replace(step=self.step + int(steps[self.sample or 0]))
+
+
+def first_origin(origins: Iterable[NonFiniteOrigin | None]) -> NonFiniteOrigin | None:
+    """Of several in the order of computation, the one that the others follow from: what was born on the way forward is
+    carried on, and so is what was born on the way back."""
+    found = [origin for origin in origins if origin is not None]
+    return next((origin for origin in found if origin.forward), found[-1] if found else None)
 
 
 def origin_of_nonfinite(
@@ -34,7 +60,7 @@ def origin_of_nonfinite(
     """
     for label, weight in zip(tr.weights._fields, tr.weights, strict=True):
         if weight is not None and not _finite(weight):
-            return NonFiniteOrigin(True, f"{name}: weight {label} holds a {_kind(weight)} before the pass")
+            return NonFiniteOrigin(True, name, f"weight {label} holds {_kind(weight)} before the pass")
     gates = tr.gates
     before = [("the state before the step", v) for v in tr.before]
     forward = [("the input x", tr.x), *before]
@@ -42,21 +68,22 @@ def origin_of_nonfinite(
     forward += [(f"the state {state}", v) for state, v in zip(tr.cell.states, tr.after, strict=True)]
     found = _first(forward, tr.active, tr.reverse)
     if found is not None:
-        return NonFiniteOrigin(True, _sentence(name, "forward", found, first_step, order))
+        return _origin(True, name, found, first_step, order)
     da = by_gate(tr.cell, flow.da, flow.da_hh)
     backward = [] if dy is None else [("the error arriving at h from outside", dy)]
     backward += [(f"δ{state}", d) for state, d in zip(tr.cell.states, flow.dstate, strict=True)]
     backward += [(f"δ of gate {gate}", da[..., i, :]) for i, gate in enumerate(tr.cell.gates)]
     found = _first(backward, tr.active, not tr.reverse)
     if found is not None:
-        return NonFiniteOrigin(False, _sentence(name, "backward", found, first_step, order))
-    return NonFiniteOrigin(False, f"{name}: the error at the final or initial state is not finite")
+        return _origin(False, name, found, first_step, order)
+    return NonFiniteOrigin(False, name, "the error at the final or initial state is not finite")
 
 
-def _sentence(name: str, way: str, found: tuple[int, int, str, str], first_step: int, order: Tensor | None) -> str:
+def _origin(
+    forward: bool, name: str, found: tuple[int, int, str, str], first_step: int, order: Tensor | None
+) -> NonFiniteOrigin:
     t, b, label, kind = found
-    sample = b if order is None else int(order[b])
-    return f"{name}: {kind} born {way} at step {first_step + t}, sample {sample}, in {label}"
+    return NonFiniteOrigin(forward, name, kind, first_step + t, b if order is None else int(order[b]), label)
 
 
 def _finite(v: Tensor) -> bool:

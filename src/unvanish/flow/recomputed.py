@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
 from unvanish.cells import State, Weights
+from unvanish.engine.precision import full_precision
 from unvanish.flow.tapped import TappedCall
 from unvanish.nn.modules import (
     LayerDirection,
@@ -20,7 +21,6 @@ from unvanish.nn.modules import (
     directions_of_a_cell,
     drawn_again,
     final_error,
-    full_precision,
     initial_states,
     layer_directions,
     output_error,

@@ -105,8 +105,8 @@ class LayerFlow(Record):
     def _norms(self) -> list[Any]:
         from unvanish.draw.pictures import Norms
 
-        found = (("h", self.dh), ("c", self.dc))
-        return [Norms(self.name, s, v.numpy(), self.lengths.numpy()) for s, v in found if v is not None]
+        found, name = (("h", self.dh), ("c", self.dc)), self.name if self.valid else f"{self.name} (not valid)"
+        return [Norms(name, s, v.numpy(), self.lengths.numpy()) for s, v in found if v is not None]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields that are present."""
@@ -180,26 +180,18 @@ class Flow(Record, Mapping[str, LayerFlow]):
 
         return draw.norms_over_time([norm for layer in self.layers.values() for norm in layer._norms()], ax)
 
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Recurrent parts of the model that were not recorded, and why; a loaded flow names none."""
+        return {}
+
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """`plot` and a table of the layers in one self-contained HTML file, which needs neither network nor script.
+        """Write the gradient's norms per layer, a table, and what was not recorded, as one self-contained page, which
+        needs neither network nor script.
 
         Raises:
             OSError: the file can't be written.
         """
-        from unvanish import draw
+        from unvanish.flow.page import flow_page
 
-        backwards = any(name.endswith(".reverse") for name in self)
-        way = "from the last step to the first" + (", in reversed layers from the first to the last" * backwards)
-        rows = [
-            [name, layer.cell, str(len(layer.dh)), str(layer.dh.shape[1]), f"{layer.residual:.1e}"]
-            for name, layer in self.layers.items()
-        ]
-        text = draw.page(
-            "Gradient flow through time",
-            f"The norm of the gradient at each step, per recurrent layer; it travels {way}.",
-            self.plot(),
-            ("layer", "cell", "steps", "samples", "residual"),
-            rows,
-            ["residual: ‖Σ_t g_t − autograd's ∂E/∂W‖ / ‖autograd's‖, the record's own checksum."],
-        )
-        write_atomically(Path(path), text.encode())
+        write_atomically(Path(path), flow_page(self).encode())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unvanish import engine
 from unvanish.cells import Cell, Weights
-from unvanish.flow.nonfinite import NonFiniteOrigin, origin_of_nonfinite
+from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin, origin_of_nonfinite
 from unvanish.flow.sequences import Errors, Measured, Sequence, join, weight_key
 from unvanish.flow.summary import all_finite, layer_flow, reorder
 from unvanish.nn.modules import LayerDirection, TimeMajor
@@ -159,8 +159,5 @@ class RecordedSequence(Sequence):
         )
         if call.order is not None:
             record = reorder(record, call.order.argsort())
-        # The first one of the forward pass is the origin, since it is carried on; else the first of the backward pass.
         read = observed[::-1] if place.reverse else observed
-        births = [h.nonfinite for h in read if h is not None and h.nonfinite is not None]
-        born = next((b for b in births if b.forward), births[-1] if births else None)
-        return Measured(record, gradients, None if born is None else born.sentence)
+        return Measured(record, gradients, first_origin(None if h is None else h.nonfinite for h in read))

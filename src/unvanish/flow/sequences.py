@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from unvanish import engine
 from unvanish.capture import Call, Link
 from unvanish.cells import State, Weights, calculus
-from unvanish.flow.nonfinite import origin_of_nonfinite
+from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin, origin_of_nonfinite
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.summary import healthy, summarise
 from unvanish.nn.modules import (
@@ -43,7 +43,7 @@ class Measured:
     flow: LayerFlow
     gradients: dict[Hashable, Tensor] = field(default_factory=dict)
     """weight key → Σ_t g_t"""
-    nonfinite: str | None = None
+    nonfinite: NonFiniteOrigin | None = None
     """where a NaN or infinity was born"""
 
 
@@ -126,8 +126,10 @@ class CellSequence(Sequence):
         self.x: list[Tensor] = []
         self.previous: list[State] = []
         self.weights: Weights | None = None
+        self._used: tuple[Tensor | None, ...] = ()
         self.last: State = ()
         """the states that the last step returned"""
+        self._versions: tuple[int, ...] = ()
         self.exposed: list[bool] = []
 
     @property
@@ -138,15 +140,21 @@ class CellSequence(Sequence):
         """A step that has just returned."""
         t, module, x, states = self.steps, self.module, call.x, call.states
         given = as_states(call.hx) or tuple(torch.zeros_like(s) for s in states)
-        with torch.no_grad(), evaluating(module):
-            self.weights = Weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh).detach()
+        p = module._parameters
+        used = tuple(p.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        # Detached weights share their memory with the parameters: they are read once, unless they are computed.
+        if self.weights is None or used[0] is None or any(a is not b for a, b in zip(used, self._used, strict=True)):
+            with torch.no_grad(), evaluating(module):
+                self.weights = Weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh).detach()
+            self._used = used
         # Under autocast a step may be given another dtype than the weights'.
         dtype = self.weights.w_ih.dtype
         self.x.append(_batched(x.detach().to(dtype)))
         self.previous.append(tuple(_batched(s.detach().to(dtype)) for s in given))
         # A fused step (CUDA) returns h_t and c_t from one node: its ∂E/∂c_t lacks the path through h_t.
         self.exposed.append(len(states) == 1 or states[0].grad_fn is not states[1].grad_fn)
-        self.last = tuple(_batched(s.detach().clone()) for s in states)
+        self.last = tuple(_batched(s.detach()) for s in states)
+        self._versions = tuple(s._version for s in self.last)
         for i, state in enumerate(states):
             self.observe(state, (t, i))
 
@@ -178,14 +186,14 @@ class CellSequence(Sequence):
         made = engine.weight_gradients(tr, flow)
         mine = {"weight_ih": made.w_ih, "weight_hh": made.w_hh}
         gradients = {key: mine[name] for name, (key, _) in observable_weights(self.module).items()}
-        replayed = tuple(s[-1][: len(real)] for s, real in zip(state, self.last, strict=True))
-        problem = apart(self.last, replayed)
+        # What was changed in place since says nothing of the run.
+        kept = [i for i, s in enumerate(self.last) if s._version == self._versions[i]]
+        last = tuple(self.last[i] for i in kept)
+        problem = apart(last, tuple(state[i][-1][: len(real)] for i, real in zip(kept, last, strict=True)))
         resets = self.reset_steps(T, B)
         record = replace(record, detached=tuple(self.detached), resets=resets, problem=problem)
         return [
-            Measured(
-                record, gradients, None if healthy(record) else origin_of_nonfinite(self.name, tr, d[0], flow).sentence
-            )
+            Measured(record, gradients, None if healthy(record) else origin_of_nonfinite(self.name, tr, d[0], flow))
         ]
 
 
@@ -213,14 +221,14 @@ class MarkSequence(Sequence):
         record = LayerFlow(self.name, "mark", (), lengths, _stack(norms, B).cpu())
         return [Measured(record, nonfinite=self._origin(norms))]
 
-    def _origin(self, norms: list[Tensor]) -> str | None:
+    def _origin(self, norms: list[Tensor]) -> NonFiniteOrigin | None:
         """Where a NaN or infinity came from: the state forward, the gradient at it backward."""
         for t, h in enumerate(self.like):
             if not bool(h.isfinite().all()):
-                return f"{self.name}: {_kind(h)} born forward at step {t}, in the state"
+                return NonFiniteOrigin(True, self.name, _kind(h), t, place="the state")
         for t in reversed(range(len(norms))):
             if not bool(norms[t].isfinite().all()):
-                return f"{self.name}: {_kind(norms[t])} born backward at step {t}, in the gradient at the state"
+                return NonFiniteOrigin(False, self.name, _kind(norms[t]), t, place="the gradient at the state")
         return None
 
 
@@ -330,4 +338,6 @@ def join(pieces: Iterable[Measured], sequence: Sequence) -> Measured:
         joined["log_carry"] = sum(s * flow.log_carry for s, flow in zip(share, flows, strict=True))  # type: ignore[operator]
     problem = next((flow.problem for flow in flows if flow.problem is not None), None)
     record = replace(first, lengths=lengths.sum(0), problem=problem, **joined)
-    return Measured(record, dict(total), next((p.nonfinite for p in pieces if p.nonfinite), None))
+    before = lengths.cumsum(0) - lengths
+    origins = [p.nonfinite and p.nonfinite.later(steps) for p, steps in zip(pieces, before, strict=True)]
+    return Measured(record, dict(total), first_origin(origins))

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
+from unvanish.engine.precision import full_precision
 from unvanish.flow import tangents
 from unvanish.flow.stack import reading_order, run_stack
-from unvanish.nn.modules import SequenceModule, full_precision
+from unvanish.nn.modules import SequenceModule
 
 WINDOW = 1e4
 """Values further apart than this have separated within a few turns."""

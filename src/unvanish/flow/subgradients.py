@@ -12,12 +12,13 @@ from torch.nn.utils.rnn import PackedSequence
 from unvanish import engine
 from unvanish.cells import Point
 from unvanish.engine.manual import recurrent_pairs
+from unvanish.engine.precision import full_precision
 from unvanish.flow.descent import HELD_ELEMENTS, arriving_at, checked_error
 from unvanish.flow.exponents import EMPTY, log_norms, times_power_of_two
 from unvanish.flow.files import Record
 from unvanish.flow.scaled_rows import Step, backwards, made_at
 from unvanish.flow.stack import run_stack
-from unvanish.nn.modules import SequenceModule, full_precision
+from unvanish.nn.modules import SequenceModule
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,15 +12,18 @@ from unvanish.cells import Cell, Point
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.subgradients import dweight, partial_sums, weight_pairs
 
-CHUNK_ELEMENTS = 2**18
-"""of δa that are summarised at a time, so that the float64 copies stay in the cache"""
+CHUNK_ELEMENTS = {"cpu": 2**18}
+"""of δa that are summarised at a time on a device, so that the float64 copies stay in the cache"""
+LAUNCHED_ELEMENTS = 2**22
+"""on any other device, where small pieces would cost as many launches as a loop over the steps"""
 
 
 def summarise(name: str, tr: engine.Trace, deltas: engine.Deltas, want_partial: bool, lengths: Tensor) -> LayerFlow:
     """The record of a layer whose states and δ are known at every step."""
     T, B, width = deltas.da.shape
     cell, active = tr.cell, tr.active
-    span = max(1, CHUNK_ELEMENTS // max(1, B * max(width, B)))
+    at_once = CHUNK_ELEMENTS.get(deltas.da.device.type, LAUNCHED_ELEMENTS)
+    span = max(1, at_once // max(1, B * max(width, B)))
     pieces = [_summarise_steps(tr, deltas, slice(t, t + span)) for t in range(0, T, span)]
     dh, dc, dgates, subgradients, gates, saturation, log_carry = (
         None if column[0] is None else torch.cat(column).cpu() for column in zip(*pieces, strict=True)

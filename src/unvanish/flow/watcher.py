@@ -8,6 +8,7 @@ autograd's ∂E/∂W (`residual`).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,8 +28,10 @@ from unvanish import torch_internals
 from unvanish.capture import Call, Capture, Returned, hidden_parts, link, returned
 from unvanish.capture.named_states import Getter, NamedStates
 from unvanish.capture.parts import unseen
+from unvanish.engine.precision import full_precision
 from unvanish.flow.backward_runs import BackwardRun, BackwardRuns
 from unvanish.flow.module_sequence import ModuleSequence
+from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin
 from unvanish.flow.passes import Passes
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
 from unvanish.flow.recorded_sequence import RecordedCall, RecordedSequence
@@ -36,7 +39,7 @@ from unvanish.flow.residual import with_residual
 from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, Sequence
 from unvanish.flow.stream import Stream
 from unvanish.nn.layers import EngineSequence
-from unvanish.nn.modules import RecurrentModule, as_states, full_precision
+from unvanish.nn.modules import RecurrentModule, as_states
 
 S = TypeVar("S", bound=Sequence)
 
@@ -95,6 +98,8 @@ class Watch(Flow):
         self._passes = Passes(keep)
         self._seen: dict[str, int] = {}
         """name → calls, or marks, so far"""
+        self._reached: set[str] = set()
+        """parameters that a gradient came back to"""
         self._bad_parameter: str | None = None
 
     @property
@@ -110,10 +115,16 @@ class Watch(Flow):
     @property
     def skipped(self) -> dict[str, str]:
         """Name → why, of recurrent parts that were not recorded, or not at every call."""
-        found = {name: why for name, why in hidden_parts(self._model) if name not in self._seen}
-        found |= {
-            name: why for name, why in self._named.called.items() if {name, name or "cell"}.isdisjoint(self._seen)
+        found = {
+            name: "a gradient came back to its weights, but no call of it was seen: it ran inside what torch.compile "
+            "made, or something else used its weights; watch the model uncompiled"
+            for name, module in self._capture.parts.modules.items()
+            if any(f"{name}.{key}".removeprefix(".") in self._reached for key, _ in module.named_parameters())
         }
+        found |= dict(hidden_parts(self._model)) | self._named.called
+        found = {name: why for name, why in found.items() if {name, name or "cell"}.isdisjoint(self._seen)}
+        recorded = {*self._names, *self._capture.parts.modules, *self._passes.latest(), *self._capture.problems}
+        found |= {name: self._unreached(name) for name in self._seen if self._cut and name not in recorded}
         return found | self._named.unrecorded | self._capture.problems
 
     def __enter__(self) -> Watch:
@@ -159,7 +170,7 @@ class Watch(Flow):
             raise NoBackwardError(self._silence(None))
         for measured in latest.values():
             if measured.nonfinite is not None:
-                raise NonFiniteError(measured.nonfinite)
+                raise NonFiniteError(measured.nonfinite.sentence)
         order = [*self._names, *self._seen]
         return {name: latest[name].flow for name in sorted(latest, key=order.index)}
 
@@ -186,7 +197,7 @@ class Watch(Flow):
             self[name]
         for measured in found:
             if measured.nonfinite is not None:
-                raise NonFiniteError(measured.nonfinite)
+                raise NonFiniteError(measured.nonfinite.sentence)
         return [measured.flow for measured in found]
 
     def __repr__(self) -> str:
@@ -204,14 +215,15 @@ class Watch(Flow):
                 f"{what}: no forward pass with gradients ran inside the watch; "
                 "call the model and loss.backward() in the with block"
             )
-        if not self._passes:
+        if not self._passes and not self._cut:
             return f"{what}: no backward pass ran inside the watch; call loss.backward() in the with block"
-        if name is not None and name not in self._names and name in self._seen:
-            return (
-                f"{what}: marked {self._seen[name]} times, and no gradient reached it: does it go through a step that "
-                "has no derivative, or was it detached?"
-            )
         return f"{what}: a backward pass ran, but no error came back to it: the loss does not depend on it"
+
+    def _unreached(self, name: str) -> str:
+        return (
+            f"marked {self._seen[name]} times, and no gradient reached it: does it go through a step that has no "
+            "derivative, or was it detached?"
+        )
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
@@ -331,7 +343,8 @@ class Watch(Flow):
                 self._capture.guarded("", lambda: self._measure(run))
 
     def _measure(self, run: BackwardRun) -> None:
-        bad = [name for name, total in run.sums if not bool(total.isfinite())]
+        bad = [name for name, total in run.sums if not math.isfinite(float(total))]
+        self._reached.update(name for name, _ in run.sums)
         ours: dict[Hashable, Tensor] = {}
         measured: list[tuple[Sequence, list[Measured]]] = []
         for sequence, errors in run.errors.items():
@@ -350,7 +363,9 @@ class Watch(Flow):
         if not measured:
             return
         # Errors arrive at the last call first; records stand in the order of the calls.
-        for sequence, found in sorted(measured, key=lambda m: m[0].number):
+        measured = sorted(measured, key=lambda m: m[0].number)
+        first = first_origin(part.nonfinite for _, found in measured for part in found)
+        for sequence, found in measured:
             for index, part in enumerate(found):
                 record = replace(part.flow, step=self._epoch)
                 if not isinstance(sequence, RecordedSequence):
@@ -359,7 +374,11 @@ class Watch(Flow):
                     )
                 origin = part.nonfinite
                 if origin is None and bad:
-                    origin = f"{bad[0]}: its gradient is not finite, although every gradient at {record.name} is"
+                    says = f"its gradient is not finite, although every gradient at {record.name} is"
+                    origin = NonFiniteOrigin(False, bad[0], says)
+                elif origin is not None and not origin.forward:
+                    # What another layer made on the way forward comes back to this one.
+                    origin = first if first is not None and first.forward else origin
                 self._passes.add((sequence.number, index), replace(part, gradients={}, flow=record, nonfinite=origin))
         if self._stream is not None:
             latest = {name: m.flow for name, m in self._passes.latest(self._epoch).items()}

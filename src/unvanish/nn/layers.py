@@ -201,7 +201,7 @@ class SequenceLayer(nn.Module):
         cut: Tensor | None,
     ) -> tuple[Tensor, State]:
         lengths, others = inputs.lengths, (*state, *d.weights)
-        if recorders is not None and engine.explain(d.cell, x, None, others, cut is not None).rung != "native":
+        if recorders is not None and engine.explain(d.cell, x, others=others, cut=cut is not None).rung != "native":
             recorders = None
         if self.checkpoint_every is None:
             record = None if recorders is None else recorders(inputs, d, 0)

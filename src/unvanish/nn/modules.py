@@ -1,7 +1,7 @@
 """A torch recurrent module as the layers and directions it consists of, and its input as a time-major sequence."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -99,16 +99,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Without autocast: what is measured is not rounded on the way."""
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda", "mps", "xpu"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 def cell_of(module: RecurrentModule) -> Cell:

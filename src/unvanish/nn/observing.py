@@ -43,6 +43,7 @@ TORCHS = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 # A plain tuple, replaced as a whole: read without the lock by every thread.
 _observers: tuple[Observer, ...] = ()
 _originals: dict[type[nn.Module], Any] = {}
+_wrappers: dict[type[nn.Module], Any] = {}
 _lock = RLock()
 
 
@@ -62,8 +63,11 @@ def begin(observer: Observer) -> None:
     with _lock:
         if not _observers:
             for kind in TORCHS:
-                _originals[kind] = vars(kind)["forward"]
-                kind.forward = _wrapper(kind.forward)
+                _originals[kind] = original = vars(kind)["forward"]
+                made = _wrappers.get(kind)
+                if made is None or made.__wrapped__ is not original:
+                    made = _wrappers[kind] = _wrapper(original)
+                kind.forward = made
         _observers = (*_observers, observer)
 
 

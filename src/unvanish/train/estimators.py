@@ -56,7 +56,7 @@ class _Estimator(BaseEstimator):
         chosen = {name: value for name, value in self.get_params().items() if name in names}
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         settings = Settings(**chosen, seed=seed)
-        self.trained_ = train_on(problem(data, **options, test=False), settings, flow_every=None)  # type: ignore[call-arg]
+        self.trained_ = train_on(problem(data, **options, test=False), settings, flow_every=None, assessed=False)  # type: ignore[call-arg]
         return self
 
 

@@ -14,7 +14,7 @@ from unvanish.train.data.series import Series, Window, last_season, shares, spli
 from unvanish.train.data.table import DataError
 from unvanish.train.fit import answers
 from unvanish.train.models import SequenceModel, Shape
-from unvanish.train.problems import DataProblem, Judgement, Listed, to_json
+from unvanish.train.problems import DataProblem, Example, Judgement, Listed, evenly, to_json
 from unvanish.train.settings import Settings
 from unvanish.train.supervised import together
 from unvanish.train.tasks.base import Split
@@ -65,8 +65,24 @@ class Forecasting(DataProblem):
     def dataset(self, split: Split) -> Dataset:
         return _Windows(self._scaled, self.parts[split], self.horizon)
 
+    minimised = staticmethod(mse_loss)
+
     def loss(self, answer: Tensor, y: Tensor) -> Tensor:
         return mse_loss(answer, y)
+
+    @staticmethod
+    def encoded(config: dict[str, Any], data: Series, most: int) -> list[Example]:
+        """Up to `most` windows and what follows them, spread evenly over the series, as in training.
+
+        Raises:
+            DataError: other channels than in training, or fewer steps than a window and a horizon.
+        """
+        window, horizon = config["window"], config["horizon"]
+        scaled = _scaled(config, data, window + horizon)
+        windows = [
+            Window(name, end, window) for name, x in scaled.items() for end in range(window, len(x) - horizon + 1)
+        ]
+        return [_Windows(scaled, [w], horizon)[0] for w in evenly(windows, most)]
 
     def error(self, answer: Tensor, y: Tensor) -> Tensor:
         return self.loss(answer, y)
@@ -116,17 +132,28 @@ class Forecasting(DataProblem):
         Raises:
             DataError: other channels than in training, or fewer steps than a window.
         """
-        if data.channels != config["channels"]:
-            raise DataError(f"data: expected the channels {config['channels']}, got {data.channels}")
         scale, window = Scale(**config["input"]["scale"]), config["window"]
-        for name, values in data.values.items():
-            if len(values) < window:
-                raise DataError(f"data: series {name!r} has {len(values)} steps; expected at least {window}, a window")
+        scaled = _scaled(config, data, window)
         model.eval()
-        samples = Listed([(scale(values[-window:]), torch.tensor(0)) for values in data.values.values()])
+        samples = Listed([(x[-window:], torch.tensor(0)) for x in scaled.values()])
         found = [model(x, lengths) for x, lengths, _ in DataLoader(samples, batch_size=256, collate_fn=together)]
         change = torch.cat(found).double() * scale.deviation[0]
         return {name: (values[-1, 0] + change[k]).tolist() for k, (name, values) in enumerate(data.values.items())}
+
+
+def _scaled(config: dict[str, Any], data: Series, least: int) -> dict[str, Tensor]:
+    """Series → its values, scaled as in training.
+
+    Raises:
+        DataError: other channels than in training, or fewer than `least` steps.
+    """
+    if data.channels != config["channels"]:
+        raise DataError(f"data: expected the channels {config['channels']}, got {data.channels}")
+    for name, values in data.values.items():
+        if len(values) < least:
+            raise DataError(f"data: series {name!r} has {len(values)} steps; expected at least {least}, a window")
+    scale = Scale(**config["input"]["scale"])
+    return {name: scale(values) for name, values in data.values.items()}
 
 
 class _Windows(Dataset):

@@ -13,7 +13,7 @@ from unvanish.train.data.table import DataError
 from unvanish.train.data.vocabulary import Vocabulary
 from unvanish.train.fit import answers
 from unvanish.train.models import SequenceModel, Shape
-from unvanish.train.problems import DataProblem, Judgement, Listed, to_json
+from unvanish.train.problems import DataProblem, Example, Judgement, Listed, evenly, to_json
 from unvanish.train.settings import Settings
 from unvanish.train.tasks.base import IGNORED, Split
 
@@ -82,11 +82,30 @@ class LanguageModel(DataProblem):
         if split == "train":
             return _Streams(self.parts["train"], self._batch, self.length)
         ids = self.parts[split]
-        starts = range(0, len(ids) - 1, JUDGED)
-        return Listed([(ids[s : min(s + JUDGED, len(ids) - 1)], ids[s + 1 : s + 1 + JUDGED]) for s in starts])
+        return Listed(_pieces(ids, JUDGED))
+
+    def examples(self, split: Split, most: int) -> list[Example]:
+        return evenly(_whole_pieces(self.parts[split], self.length), most)
+
+    @staticmethod
+    def encoded(config: dict[str, Any], data: str, most: int) -> list[Example]:
+        """Up to `most` pieces of a text, as long as in training, spread evenly over it.
+
+        Raises:
+            DataError: the text is too short.
+        """
+        ids = Vocabulary.from_json(config["input"]["vocabulary"])(data)
+        if len(ids) < 2:
+            raise DataError(f"data: expected a text of at least 2 characters, got {len(ids)}")
+        return evenly(_whole_pieces(ids, config["settings"]["tbptt"] or PIECE), most)
+
+    @staticmethod
+    def minimised(answer: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy over all characters."""
+        return cross_entropy(answer.flatten(0, 1), y.flatten(), ignore_index=IGNORED)
 
     def loss(self, answer: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(answer.flatten(0, 1), y.flatten(), ignore_index=IGNORED)
+        return self.minimised(answer, y)
 
     def error(self, answer: Tensor, y: Tensor) -> Tensor:
         return self.loss(answer, y)
@@ -156,6 +175,18 @@ class LanguageModel(DataProblem):
                 found.append(int(torch.multinomial(share, 1, generator=generator)))
                 answer, state = model.step(torch.tensor([found[-1:]]), None, state)
         return vocabulary.write(found)
+
+
+def _pieces(ids: Tensor, length: int) -> list[Example]:
+    """(characters, those that follow them), one piece after the other; the last may be shorter."""
+    starts = range(0, len(ids) - 1, length)
+    return [(ids[s : min(s + length, len(ids) - 1)], ids[s + 1 : s + 1 + length]) for s in starts]
+
+
+def _whole_pieces(ids: Tensor, length: int) -> list[Example]:
+    """Those of this length; of a text that is shorter, all of it."""
+    pieces = _pieces(ids, length)
+    return [piece for piece in pieces if len(piece[0]) == length] or pieces
 
 
 class _Streams(Dataset):

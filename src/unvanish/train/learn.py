@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from unvanish.flow.callback import GradientFlow
+from unvanish.train.assessment import assess
 from unvanish.train.configuration import Machines, TrainingConfiguration
 from unvanish.train.fit import JUDGED, fit
 from unvanish.train.memory import estimated, require
@@ -40,8 +41,9 @@ def train_on(
     machines: Machines | None = None,
     callbacks: Sequence[lightning.Callback] = (),
     tell: Tell = lambda done, total, error: None,
+    assessed: bool = True,
 ) -> Trained:
-    """Train a model, and judge it once on the test split, beside the baselines.
+    """Train a model, judge it once on the test split, beside the baselines.
 
     Args:
         problem: what is learnt.
@@ -54,6 +56,7 @@ def train_on(
         machines: where it runs; None: in this process.
         callbacks: Lightning's, further ones.
         tell: called after every update.
+        assessed: whether to say in `config["assessment"]` what the training came to, which takes some seconds.
 
     Raises:
         ValueError: the settings don't fit the problem, or need more memory than there is; `out` holds something else,
@@ -109,6 +112,8 @@ def train_on(
             **problem.keep(),
             "test": problem.judge(model),
         }
+        if assessed:
+            config["assessment"] = asdict(assess(problem, model, config["test"], settings.seed))
         trained = Trained(model, config)
         if folder is not None:
             folder.finish(trained)

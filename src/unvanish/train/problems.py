@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from unvanish.train.settings import Settings
 from unvanish.train.supervised import together
 from unvanish.train.tasks.base import Split
 
+Example = tuple[Tensor, Tensor]
+"""(x `[T, I]` or symbols `[T]`, y)"""
+Item = TypeVar("Item")
 Judgement = dict[str, dict[str, float]]
 """who answers: "model", or a baseline → metric → value on the test split"""
 
@@ -58,6 +61,11 @@ class DataProblem(ABC):
 
     def size(self, split: Split) -> int:
         return len(self.dataset(split))  # type: ignore[arg-type]
+
+    def examples(self, split: Split, most: int) -> list[Example]:
+        """Up to `most` samples of a split, spread evenly over it."""
+        dataset = self.dataset(split)
+        return [dataset[i] for i in evenly(range(self.size(split)), most)]
 
     @abstractmethod
     def loss(self, answer: Tensor, y: Tensor) -> Tensor: ...
@@ -126,6 +134,21 @@ class Labelled(DataProblem):
 
     minimised: ClassVar[Callable[[Tensor, Tensor], Tensor]]
     """(answer, y) → what training minimises"""
+
+    @classmethod
+    def encoded(cls, config: dict[str, Any], data: Sequences, most: int) -> list[Example]:
+        """The first `most` sequences with their answers, as in training.
+
+        Raises:
+            DataError: other channels or classes than in training, or no targets.
+        """
+        first = Sequences(data.x[:most], None if data.y is None else data.y[:most], data.names[:most], data.channels)
+        return list(zip(inputs_of(config, first), cls.encode(config, first), strict=True))
+
+    @staticmethod
+    @abstractmethod
+    def encode(config: dict[str, Any], data: Sequences) -> list[Tensor]:
+        """y of sequences, as in training."""
 
     def loss(self, answer: Tensor, y: Tensor) -> Tensor:
         return type(self).minimised(answer, y)
@@ -278,6 +301,12 @@ class Listed(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.samples[index]
+
+
+def evenly(items: Sequence[Item], most: int) -> list[Item]:
+    """Up to `most` of the items, at equal distances."""
+    count = min(len(items), most)
+    return [items[k * len(items) // count] for k in range(count)]
 
 
 def input_of(x: Sequence[Any]) -> Scale | Vocabulary:

@@ -10,6 +10,7 @@ from unvanish.train.fit import evaluate
 from unvanish.train.models import SequenceModel, Shape
 from unvanish.train.problems import DataProblem, Judgement
 from unvanish.train.settings import Settings
+from unvanish.train.tasks import make_task
 from unvanish.train.tasks.base import Generated, Split, Task
 
 
@@ -53,6 +54,12 @@ class TaskProblem(DataProblem):
 
     def keep(self) -> dict[str, Any]:
         return {"task": {"name": self.task.name, "length": self.task.length, "seed": self.task.seed}}
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "TaskProblem":
+        """The task that a model was trained on."""
+        task = config["task"]
+        return cls(make_task(task["name"], task["length"], task["seed"]))
 
     def tensors(self) -> Iterator[Tensor]:
         return iter(self.task.samples("validation", [0]))

@@ -13,14 +13,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from unvanish.flow.files import write_atomically
-from unvanish.train.data.sequences import Sequences
 from unvanish.train.data.table import DataError
 from unvanish.train.forecasting import Forecasting
 from unvanish.train.language import LanguageModel
 from unvanish.train.models import SequenceModel, Shape
-from unvanish.train.problems import Classification, Regression, inputs_of
+from unvanish.train.problems import Classification, Regression
 from unvanish.train.supervised import together
+from unvanish.train.task_problem import TaskProblem
 
+Batch = tuple[Tensor, Tensor | None, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 SCHEMA = 2
@@ -56,20 +57,26 @@ class Trained:
             raise DataError(f"data: expected {expected} for {kind.kind}, got {type(data).__name__}")
         return kind.apply(self.model, self.config, data, **options)
 
-    def batch(self, data: Sequences, most: int = 512) -> tuple[tuple[Tensor, Tensor | None, Tensor], Loss]:
-        """((x `[B, T, I]`, lengths `[B]` or None where all are equal, y `[B]`), loss) of the first `most` sequences,
-        encoded as in training, and what training minimised: what `uv.diagnose` takes.
+    def batch(self, data: Any = None, most: int = 512) -> tuple[Batch, Loss]:
+        """((x, lengths `[B]` or None where all are equal, y), loss) of up to `most` samples, encoded as in training,
+        and what training minimised: what `uv.diagnose` takes.
+
+        Args:
+            data: `Sequences`, `Series` or a text, as for `predict`; None for a model of a task, which draws its own.
+            most: of the sequences the first; of windows and pieces of a text as many, spread evenly.
 
         Raises:
-            DataError: other channels or classes than in training, or no targets.
-            ValueError: a model whose answers are not one per sequence.
+            DataError: other channels or classes than in training, no targets, or too few steps.
+            ValueError: data for a model of a task, or none for another.
         """
-        kind = self.config["kind"]
-        if kind not in (Classification.kind, Regression.kind):
-            raise ValueError(f"model: expected one for classification or regression, got one for {kind}")
-        first = Sequences(data.x[:most], None if data.y is None else data.y[:most], data.names[:most], data.channels)
-        y = KINDS[kind].encode(self.config, first)
-        return together(list(zip(inputs_of(self.config, first), y, strict=True))), KINDS[kind].minimised
+        if (data is None) != (self.config["kind"] == TaskProblem.kind):
+            expected = "data" if data is None else f"none for the task {self.config['task']['name']}"
+            raise ValueError(f"data: expected {expected}, as the model was trained")
+        if data is None:
+            task = TaskProblem.of(self.config)
+            return together(task.examples("train", most)), task.loss
+        kind = KINDS[self.config["kind"]]
+        return together(kind.encoded(self.config, data, most)), kind.minimised
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights, then config.json, which holds their SHA-256 and so seals the folder.

@@ -9,10 +9,13 @@ from typing import Any
 
 from unvanish.diagnosis.exact.bench import Bench
 from unvanish.diagnosis.exact.cuts import state_carried, state_cut
-from unvanish.diagnosis.exact.flow import depth, input_ignored, parameters_unmoved
+from unvanish.diagnosis.exact.depth import depth
+from unvanish.diagnosis.exact.flow import first_step_read, input_ignored, parameters_unmoved
+from unvanish.diagnosis.exact.growth import explosion
 from unvanish.diagnosis.exact.logits import loss_unbalanced, output_not_logits, targets_ignored
 from unvanish.diagnosis.exact.nonfinite import nan
 from unvanish.diagnosis.exact.padding import padding_read
+from unvanish.diagnosis.exact.pairing import compared_with_others
 from unvanish.diagnosis.exact.samples import samples_mixed
 from unvanish.diagnosis.exact.scale import dead, ids_as_numbers, input_scale, symmetric
 from unvanish.diagnosis.exact.sequences import axes_mixed, needs_future, target_in_input
@@ -24,6 +27,7 @@ TESTS: dict[str, Callable[[Bench], list[Finding]]] = {
     "NaN and infinity": nan,
     "states kept between batches": state_carried,
     "independence of the samples": samples_mixed,
+    "order of answers and targets": compared_with_others,
     "order of axes": axes_mixed,
     "shapes of answers and targets": target_mismatch,
     "what the loss is given": output_not_logits,
@@ -38,7 +42,9 @@ TESTS: dict[str, Callable[[Bench], list[Finding]]] = {
     "copies of units": symmetric,
     "dead units": dead,
     "depth": depth,
+    "growth from step to step": explosion,
     "dependence on the input": input_ignored,
+    "steps that are read": first_step_read,
     "scale of the targets": target_scale,
     "terms of the loss": loss_unbalanced,
 }

@@ -66,19 +66,20 @@ class Bench:
     @cached_property
     def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of these samples."""
-        return self.taken(torch.arange(self.count)) if self.count is not None else self._cast(self.subject.call)
+        return self.taken(torch.arange(self.count)) if self.count is not None else self.cast(self.subject.call)
 
     def taken(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of these samples of the whole batch."""
-        return self._cast(self.subject.rows(self.subject.call[0], index)), self._cast(
+        return self.cast(self.subject.rows(self.subject.call[0], index)), self.cast(
             self.subject.rows(self.subject.call[1], index)
         )
 
-    def _cast(self, value: Any) -> Any:
-        return double(value) if self._in_double else value
+    def cast(self, value: Any) -> Any:
+        """In the precision of `model`."""
+        return double(value) if self.in_double else value
 
     @cached_property
-    def _in_double(self) -> bool:
+    def in_double(self) -> bool:
         """Whether the model runs in float64 at all; some make float32 tensors of their own."""
         twin = self.subject.twin().eval()
         try:
@@ -93,12 +94,12 @@ class Bench:
     def model(self) -> nn.Module:
         """The copy that passes start from: eval mode, float64 where it can."""
         twin = self.subject.twin().eval()
-        return twin.double() if self._in_double else twin
+        return twin.double() if self.in_double else twin
 
     @property
     def tolerance(self) -> float:
         """Relative; what counts as having moved."""
-        return 1e-10 if self._in_double else 1e-4
+        return 1e-10 if self.in_double else 1e-4
 
     def run(self, given: tuple[tuple[Any, ...], dict[str, Any]] | None = None, *, train: bool = False) -> list[Tensor]:
         """The answers of a fresh copy, without a graph; equal inputs give equal answers."""
@@ -165,6 +166,21 @@ class Bench:
         return []
 
     @cached_property
+    def samples_outer(self) -> bool:
+        """Whether answers in which samples and steps are one axis hold all steps of a sample one after the other."""
+        k = self.count or 1
+        index = torch.arange(k)
+        index[0] = 1 % k
+        for was, now in zip(self.run(), self.run(self.taken(index)), strict=False):
+            if was.shape != now.shape or was.dim() == 0 or was.shape[0] <= k or was.shape[0] % k:
+                continue
+            steps = was.shape[0] // k
+            moved = (was - now).abs().reshape(k * steps, -1).amax(1) > 0
+            if bool(moved.any()):
+                return not bool(moved[steps:].any())
+        return self.subject.axes[0] == 0
+
+    @cached_property
     def sequence(self) -> tuple[int, int, int] | None:
         """(which of the input's tensors, its axis of samples, its axis of steps) of the main sequence; None if there
         is none."""
@@ -191,10 +207,17 @@ class Bench:
         which, _, axis = self.sequence
         return tensors(self.given[0])[which].shape[axis]
 
-    def with_step(self, t: int, donor: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """These samples, with step t of the main sequence taken from other samples."""
+    def steps_of(self, which: int | None) -> int:
+        """Of this input tensor, or of the main sequence."""
+        if which is None or self.sequence is None:
+            return self.steps
+        return tensors(self.given[0])[which].shape[self.sequence[2]]
+
+    def with_step(self, t: int, donor: Tensor, which: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """These samples, with step t of the main sequence, or of this input tensor, taken from other samples."""
         assert self.sequence is not None
-        which, samples, steps = self.sequence
+        main, samples, steps = self.sequence
+        which = main if which is None else which
         number = -1
 
         def change(tensor: Tensor) -> Tensor:
@@ -209,12 +232,14 @@ class Bench:
 
         return mapped(self.given[0], change), self.given[1]
 
-    def at_step(self, tensor: Tensor, t: int) -> Tensor | None:
-        """The answers at this step, where an output has the sequence's axis of steps; else None."""
+    def at_step(self, tensor: Tensor, t: int, steps: int | None = None) -> Tensor | None:
+        """The answers at this step, where an output has an axis of steps, the main sequence's or so many; else None."""
         if self.sequence is None or tensor.dim() < 2:
             return None
         for axes in ((0, 1), (1, 0)):
-            if tensor.shape[axes[0]] == self.count and tensor.shape[axes[1]] == self.steps:
+            if tensor.shape[axes[0]] == self.count and tensor.shape[axes[1]] == (
+                self.steps if steps is None else steps
+            ):
                 return tensor.select(axes[1], t)
         return None
 

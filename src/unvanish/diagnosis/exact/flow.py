@@ -1,5 +1,6 @@
-"""What gets through: the input to the answers, a signal through a stack of layers, a gradient to each parameter."""
+"""What gets through: the input to the answers, a gradient to each parameter."""
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from unvanish.diagnosis.exact.bench import RECURRENT, Bench
+from unvanish.diagnosis.exact.depth import lost_by_degrees
 from unvanish.diagnosis.finding import Finding
-from unvanish.diagnosis.structure import detached_copy
-from unvanish.nn.modules import SequenceModule
+from unvanish.diagnosis.structure import detached_copy, mapped, tensors
+from unvanish.diagnosis.trace import Trace
 
 
 def input_ignored(bench: Bench) -> list[Finding]:
@@ -20,8 +22,12 @@ def input_ignored(bench: Bench) -> list[Finding]:
     index = torch.roll(torch.arange(k), 1)
     other = bench.taken(index)
     apart = max(_apart(bench.run(), bench.run(other)), _apart(bench.run(train=True), bench.run(other, train=True)))
-    if apart is None or apart < 0 or apart > 1e-9:
+    if apart < 0:
         return []
+    if apart > 1e-9:
+        return _part_ignored(bench, other)
+    if lost_by_degrees(bench) is not None:
+        return []  # lost on its way, which `depth` says
     return [
         Finding(
             "input_ignored", "error", "",
@@ -32,6 +38,76 @@ def input_ignored(bench: Bench) -> list[Finding]:
     ]  # fmt: skip
 
 
+def first_step_read(bench: Bench) -> list[Finding]:
+    """A recurrent module runs over all steps, but the answers move with the first one alone."""
+    if bench.reach is None or bench.steps < 3:
+        return []
+    _, moved = bench.reach
+    later = [t for t in bench.probed if t > 0]
+    if float(moved[:, 0].max()) == 0 or float(moved[:, later].max()) > 0:
+        return []
+    lengths: dict[str, int] = {}
+    for call in bench.training.trace.modules:
+        if isinstance(call.module, RECURRENT) and call.inputs:
+            x, stepped = call.inputs[0], isinstance(call.module, nn.RNNCellBase)
+            steps = 1 if stepped or x.dim() < 3 else x.shape[1 if call.module.batch_first else 0]
+            lengths[call.path] = lengths.get(call.path, 0) + steps
+    where = next((path for path, steps in lengths.items() if steps >= bench.steps), None)
+    if where is None:
+        return []
+    return [
+        Finding(
+            "readout", "error", where,
+            f"The answers use the first step of `{where}` alone: what follows is computed, and dropped.",
+            f"Each of {len(later)} later steps was exchanged for other samples': no answer moved; with step 0 they "
+            "move.",
+            "Read the last step: y[:, -1] with batch_first=True, y[-1] without, h_n[-1] of the final state; or pool "
+            "over the steps.",
+        )
+    ]  # fmt: skip
+
+
+def _part_ignored(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Finding]:
+    """One of several input tensors, which a module without any gradient reads, moves no answer."""
+    given = tensors(bench.given)
+    unmoved = _unmoved_modules(bench)
+    if len(given) < 2 or not unmoved:
+        return []
+    twin = detached_copy(bench.model)
+    with torch.no_grad(), bench.subject.rng(0), Trace(twin) as trace:
+        twin(*bench.given[0], **bench.given[1])
+    read = {x.untyped_storage().data_ptr() for c in trace.modules if c.path for x in c.inputs}
+    exchanged = tensors(other)
+    for number, tensor in enumerate(given):
+        if tensor.untyped_storage().data_ptr() not in read or torch.equal(tensor, exchanged[number]):
+            continue
+        count = itertools.count()
+        alone = mapped(bench.given, lambda t, n=number, c=count: exchanged[n] if next(c) == n else t)
+        if any(_apart(bench.run(train=t), bench.run(alone, train=t)) != 0 for t in (False, True)):
+            continue
+        return [
+            Finding(
+                "input_ignored", "error", unmoved[0],
+                f"One of the inputs has no part in the answers: what `{unmoved[0]}` makes of the batch is dropped.",
+                f"Input tensor {number}, of shape {tuple(tensor.shape)}, was exchanged for other samples': no answer "
+                f"moved, and no gradient reaches `{unmoved[0]}`.",
+                f"Hand on what `{unmoved[0]}` returns: an encoder's final state starts the decoder, for instance.",
+            )
+        ]  # fmt: skip
+    return []
+
+
+def _unmoved_modules(bench: Bench) -> list[str]:
+    """Recurrent modules that ran and that no gradient reaches."""
+    gradients = bench.training.gradients
+    called = {c.path: c.module for c in bench.training.trace.modules if c.outputs and isinstance(c.module, RECURRENT)}
+    own = {path: [f"{path}.{n}".removeprefix(".") for n, _ in m.named_parameters()] for path, m in called.items()}
+    return [
+        path for path, names in own.items()
+        if names and all((g := gradients.get(n)) is None or not bool((g != 0).any()) for n in names)
+    ]  # fmt: skip
+
+
 def _apart(was: list[Tensor], now: list[Tensor]) -> float:
     found = [
         float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
@@ -39,84 +115,6 @@ def _apart(was: list[Tensor], now: list[Tensor]) -> float:
         if a.shape == b.shape and a.numel()
     ]
     return max(found, default=-1.0)
-
-
-LOST = 1e-3
-"""spread of the states over samples, in the last layer relative to the first, from which a stack has lost its input"""
-
-
-def depth(bench: Bench) -> list[Finding]:
-    """Spread of the states over samples from layer to layer, and the gradient on the way down."""
-    spreads = _spreads(bench)
-    if len(spreads) < 3:
-        return []
-    first, last = spreads[0][1], spreads[-1][1]
-    if first <= 0 or last / first > LOST or last >= min(s for _, s in spreads) * 3:
-        return []
-    answers = _answer_spread(bench)
-    if answers > 1e-2:
-        return []
-    weights = _down(bench)
-    listed = ", ".join(f"{s:.1g}" for _, s in spreads)
-    return [
-        Finding(
-            "depth", "error", spreads[-1][0],
-            f"The input's trace is lost in the depth: {len(spreads)} stacked layers shrink the differences "
-            "between samples until all answers are the same.",
-            f"Standard deviation of the final states over samples, layer by layer: {listed}; of the answers "
-            f"{answers:.1g}.{weights}",
-            "Use fewer layers (2 or 3), or add a skip connection or layer norm around each.",
-        )
-    ]  # fmt: skip
-
-
-def _spreads(bench: Bench) -> list[tuple[str, float]]:
-    """(layer, standard deviation over samples of its state at its last step) from the first layer to the last."""
-    found: list[tuple[str, float]] = []
-    latest: dict[str, Any] = {}
-    for call in bench.training.trace.modules:
-        if isinstance(call.module, RECURRENT) and call.outputs:
-            latest[call.path] = call
-    for path, call in latest.items():
-        if isinstance(call.module, SequenceModule):
-            final = call.output[1]
-            h = (final[0] if isinstance(final, tuple) else final).detach()
-            if h.dim() != 3 or h.shape[1] < 3:
-                return []
-            ways = 2 if call.module.bidirectional else 1
-            found += [
-                (f"{path}.l{i // ways}".removeprefix("."), float(h[i : i + ways].double().std(1).mean()))
-                for i in range(0, len(h), ways)
-            ]
-        else:
-            h = call.outputs[0].detach()
-            if h.dim() != 2 or len(h) < 3:
-                return []
-            found.append((path, float(h.double().std(0).mean())))
-    return found
-
-
-def _answer_spread(bench: Bench) -> float:
-    """Mean standard deviation over samples; the largest of several outputs."""
-    found = []
-    for t in bench.training.answers:
-        for rows in bench.by_sample(t.detach(), bench.subject.samples)[:1]:
-            found.append(float(rows.double().std(0, correction=0).mean()))  # noqa: PERF401
-    return max(found, default=0.0)
-
-
-def _down(bench: Bench) -> str:
-    """How the gradient of the weights shrinks, within one stacked module."""
-    for path, module in bench.training.model.named_modules():
-        if isinstance(module, SequenceModule) and module.num_layers > 1:
-            norms = [
-                bench.training.gradients.get(f"{path}.weight_ih_l{i}".removeprefix("."))
-                for i in range(module.num_layers)
-            ]
-            sizes = [float(g.double().norm()) for g in norms if g is not None]
-            if len(sizes) == module.num_layers:
-                return f" Gradient of W_ih from the top layer down: {', '.join(f'{s:.1g}' for s in reversed(sizes))}."
-    return ""
 
 
 def parameters_unmoved(bench: Bench, optimizer: Any = None) -> list[Finding]:

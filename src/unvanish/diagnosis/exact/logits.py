@@ -9,6 +9,8 @@ from unvanish.diagnosis.exact.bench import Bench
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.trace import Called, traced
 
+MANY = 20
+"""targets that are all the same, from which that is no accident"""
 _VIEWS = (
     "View", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "T", "Permute", "Select", "Slice", "Alias", "Expand",
     "Clone", "AsStrided", "Index", "Cat", "Stack", "ToCopy", "Reshape", "Unbind", "Split", "Gather", "Movedim",
@@ -66,18 +68,20 @@ def output_not_logits(bench: Bench) -> list[Finding]:
                     "Leave out the model's last sigmoid, or use binary_cross_entropy.",
                 )
             ]  # fmt: skip
-        elif call.name == "nll_loss" and x.dim() > 1:
-            sums = values.exp().sum(1)
+        elif call.name in ("nll_loss", "ctc_loss") and x.dim() > 1:
+            sums = values.exp().sum(1 if call.name == "nll_loss" else -1)
             if float((sums - 1).abs().max()) > 0.05:
                 kind = "probabilities" if made == "Softmax" else "scores"
                 return [
                     Finding(
                         "output_not_logits", "error", "loss",
-                        f"`nll_loss` takes log-probabilities, but is given {kind}: the loss can fall without end and "
-                        "says nothing about the classes.",
+                        f"`{call.name}` takes log-probabilities, but is given {kind}: the loss can fall without end "
+                        "and says nothing about the classes.",
                         f"exp of its input sums to between {float(sums.min()):.3g} and {float(sums.max()):.3g} over "
                         "the classes; log-probabilities give 1.",
-                        "Use cross_entropy on the scores, or log_softmax before nll_loss.",
+                        "Use cross_entropy on the scores, or log_softmax before nll_loss."
+                        if call.name == "nll_loss"
+                        else "Give it the scores' log_softmax over the last axis.",
                     )
                 ]  # fmt: skip
         elif call.name == "kl_div" and bool((values >= 0).all()) and made in ("Softmax", "Sigmoid"):
@@ -153,6 +157,22 @@ def targets_ignored(bench: Bench) -> list[Finding]:
             return [_left_out(f"ignore_index={ignore}", gone)]
         if ignore >= 0 and not _padded_too(bench, gone) and _scattered(bench, gone):
             return [_left_out(f"ignore_index={ignore}", gone)]
+    return _masked_away(bench)
+
+
+def _masked_away(bench: Bench) -> list[Finding]:
+    """Of all steps only those count that have one and the same target: the padding, by a mask the wrong way round."""
+    for answers, asked in zip(bench.training.answers, bench.asked, strict=True):
+        if asked is None:
+            continue
+        for goal in bench.subject.goals:
+            if goal.dim() < 2 or answers.shape[:2] != goal.shape[:2]:
+                continue
+            counts = (asked != 0).flatten(2).any(-1) if asked.dim() > 2 else asked != 0
+            steps = goal.reshape(*goal.shape[:2], -1)
+            kept, gone = steps[counts], steps[~counts]
+            if len(kept) > MANY and len(gone) and len(kept.unique(dim=0)) == 1 and len(gone.unique(dim=0)) > 2:
+                return [_left_out("a mask that keeps the steps whose targets are all the same", ~counts)]
     return []
 
 

@@ -9,13 +9,16 @@ from unvanish.diagnosis.structure import tensors
 from unvanish.nn.modules import SequenceModule
 
 
-def _sequences(bench: Bench) -> tuple[Tensor, Tensor] | None:
-    """(input [B, T, F], target [B, T, …]) where both have steps."""
+def _sequences(bench: Bench, which: int | None = None) -> tuple[Tensor, Tensor] | None:
+    """(input [B, T, F], target [B, T, …]) where both have steps; of the main input, or of this one."""
     n = bench.subject.samples
     if bench.sequence is None or n is None:
         return None
-    which, samples, steps = bench.sequence
-    x = tensors(bench.subject.call[0])[which].detach().movedim((samples, steps), (0, 1)).cpu()
+    main, samples, steps = bench.sequence
+    x = tensors(bench.subject.call[0])[main if which is None else which].detach().cpu()
+    if x.dim() < 2 or x.shape[samples] != n:
+        return None
+    x = x.movedim((samples, steps), (0, 1))
     T = x.shape[1]
     for y in bench.subject.goals:
         y = y.detach().cpu()
@@ -27,27 +30,44 @@ def _sequences(bench: Bench) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def _answers_use(bench: Bench, at: int, step: int) -> bool:
-    """Whether the answers at step `at` move with the input of another step."""
+def _answers_use(bench: Bench, at: int, step: int, which: int | None = None) -> bool:
+    """Whether the answers at step `at` move with another step of the main input, or of this one."""
     k = bench.count or 0
-    base, changed = bench.run(), bench.run(bench.with_step(step, torch.roll(torch.arange(k), 1)))
+    base, changed = bench.run(), bench.run(bench.with_step(step, torch.roll(torch.arange(k), 1), which))
     for was, now in zip(base, changed, strict=False):
-        a, b = bench.at_step(was, at), bench.at_step(now, at)
-        if a is None or b is None:
-            rows = [r for r in (bench.by_sample(was), bench.by_sample(now)) if r]
-            if len(rows) < 2 or was.dim() == 0 or was.shape[0] != k * bench.steps:
-                continue
-            a = was.unflatten(0, (k, -1))[:, at] if bench.subject.axes[0] == 0 else was.unflatten(0, (-1, k))[at]
-            b = now.unflatten(0, (k, -1))[:, at] if bench.subject.axes[0] == 0 else now.unflatten(0, (-1, k))[at]
-        if float((a - b).abs().max()) > bench.tolerance * float(a.abs().max().clamp_min(1e-30)):
-            return True
+        a, b = _at(bench, was, at, which), _at(bench, now, at, which)
+        if a is not None and b is not None:
+            apart = float((a - b).abs().max())
+            if apart > bench.tolerance * float(a.abs().max().clamp_min(1e-30)):
+                return True
     return False
 
 
+def _at(bench: Bench, answers: Tensor, step: int, which: int | None) -> Tensor | None:
+    """These answers at a step, of as many as the input has; also where samples and steps are one axis."""
+    steps = bench.steps_of(which)
+    found = bench.at_step(answers, step, steps)
+    if found is not None or answers.dim() == 0 or answers.shape[0] != (bench.count or 0) * steps:
+        return found
+    outer = bench.samples_outer
+    unfolded = answers.unflatten(0, (-1, steps) if outer else (steps, -1))
+    return unfolded[:, step] if outer else unfolded[step]
+
+
 def target_in_input(bench: Bench) -> list[Finding]:
-    """The target of a step stands in the input that its answer sees."""
-    both = _sequences(bench)
-    if both is None or bench.steps < 3:
+    """The target of a step stands in the input that its answer sees: the sequence, or what a decoder is shown."""
+    if bench.sequence is None:
+        return []
+    for which in range(len(tensors(bench.subject.call[0]))):
+        found = _target_in(bench, which)
+        if found:
+            return found
+    return []
+
+
+def _target_in(bench: Bench, which: int) -> list[Finding]:
+    both = _sequences(bench, which)
+    if both is None or both[0].shape[1] < 3:
         return []
     x, y = both
     T, ids = x.shape[1], not x.is_floating_point()
@@ -60,8 +80,8 @@ def target_in_input(bench: Bench) -> list[Finding]:
         if not columns:
             continue
         # Of an autoencoder every answer sees the whole input, through its bottleneck.
-        sees = _answers_use(bench, middle, middle + shift)
-        later = _answers_use(bench, middle, min(T - 1, middle + 2))
+        sees = _answers_use(bench, middle, middle + shift, which)
+        later = _answers_use(bench, middle, min(T - 1, middle + 2), which)
         if not sees or (shift == 0 and later):
             continue
         if shift:
@@ -73,7 +93,9 @@ def target_in_input(bench: Bench) -> list[Finding]:
         proof = f"Target at step t equals {'the ids' if ids else f'feature {columns[0]}'} of the input at step t" + (
             " + 1" if shift else ""
         ) + f" for all {goal.numel()} values, and the answer of step {middle} moves with it."  # fmt: skip
-        return [Finding("target_in_input", "error" if ids or shift else "warning", "target", says, proof, do)]
+        # With a second target it may be a second task, a reconstruction.
+        sure = "error" if ids or shift else "warning" if len(bench.subject.goals) == 1 else "note"
+        return [Finding("target_in_input", sure, "target", says, proof, do)]
     return []
 
 
@@ -91,7 +113,9 @@ def needs_future(bench: Bench) -> list[Finding]:
     if _answers_use(bench, middle, min(T - 1, middle + 1)) or not _answers_use(bench, middle, middle):
         return []
     for ahead in range(1, min(T - 1, 25)):
-        if torch.equal(y[:, :-ahead, :1].double(), x[:, ahead:, :1].double()):
+        value, later = y[:, :-ahead, :1], x[:, ahead:, :1]
+        judged = torch.ones_like(value, dtype=torch.bool) if y.is_floating_point() else value >= 0
+        if bool(judged.any()) and torch.equal(value[judged].double(), later[judged].double()):
             return []  # a later value, which is what a forecast is asked for
     features = _features(x)
     goal = _goal(y)

@@ -42,7 +42,8 @@ class Arm:
         self.untrainable = False
         """whether an update raised an error, as opposed to a number that was not finite"""
         self.updates = 0
-        self.seconds = 0.0
+        self.judging = 0.0
+        """seconds that the last judgement took"""
         self.norms: list[float] = []
         self.losses: list[float] = []
         """of the training samples"""
@@ -54,14 +55,13 @@ class Arm:
 
     def train(self, updates: int, until: float = math.inf) -> None:
         """Make some updates, in the order of samples that every arm has; fewer if the clock is past `until`."""
-        end, begun = self.updates + updates, time.perf_counter()
+        end = self.updates + updates
         while self.updates < end and not self.failed and time.perf_counter() < until:
             with self.material.subject.rng(self.seed + self.updates):
                 for _ in range(min(CHUNK - self.updates % CHUNK, end - self.updates)):
                     self._update()
                     if self.failed or time.perf_counter() >= until:
                         break
-        self.seconds += time.perf_counter() - begun
 
     def _update(self) -> None:
         # Each update has its own random numbers, so that they don't depend on where the clock cut the training.
@@ -93,21 +93,11 @@ class Arm:
         self.updates += 1
 
     def judge(self) -> None:
-        """Note its losses on the samples it is judged on, now: of its answers as they are or, where that is lower,
-        shrunk towards the constant answer."""
+        """Note its losses on the samples it is judged on, now; see `judged`."""
         begun = time.perf_counter()
         with self.material.subject.rng(self.seed):
-            found = Judgement(self.updates, self.material.judged(self.model), self.bar.losses)
-            if not found.clear and self.material.unseen and self.updates:
-                with self.bar.shrunk(self.model, SHRUNK):
-                    shrunk = Judgement(self.updates, self.material.judged(self.model), self.bar.losses, SHRUNK)
-                    if not shrunk.score.learns and shrunk.score.visible:
-                        shrunk.informed = self.material.informed(self.model)
-                if not found.score.learns and found.score.visible:
-                    found.informed = self.material.informed(self.model)
-                found = min(found, shrunk, key=lambda j: (not j.learns, j.score.loss))
-        self.judgements.append(found)
-        self.seconds += time.perf_counter() - begun
+            self.judgements.append(judged(self.model, self.material, self.bar, self.updates))
+        self.judging = time.perf_counter() - begun
 
     @property
     def best(self) -> "Judgement":
@@ -178,6 +168,20 @@ class Judgement:
     def clear(self) -> bool:
         """Whether it learns so well that nothing else needs a trial."""
         return self.learns and self.score.share > CLEAR
+
+
+def judged(model: nn.Module, material: Material, bar: Bar, updates: int) -> Judgement:
+    """A model's losses, of its answers as they are or, where that is lower, shrunk towards the constant answer."""
+    found = Judgement(updates, material.judged(model), bar.losses)
+    if found.clear or not material.unseen or not updates:
+        return found
+    with bar.shrunk(model, SHRUNK):
+        shrunk = Judgement(updates, material.judged(model), bar.losses, SHRUNK)
+        if not shrunk.score.learns and shrunk.score.visible:
+            shrunk.informed = material.informed(model)
+    if not found.score.learns and found.score.visible:
+        found.informed = material.informed(model)
+    return min(found, shrunk, key=lambda j: (not j.learns, j.score.loss))
 
 
 def next_judgement(updates: int) -> int:

@@ -8,6 +8,7 @@ function, which is read from the output's autograd node, so that the bar is a lo
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,13 +85,16 @@ def _shrinking(real: Callable[..., Any], answer: "_Constant", share: float) -> C
     return forward
 
 
-def best_constant(material: Material, seed: int, evaluations: int = 150) -> tuple[Bar | None, tuple[str, ...]]:
+def best_constant(
+    material: Material, seed: int, evaluations: int = 150, until: float = math.inf
+) -> tuple[Bar | None, tuple[str, ...]]:
     """The bar, and a note where there is none.
 
     Args:
         material: where losses come from.
         seed: of random numbers that the loss draws.
         evaluations: of the loss at most, for each of the two kinds of constant.
+        until: `time.perf_counter()` at which fitting ends, but for the first evaluation of each kind.
     """
     found: list[Bar] = []
     for per_step in (False, True):
@@ -101,7 +105,7 @@ def best_constant(material: Material, seed: int, evaluations: int = 150) -> tupl
                 return None, ("no best constant answer: the model hands out nothing but its own loss",)
             answers = [_Constant(module.forward, per_step) for module in outer.values()]
             with _standing_in(list(outer.values()), answers):
-                losses = _fit(twin, material, answers, evaluations)
+                losses = _fit(twin, material, answers, evaluations, until)
         if losses is not None:
             found.append(Bar(losses, per_step, dict(zip(outer, answers, strict=True))))
         if not any(answer.steps for answer in answers):
@@ -227,7 +231,9 @@ class _Enough(Exception):  # noqa: N818 (nothing went wrong)
     """Ends an optimizer's inner loop."""
 
 
-def _fit(twin: nn.Module, material: Material, answers: list[_Constant], evaluations: int) -> Tensor | None:
+def _fit(
+    twin: nn.Module, material: Material, answers: list[_Constant], evaluations: int, until: float
+) -> Tensor | None:
     """`[G]` losses of the fitted constant; None where no finite loss depends on it."""
     with evaluating(twin):
         material.judged(twin)
@@ -241,7 +247,7 @@ def _fit(twin: nn.Module, material: Material, answers: list[_Constant], evaluati
 
         def closure() -> Tensor:
             nonlocal best, lowest, left
-            if left == 0:
+            if left == 0 or (left < evaluations and time.perf_counter() > until):
                 raise _Enough
             left -= 1
             for p in parameters:
@@ -263,13 +269,17 @@ def _fit(twin: nn.Module, material: Material, answers: list[_Constant], evaluati
         scale = max([float(p.detach().abs().mean()) for p in parameters] + [1.0])
         newton = torch.optim.LBFGS(parameters, max_iter=20, line_search_fn="strong_wolfe")
         adam = torch.optim.Adam(parameters, lr=0.02 * scale)
-        try:
-            for optimizer, times in ((newton, ROUNDS), (adam, evaluations)):
-                back_to_best()
+        for optimizer, times in ((newton, ROUNDS), (adam, evaluations)):
+            back_to_best()
+            try:
                 for _ in range(times):
                     optimizer.step(closure)
-        except _Enough:
-            pass
+            except _Enough:
+                break
+            except Exception:
+                # The loss takes no such answer, as a distribution no negative scale: Adam's steps are shorter.
+                if lowest == math.inf:
+                    raise
         if lowest == math.inf:
             return None
         back_to_best()

@@ -23,6 +23,8 @@ Kind = Literal["as_is", "rate", "clip", "radius", "reach", "input", "regularisat
 
 RADIUS = 1.2
 """spectral radius of W_hh above which a smaller one is tried"""
+DROPOUT, DECAY = 0.6, 0.1
+"""a probability of dropout, and a weight decay, above which regularisation is the first suspect"""
 FEATURES = 32
 """of an input whose means and spreads are written into a plan one by one"""
 
@@ -121,11 +123,16 @@ def unregularised(model: nn.Module, recipe: Recipe) -> list[Candidate]:
     return found
 
 
-def _dropouts(module: nn.Module) -> list[str]:
-    """Which attributes of the module are a probability of dropout above 0."""
+def much_regularised(model: nn.Module, recipe: Recipe) -> bool:
+    """Whether dropout or weight decay is far beyond what is common, so that a trial without it comes first."""
+    return recipe.weight_decay > DECAY or any(_dropouts(m, DROPOUT) for m in model.modules())
+
+
+def _dropouts(module: nn.Module, above: float = 0.0) -> list[str]:
+    """Which attributes of the module are a probability of dropout above this."""
     if not isinstance(module, SequenceModule | torch_internals.Dropout):
         return []
-    return [name for name in ("p", "dropout") if vars(module).get(name, 0.0) > 0]
+    return [name for name in ("p", "dropout") if vars(module).get(name, 0.0) > above]
 
 
 def _without_dropout(model: nn.Module) -> nn.Module:
@@ -144,11 +151,12 @@ def of_reach(model: nn.Module, lag: int, seed: int) -> list[Candidate]:
     found: list[Candidate] = []
     everywhere = _paths(model, [*gated, *plain])
     if plain and _replaceable(model):
-        chrono = (_chrono(path, longest, seed) for path in everywhere)
+        gates = _carrying({**gated, "": nn.GRUCell(1, 1)})
+        chrono = (_chrono(path, longest, seed, gates) for path in everywhere)
         name = f"gated successor with chrono_(max_lag={longest:g})"
         found.append(Candidate(name, "reach", (_replaced(plain, seed), *chrono)))
     if gated:
-        chrono = (_chrono(path, longest, seed) for path in _paths(model, [*gated]))
+        chrono = (_chrono(path, longest, seed, _carrying(gated)) for path in _paths(model, [*gated]))
         found.append(Candidate(f"chrono_(max_lag={longest:g})", "reach", tuple(chrono)))
     orthogonal = tuple(_orthogonal(path, seed) for path in everywhere)
     # Of matrices that are too large these are the same cure as a smaller radius.
@@ -158,7 +166,7 @@ def of_reach(model: nn.Module, lag: int, seed: int) -> list[Candidate]:
         found.append(Candidate("identity_()", kind, tuple(_identity(path) for path in everywhere)))
     if gated and not plain:
         value = round(math.log(max(lag, 2)), 2)
-        bias = tuple(_forget_bias(path, value) for path in everywhere)
+        bias = tuple(_forget_bias(path, value, _carrying(gated)) for path in everywhere)
         found.append(Candidate(f"forget_bias_({value:g})", "reach", bias))
     found.append(Candidate("orthogonal_()", kind, orthogonal))
     return found
@@ -239,17 +247,22 @@ def _drawn(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _chrono(path: str, longest: float, seed: int) -> Step:
+def _carrying(modules: Modules) -> str:
+    """The gates that carry their memory, in words: "forget gates", "forget gates and update gates"."""
+    return " and ".join(dict.fromkeys(f"{cell_of(m).carry_title}s" for m in modules.values()))
+
+
+def _chrono(path: str, longest: float, seed: int, gates: str) -> Step:
     return Step(
-        f"spread the carry gates' time constants over {longest:g} steps",
+        f"spread the time constants of the {gates} over {longest:g} steps",
         f"uv.cures.chrono_({_where(path)}, max_lag={longest:g}, generator=torch.Generator().manual_seed({seed}))",
         _at(path, lambda m: cures.chrono_(m, max_lag=longest, generator=_drawn(seed))),
     )
 
 
-def _forget_bias(path: str, value: float) -> Step:
+def _forget_bias(path: str, value: float, gates: str) -> Step:
     return Step(
-        f"start the carry gates at a bias of {value:g}",
+        f"start the {gates} at a bias of {value:g}",
         f"uv.cures.forget_bias_({_where(path)}, {value:g})",
         _at(path, lambda m: cures.forget_bias_(m, value)),
     )

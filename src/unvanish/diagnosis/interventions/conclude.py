@@ -41,6 +41,8 @@ def conclude(race: Race, recipe: Recipe, readout: Readout | None, reaching: floa
     own = race.as_is
     if own is None or not own.judgements:
         return (), Plan(), ()
+    if race.pointless:
+        return (_pointless(race),), Plan(), ()
     if own.untrainable:
         return (), Plan(), (f"no intervention: a copy could not be trained ({own.failed})",)
     winners = [arm for arm in race.arms if arm.learns and _much_better(arm, own)]
@@ -94,9 +96,10 @@ def _proof(arm: Arm) -> str:
         else f", its answers shrunk to {best.shrunk:.0%} of their way from that constant"
     )
     failed = f"; then {arm.failed}" if arm.failed else ""
+    name = arm.candidate.name
     return (
-        f"{arm.candidate.name}: in {arm.updates} updates a copy's loss on {on} fell to {score.loss:.4g} at the lowest, "
-        f"where the best constant answer has {score.bar:.4g} (difference {score.gain:.3g}{error}{shrunk}){failed}."
+        f"{name[0].upper()}{name[1:]}: a copy's lowest loss on {on} was {score.loss:.4g} in {arm.updates} updates; the "
+        f"best constant answer has {score.bar:.4g} (difference {score.gain:.3g}{error}{shrunk}){failed}."
     )
 
 
@@ -106,6 +109,20 @@ def _healthy(own: Arm) -> Finding:
     if not own.material.unseen:
         says = f"The loss falls as it is{how}; whether the model learns or memorises can't be told from these samples."
     return Finding("healthy", "note", "", says, _proof(own), "Nothing to change.")
+
+
+def _pointless(race: Race) -> Finding:
+    assert race.as_is is not None and race.bar is not None  # noqa: PT018 (one condition)
+    return Finding(
+        "not_learnable_from_input",
+        "warning",
+        "target",
+        "Every sample has the same target, so there is nothing to learn from the input.",
+        f"One constant answer fits all samples: its loss is {race.bar.mean:.2g}, that of the model as it is "
+        f"{race.as_is.best.score.loss:.3g}. No copy was trained.",
+        "Check where the targets come from: the wrong column, a label that was overwritten, a mask that removes all "
+        "others, or a batch of one class. Then diagnose a batch whose targets differ.",
+    )
 
 
 def _too_few(own: Arm, chosen: Arm) -> Finding:

@@ -68,15 +68,26 @@ class Material(Protocol):
 
 
 class Rows:
-    """The user's batch, split: some rows to train on, the others to judge by."""
+    """The user's batch, split: some rows to train on, the others to judge by.
+
+    Args:
+        subject: with the batch.
+        samples: that it holds.
+        seed: of the split and of the order of training.
+        judges: how many judge, the first rows of the batch; None: some that are drawn.
+    """
 
     unseen = True
 
-    def __init__(self, subject: Subject, samples: int, seed: int) -> None:
+    def __init__(self, subject: Subject, samples: int, seed: int, judges: int | None = None) -> None:
         self.subject, self.seed = subject, seed
-        order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-        held = min(max(GROUPS, round(HELD_OUT * samples)), MOST)
-        groups = min(GROUPS, held // GROUP)
+        if judges is None:
+            order, held = torch.randperm(samples, generator=_seeded(seed)), round(HELD_OUT * samples)
+            held = min(max(GROUPS, held), MOST)
+        else:
+            order = torch.cat([torch.randperm(judges, generator=_seeded(seed)), torch.arange(judges, samples)])
+            held = judges
+        groups = max(1, min(GROUPS, held // GROUP))
         held -= held % groups
         self.groups = list(order[:held].chunk(groups))
         self.train = order[held:]

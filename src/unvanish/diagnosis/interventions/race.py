@@ -1,8 +1,11 @@
 """The race: the model as it is first, then the candidates by successive halving, within a budget of seconds."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from unvanish.diagnosis.interventions.arm import CHUNK, Arm, next_judgement
 from unvanish.diagnosis.interventions.bar import Bar, best_constant
@@ -10,6 +13,7 @@ from unvanish.diagnosis.interventions.candidates import AS_IS, Candidate
 from unvanish.diagnosis.interventions.chance import EARLY
 from unvanish.diagnosis.interventions.material import Material
 from unvanish.diagnosis.interventions.optimizers import Recipe
+from unvanish.diagnosis.subject import Subject
 
 Progress = Callable[[str], None]
 
@@ -23,6 +27,10 @@ ROUNDS = (0.4, 0.35, 0.25)
 """shares of what is left, for all candidates, for the better half, for the better half of those"""
 FITTING, LATER = 0.1, 0.1
 """shares of the budget for the best constant answer, and for what is asked after the race"""
+TIMED, AFFORDABLE = 4, 0.05
+"""updates of which the fastest is timed, and the share of the budget that one may take for another to be made"""
+POINTLESS = 1e-3
+"""of the fresh model's loss: what a constant answer leaves at most where it is right for every sample"""
 
 
 @dataclass
@@ -35,6 +43,10 @@ class Race:
     """the candidates, in the order in which they were tried"""
     notes: list[str] = field(default_factory=list)
     seconds_per_update: float = float("nan")
+    end: float = float("inf")
+    """`time.perf_counter()` at which the budget is used up"""
+    pointless: bool = False
+    """whether a constant answer is right for every sample, so that there is nothing to learn from the input"""
 
 
 def race(
@@ -55,14 +67,13 @@ def race(
         recipe: the optimizer.
         candidates: from the copy that was trained as it is, those worth a trial, the most promising first.
         early: is called once with the copy as it is, after its first `EARLY` updates or fewer.
-        budget: seconds.
+        budget: seconds, from the end of the first update on: what that one warms up (imports, kernels) is not counted.
         seed: of the order of samples, of dropout and of whatever the step draws.
         progress: is called with a sentence on what is being tried.
     """
-    begun = time.perf_counter()
-    end = begun + (1 - LATER) * budget
     found = Race()
-    cost = _cost(material, recipe, seed)
+    cost, begun = _cost(material, recipe, seed, budget)
+    found.end, end = begun + budget, begun + (1 - LATER) * budget
     if isinstance(cost, str):
         found.notes.append(f"no intervention: a copy could not be trained ({cost})")
         return found
@@ -70,17 +81,20 @@ def race(
     if cost * LEAST > end - time.perf_counter():
         found.notes.append(
             f"nothing was tried: one update takes {cost:.2g} s, and at least {LEAST} are needed; "
-            f"budget={1.5 * cost * LEAST / OWN:.0f} would allow it"
+            f"budget={math.ceil(1.5 * cost * LEAST / OWN)} would allow it"
         )
         return found
     progress("the best constant answer")
     evaluations = max(12, min(150, int(FITTING * budget / cost)))
-    found.bar, notes = best_constant(material, seed, evaluations)
+    found.bar, notes = best_constant(material, seed, evaluations, time.perf_counter() + FITTING * budget)
     found.notes += notes
     if found.bar is None:
         return found
     own = found.as_is = Arm(AS_IS, material, recipe, found.bar, seed)
     own.judge()
+    if found.bar.mean <= POINTLESS * abs(own.best.score.loss) and _all_the_same(material.subject):
+        found.pointless = True
+        return found
     until = time.perf_counter() + OWN * (end - time.perf_counter())
     _run(own, until, min(EARLY, MOST), progress)
     early(own)
@@ -90,7 +104,8 @@ def race(
     entered = candidates(own)
     if own.updates < LEAST and not own.failed:
         found.notes.append(
-            f"the budget allowed {own.updates} updates of the model as it is, too few to compare with others"
+            f"the budget allowed {own.updates} updates of the model as it is, too few to compare with others: one "
+            f"takes {cost:.2g} s, a judgement {own.judging:.2g} s; give a longer budget"
         )
         return found
     found.arms = [Arm(c, material, recipe, found.bar, seed) for c in entered]
@@ -113,31 +128,44 @@ def race(
     return found
 
 
+def _all_the_same(subject: Subject) -> bool:
+    """Whether every sample has the same target."""
+    goals = [(goal, subject.axis(goal)) for goal in subject.goals]
+    return bool(goals) and all(axis is not None and _same_along(goal, axis) for goal, axis in goals)
+
+
+def _same_along(goal: Tensor, axis: int) -> bool:
+    return goal.shape[axis] > 1 and bool((goal == goal.narrow(axis, 0, 1)).all())
+
+
 def _run(arm: Arm, until: float, most: int, progress: Progress) -> None:
-    """Train until the copy clearly learns, has failed, memorises, or the clock or the updates run out."""
-    while not arm.failed and not arm.clear and arm.updates < most and time.perf_counter() < until:
+    """Train until the copy clearly learns, has failed, memorises, or the clock or the updates run out; the last
+    judgement ends by then too, if it takes as long as the one before."""
+    while not arm.failed and not arm.clear and arm.updates < most and time.perf_counter() + arm.judging < until:
         said = f", loss {arm.judgements[-1].score.loss:.3g}" if arm.judgements else ""
         progress(f"{arm.candidate.name}: {arm.updates} updates{said} (best constant answer: {arm.bar.mean:.3g})")
-        arm.train(min(next_judgement(arm.updates), most) - arm.updates, until)
+        arm.train(min(next_judgement(arm.updates), most) - arm.updates, until - arm.judging)
         arm.judge()
         if arm.memorises:
             break
 
 
-def _cost(material: Material, recipe: Recipe, seed: int) -> float | str:
-    """Seconds of an update, or why it fails. The first one also warms up what is cached, and is not counted where
-    another is affordable."""
+def _cost(material: Material, recipe: Recipe, seed: int, budget: float) -> tuple[float | str, float]:
+    """(seconds of an update or why it fails, moment at which the first update was done).
+
+    The first update also warms up what is cached, and is not counted where others are affordable.
+    """
     arm = Arm(AS_IS, material, recipe, None, seed)
-    times = []
-    for _ in range(4):
+    times: list[float] = []
+    first = math.inf
+    while len(times) < TIMED and not arm.failed and (not times or times[-1] < AFFORDABLE * budget):
         begun = time.perf_counter()
         arm.train(1)
         times.append(time.perf_counter() - begun)
-        if arm.failed and not arm.updates and "NaN" not in arm.failed:
-            return arm.failed
-        if times[-1] > 1.0 or arm.failed:
-            break
-    return min(times)
+        first = min(first, time.perf_counter())
+    if arm.failed and not arm.updates and "NaN" not in arm.failed:
+        return arm.failed, first
+    return min(times), first
 
 
 def _better_half(arms: list[Arm]) -> list[Arm]:

@@ -1,7 +1,6 @@
 """The way in: from a subject and a budget to findings, a plan, and a table of what was tried."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,13 +106,14 @@ def run(
         raise TypeError(f"budget: expected seconds as a number, got {type(budget).__name__}")
     if not (math.isfinite(budget) and budget >= 0):
         raise ValueError(f"budget: expected a finite number of seconds, 0 or more, got {budget}")
+    proved = [f for f in exact if f.severity == "error"]
+    if proved:
+        # Before the optimizer is looked at: that it holds none of the parameters may be what is proved.
+        codes = ", ".join(dict.fromkeys(f.code for f in proved))
+        return Outcome(notes=(f"no copy was trained: repair what is proved already first ({codes})",))
     own, notes = recipe(optimizer, subject.model, DEFAULT_LR)
     if budget == 0:
         return Outcome(notes=("nothing was tried: budget=0 leaves the interventions out",))
-    proved = [f for f in exact if f.severity == "error"]
-    if proved:
-        codes = ", ".join(dict.fromkeys(f.code for f in proved))
-        return Outcome(notes=(f"no copy was trained: repair what is proved already first ({codes})",))
     say = progress if progress is not None else _silent
     say("what the copies are trained and judged on")
     data, more = material(subject, seed)
@@ -129,19 +129,18 @@ def run(
         found = read_out(arm, seed)
         readable = 0.0 if found is None else found.readable
 
-    end = time.perf_counter() + budget
     raced = race(data, own, entered, early, budget, seed, say)
     finished = raced.as_is
     reading = None
-    if finished is not None and not finished.learns and finished.judgements and not finished.failed:
+    if finished is not None and finished.updates and not finished.learns and not finished.failed:
         say("a linear read-out of the states")
         reading = read_out(finished, seed)
         if reading is not None and reading.holds:
             say("the head alone")
-            reading = reading._replace(used=head_reads(finished, own, seed, end))
+            reading = reading._replace(used=head_reads(finished, own, seed, raced.end))
     reach = reaching(data, seed) if finished is not None and finished.memorises else 0.0
     findings, plan, concluded = conclude(raced, own, reading, reach)
-    known = None if finished is None or not finished.judgements else features(finished, readable, layers or {})
+    known = None if finished is None or not finished.updates else features(finished, readable, layers or {})
     return Outcome(findings, plan, (*notes, *raced.notes, *concluded), _table(raced), known)
 
 
@@ -154,13 +153,15 @@ def _candidates(
         lag = max([int(d.lag) for d in layers.values()], default=0) or max(
             [f.steps for f in inputs.values()], default=0
         )
-    found = candidates_of.of_input(model, inputs)
+    regularisation = candidates_of.unregularised(model, own)
+    suspected = candidates_of.much_regularised(model, own)
+    found = candidates_of.of_input(model, inputs) + (regularisation if suspected else [])
     if arm.spikes:
         found += [*candidates_of.of_growth(model), candidates_of.clipped()]
     found += candidates_of.rates(own)
     if lag > 1:
         found += candidates_of.of_reach(model, lag, seed)
-    found += candidates_of.unregularised(model, own)
+    found += [] if suspected else regularisation
     if not arm.spikes:
         found += candidates_of.of_growth(model)
     return found
@@ -169,7 +170,7 @@ def _candidates(
 def _table(raced: Race) -> tuple[Tried, ...]:
     rows = []
     for arm in [] if raced.as_is is None else [raced.as_is, *raced.arms]:
-        if arm.judgements:
+        if arm.updates and arm.judgements:
             best = arm.best.score
             rows.append(Tried(arm.candidate.name, arm.updates, best.loss, best.bar, arm.learns, arm.failed))
     return tuple(rows)

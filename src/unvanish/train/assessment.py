@@ -1,0 +1,138 @@
+"""What a training came to: whether the model beats guessing and, if it does not, where to look.
+
+The same functions as in a diagnosis decide: the best constant answer, the test of whether a loss is below it by more
+than chance, the exact tests, and the measurement of the gradient's reach.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from unvanish.diagnosis import Diagnosis, diagnose
+from unvanish.diagnosis.interventions.arm import judged
+from unvanish.diagnosis.interventions.bar import best_constant
+from unvanish.diagnosis.interventions.conclude import REACHES
+from unvanish.diagnosis.interventions.inputs import reaching
+from unvanish.diagnosis.interventions.material import GROUP, GROUPS, MOST, Rows
+from unvanish.diagnosis.subject import Subject
+from unvanish.train.models import SequenceModel
+from unvanish.train.problems import DataProblem, Judgement
+from unvanish.train.supervised import together
+from unvanish.train.tasks.base import Split
+
+STEPS = 500_000
+"""steps of all samples together that the model is judged on, and as many that the constant is fitted on, unless a few
+samples alone have more"""
+FOLLOWED = 50_000
+"""steps of all samples together that exact tests and the measurement look at"""
+LEAST, FEW = 16, 4
+"""samples that are judged and followed whatever their length"""
+ENOUGH = GROUPS * GROUP
+"""test samples from which they alone decide"""
+HIGHER = ("accuracy", "balanced accuracy")
+"""figures that are better if they are higher"""
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """One training, in a sentence."""
+
+    better: bool
+    """whether the model answers unseen samples better than the best constant, by more than chance, and no worse than
+    the baselines"""
+    says: str
+
+
+def assess(problem: DataProblem, model: SequenceModel, figures: Judgement, seed: int) -> Assessment:
+    """Judge a trained model on the test split, or where there is none on the validation split.
+
+    Args:
+        problem: what was learnt.
+        model: as trained.
+        figures: of the model and the baselines on the test split; empty where there is none.
+        seed: of random numbers.
+    """
+    split: Split = "test" if figures else "validation"
+    most = max(LEAST, min(MOST, STEPS // problem.length))
+    held, train = problem.examples(split, most), problem.examples("train", most)
+    if figures and len(held) < ENOUGH:  # the validation split chose the round, which biases little
+        held += problem.examples("validation", most)
+    rows = Rows(_subject(problem, model, [*held, *train]), len(held) + len(train), seed, judges=len(held))
+    bar, _ = best_constant(rows, seed)
+    if bar is None:  # no finite loss can be compared: the figures alone decide
+        learns, losses = True, ""
+    else:
+        with rows.subject.rng(seed):
+            found = judged(model, rows, bar, 1)
+        learns = found.learns
+        losses = f"loss {found.score.loss:.3g} on the {split} split, best constant answer {found.score.bar:.3g}"
+    against = _against(figures)
+    figure = losses if against is None else against.says
+    if learns and (against is None or against.ahead):
+        return Assessment(True, f"Better than guessing: {figure}.")
+    if learns and against is not None:
+        first = f"Better than a constant answer, but not than the baseline: {figure}"
+    elif against is not None and against.ahead:
+        first = f"No better than guessing by more than chance, on {len(held)} unseen samples: {figure}"
+    else:
+        first = f"No better than guessing: {figure}"
+    return Assessment(False, f"{first}; {_where_to_look(problem, model, rows, seed)}")
+
+
+@dataclass(frozen=True)
+class _Against:
+    """The model's first figure against that of the best baseline."""
+
+    ahead: bool
+    says: str
+
+
+def _against(figures: Judgement) -> _Against | None:
+    if len(figures) < 2:
+        return None
+    metric, own = next(iter(figures["model"].items()))
+    sign = 1 if metric in HIGHER else -1
+    who = max((name for name in figures if name != "model"), key=lambda name: sign * figures[name][metric])
+    best = figures[who][metric]
+    return _Against(sign * own > sign * best, f"{metric} {own:.3g} against {best:.3g} ({who})")
+
+
+def _where_to_look(problem: DataProblem, model: SequenceModel, rows: Rows, seed: int) -> str:
+    """What a diagnosis without any training finds; otherwise how far the gradient reaches, and what follows."""
+    few = problem.examples("train", max(FEW, min(ENOUGH, FOLLOWED // problem.length)))
+    subject = _subject(problem, model, few)
+    found = diagnose(model, *subject.inputs, subject.target, loss=problem.loss, budget=0, seed=seed)
+    if not found.healthy:
+        return f"{found.headline[0].lower()}{found.headline[1:].removesuffix('.')}."
+    return _reach(found, reaching(rows, seed), every_step=model.read == "all")
+
+
+def _reach(found: Diagnosis, first_steps: float, every_step: bool) -> str:
+    """In words, with what follows from it.
+
+    Args:
+        found: with the measurement of each layer.
+        first_steps: share of the gradient that arrives at the first steps by any way: see `reaching`.
+        every_step: whether every step has a target of its own, so that much can be learnt with a short reach.
+    """
+    layers = [d for d in found.values() if d.verdict != "undecided"]
+    if not layers:
+        return "how far the gradient reaches could not be measured, so look at the data and the budget first."
+    worst = min(layers, key=lambda d: d.reach / d.lag)
+    if worst.reach < worst.lag and every_step:
+        return (
+            f"every step has its own target, and the gradient reaches back {worst.reach} of {worst.lag} steps from it: "
+            "look at the data or the budget first."
+        )
+    if worst.reach < worst.lag and first_steps < REACHES:
+        return (
+            f"the gradient in {worst.name} reaches back {worst.reach} of {worst.lag} steps, so the model can't learn "
+            "what depends on earlier ones: look at the reach first."
+        )
+    return f"the gradient reaches all {worst.lag + 1} steps, so look at the data or the budget."
+
+
+def _subject(problem: DataProblem, model: SequenceModel, samples: list[tuple[Tensor, Tensor]]) -> Subject:
+    device = next(model.parameters()).device
+    x, lengths, y = together(samples)
+    return Subject(model, (x.to(device), lengths), y.to(device), problem.loss)
