@@ -55,6 +55,12 @@ class Arguments {
     }
   }
 
+  // The same of an argument that may be left out: null.
+  template <class Pointer, Name name>
+  Pointer optional() {
+    return PyDict_GetItemString(given_.ptr(), name.text) == nullptr ? nullptr : get<Pointer, name>();
+  }
+
   // One address per state, as pointers.
   template <class Pointer, Name name>
   std::vector<Pointer> addresses(int32_t count) {

@@ -215,7 +215,7 @@ class StepBackward {
     quieten(walk, t, n, w.dq, c.Q);
     quieten(walk, t, n, w.dp, c.G);
     groups_.each([&](int i, const Group& group) {
-      if (!group.late) hand_back(i, group, n, w, w.ds + group.source * s.tile);
+      if (!group.late && (g.cut == nullptr || !g.cut[t])) hand_back(i, group, n, w, w.ds + group.source * s.tile);
     });
     for (int a = 0; a < c.A; ++a)
       for (int64_t r = 0; r < n; ++r) {

@@ -314,7 +314,7 @@ def test_cures_act_on_the_cells_own_gates(name: str) -> None:
     layer, x = layer_of(name, H=16), noise(30, 2, 2)
     cell = layer.cell
     if cell.carry_gate is None:
-        for cure in (uv.cures.forget_bias_, lambda m: uv.cures.chrono_(m, 50)):
+        for cure in (uv.cures.forget_bias_, lambda m: uv.cures.chrono_(m, 50), uv.cures.uniform_gate_):
             with pytest.raises(TypeError, match="no gate that alone carries its state"):
                 cure(layer)
     else:
@@ -328,6 +328,9 @@ def test_cures_act_on_the_cells_own_gates(name: str) -> None:
         tau = 1 / (1 - carry)
         assert ((tau >= 2 - 1e-6) & (tau <= 50 + 1e-6)).all()
         assert float(tau.max()) > 20
+        uv.cures.uniform_gate_(bare, torch.Generator().manual_seed(0))
+        carry = uv.flow.gate_statistics(bare, torch.zeros_like(x)).log_carry.exp()  # type: ignore[union-attr]
+        assert ((carry >= 1 / 16 - 1e-9) & (carry <= 15 / 16 + 1e-9)).all()
         uv.cures.forget_bias_(layer, -1.0)
         uv.cures.rescue_(layer, x, lag=20, target=0.4)
         assert uv.flow.survival(layer, x, lag=20) == pytest.approx(0.4, rel=0.01)

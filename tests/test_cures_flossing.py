@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from unvanish import cures, flow
 from unvanish import nn as unn
+from unvanish.cells import ZOO
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -130,3 +131,19 @@ def test_flossing_errors():
         cures.GradientFlossing(dead)(x)
     with pytest.raises(ArithmeticError, match="l0: an exponent is NaN, since input"):
         cures.GradientFlossing(nn.RNN(2, 3))(x * math.nan)
+
+
+@pytest.mark.parametrize("name", ["mgu", "lem", "peephole", "cifg", "cornn"])
+def test_gradient_of_a_derived_cell_is_the_loss_s_own(name):
+    torch.manual_seed(0)
+    layer = unn.Recurrent(ZOO[name](), 2, 3, dtype=torch.float64)
+    x = torch.randn(8, 2, 2, dtype=torch.float64)
+    floss = cures.GradientFlossing(layer, n=2)
+    (found,) = torch.autograd.grad(floss(x), layer.weight_hh_l0)
+    direction = torch.randn_like(found)
+    values = []
+    for step in (1e-6, -2e-6):
+        with torch.no_grad():
+            layer.weight_hh_l0.add_(step * direction)
+        values.append(float(floss(x).detach()))
+    assert float((found * direction).sum()) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5, abs=1e-8)

@@ -89,6 +89,34 @@ def test_chrono_draw_is_the_generators_alone_and_uniform():
     assert abs(float(tau.detach().mean()) - 51.5) < 2
 
 
+@pytest.mark.parametrize("kind", GATED)
+def test_uniform_gates_spread_the_carries_over_the_whole_range(kind):
+    seed = torch.Generator
+    module = kind(2, 4000).double()
+    before = biases(module)[0].clone()
+    assert cures.uniform_gate_(module, seed().manual_seed(5)) is module
+    gates, old = biases(module)[0].detach().split(4000), before.detach().split(4000)
+    f = gates[CARRY_ROWS[kind]].sigmoid()
+    u = torch.empty(4000, dtype=torch.float64).uniform_(1 / 4000, 1 - 1 / 4000, generator=seed().manual_seed(5))
+    torch.testing.assert_close(f, u, rtol=1e-9, atol=0)
+    # The Kolmogorov–Smirnov distance of 4000 draws from the uniform law is above 0.04 with probability 5e-6.
+    assert float((f.sort().values - torch.arange(1, 4001) / 4000).abs().max()) < 0.04
+    assert float(f.min()) >= 1 / 4000
+    written = {CARRY_ROWS[kind]}
+    if kind in (nn.LSTM, nn.LSTMCell):
+        assert torch.equal(gates[0], -gates[1])
+        written.add(0)
+    assert all(torch.equal(a, b) for i, (a, b) in enumerate(zip(gates, old, strict=True)) if i not in written)
+
+
+def test_uniform_gates_need_more_than_one_unit_and_change_nothing_before_they_know():
+    model = Holder(nn.LSTM(2, 4), nn.GRU(4, 1))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="at least 2 units"):
+        cures.uniform_gate_(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", KINDS + CELLS)
 @pytest.mark.parametrize("gain", [1.0, 0.3])
 def test_orthogonal_per_gate_block(kind, gain):
@@ -178,6 +206,7 @@ def test_acts_on_every_recurrent_module_inside_and_survives_a_state_dict():
 ALL = [
     cures.forget_bias_,
     lambda m: cures.chrono_(m, 10),
+    cures.uniform_gate_,
     cures.orthogonal_,
     cures.identity_,
     cures.spectral_radius_,
@@ -192,7 +221,7 @@ def test_no_recurrence_is_an_error(cure):
         cure("lstm")
 
 
-@pytest.mark.parametrize("cure", ALL[:2])
+@pytest.mark.parametrize("cure", ALL[:3])
 def test_a_carry_bias_does_not_fit_a_plain_rnn_and_nothing_is_half_done(cure):
     model = Holder(nn.LSTM(2, 4), nn.RNN(4, 4))
     before = copy.deepcopy(model.state_dict())

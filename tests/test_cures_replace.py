@@ -35,7 +35,7 @@ def test_options_are_kept(by, options):
     old = model[0]
     assert cures.replace_(model, by) is model
     new = model[0]
-    assert isinstance(new.lstm if by == "lstm" else new, nn.LSTM if by == "lstm" else nn.GRU)
+    assert isinstance(new.inner if by == "lstm" else new, nn.LSTM if by == "lstm" else nn.GRU)
     for name in (
         "input_size",
         "hidden_size",
@@ -69,26 +69,26 @@ def test_chunks_are_the_whole_sequence():
     torch.manual_seed(0)
     model = cures.replace_(Caller(), "lstm")
     lstm = nn.LSTM(3, 4, num_layers=2)
-    lstm.load_state_dict(model.rnn.lstm.state_dict())
+    lstm.load_state_dict(model.rnn.inner.state_dict())
     x = torch.randn(9, 2, 3)
     whole, (_, c) = lstm(x)
     _, _, h = model(x[:4])
     _, _, h = model(x[4:6], h.detach())
     y, h = model.rnn(x[6:], h)
     torch.testing.assert_close(y, whole[6:])
-    torch.testing.assert_close(h.c, c)
+    torch.testing.assert_close(h.others[0], c)
 
 
 def test_loop_of_a_cell_is_the_lstm_cells():
     torch.manual_seed(1)
     model = cures.replace_(nn.ModuleDict({"cell": nn.RNNCell(3, 4)}), "lstm")
     plain = nn.LSTMCell(3, 4)
-    plain.load_state_dict(model["cell"].lstm.state_dict())
+    plain.load_state_dict(model["cell"].inner.state_dict())
     x, h, pair = torch.randn(7, 2, 3), torch.zeros(2, 4), (torch.zeros(2, 4), torch.zeros(2, 4))
     for step in x:
         h, pair = model["cell"](step, h), plain(step, pair)
     torch.testing.assert_close(h.as_subclass(torch.Tensor), pair[0])
-    torch.testing.assert_close(h.c, pair[1])
+    torch.testing.assert_close(h.others[0], pair[1])
     assert isinstance(cures.replace_(nn.RNNCell(3, 4), "gru"), nn.GRUCell)
 
 
@@ -111,9 +111,9 @@ def test_what_is_done_to_h_is_done_to_c(change):
     rnn = cures.replace_(nn.RNN(3, 4), "lstm")
     with torch.no_grad():
         _, h = rnn(torch.randn(5, 2, 3))
-    c = h.c.clone()
+    c = h.others[0].clone()
     changed = change(h)
-    torch.testing.assert_close(changed.c, change(c))
+    torch.testing.assert_close(changed.others[0], change(c))
 
 
 def test_an_initial_state_of_ones_own_starts_with_c_zero():
@@ -154,12 +154,68 @@ def test_other_cures_and_measures_find_the_new_layer(by):
 
 def test_replace_errors():
     with pytest.raises(ValueError, match=r"^by"):
-        cures.replace_(nn.RNN(2, 3), "rnn")
+        cures.replace_(nn.RNN(2, 3), "hopfield")
     with pytest.raises(ValueError, match="has none"):
         cures.replace_(nn.LSTM(2, 3), "gru")
+    with pytest.raises(TypeError, match=r"^by"):
+        cures.replace_(nn.RNN(2, 3), nn.GRU)
     with pytest.raises(ValueError, match="restore"):
         cures.replace_(unn.RNN(2, 3), "gru")
     hooked = nn.RNN(2, 3)
     hooked.register_forward_hook(lambda *a: None)
     with pytest.raises(ValueError, match="hooks"):
         cures.replace_(hooked, "gru")
+
+
+@pytest.mark.parametrize("name", list(uv.cells.ZOO))
+def test_every_cell_of_the_zoo_takes_an_rnns_place(name):
+    torch.manual_seed(3)
+    model, x = cures.replace_(Caller(), name), torch.randn(7, 2, 3)
+    y, last, _ = model(x)
+    assert (y.shape, last.shape) == ((7, 2, 1), (2, 1))
+    first, state = model.rnn(x[:4])
+    second, end = model.rnn(x[4:], state.detach())
+    whole, last = model.rnn(x)
+    torch.testing.assert_close(torch.cat([first, second]), whole)
+    torch.testing.assert_close(end.as_subclass(torch.Tensor), last.as_subclass(torch.Tensor))
+    cell = cures.replace_(nn.RNNCell(3, 4), name)
+    h = cell(x[0])
+    for step in x[1:]:
+        h = cell(step, h)
+    assert h.shape == (2, 4)
+    h.sum().backward()
+
+
+def test_a_single_step_is_a_step_of_the_layer():
+    torch.manual_seed(0)
+    cell, layer = cures.replace_(nn.RNNCell(3, 4), "peephole"), unn.Recurrent(uv.cells.ZOO["peephole"](), 3, 4)
+    layer.load_state_dict(cell.inner.layer.state_dict())
+    x, h = torch.randn(6, 2, 3), None
+    for step in x:
+        h = cell(step, h)
+    torch.testing.assert_close(h.as_subclass(torch.Tensor), layer(x)[0][-1])
+    torch.testing.assert_close(h.others[0], layer(x)[1][1][0])
+    alone = cell(x[0, 0])
+    assert alone.shape == (4,)
+
+
+def test_a_state_that_does_not_start_at_zero_starts_as_the_cell_says():
+    rnn = cures.replace_(nn.RNN(3, 4), "slstm")
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(rnn(x, torch.zeros(1, 2, 4))[0], rnn(x)[0])
+
+
+@pytest.mark.parametrize("by", ["lstm", "mgu"])
+def test_a_recurrent_of_a_plain_cell_is_replaced_with_its_options(by):
+    plain = unn.Recurrent(uv.cells.TanhRNN(), 3, 4, num_layers=2, bidirectional=True, batch_first=True)
+    plain.clip = 0.5
+    new = cures.replace_(plain, by)
+    layer = new.inner if by == "lstm" else new
+    assert (layer.num_layers, layer.bidirectional, layer.batch_first, layer.clip) == (2, True, True, 0.5)
+    y, _ = new(torch.randn(2, 5, 3), lengths=[5, 3])
+    assert not y[1, 3:].any()
+
+
+def test_a_cell_of_ones_own():
+    new = cures.replace_(nn.ModuleList([nn.RNN(3, 4)]), uv.cells.ZOO["leaky"](alpha=0.03))
+    assert new[0].cell.alpha == 0.03

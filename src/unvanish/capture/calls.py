@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.capture.parts import Parts, unseen
 from unvanish.nn import observing
-from unvanish.nn.modules import RecurrentModule, as_states
+from unvanish.nn.modules import RecurrentModule, as_states, draws_cuts, draws_dropout
 
 
 class Call:
@@ -112,14 +112,13 @@ class _Observer:
             self._capture.problems[name] = why
             return None
         call = Call(name, module, x, hx, lengths)
-        draws = getattr(module, "num_layers", 1) > 1 and module.dropout > 0 and module.training
-        if draws and data.device.type != "cpu":
+        if draws_dropout(module) and data.device.type != "cpu":
             self._capture.problems[name] = (
                 "dropout between its layers is drawn inside cuDNN, where it can't be drawn again; set its dropout to "
                 "0, use one module per layer, or run on the CPU"
             )
             return None
-        if draws:
+        if draws_dropout(module) or draws_cuts(module):
             call.rng = torch.get_rng_state()
         return call if self._before(call) else None
 

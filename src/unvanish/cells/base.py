@@ -87,6 +87,9 @@ class Cell(ABC):
     """gate → the state that its matrix reads; None: every gate reads the first state; {}: there is no matrix"""
     inputs: ClassVar[tuple[str, ...] | None] = None
     """the gates that read the input; None: all of them"""
+    given: ClassVar[tuple[str, ...]] = ()
+    """the last of the input gates, whose share is no product but comes with the input: H columns each, behind those
+    that W_ih reads. Masks and other signals of a unit's own"""
     same_step: ClassVar[tuple[str, ...]] = ()
     """gates whose matrix reads a state made in this very step, as the second stage of LEM; that state must not depend
     on them"""
@@ -159,6 +162,11 @@ class Cell(ABC):
         return self.gates if self.inputs is None else self.inputs
 
     @property
+    def learnt_gates(self) -> tuple[str, ...]:
+        """The gates that have rows in W_ih: the input gates that are not `given`."""
+        return self.input_gates[: len(self.input_gates) - len(self.given)]
+
+    @property
     def remembers(self) -> str:
         """The state that carries the error over time."""
         return self.memory or ("c" if "c" in self.states else self.states[0])
@@ -206,9 +214,10 @@ class Cell(ABC):
             named(self.vectors)(*(() if v is None else v.unbind(0))),
         )
 
-    def advance(self, p: Tensor, s: State, w: Weights) -> State:
-        """One step: the states at t from the input's share `[B, G·H]` and the states before."""
-        q = self.recur(s, w)
+    def advance(self, p: Tensor, s: State, w: Weights, cut: bool = False) -> State:
+        """One step: the states at t from the input's share `[B, G·H]` and the states before; `cut`: no error goes back
+        to these through the matrices."""
+        q = self.recur(tuple(v.detach() for v in s) if cut else s, w)
         new = self.evaluate(p, q, s, w.v)
         if self.same_step:
             new = self.evaluate(p, self.completed(q, new, w), s, w.v)

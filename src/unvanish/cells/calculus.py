@@ -196,11 +196,13 @@ def adjoint(cell: Cell, d: Partials, error: State, w: Weights) -> Adjoint:
     return Adjoint(reported, da, da_hh, back)
 
 
-def handed_back(cell: Cell, d: Partials, total: dict[str, Tensor], w: Weights, dq: Tensor | None) -> dict[str, Tensor]:
+def handed_back(
+    cell: Cell, d: Partials, total: dict[str, Tensor], w: Weights, dq: Tensor | None, cut: bool = False
+) -> dict[str, Tensor]:
     """What goes to each state at t − 1: Σ_a C_ab ⊙ δs^a_t + Σ_γ W_γᵀ δq^γ_t, from the complete δs_t and
-    δq_t `[..., Q, H]`; states to which nothing goes are absent."""
+    δq_t `[..., Q, H]`; with `cut` the first sum alone. States to which nothing goes are absent."""
     found: dict[str, Tensor] = {}
-    if w.w_hh is not None:
+    if w.w_hh is not None and not cut:
         assert dq is not None
         for source, rows, weights in _by_source(cell, w):
             part = dq if rows is None else dq[..., rows, :]

@@ -62,8 +62,12 @@ def structure(cell: Cell) -> Structure:
 
 
 def partials(cell: Cell, at: Point) -> Partials:
-    """All derivatives at these points, without those that are identically zero."""
-    known, p, q, v = structure(cell), at.p.detach(), at.q, at.weights.v
+    """All derivatives at these points, without those that are identically zero; differentiable where gradients are
+    enabled and an argument of the step is part of a graph."""
+    known, p, q, v = structure(cell), at.p, at.q, at.weights.v
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (p, q, v, *at.before)):
+        return _derive(cell, known, p, q, at.before, v, graph=True)
+    p = p.detach()
     lead, H = at.before[-1].shape[:-1], at.before[-1].shape[-1]
     span = max(1, CHUNK_ELEMENTS // max(1, math.prod(lead[1:]) * H)) if len(lead) > 1 else 0
     if not span or span >= lead[0]:
@@ -90,20 +94,32 @@ def partials(cell: Cell, at: Point) -> Partials:
 
 
 def _derive(
-    cell: Cell, known: Structure | None, p: Tensor, q: Tensor | None, before: State, v: Tensor | None
+    cell: Cell,
+    known: Structure | None,
+    p: Tensor,
+    q: Tensor | None,
+    before: State,
+    v: Tensor | None,
+    graph: bool = False,
 ) -> Partials:
     """By one vjp with ones per state; `known` None: everything is asked for, and absent where autograd finds no
-    path."""
+    path. `graph`: the derivatives stay parts of the arguments' graph."""
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.view_as(x) if graph and x.requires_grad else x.detach().requires_grad_()
+
     lead, H = before[-1].shape[:-1], p.shape[-1] // len(cell.input_gates)
     wide = None if v is None else v.expand(*lead, *v.shape).movedim(-2, 0)
     arguments = cell.arguments(p, q, before, wide)
     with torch.enable_grad():
-        leaves = [type(group)(*(x.detach().requires_grad_() for x in group)) for group in arguments]
+        leaves = [type(group)(*map(leaf, group)) for group in arguments]
         out = cell.step(*leaves)
         # A state that is an argument handed on, or returned twice, becomes a tensor of its own.
         states: list[Tensor] = []
+        arrived = {id(x) for group in leaves for x in group}
         for a in out if isinstance(out, tuple) else (out,):
-            states.append(a.view_as(a) if a.is_leaf or any(a is b for b in states) else a)
+            states.append(a.view_as(a) if id(a) in arrived else a)
+            arrived.add(id(a))
     made, dq, dp, ds, dv = kinds = [Diagonals() for _ in range(5)]
     named_states = dict(zip(cell.states, states, strict=True))
     for a, value in named_states.items():
@@ -118,7 +134,7 @@ def _derive(
             if known is None or known.asks(kind, a, name)
         ]
         if asked:
-            for (kind, name, _), diagonal in zip(asked, _vjp(value, asked), strict=True):
+            for (kind, name, _), diagonal in zip(asked, _vjp(value, asked, graph), strict=True):
                 if diagonal is not None:
                     kinds[kind][a, name] = diagonal
                 elif known is not None:
@@ -126,7 +142,7 @@ def _derive(
     return Partials(made, dq, dp if known is None else _with_shared(cell, known, dq, dp), ds, dv)
 
 
-def _vjp(value: Tensor, asked: list[tuple[int, str, Tensor]]) -> list[Tensor | None]:
+def _vjp(value: Tensor, asked: list[tuple[int, str, Tensor]], graph: bool) -> list[Tensor | None]:
     """The derivative of a state by each of these; what comes through another state of the same step (kind 0) stops
     there, since it is that state's."""
     through: dict[str, Tensor] = {}
@@ -143,7 +159,9 @@ def _vjp(value: Tensor, asked: list[tuple[int, str, Tensor]]) -> list[Tensor | N
         # Of the sum: with `grad_outputs` torch imports SymPy to compare shapes, which takes more than a second.
         with torch.enable_grad():
             total = value.sum()
-        found = torch.autograd.grad(total, [leaf for *_, leaf in asked], retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(
+            total, [leaf for *_, leaf in asked], retain_graph=True, create_graph=graph, allow_unused=True
+        )
     finally:
         for handle in handles:
             handle.remove()
@@ -214,6 +232,7 @@ def _check_names(cell: Cell) -> None:
         ("recurrent", tuple(cell.recurrent or ()), cell.gates),
         ("recurrent", tuple(cell.sources.values()), cell.states),
         ("inputs", cell.input_gates, cell.gates),
+        ("given", cell.given, tuple(g for g in cell.input_gates[-len(cell.given) :] if g not in cell.sources)),
         ("same_step", cell.same_step, tuple(cell.sources)),
         ("memory", (cell.remembers,), cell.states),
         ("initial", tuple(cell.initial), cell.states),
@@ -222,7 +241,7 @@ def _check_names(cell: Cell) -> None:
         unknown = [name for name in names if name not in known]
         if unknown:
             raise complain(f"{attribute}: expected names among {', '.join(known)}, got {', '.join(map(repr, unknown))}")
-    if not cell.input_gates:
+    if not cell.learnt_gates:
         raise complain("inputs: expected at least one gate that reads the input")
 
 

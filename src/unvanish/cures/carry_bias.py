@@ -4,6 +4,8 @@ With no input a carry gate (the LSTM's f, the GRU's z) is σ(b): over a lag ℓ 
 forgets by 1/e in about τ = 1 / (1 − σ(b)) = 1 + eᵇ steps.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -82,16 +84,73 @@ def chrono_(module: M, max_lag: float, generator: torch.Generator | None = None)
     """
     if finite("max_lag", max_lag) < 2:
         raise ValueError(f"max_lag: expected at least 2 steps, got {max_lag}; no unit forgets faster than f = 1/2 here")
-    layers = _carriers(module, "chrono_")
-    found = [_biases(layer, "chrono_") for layer in layers]
+    return _spread(module, "chrono_", lambda u: u.uniform_(1.0, max_lag - 1.0, generator=generator).log(), generator)
+
+
+def uniform_gate_(module: M, generator: torch.Generator | None = None) -> M:
+    """Spread the carries uniformly: b_f = logit u, u ~ U[1/H, 1 − 1/H], b_i = −b_f.
+
+    Without input f = u and i = 1 − f, so that the time constants 1/(1 − f) have the density 1/τ² from 1 to H steps: no
+    lag has to be named, and every scale up to H has its units. For a cell without a `write_gate` b_f alone gives both
+    coefficients, as in the GRU. torch adds two biases; their sum is set (in `bias_ih`, the gates' blocks of `bias_hh`
+    are zeroed). Other gates keep theirs.
+
+    Args:
+        module: nn.LSTM, nn.GRU, their cells, `unvanish.nn.Recurrent` with a carry gate, or any module whose recurrent
+            layers are all of these; H at least 2.
+        generator: the source of u, drawn in float64 on its device; None: torch's default on the CPU.
+
+    Returns:
+        module, changed in place.
+
+    Raises:
+        TypeError: module is no module, or a cell in it has no carry gate, as the plain RNN.
+        ValueError: there is no recurrent layer, a layer has bias=False, a parametrized bias, or a single unit.
+
+    Source: Gu, Gülçehre, Paine, Hoffman & Pascanu 2020, "Improving the gating mechanism of recurrent neural networks",
+    equation 13 (UGI). Their refine gate is a cell of its own, `unvanish.cells.ZOO["ur_lstm"]`, which starts like this.
+
+    Limits: half of the units forget within two steps and only about H/ℓ of them last for ℓ steps: for lags beyond H, or
+    all near one length, use `chrono_`. Like `chrono_` and `forget_bias_` it sets the carry's bias: the last one counts.
+
+    >>> lstm = uniform_gate_(torch.nn.LSTM(3, 4))
+    >>> b_i, b_f, _, _ = (lstm.bias_ih_l0 + lstm.bias_hh_l0).chunk(4)
+    >>> bool((b_i == -b_f).all()), bool(((b_f.sigmoid() - 0.5).abs() <= 0.25).all())
+    (True, True)
+    """
+
+    def draw(u: Tensor) -> Tensor:
+        H = len(u)
+        if H < 2:
+            raise ValueError("module: uniform_gate_ spreads the carries over at least 2 units, and a layer has only 1")
+        return u.uniform_(1 / H, 1 - 1 / H, generator=generator).logit()
+
+    return _spread(module, "uniform_gate_", draw, generator)
+
+
+def _spread(module: M, cure: str, draw: Callable[[Tensor], Tensor], generator: torch.Generator | None) -> M:
+    """Give each layer's carry gate the biases that `draw` makes of an empty `[H]`, and its write gate their
+    negatives."""
+    layers = _carriers(module, cure)
+    found = [_biases(layer, cure) for layer in layers]
+    drawn = [
+        draw(torch.empty(layer.module.hidden_size, dtype=torch.float64, device=draws_on(generator))) for layer in layers
+    ]
     with torch.no_grad():
-        for layer, (carry, sign, write) in zip(layers, found, strict=True):
-            u = torch.empty(layer.module.hidden_size, dtype=torch.float64, device=draws_on(generator))
-            log_u = u.uniform_(1.0, max_lag - 1.0, generator=generator).log()
-            _set(carry, sign * log_u)
+        for value, (carry, sign, write) in zip(drawn, found, strict=True):
+            _set(carry, sign * value)
             if write:
-                _set(write, -log_u)
+                _set(write, -value)
     return module
+
+
+def carry_biases(module: nn.Module, cure: str) -> list[list[Tensor]]:
+    """Of each layer and direction the carry gate's rows of each bias that there is: views, to be written in place.
+
+    Raises:
+        TypeError, ValueError: as `forget_bias_`.
+    """
+    return [_biases(layer, cure)[0] for layer in _carriers(module, cure)]
 
 
 def _carriers(module: nn.Module, cure: str) -> list[Layer]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from unvanish.cures.layers import M, finite, recurrent_modules
+from unvanish.cures.state_read import StateRead, set_state_read
 from unvanish.engine.sequence import clip_rows
 from unvanish.nn import accelerate
 from unvanish.nn.modules import SequenceModule
@@ -160,44 +161,30 @@ def clip_recurrence_(module: M, limit: float | None) -> M:
     1.0
     """
     limit = None if limit is None else finite("limit", limit, above=0.0)
-    found = recurrent_modules(module, "clip_recurrence_").values()
+    found = recurrent_modules(module, "clip_recurrence_", called=True).values()
     if any(isinstance(m, nn.RNNBase) for m in found):
         accelerate(module, strict=True)
     for m in found:
         if isinstance(m, SequenceModule):
             m.clip = limit  # type: ignore[assignment]
         else:
-            _clip_cell(m, limit)
+            set_state_read(m, _ClipRead, None if limit is None else _ClipRead(limit))
     return module
 
 
-class _ClipRead:
-    """A forward pre-hook: the state is read through a view whose error is clipped, so that its other uses are not."""
+class _ClipRead(StateRead):
+    """The state is read through a view whose error is clipped, so that its other uses are not."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(args) > 1:
-            return (args[0], self._read(args[1]), *args[2:]), kwargs
-        return args, {**kwargs, "hx": self._read(kwargs.get("hx"))}
-
-    def _read(self, hx: Any) -> Any:
+    def read(self, module: nn.Module, hx: Any) -> Any:
         if hx is None:
             return None
         if isinstance(hx, tuple | list):
-            return tuple(self._read(s) for s in hx)
+            return tuple(self.read(module, s) for s in hx)
         if not hx.requires_grad:
             return hx
         read, limit = hx.view_as(hx), self.limit
         read.register_hook(lambda d: None if d is None else clip_rows(d, limit))
         return read
-
-
-def _clip_cell(cell: nn.RNNCellBase, limit: float | None) -> None:
-    for key, hook in list(cell._forward_pre_hooks.items()):
-        if isinstance(hook, _ClipRead):
-            del cell._forward_pre_hooks[key]
-            cell._forward_pre_hooks_with_kwargs.pop(key, None)
-    if limit is not None:
-        cell.register_forward_pre_hook(_ClipRead(limit), with_kwargs=True)

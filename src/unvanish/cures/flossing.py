@@ -6,21 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from unvanish import engine
-from unvanish.capture import Call, Capture
-from unvanish.cells import State
-from unvanish.cures.layers import recurrent_modules
+from unvanish.cures.traced import TracedModel
 from unvanish.engine.precision import full_precision
 from unvanish.flow.singular import orthonormal, orthonormalised
 from unvanish.flow.stack import full_jacobians, reading_order
-from unvanish.nn.modules import (
-    LayerDirection,
-    SequenceModule,
-    evaluating,
-    initial_states,
-    layer_directions,
-    run_layers,
-    time_major,
-)
 
 
 class GradientFlossing:
@@ -67,15 +56,7 @@ class GradientFlossing:
     """
 
     def __init__(self, model: nn.Module, n: int = 1, every: int = 1, warmup: int = 0, seed: int = 0) -> None:
-        self._model, self._modules = model, {}
-        for path, module in recurrent_modules(model, "GradientFlossing").items():
-            if not isinstance(module, SequenceModule):
-                raise TypeError(
-                    "model: GradientFlossing expected nn.RNN, nn.LSTM, nn.GRU or unvanish.nn.Recurrent, but "
-                    f"{path!r} is a {type(module).__name__}, which has no sequence of its own; use the layer that runs "
-                    "them whole"
-                )
-            self._modules[path] = module
+        self._traced = TracedModel(model, "GradientFlossing")
         if n < 1 or every < 1 or warmup < 0:
             raise ValueError(f"n, every, warmup: expected n ≥ 1, every ≥ 1, warmup ≥ 0, got {n}, {every}, {warmup}")
         self.n, self.every, self.warmup, self.seed = n, every, warmup, seed
@@ -108,35 +89,13 @@ class GradientFlossing:
         Raises:
             ValueError: no recurrent layer ran, n exceeds its state, or a sample has no more than `warmup` steps.
         """
-        calls: list[Call] = []
-        with Capture(self._model, calls.append, without_gradients=True) as capture:
-            self._model(*args, **kwargs)
-        for name, why in capture.problems.items():
-            raise ValueError(f"model: {name or 'it'}: {why}")
-        if not calls:
-            raise ValueError("model: none of its recurrent layers ran on this input")
-        found: dict[str, list[Tensor]] = {}
-        for call in calls:
-            with full_precision():
-                spectra = self._spectra(self._modules[call.name], call.x, call.hx, call.lengths)
-            for name, value in spectra.items():
-                found.setdefault(f"{call.name}.{name}".removeprefix("."), []).append(value)
-        return {name: torch.stack(values).mean(0) if len(values) > 1 else values[0] for name, values in found.items()}
-
-    def _spectra(self, module: SequenceModule, x: Any, hx: Any, lengths: Any) -> dict[str, Tensor]:
-        inputs = time_major(module, x, lengths)
-        with evaluating(module):
-            layers = layer_directions(module)
-        # Autocast may have been given another dtype.
-        dtype = layers[0].weights.w_ih.dtype
-        states = [tuple(s.to(dtype) for s in state) for state in initial_states(module, hx, inputs)]
-
-        def run(d: LayerDirection, x: Tensor, state: State) -> engine.Trace:
-            return engine.trace(d.cell, x, state, d.weights, inputs.lengths, d.reverse)
-
-        traces = run_layers(layers, inputs.x.to(dtype), states, run)
-        spectra = [inputs.in_user_order(self._spectrum(tr), 0) for tr in traces]
-        return {d.name: spectrum for d, spectrum in zip(layers, spectra, strict=True)}
+        traced = self._traced(*args, **kwargs)
+        with full_precision():
+            found = {
+                name: torch.stack([inputs.in_user_order(self._spectrum(tr), 0) for inputs, tr in passes])
+                for name, passes in traced.items()
+            }
+        return {name: values.mean(0) if len(values) > 1 else values[0] for name, values in found.items()}
 
     def _spectrum(self, tr: engine.Trace) -> Tensor:
         T, B = tr.x.shape[:2]

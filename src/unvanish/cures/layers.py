@@ -72,7 +72,7 @@ class Layer:
 
     def blocks(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Gate → its rows of a stacked weight or bias called `name` ("weight_hh", "bias_ih", …); views."""
-        gates = tuple(self.cell.sources) if name.endswith("_hh") else self.cell.input_gates
+        gates = tuple(self.cell.sources) if name.endswith("_hh") else self.cell.learnt_gates
         return dict(zip(gates, tensor.chunk(len(gates), dim=0), strict=True))
 
     def biases(self, gate: str, cure: str) -> list[Tensor]:
@@ -83,7 +83,7 @@ class Layer:
         """
         found = []
         for name in ("bias_ih", "bias_hh"):
-            gates = tuple(self.cell.sources) if name == "bias_hh" else self.cell.input_gates
+            gates = tuple(self.cell.sources) if name == "bias_hh" else self.cell.learnt_gates
             if gate in gates and self.has(name):
                 found.append(self.blocks(name, self.parameter(name, cure))[gate])
         if not found:
@@ -93,12 +93,21 @@ class Layer:
         return found
 
 
-def recurrent_modules(model: nn.Module, cure: str) -> dict[str, RecurrentModule]:
+class ReadsWeights(nn.Module):
+    """A module that reads the weights of a recurrent layer inside, and runs by itself: the layer is never called."""
+
+    inner: nn.Module
+
+
+def recurrent_modules(model: nn.Module, cure: str, *, called: bool = False) -> dict[str, RecurrentModule]:
     """Path → recurrent module, in the model's order.
+
+    Args:
+        called: whether the cure acts on how a layer runs, and not on its weights alone.
 
     Raises:
         TypeError: model is no module.
-        ValueError: there is none in it.
+        ValueError: there is none in it; with `called`, one is never called.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"module: {cure} expected a torch.nn.Module, got {type(model).__name__}")
@@ -108,6 +117,13 @@ def recurrent_modules(model: nn.Module, cure: str) -> dict[str, RecurrentModule]
             f"module: {cure} expected torch.nn.RNN, LSTM, GRU, one of their cells, unvanish.nn.Recurrent, or a module "
             f"that contains one; {type(model).__name__} contains none"
         )
+    if called:
+        read = {id(m.inner): type(m).__name__ for m in model.modules() if isinstance(m, ReadsWeights)}
+        for path, m in found.items():
+            if id(m) in read:
+                raise ValueError(
+                    f"module: {path!r} is run by a {read[id(m)]}, which {cure} does not know; apply {cure} without it"
+                )
     return found
 
 
@@ -147,6 +163,11 @@ def with_matrices(model: nn.Module, cure: str) -> list[tuple[Layer, nn.Parameter
     """
     layers = recurrent_layers(model, cure, lambda cell: bool(cell.sources), "it has no recurrent matrix")
     return [(layer, layer.parameter("weight_hh", cure)) for layer in layers]
+
+
+def is_plain(cell: Cell) -> bool:
+    """h_t = φ(W x_t + U h_{t-1}): one gate, one state, nothing carried."""
+    return len(cell.gates) == len(cell.states) == len(cell.sources) == 1 and not cell.carries
 
 
 def finite(name: str, value: float, above: float = -math.inf) -> float:

@@ -20,7 +20,7 @@ from unvanish.nn.modules import (
     as_states,
     descend_layers,
     detached_call,
-    dropout_masks,
+    drawn_again,
     evaluating,
     final_error,
     layer_directions,
@@ -103,7 +103,7 @@ class Omega:
     def __init__(self, model: nn.Module, norms: Literal["plain", "squared"] = "plain") -> None:
         if norms not in ("plain", "squared"):
             raise ValueError(f"norms: expected 'plain' (equation 9) or 'squared' (equation 10), got {norms!r}")
-        recurrent_modules(model, "Omega")
+        recurrent_modules(model, "Omega", called=True)
         self._capture = Capture(model, self._after)
         self._norms = norms
         self._calls: list[_ObservedCall] = []
@@ -183,7 +183,7 @@ class Omega:
             layers = layer_directions(module)
         with torch.no_grad():
             inputs, states = detached_call(module, call.x, call.hx, call.lengths)
-            masks = dropout_masks(module, inputs, call.rng)
+            masks = drawn_again(module, inputs, call.rng).masks
 
             def run(layer: LayerDirection, x: Tensor, state: State) -> engine.Trace:
                 weights = layer.weights.detach()

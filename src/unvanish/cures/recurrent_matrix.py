@@ -7,8 +7,7 @@ many steps, where φ' ≈ 1, by the spectral radius.
 import torch
 from torch import Tensor
 
-from unvanish.cells import Cell
-from unvanish.cures.layers import M, draws_on, finite, recurrent_layers, with_matrices
+from unvanish.cures.layers import M, draws_on, finite, is_plain, recurrent_layers, with_matrices
 
 
 def orthogonal_(module: M, gain: float = 1.0, generator: torch.Generator | None = None) -> M:
@@ -74,7 +73,7 @@ def identity_(module: M, scale: float = 1.0) -> M:
     [[0.5, 0.0], [0.0, 0.5]]
     """
     scale = finite("scale", scale)
-    layers = recurrent_layers(module, "identity_", _is_plain, "the IRNN is an initialisation of the plain RNN")
+    layers = recurrent_layers(module, "identity_", is_plain, "the IRNN is an initialisation of the plain RNN")
     matrices = [layer.parameter("weight_hh", "identity_") for layer in layers]
     biases = [layer.parameter(b, "identity_") for layer in layers for b in ("bias_ih", "bias_hh") if layer.has(b)]
     with torch.no_grad():
@@ -133,11 +132,6 @@ def spectral_radius_(module: M, radius: float = 1.0) -> M:
         for block, value in scaled:
             block.copy_(value)
     return module
-
-
-def _is_plain(cell: Cell) -> bool:
-    """h_t = φ(W x_t + U h_{t-1}): one gate, one state, nothing carried."""
-    return len(cell.gates) == len(cell.states) == len(cell.sources) == 1 and not cell.carries
 
 
 def _haar(n: int, k: int, generator: torch.Generator | None) -> Tensor:

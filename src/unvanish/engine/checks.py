@@ -56,6 +56,17 @@ def check_errors(x: Tensor, y: Tensor, final: State, dy: Tensor | None, dfinal: 
             _check_like(name, d, tuple(out.shape), x)
 
 
+def check_cut(cut: Tensor | None, x: Tensor) -> None:
+    """`cut` says of each step of x `[T, B, I]` whether it is one.
+
+    Raises:
+        ValueError: it is no bool tensor `[T]` on the CPU.
+    """
+    if cut is not None and (cut.dtype != torch.bool or cut.shape != x.shape[:1] or cut.device.type != "cpu"):
+        found = f"{tuple(cut.shape)} of {cut.dtype} on {cut.device}"
+        raise ValueError(f"cut: expected {(x.shape[0],)} of torch.bool on the CPU, got {found}")
+
+
 def whole_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     """`[B]` int64, on the device of x `[T, B, I]`.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
 from unvanish.engine import fused, fused_pass, manual, native, native_trace, operators, recording, reference
-from unvanish.engine.checks import check_errors, check_layer, whole_lengths
+from unvanish.engine.checks import check_cut, check_errors, check_layer, whole_lengths
 from unvanish.engine.sequence import transform
 
 RUNGS = {"native": operators.run, "fused": fused_pass.run, "manual": manual.run, "reference": reference.run}
@@ -33,8 +33,12 @@ class Choice:
         return "\n".join([*lines, f"{self.rung}: runs" + ("" if self.how is None else f" {self.how}")])
 
 
-def _obstacle(rung: str, cell: Cell, x: Tensor, others: Sequence[Tensor | None], clip: float | None) -> str | None:
+def _obstacle(
+    rung: str, cell: Cell, x: Tensor, others: Sequence[Tensor | None], clip: float | None, cut: bool
+) -> str | None:
     """Why `rung` can't run this cell over x, with `others` as states and weights, or None if it can."""
+    if cut and rung in ("native", "fused"):
+        return "it knows no cut steps"
     if rung == "native":
         return native.obstacle(cell, x, others)
     if rung == "fused":
@@ -84,9 +88,10 @@ def explain(
     rung: str | None = None,
     others: Sequence[Tensor | None] = (),
     clip: float | None = None,
+    cut: bool = False,
 ) -> Choice:
-    """The rung that `run` takes for this cell, an input like x, states and weights like `others`, and this `clip`; and
-    why not a faster one. Tensors that are left out count as ordinary.
+    """The rung that `run` takes for this cell, an input like x, states and weights like `others`, this `clip`, and
+    `cut` steps or none; and why not a faster one. Tensors that are left out count as ordinary.
 
     Raises:
         ValueError: `rung` names no rung.
@@ -94,14 +99,14 @@ def explain(
     """
     forced = _known(rung) if rung is not None else _forced
     if forced is not None:
-        why = _obstacle(forced, cell, x, others, clip)
+        why = _obstacle(forced, cell, x, others, clip, cut)
         if why is not None:
             raise RuntimeError(f"rung {forced!r} was forced, but can't run here: {why}; force another or none")
         declined = {name: "another rung was forced" for name in RUNGS if name != forced}
         return Choice(forced, declined, _how(forced, cell, x))
     declined: dict[str, str] = {}
     for name in RUNGS:
-        why = _obstacle(name, cell, x, others, clip) or _disadvantage(name, x)
+        why = _obstacle(name, cell, x, others, clip, cut) or _disadvantage(name, x)
         if why is None:
             return Choice(name, declined, _how(name, cell, x))
         declined[name] = why
@@ -118,6 +123,7 @@ def run(
     clip: float | None = None,
     rung: str | None = None,
     record: recording.Recorder | None = None,
+    cut: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """One layer and direction over one sequence, s_t = φ(p_t, q_t, s_{t-1}), differentiable in x, state and w.
 
@@ -132,12 +138,14 @@ def run(
         clip: the largest 2-norm, per sample, of the error handed from one step to the one before; None: unbounded.
         rung: force "native", "fused", "manual" or "reference"; None: the fastest that supports the call.
         record: notified of gate statistics and error norms; on the native rung, where gradients are enabled.
+        cut: `[T]` bool on the CPU, True at steps t whose matrices hand no error to t − 1, so that it goes there through
+            the carry alone: h-detach (Kanuparthi et al. 2019). On the manual and the reference rung.
 
     Returns:
         y `[T, B, R]` and the final state.
 
     Raises:
-        ValueError: a shape or `lengths` does not fit, or `rung` or `clip` is not valid.
+        ValueError: a shape, `lengths` or `cut` does not fit, or `rung` or `clip` is not valid.
         RuntimeError: states, weights and x differ in dtype or device; the forced rung can't run this input, or the one
             that runs can't record.
     """
@@ -145,9 +153,11 @@ def run(
     lengths = None if lengths is None else whole_lengths(lengths, x)
     if clip is not None and (isinstance(clip, bool) or not (isinstance(clip, int | float) and clip > 0)):
         raise ValueError(f"clip: expected a positive norm or None, got {clip!r}")
-    runs = explain(cell, x, rung, (*state, *w), clip).rung
+    check_cut(cut, x)
+    runs = explain(cell, x, rung, (*state, *w), clip, cut is not None).rung
     if record is None:
-        return RUNGS[runs](cell, x, state, w, lengths, reverse, clip)
+        where = {} if cut is None else {"cut": cut.contiguous()}
+        return RUNGS[runs](cell, x, state, w, lengths, reverse, clip, **where)
     if runs != "native":
         raise RuntimeError(f"record: only the native rung records, and {runs!r} runs here; replay with engine.trace")
     return recording.run_recorded(record, cell, x, state, w, lengths, reverse, clip)
@@ -180,20 +190,25 @@ def trace(
 
 
 def adjoint(
-    tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None = None
+    tr: manual.Trace,
+    dy: Tensor | None,
+    dfinal: tuple[Tensor | None, ...],
+    clip: float | None = None,
+    cut: Tensor | None = None,
 ) -> manual.Deltas:
     """δ at every step of a trace, from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero.
 
     Raises:
-        ValueError: a shape is not that of the output.
-        RuntimeError: a dtype or device is not that of the input; the forced rung can't clip.
+        ValueError: a shape is not that of the output, or `cut` does not fit; see `run`.
+        RuntimeError: a dtype or device is not that of the input; the forced rung can't clip or cut.
     """
     check_errors(tr.x, tr.y, tr.final, dy, dfinal)
-    if tr.native is not None:
+    check_cut(cut, tr.x)
+    if cut is None and tr.native is not None:
         return native_trace.adjoint(tr, dy, dfinal, clip)
-    if tr.fused is not None and clip is None:
+    if cut is None and tr.fused is not None and clip is None:
         return fused.adjoint(tr, dy, dfinal)
-    # Any trace is as good for the manual rung, which clips; an error where another one is forced.
+    # Any trace is as good for the manual rung, which clips and cuts; an error where another one is forced.
     if tr.fused is not None and _forced is not None:
-        explain(tr.cell, tr.x, clip=clip)
-    return manual.adjoint(tr, dy, dfinal, clip)
+        explain(tr.cell, tr.x, clip=clip, cut=cut is not None)
+    return manual.adjoint(tr, dy, dfinal, clip, cut)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unvanish.cells import Cell, Partials, Point, State, Weights, calculus
 from unvanish.engine import reference, stepped
-from unvanish.engine.sequence import active_steps, clip_rows, states_before, steps, without_padding
+from unvanish.engine.sequence import active_steps, clip_rows, cut_steps, states_before, steps, without_padding
 
 
 class Ran(NamedTuple):
@@ -117,7 +117,13 @@ def trace(
     return tr
 
 
-def adjoint(tr: Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None = None) -> Deltas:
+def adjoint(
+    tr: Trace,
+    dy: Tensor | None,
+    dfinal: tuple[Tensor | None, ...],
+    clip: float | None = None,
+    cut: Tensor | None = None,
+) -> Deltas:
     """Backpropagation through time, from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero.
 
     The same step back as `calculus.adjoint`, written into memory for all steps at once.
@@ -126,8 +132,9 @@ def adjoint(tr: Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], cli
     if tr.ran is not None:
         given, n, left = tr.ran
         back = stepped.backward(
-            cell, tr.x, given, tr.weights, n, tr.reverse, left, dy, dfinal, clip, want_dx=False, want_deltas=True
-        )
+            cell, tr.x, given, tr.weights, n, tr.reverse, left, dy, dfinal, clip, cut, want_dx=False,
+            want_deltas=True,
+        )  # fmt: skip
         assert back.dstate is not None
         assert back.dp is not None
         return Deltas(back.dstate, back.dp, back.dq, back.dinitial, back.weights)
@@ -139,7 +146,7 @@ def adjoint(tr: Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], cli
     projected = None if w.w_hr is None else tr.x.new_empty(T, B, w.w_hr.shape[0])
     dq = tr.x.new_empty(T, B, Q, H)
     into = _places(cell, d, dq)
-    partials = d.steps(T)
+    partials, cuts = d.steps(T), cut_steps(cut, T)
     for t in steps(T, not tr.reverse):
         arrived = dict(later)
         if dy is not None:
@@ -156,7 +163,7 @@ def adjoint(tr: Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], cli
                 torch.mul(k[t], total[a].unsqueeze(-2), out=place[t])
             else:
                 place[t].addcmul_(k[t], total[a].unsqueeze(-2))
-        back = calculus.handed_back(cell, partials[t], total, w, dq[t])
+        back = calculus.handed_back(cell, partials[t], total, w, dq[t], cuts[t])
         if clip is not None:
             back = {a: clip_rows(v, clip) for a, v in back.items()}
         if tr.active is None:
@@ -249,12 +256,20 @@ def recurrent_pairs(at: Point, da_hh: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 class _Manual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: Cell, lengths: Tensor | None, reverse: bool, clip: float | None, *inputs: Any) -> Any:
+    def forward(
+        ctx: Any,
+        cell: Cell,
+        lengths: Tensor | None,
+        reverse: bool,
+        clip: float | None,
+        cut: Tensor | None,
+        *inputs: Any,
+    ) -> Any:
         x, *rest = inputs
         state, w = tuple(rest[: len(cell.states)]), Weights(*rest[len(cell.states) :])
         tr = trace(cell, x, state, w, lengths, reverse)
         ctx.save_for_backward(*inputs, lengths, tr.active, *tr.after)
-        ctx.cell, ctx.reverse, ctx.clip = cell, reverse, clip
+        ctx.cell, ctx.reverse, ctx.clip, ctx.cut = cell, reverse, clip, cut
         ctx.set_materialize_grads(False)
         return (tr.y, *tr.final)
 
@@ -266,14 +281,14 @@ class _Manual(torch.autograd.Function):
         x, state, w = saved[0], saved[1 : 1 + n], Weights(*saved[1 + n : 7 + n])
         lengths, active, *after = saved[7 + n :]
         if torch.is_grad_enabled():
-            found = reference.gradients(cell, x, state, w, lengths, ctx.reverse, ctx.clip, dy, tuple(dfinal))
-            return None, None, None, None, *found
+            found = reference.gradients(cell, x, state, w, lengths, ctx.reverse, ctx.clip, dy, tuple(dfinal), ctx.cut)
+            return None, None, None, None, None, *found
         before = tuple(states_before(a, s, lengths, ctx.reverse) for a, s in zip(after, state, strict=True))
         # Only the shapes of the final states are read.
         tr = Trace(cell, w, without_padding(x, active), before, tuple(after), state, active, ctx.reverse)
-        flow = adjoint(tr, dy, tuple(dfinal), ctx.clip)
-        dx = flow.da @ w.w_ih if ctx.needs_input_grad[4] else None
-        return None, None, None, None, dx, *flow.dinitial, *weight_gradients(tr, flow)
+        flow = adjoint(tr, dy, tuple(dfinal), ctx.clip, ctx.cut)
+        dx = flow.da @ w.w_ih if ctx.needs_input_grad[5] else None
+        return None, None, None, None, None, dx, *flow.dinitial, *weight_gradients(tr, flow)
 
 
 def how(cell: Cell, x: Tensor) -> str:
@@ -290,9 +305,10 @@ def run(
     lengths: Tensor | None = None,
     reverse: bool = False,
     clip: float | None = None,
+    cut: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """(y, final state) for x `[T, B, I]`; see `unvanish.engine.run`."""
     if stepped.obstacle(cell, x, state, w) is None:
-        return stepped.run(cell, x, state, w, lengths, reverse, clip)
-    y, *final = _Manual.apply(cell, lengths, reverse, clip, x, *state, *w)
+        return stepped.run(cell, x, state, w, lengths, reverse, clip, cut)
+    y, *final = _Manual.apply(cell, lengths, reverse, clip, cut, x, *state, *w)
     return y, tuple(final)

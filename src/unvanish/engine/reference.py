@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine.sequence import active_steps, clip_rows, steps, vjp, without_padding
+from unvanish.engine.sequence import active_steps, clip_rows, cut_steps, steps, vjp, without_padding
 
 
 class _ClipError(torch.autograd.Function):
@@ -31,6 +31,7 @@ def run(
     lengths: Tensor | None = None,
     reverse: bool = False,
     clip: float | None = None,
+    cut: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """(y, final state) for x `[T, B, I]`; see `unvanish.engine.run`."""
     T = x.shape[0]
@@ -38,10 +39,11 @@ def run(
     # Not read one by one: the gradient of a step that is read alone is as long as the sequence.
     projected = cell.project(without_padding(x, active), w).unbind(0)
     y: list[Tensor] = [state[0]] * T
+    cuts = cut_steps(cut, T)
     for t in steps(T, reverse):
         previous = state
         read = previous if clip is None else tuple(_ClipError.apply(s, clip) for s in previous)
-        state = cell.advance(projected[t], read, w)
+        state = cell.advance(projected[t], read, w, cuts[t])
         y[t] = state[0]
         if active is not None:
             y[t] = torch.where(active[t], state[0], 0.0)
@@ -59,6 +61,7 @@ def gradients(
     clip: float | None,
     dy: Tensor | None,
     dfinal: tuple[Tensor | None, ...],
+    cut: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Differentiable gradients with respect to (x, *state, *w), None where nothing flows: the double backward of the
     other rungs."""
@@ -67,6 +70,6 @@ def gradients(
         # Views: a state that came from the same weights must not lead back to them, its part is not this call's.
         inputs = [None if v is None else v.view_as(v) for v in (x, *state, *w)]
         part, *rest = inputs
-        y, final = run(cell, part, tuple(rest[:n]), Weights(*rest[n:]), lengths, reverse, clip)  # type: ignore[arg-type]
+        y, final = run(cell, part, tuple(rest[:n]), Weights(*rest[n:]), lengths, reverse, clip, cut)  # type: ignore[arg-type]
         wanted = [v is not None and v.requires_grad for v in inputs]
         return tuple(vjp((y, *final), (dy, *dfinal), inputs, wanted, graph=True))

@@ -32,6 +32,11 @@ def steps(T: int, reverse: bool) -> Iterator[int]:
     return iter(range(T - 1, -1, -1) if reverse else range(T))
 
 
+def cut_steps(cut: Tensor | None, T: int) -> list[bool]:
+    """Per step whether its matrices hand no error to the step before."""
+    return [False] * T if cut is None else cut.tolist()
+
+
 def clip_rows(d: Tensor, limit: float) -> Tensor:
     """Each row of d `[B, n]` scaled down to 2-norm ≤ limit. The norm is taken in float64 and of the row over its
     largest entry: squares overflow at 1e19 in float32, at 1e154 in float64."""

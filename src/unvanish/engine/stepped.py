@@ -149,6 +149,7 @@ def backward(
     dy: Tensor | None,
     dfinal: tuple[Tensor | None, ...],
     clip: float | None,
+    cut: Tensor | None,
     want_dx: bool,
     want_deltas: bool,
 ) -> Back:
@@ -173,18 +174,27 @@ def backward(
         dx=native.address(dx), dw_ih=grads.w_ih.data_ptr(), dw_hh=native.address(grads.w_hh),
         db_ih=native.address(grads.b_ih), db_hh=native.address(grads.b_hh), dv=native.address(grads.v),
         dinitial=_addresses(dinitial), dstate=_addresses(dstate), dp=native.address(dp), dq=native.address(dq),
+        **({} if cut is None else {"cut": cut.data_ptr()}),
     )  # fmt: skip
     return Back(dx, dinitial, grads, dstate if want_deltas else None, dq if summed else dp, dq)  # type: ignore[arg-type]
 
 
 class _Stepped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: Cell, lengths: Tensor | None, reverse: bool, clip: float | None, *inputs: Any) -> Any:
+    def forward(
+        ctx: Any,
+        cell: Cell,
+        lengths: Tensor | None,
+        reverse: bool,
+        clip: float | None,
+        cut: Tensor | None,
+        *inputs: Any,
+    ) -> Any:
         x, *rest = inputs
         n = len(cell.states)
         ran = forward(cell, x, tuple(rest[:n]), Weights(*rest[n:]), lengths, reverse, keep=True)
         ctx.save_for_backward(*inputs, lengths, ran.kept, *ran.after)
-        ctx.cell, ctx.reverse, ctx.clip = cell, reverse, clip
+        ctx.cell, ctx.reverse, ctx.clip, ctx.cut = cell, reverse, clip, cut
         ctx.set_materialize_grads(False)
         return (ran.after[0], *ran.final)
 
@@ -197,22 +207,29 @@ class _Stepped(torch.autograd.Function):
         lengths, kept, *after = saved[7 + n :]
         odd = native.unreadable(None if d is None else torch_internals.materialised(d) for d in grads)
         if torch.is_grad_enabled() or odd is not None:
-            found = reference.gradients(cell, x, state, w, lengths, ctx.reverse, ctx.clip, dy, tuple(dfinal))
-            return None, None, None, None, *found
+            found = reference.gradients(cell, x, state, w, lengths, ctx.reverse, ctx.clip, dy, tuple(dfinal), ctx.cut)
+            return None, None, None, None, None, *found
         ran = Ran(tuple(after), (), kept)
         back = backward(
-            cell, x, state, w, lengths, ctx.reverse, ran, dy, tuple(dfinal), ctx.clip,
-            want_dx=ctx.needs_input_grad[4], want_deltas=False,
+            cell, x, state, w, lengths, ctx.reverse, ran, dy, tuple(dfinal), ctx.clip, ctx.cut,
+            want_dx=ctx.needs_input_grad[5], want_deltas=False,
         )  # fmt: skip
-        return None, None, None, None, back.dx, *back.dinitial, *back.weights
+        return None, None, None, None, None, back.dx, *back.dinitial, *back.weights
 
 
 def run(
-    cell: Cell, x: Tensor, state: State, w: Weights, lengths: Tensor | None, reverse: bool, clip: float | None
+    cell: Cell,
+    x: Tensor,
+    state: State,
+    w: Weights,
+    lengths: Tensor | None,
+    reverse: bool,
+    clip: float | None,
+    cut: Tensor | None,
 ) -> tuple[Tensor, State]:
     """(y, final state) for x `[T, B, I]`; see `unvanish.engine.run`."""
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, *state, *w)):
-        y, *final = _Stepped.apply(cell, lengths, reverse, clip, x, *state, *w)  # type: ignore[misc]
+        y, *final = _Stepped.apply(cell, lengths, reverse, clip, cut, x, *state, *w)  # type: ignore[misc]
         return y, tuple(final)
     ran = forward(cell, x, state, w, lengths, reverse, keep=False)
     assert ran.after[0] is not None

@@ -17,12 +17,13 @@ from unvanish.flow.sequences import Errors, Measured, Sequence, apart, join, wei
 from unvanish.flow.summary import healthy, layer_flow, reorder, summarise
 from unvanish.nn.modules import (
     CellModule,
+    Drawn,
     LayerDirection,
     SequenceModule,
     TimeMajor,
     descend_layers,
     detached_call,
-    dropout_masks,
+    drawn_again,
     evaluating,
     final_error,
     layer_directions,
@@ -40,8 +41,7 @@ class _Call:
     """with detached weights"""
     inputs: TimeMajor
     states: list[State]
-    masks: list[Tensor]
-    """dropout between layers: what the output of each layer but the last was multiplied with, `[T, B, D·R]`"""
+    drawn: Drawn
     final: State
     """the final states that it returned, `[L·D, B, ·]` in internal order"""
 
@@ -68,10 +68,10 @@ class ModuleSequence(Sequence):
             inputs, states = detached_call(module, call.x, call.hx, call.lengths)
             used = layer_directions(module, used_weights(module))
             layers = [d._replace(weights=d.weights.detach()) for d in used]
-            masks = dropout_masks(module, inputs, call.rng)
+            drawn = drawn_again(module, inputs, call.rng)
             final = [final_error(inputs, s.detach().clone()) for s in call.states]
         self.ragged |= inputs.lengths is not None and bool((inputs.lengths < inputs.x.shape[0]).any())
-        self.calls.append(_Call(layers, inputs, states, masks, tuple(s for s in final if s is not None)))
+        self.calls.append(_Call(layers, inputs, states, drawn, tuple(s for s in final if s is not None)))
         self.observe(call.y, (index, "y"))
         for i, state in enumerate(call.states):
             self.observe(state, (index, i))
@@ -89,41 +89,42 @@ class ModuleSequence(Sequence):
         measured: list[Measured] = []
 
         def back(place: int, own: Tensor | None, ends: tuple[Tensor | None, ...], want_dx: bool) -> Tensor | None:
-            dx, found = self._back(call, call.layers[place], passes[place], own, ends, want_dx)
+            dx, found = self._back(call, place, passes[place], own, ends, want_dx)
             measured.insert(0, replace(found, flow=replace(found.flow, problem=problem)))
             return dx
 
-        descend_layers(call.layers, dy, dfinal, call.masks, back)
+        descend_layers(call.layers, dy, dfinal, call.drawn.masks, back)
         return measured
 
     def _forward(self, call: _Call) -> list[engine.Pass | engine.Trace]:
         """A pass of each layer and direction: `engine.Pass` where the engine can measure by itself, else a trace."""
         others = [v for state, layer in zip(call.states, call.layers, strict=True) for v in (*state, *layer.weights)]
         rung = engine.explain(call.layers[0].cell, call.inputs.x, others=others).rung
-        native = rung == "native" and not self.want_partial
+        native = rung == "native" and not self.want_partial and all(cut is None for cut in call.drawn.cuts)
         make = engine.Pass if native else partial(engine.trace, adjoint_follows=True)
 
         def run(layer: LayerDirection, x: Tensor, state: State) -> engine.Pass | engine.Trace:
             return make(layer.cell, x, state, layer.weights, call.inputs.lengths, layer.reverse)
 
-        return run_layers(call.layers, call.inputs.x, call.states, run, call.masks)
+        return run_layers(call.layers, call.inputs.x, call.states, run, call.drawn.masks)
 
     def _back(
         self,
         call: _Call,
-        layer: LayerDirection,
+        place: int,
         ran: engine.Pass | engine.Trace,
         dy: Tensor | None,
         ends: tuple[Tensor | None, ...],
         want_dx: bool,
     ) -> tuple[Tensor | None, Measured]:
         """(∂E/∂x if wanted, what the backward pass measured)."""
+        layer, cut = call.layers[place], call.drawn.cuts[place]
         name, lengths, clip = self._name(layer), self._lengths(call), getattr(self.module, "clip", None)
         if isinstance(ran, engine.Pass):
             dx, norms, grads = ran.back(dy, ends, clip, want_dx)
             record = layer_flow(name, layer.cell, lengths, [ran.statistics], [norms])
             return dx, self._measured(call, layer, record, grads, lambda: ran.recompute(dy, ends, clip))
-        flow = engine.adjoint(ran, dy, ends, clip)
+        flow = engine.adjoint(ran, dy, ends, clip, cut)
         record = summarise(name, ran, flow, self.want_partial, lengths)
         found = self._measured(call, layer, record, engine.weight_gradients(ran, flow), lambda: (ran, dy, flow))
         return flow.da @ ran.weights.w_ih if want_dx else None, found

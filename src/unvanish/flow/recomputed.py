@@ -19,7 +19,7 @@ from unvanish.nn.modules import (
     SequenceModule,
     cell_of,
     directions_of_a_cell,
-    dropout_masks,
+    drawn_again,
     final_error,
     initial_states,
     layer_directions,
@@ -128,16 +128,21 @@ def _layers(
     )
     # Masks are drawn in the dtype that the backend drew them in.
     drawn = inputs._replace(x=inputs.x.detach().to(call.drawn_in))
-    masks = [m.to(inputs.x.dtype) for m in dropout_masks(module, drawn, call.rng)]
+    masks, cuts = drawn_again(module, drawn, call.rng)
+    masks = [m.to(inputs.x.dtype) for m in masks]
+    cut_of = {(d.layer, d.reverse): cut for d, cut in zip(layers, cuts, strict=True)}
     clip = getattr(module, "clip", None)
 
     def run(d: LayerDirection, x: Tensor, state: State) -> _Ran:
-        spans = x.split(SPAN)
+        spans, cut = x.split(SPAN), cut_of[d.layer, d.reverse]
         y: list[Tensor] = [x] * len(spans)
         for k in reversed(range(len(spans))) if d.reverse else range(len(spans)):
             part = spans[k]
             lengths = None if inputs.lengths is None else (inputs.lengths - k * SPAN).clamp(0, len(part))
-            y[k], state = engine.run(d.cell, part, state, d.weights, lengths, d.reverse, clip, rung="reference")
+            here = None if cut is None else cut[k * SPAN : k * SPAN + len(part)]
+            y[k], state = engine.run(
+                d.cell, part, state, d.weights, lengths, d.reverse, clip, rung="reference", cut=here
+            )
         return _Ran(torch.cat(y), state)
 
     # A single state is torch's bare tensor.

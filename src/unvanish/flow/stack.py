@@ -12,6 +12,7 @@ from unvanish import engine
 from unvanish.cells import State, calculus
 from unvanish.engine.sequence import steps
 from unvanish.nn.modules import (
+    CellModule,
     LayerDirection,
     SequenceModule,
     TimeMajor,
@@ -82,8 +83,9 @@ def check_input(layer: SequenceModule, inputs: TimeMajor) -> None:
     Raises:
         ValueError: there are not.
     """
-    if inputs.x.shape[-1] != layer.input_size:
-        raise ValueError(f"x: expected {layer.input_size} features, got {inputs.x.shape[-1]}")
+    columns = layer.columns if isinstance(layer, CellModule) else layer.input_size
+    if inputs.x.shape[-1] != columns:
+        raise ValueError(f"x: expected {columns} features, got {inputs.x.shape[-1]}")
     if inputs.x.shape[1] == 0:
         raise ValueError("x: expected one sample at least, got an empty batch")
 

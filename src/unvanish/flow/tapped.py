@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.nn.layers import GRU, LSTM, RNN, SequenceLayer
-from unvanish.nn.modules import CellModule, RecurrentModule, SequenceModule, as_states, cell_of, evaluating
+from unvanish.nn.modules import (
+    CellModule,
+    RecurrentModule,
+    as_states,
+    cell_of,
+    draws_cuts,
+    draws_dropout,
+    evaluating,
+)
 from unvanish.nn.recurrent import Recurrent
 
 _LAYERS = (Recurrent, RNN, LSTM, GRU, nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
@@ -41,7 +49,7 @@ class TappedCall:
     dtype: torch.dtype
     """the input's, or autocast's"""
     rng: Tensor | None
-    """the CPU generator's state before the call, where dropout between layers was drawn"""
+    """the CPU generator's state before the call, where it drew something; see `unvanish.nn.modules.drawn_again`"""
     drawn_in: torch.dtype
     """the dtype of the input, in which dropout is drawn"""
     y: Any = None
@@ -189,13 +197,13 @@ def _enter(
         return None, args, kwargs
     data = x.data if isinstance(x, PackedSequence) else x
     rng = None
-    if isinstance(module, SequenceModule) and module.training and module.dropout > 0 and module.num_layers > 1:
-        if data.device.type != "cpu":
-            seen.problems.append(
-                f"dropout between its layers is drawn inside the {data.device.type} kernel, where it cannot be drawn "
-                "again; set its dropout to 0 for the audit"
-            )
-            return None, args, kwargs
+    if draws_dropout(module) and data.device.type != "cpu":
+        seen.problems.append(
+            f"dropout between its layers is drawn inside the {data.device.type} kernel, where it cannot be drawn "
+            "again; set its dropout to 0 for the audit"
+        )
+        return None, args, kwargs
+    if draws_dropout(module) or draws_cuts(module):
         rng = torch.get_rng_state()
     kept_x, handed_x = _tapped(x)
     pairs = [_tapped(s) for s in states]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from unvanish.nn.layers import GRU, LSTM, RNN, EngineSequence
+from unvanish.nn.layers import ADDED, GRU, LSTM, RNN, EngineSequence
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -81,19 +81,19 @@ def restore(model: M) -> M:
 
     Raises:
         TypeError: model is not an nn.Module.
-        ValueError: a layer uses what torch's does not have: sigmoid, clip or checkpoint_every.
+        ValueError: a layer uses what torch's does not have: sigmoid, clip, checkpoint_every or h_detach.
     """
     _check(model)
     ours = [(name, m, origin) for name, m in model.named_modules() if (origin := _origin(_kind(m))) is not None]
     for name, module, _ in ours:
-        used = [k for k in ("clip", "checkpoint_every") if getattr(module, k) is not None]
+        used = [k for k in ADDED if getattr(module, k) is not None]
         used += ["nonlinearity='sigmoid'"] if module.mode == "RNN_SIGMOID" else []
         if used:
             raise ValueError(
                 f"model: {name or 'it'} uses {', '.join(used)}, which torch's layer does not have; unset it first"
             )
     for _, module, origin in ours:
-        for k in ("clip", "checkpoint_every"):
+        for k in ADDED:
             vars(module).pop(k, None)
         _turn_into(module, origin)
     return model

@@ -1,11 +1,12 @@
 """torch.nn.RNN, LSTM and GRU, run by the engine: every option, error, weight and state_dict is torch's; only the
 sequence runs otherwise.
 
-A subclass adds three things to how a sequence is run:
+A subclass adds four things to how a sequence is run:
 
     layer(x, hx, lengths=[...])     samples of different length without packing; zero is allowed
     layer.clip = c                  the error handed from one step to the one before never exceeds 2-norm c per sample
     layer.checkpoint_every = n      keep one state in n, recompute the rest in the backward: memory for 10⁶ steps
+    layer.h_detach = p              in training the error skips the recurrent matrices of a step with probability p
 
 `layer.states(x)` returns every h_t, c_t and gate of every layer.
 """
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine, torch_internals
 from unvanish.cells import State
@@ -26,7 +27,10 @@ from unvanish.nn.modules import (
     SequenceModule,
     TimeMajor,
     as_states,
+    draw_cuts,
+    draws_cuts,
     evaluating,
+    in_layout,
     initial_states,
     layer_directions,
     run_layers,
@@ -34,6 +38,9 @@ from unvanish.nn.modules import (
     used_weights,
 )
 from unvanish.nn.observing import Recorders, observed
+
+ADDED = ("clip", "checkpoint_every", "h_detach")
+"""what a layer has beside torch's options; None where it is not used"""
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,13 @@ class SequenceLayer(nn.Module):
 
     batch_first: bool
     dropout: float
+    bidirectional: bool
 
     # Class attributes, so that accelerate() can turn a torch layer into this one, and back, without adding anything
     # to it.
     clip: float | None = None
     checkpoint_every: int | None = None
+    h_detach: float | None = None
     _autocast_promotes: ClassVar[bool] = False
     """whether torch's layer returns the wider of autocast's dtype and the initial state's, as its GRU does"""
 
@@ -110,7 +119,7 @@ class SequenceLayer(nn.Module):
             y, final = y.to(dtype), tuple(s.to(dtype) for s in final)
         else:
             y, final = self._run(layers, inputs, hx, recorders)
-        return self._in_layout(input, inputs, y, final)
+        return in_layout(cast(SequenceModule, self), input, inputs, y, final)
 
     def states(
         self,
@@ -169,25 +178,36 @@ class SequenceLayer(nn.Module):
         self, layers: list[LayerDirection], inputs: TimeMajor, hx: Any, recorders: Recorders | None
     ) -> tuple[Tensor, State]:
         """([T, B, D·R], ([L·D, B, R], ...)) in internal order."""
-        states = initial_states(cast(SequenceModule, self), hx, inputs)
-        x, finals = inputs.x, []
+        module = cast(SequenceModule, self)
+        states = initial_states(module, hx, inputs)
+        cuts: list[Tensor | None] = draw_cuts(module, len(inputs.x)) if draws_cuts(module) else [None] * len(layers)
+        x, finals, n_dir = inputs.x, [], 2 if self.bidirectional else 1
         for number, (here, initial) in enumerate(_by_layer(layers, states)):
             if number and self.dropout and self.training:
                 x = x * inputs.dropout_mask(x.shape[-1], self.dropout)
-            ran = [self._run_direction(d, x, s, inputs, recorders) for d, s in zip(here, initial, strict=True)]
+            places = zip(here, initial, cuts[number * n_dir : (number + 1) * n_dir], strict=True)
+            ran = [self._run_direction(d, x, s, inputs, recorders, cut) for d, s, cut in places]
             x = torch.cat([y for y, _ in ran], dim=-1) if len(ran) > 1 else ran[0][0]
             finals += [final for _, final in ran]
         return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
 
     def _run_direction(
-        self, d: LayerDirection, x: Tensor, state: State, inputs: TimeMajor, recorders: Recorders | None
+        self,
+        d: LayerDirection,
+        x: Tensor,
+        state: State,
+        inputs: TimeMajor,
+        recorders: Recorders | None,
+        cut: Tensor | None,
     ) -> tuple[Tensor, State]:
-        lengths = inputs.lengths
-        if recorders is not None and engine.explain(d.cell, x, others=(*state, *d.weights)).rung != "native":
+        lengths, others = inputs.lengths, (*state, *d.weights)
+        if recorders is not None and engine.explain(d.cell, x, others=others, cut=cut is not None).rung != "native":
             recorders = None
         if self.checkpoint_every is None:
             record = None if recorders is None else recorders(inputs, d, 0)
-            return engine.run(d.cell, x, state, d.weights, lengths, d.reverse, self.clip, record=record)
+            return engine.run(d.cell, x, state, d.weights, lengths, d.reverse, self.clip, record=record, cut=cut)
+        if cut is not None:
+            raise ValueError("checkpoint_every: a layer with h_detach keeps every state; unset one of the two")
         every = self.checkpoint_every
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"checkpoint_every: expected None or a whole number of steps, at least 1, got {every!r}")
@@ -204,19 +224,6 @@ class SequenceLayer(nn.Module):
             None if recorders is None else lambda start: recorders(inputs, d, start),
         )
 
-    def _in_layout(self, given: Tensor | PackedSequence, inputs: TimeMajor, y: Tensor, final: State) -> tuple[Any, Any]:
-        """As the user gave the input."""
-        if isinstance(given, PackedSequence):
-            lengths = torch.full((y.shape[1],), y.shape[0]) if inputs.lengths is None else inputs.lengths.cpu()
-            data = pack_padded_sequence(y, lengths).data
-            final = tuple(inputs.in_user_order(s, 1) for s in final)
-            output: Any = PackedSequence(data, given.batch_sizes, given.sorted_indices, given.unsorted_indices)
-        elif given.dim() == 2:
-            output, final = y.squeeze(1), tuple(s.squeeze(1) for s in final)
-        else:
-            output = y.transpose(0, 1) if self.batch_first else y
-        return output, (final if len(final) > 1 else next(iter(final)))
-
 
 class EngineSequence(SequenceLayer, nn.RNNBase):
     """torch's layers on the engine."""
@@ -232,14 +239,15 @@ class EngineSequence(SequenceLayer, nn.RNNBase):
         *,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Any, Any]:
-        if self._needs_torch(input) and lengths is None and self.clip is None and self.checkpoint_every is None:
+        added = (lengths, self.clip, self.checkpoint_every, self.h_detach)
+        if self._needs_torch(input) and all(v is None for v in added):
             return self._torch_forward()(self, input, hx)
         return super().forward(input, hx, lengths=lengths)
 
     def extra_repr(self) -> str:
         """torch's, and what was added."""
         added = ["nonlinearity='sigmoid'"] if self.mode == "RNN_SIGMOID" else []
-        added += [f"{k}={getattr(self, k)}" for k in ("clip", "checkpoint_every") if getattr(self, k) is not None]
+        added += [f"{k}={getattr(self, k)}" for k in ADDED if getattr(self, k) is not None]
         return ", ".join([super().extra_repr(), *added])
 
     def _needs_torch(self, x: Tensor | PackedSequence) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.hooks import RemovableHandle
 
 from unvanish.cells import CELLS, Cell, State, Weights
@@ -27,6 +27,11 @@ class CellModule(nn.Module):
     dropout: float
     bidirectional: bool
     proj_size = 0
+
+    @property
+    def columns(self) -> int:
+        """How many features an input has."""
+        return self.input_size
 
     def direction_weights(self, layer: int, reverse: bool, named: Mapping[str, Tensor] | None = None) -> Weights:
         """The weights of one layer and direction as the engine takes them, from learnt ones by name or its own."""
@@ -197,6 +202,22 @@ def time_major(
     return TimeMajor(x, None if lengths is None else whole_lengths(lengths, x), None)
 
 
+def in_layout(
+    module: SequenceModule, given: Tensor | PackedSequence, inputs: TimeMajor, y: Tensor, final: State
+) -> tuple[Any, Any]:
+    """(output, final state) as torch returns them for an input as the user gave it."""
+    if isinstance(given, PackedSequence):
+        lengths = torch.full((y.shape[1],), y.shape[0]) if inputs.lengths is None else inputs.lengths.cpu()
+        data = pack_padded_sequence(y, lengths).data
+        final = tuple(inputs.in_user_order(s, 1) for s in final)
+        output: Any = PackedSequence(data, given.batch_sizes, given.sorted_indices, given.unsorted_indices)
+    elif given.dim() == 2:
+        output, final = y.squeeze(1), tuple(s.squeeze(1) for s in final)
+    else:
+        output = y.transpose(0, 1) if module.batch_first else y
+    return output, (final if len(final) > 1 else next(iter(final)))
+
+
 class Ran(Protocol):
     """A layer and direction that ran."""
 
@@ -311,14 +332,43 @@ def final_error(inputs: TimeMajor, d: Tensor | None) -> Tensor | None:
     return d.unsqueeze(1) if d.dim() == 2 else inputs.in_internal_order(d, 1)
 
 
-def dropout_masks(module: SequenceModule, inputs: TimeMajor, rng: Tensor | None) -> list[Tensor]:
-    """What was drawn between the layers, drawn again: same generator state, shapes and order; none if `rng` is None."""
+class Drawn(NamedTuple):
+    """What a call in training drew at random."""
+
+    masks: list[Tensor]
+    """dropout between layers: what the output of each layer but the last was multiplied with, `[T, B, D·R]`"""
+    cuts: list[Tensor | None]
+    """per layer and direction `[T]` its cut steps, as `unvanish.engine.run` takes them"""
+
+
+def draws_dropout(module: nn.Module) -> bool:
+    """Whether a call of this module draws dropout between its layers."""
+    return isinstance(module, SequenceModule) and module.training and module.dropout > 0 and module.num_layers > 1
+
+
+def draws_cuts(module: nn.Module) -> bool:
+    """Whether a call of this module draws steps at which it cuts the error's way through the matrices."""
+    return module.training and getattr(module, "h_detach", None) is not None
+
+
+def draw_cuts(module: SequenceModule, T: int) -> list[Tensor | None]:
+    """The cut steps of a call that draws them: each with probability `h_detach`, for every layer and direction anew, by
+    torch's default generator of the CPU."""
+    p: float = module.h_detach  # type: ignore[assignment]
+    return [torch.rand(T, device="cpu") < p for _ in range(module.num_layers * (2 if module.bidirectional else 1))]
+
+
+def drawn_again(module: SequenceModule, inputs: TimeMajor, rng: Tensor | None) -> Drawn:
+    """What a call drew: same generator state, shapes and order; `rng` is None where it drew nothing."""
+    uncut: list[Tensor | None] = [None] * (module.num_layers * (2 if module.bidirectional else 1))
     if rng is None:
-        return []
+        return Drawn([], uncut)
     width = (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(rng)
-        return [inputs.dropout_mask(width, module.dropout) for _ in range(module.num_layers - 1)]
+        cuts = draw_cuts(module, len(inputs.x)) if getattr(module, "h_detach", None) is not None else uncut
+        layers = module.num_layers - 1 if module.dropout > 0 else 0
+        return Drawn([inputs.dropout_mask(width, module.dropout) for _ in range(layers)], cuts)
 
 
 def on_gradient(tensor: Tensor, notify: Callable[[Tensor], None]) -> RemovableHandle:

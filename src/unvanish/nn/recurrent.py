@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.cells import Cell, Weights
 from unvanish.cells.derived import structure
-from unvanish.nn.layers import SequenceLayer
+from unvanish.nn.layers import ADDED, SequenceLayer
 from unvanish.nn.modules import CellModule, as_states, state_sizes
 
 
@@ -20,8 +21,9 @@ class Recurrent(SequenceLayer, CellModule):
         s_t = cell.step(W_ih x_t + b_ih, W_hh s_{t-1} + b_hh, s_{t-1}; v)
 
     Args:
-        cell: an instance of a subclass of `unvanish.Cell`.
-        input_size: I.
+        cell: an instance of a subclass of `unvanish.Cell`; with `given` shares for a single layer only.
+        input_size: I; for a cell with `given` shares x has D·M·H columns more, M of them `given`: each direction's H
+            columns per share, behind the I that W_ih reads.
         hidden_size: H, of every state.
         num_layers: how many layers, each reading the output of the one below.
         bias: whether there are b_ih and b_hh.
@@ -31,8 +33,8 @@ class Recurrent(SequenceLayer, CellModule):
         device, dtype: of the weights.
 
     Returns of a call `layer(x, hx, lengths=...)`: (output, final state), the state a tuple in the order of the cell's
-    `states`, or a single tensor where there is one. Packed and unbatched input, `lengths=`, `states`, `clip` and
-    `checkpoint_every` as in `unvanish.nn.LSTM`.
+    `states`, or a single tensor where there is one. Packed and unbatched input, `lengths=`, `states`, `clip`,
+    `checkpoint_every` and `h_detach` as in `unvanish.nn.LSTM`.
 
     Weights are named as torch's: `weight_ih_l0` `[G·H, I]`, `weight_hh_l0` `[G·H, H]`, `bias_ih_l0`, `bias_hh_l0`,
     `…_reverse`, and each of the cell's vectors `{name}_l0` `[H]`; those of gates without an input, or without a matrix,
@@ -73,6 +75,8 @@ class Recurrent(SequenceLayer, CellModule):
                 raise ValueError(f"{name}: expected a whole number, at least 1, got {size!r}")
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout: expected a probability from 0 to 1, got {dropout!r}")
+        if cell.given and num_layers > 1:
+            raise ValueError(f"num_layers: expected 1 for a cell that is given {', '.join(cell.given)} with its input")
         self.cell, self.input_size, self.hidden_size, self.num_layers = cell, input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, float(dropout), bidirectional
         D = 2 if bidirectional else 1
@@ -91,7 +95,7 @@ class Recurrent(SequenceLayer, CellModule):
 
     def _shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         """Name → shape of the weights of a layer that reads `width` features."""
-        H, G, Q = self.hidden_size, len(self.cell.input_gates), len(self.cell.sources)
+        H, G, Q = self.hidden_size, len(self.cell.learnt_gates), len(self.cell.sources)
         shapes: dict[str, tuple[int, ...]] = {"weight_ih": (G * H, width)}
         if Q:
             shapes["weight_hh"] = (Q * H, H)
@@ -120,14 +124,14 @@ class Recurrent(SequenceLayer, CellModule):
     def direction_weights(self, layer: int, reverse: bool, named: Mapping[str, Tensor] | None = None) -> Weights:
         """The weights of one layer and direction as the engine takes them, from learnt ones by name or its own;
         differentiable."""
-        return self.cell.effective(self._weights(layer, reverse, named))
+        return self._with_given(self.cell.effective(self._weights(layer, reverse, named)), reverse)
 
     def learnt_gradients(self, layer: int, reverse: bool, gradients: Weights) -> tuple[Tensor, Tensor | None]:
         """∂E/∂(learnt W_ih, learnt W_hh) from those by the weights that the step multiplies with."""
         with torch.enable_grad():
             weights = self._weights(layer, reverse)
             learnt = Weights(*(None if w is None else w.detach().requires_grad_() for w in weights))  # type: ignore[arg-type]
-            used = self.cell.effective(learnt)
+            used = self._with_given(self.cell.effective(learnt), reverse)
         if used is learnt:
             return gradients.w_ih, gradients.w_hh
         pairs = [(u, g) for u, g in zip(used[:2], gradients[:2], strict=True) if u is not None and u.requires_grad]
@@ -146,6 +150,22 @@ class Recurrent(SequenceLayer, CellModule):
         v = torch.stack([weight(name) for name in vectors]) if vectors else None
         return Weights(w_ih, w_hh, b_ih, b_hh, None, v)  # type: ignore[arg-type]
 
+    def _with_given(self, w: Weights, reverse: bool) -> Weights:
+        """With the columns that hand the `given` shares through: W_ih and, below it, the identity at their place."""
+        M = len(self.cell.given) * self.hidden_size
+        if not M:
+            return w
+        columns = w.w_ih.new_zeros(M, self.columns)
+        first = self.input_size + (M if reverse else 0)
+        columns[:, first : first + M] = torch.eye(M, dtype=w.w_ih.dtype, device=w.w_ih.device)
+        w_ih = torch.cat([pad(w.w_ih, (0, self.columns - self.input_size)), columns])
+        return w._replace(w_ih=w_ih, b_ih=None if w.b_ih is None else pad(w.b_ih, (0, M)))
+
+    @property
+    def columns(self) -> int:
+        """Of x: what W_ih reads, and each direction's given shares."""
+        return self.input_size + len(self.cell.given) * self.hidden_size * (2 if self.bidirectional else 1)
+
     def flatten_parameters(self) -> None:
         """Nothing to do; torch's layers arrange their weights for cuDNN here."""
 
@@ -160,9 +180,10 @@ class Recurrent(SequenceLayer, CellModule):
             if x.shape[1 if self.batch_first and x.dim() == 3 else 0] == 0:
                 raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
             features, batch = x.shape[-1], 1 if x.dim() == 2 else x.shape[0 if self.batch_first else 1]
-        if features != self.input_size:
+        if features != self.columns:
+            given = f" and the given shares, {self.columns}" if self.cell.given else ""
             raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {features}"
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}{given}, got {features}"
             )
         if hx is None:
             return
@@ -181,7 +202,7 @@ class Recurrent(SequenceLayer, CellModule):
         """The cell and what differs from the defaults."""
         parts = [repr(self.cell), str(self.input_size), str(self.hidden_size)]
         defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
-        defaults |= {"clip": None, "checkpoint_every": None}
+        defaults |= dict.fromkeys(ADDED)
         parts += [f"{k}={getattr(self, k)}" for k, usual in defaults.items() if getattr(self, k) != usual]
         return ", ".join(parts)
 

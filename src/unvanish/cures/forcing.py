@@ -1,0 +1,114 @@
+"""Sparse forcing: a network that is to become chaotic is put back on the data before its errors have doubled."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unvanish.cures.layers import finite
+from unvanish.nn.modules import SequenceModule, as_states
+
+
+def forcing_interval(exponent: float) -> int:
+    """Steps between two forcings: τ = ln 2 / λ, at least 1, after which an error in the state of a chaotic system has
+    doubled.
+
+    Args:
+        exponent: λ > 0, the largest Lyapunov exponent of the data, in nats per step.
+
+    Raises:
+        TypeError: exponent is no number.
+        ValueError: it is not positive: what is not chaotic needs no forcing.
+
+    Source: Mikhaeil, Monfared & Durstewitz 2022 (their predictability time).
+
+    >>> forcing_interval(0.0139)
+    49
+    """
+    return max(1, int(math.log(2) / finite("exponent", exponent, above=0.0)))
+
+
+def forced(
+    layer: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    readout: nn.Linear,
+    interval: int,
+    hx: Any = None,
+    *,
+    keep: bool = False,
+) -> Tensor:
+    """Predictions ŷ_t = B h_t + b of a run whose state is put on the data after every `interval` steps:
+
+        h_t ← h_t + B⁺ (y_t − ŷ_t)      so that B h_t + b = y_t, where the readout can
+
+    It is the smallest such change; ŷ_t itself, from before it, enters the loss. On data from a chaotic system every
+    network that fits has a largest exponent λ > 0, and ∂h_t/∂h_s grows like e^{λ(t − s)}, which no cell and no
+    initialisation prevents. With a forcing after every τ = ln 2/λ steps (`forcing_interval`) the gradient stays
+    bounded, and the trajectory near the one to be learnt.
+
+    Args:
+        layer: nn.RNN, nn.LSTM, nn.GRU or `unvanish.nn.Recurrent`, of one direction; `layer(x, hx)` is what runs.
+        x: `[T, B, I]` (or `[B, T, I]` with batch_first) what it reads: nothing of y_t for t beyond its own step.
+        target: `[T, B, N]` y, what the readout is to say at each step, in the layout of x.
+        readout: nn.Linear from h of the last layer to N values.
+        interval: τ, in steps.
+        hx: the initial state; None: the layer's own.
+        keep: whether what the readout does not see, (I − B⁺B) h and every other state, keeps its graph. By default it
+            keeps its value alone, so that no error passes a forcing, as in the paper.
+
+    Returns:
+        ŷ, in the layout of x.
+
+    Raises:
+        TypeError: layer is no such layer, or readout no nn.Linear.
+        ValueError: it is bidirectional; x and target do not fit, or interval is below 1.
+
+    Source: Mikhaeil, Monfared & Durstewitz 2022, "On the difficulty of learning chaotic dynamics with RNNs" (there
+    B⁺ y alone takes the place of h).
+
+    Limits: h of the last layer is forced; the LSTM's c and lower layers run on as they were. B⁺ is computed anew in
+    each call and taken as given. What has to be remembered for longer than τ is out of the loss's reach unless `keep`
+    is set.
+
+    >>> rnn, readout = nn.RNN(2, 8), nn.Linear(8, 2)
+    >>> series = torch.randn(21, 4, 2)
+    >>> forced(rnn, series[:-1], series[1:], readout, interval=5).shape
+    torch.Size([20, 4, 2])
+    """
+    if not isinstance(layer, SequenceModule):
+        raise TypeError(f"layer: expected nn.RNN, nn.LSTM, nn.GRU or unvanish.nn.Recurrent, got {type(layer).__name__}")
+    if not isinstance(readout, nn.Linear):
+        raise TypeError(f"readout: expected an nn.Linear, whose inverse is known, got {type(readout).__name__}")
+    if layer.bidirectional:
+        raise ValueError("layer: expected one direction; a layer that reads from the end knows what it is to predict")
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        raise ValueError(f"interval: expected a whole number of steps, at least 1, got {interval!r}")
+    time = 1 if layer.batch_first else 0
+    if x.dim() != 3 or target.shape != (*x.shape[:2], readout.out_features):
+        raise ValueError(f"target: expected {(*x.shape[:2], readout.out_features)}, as x, got {tuple(target.shape)}")
+    with torch.no_grad():
+        weight = readout.weight.double()
+        inverse = torch.linalg.pinv(weight)
+        seen, inverse = (m.to(readout.weight) for m in (inverse @ weight, inverse))
+    found, state = [], hx
+    for part, y in zip(x.split(interval, time), target.split(interval, time), strict=True):
+        h, state = layer(part, state)
+        said = readout(h)
+        found.append(said)
+        error = y.select(time, -1) - said.select(time, -1).detach()
+        state = _put_on_data(state, error @ inverse.mT, seen if keep else None)
+    return torch.cat(found, time)
+
+
+def _put_on_data(state: Any, correction: Tensor, seen: Tensor | None) -> Any:
+    """The state with the last layer's h corrected `[B, H]`; of its graph there is left what `seen` `[H, H]`, the
+    projection on what the readout sees, takes nothing from; None: nothing."""
+    states = as_states(state)
+    h, *others = states if seen is not None else tuple(s.detach() for s in states)
+    last = h[-1]
+    if seen is not None:
+        last = last - (last - last.detach()) @ seen.mT
+    h = torch.cat([h[:-1], (last + correction).unsqueeze(0)])
+    return (h, *others) if others else h
