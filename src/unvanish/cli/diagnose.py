@@ -284,6 +284,8 @@ def _print(found: "Diagnosis", console: Console) -> None:
     if found.plan:
         console.print("\n[bold]Plan[/bold]")
         console.print(str(found.plan).rstrip(), markup=False)
+    if found.chance_in_words:
+        console.print(f"\n{found.chance_in_words}", markup=False)
     if found.layers:
         console.print("\n[bold]Reach of the gradient[/bold] (a measurement; it matters if the answer needs more steps)")
     for name, d in found.items():

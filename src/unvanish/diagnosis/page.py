@@ -180,7 +180,9 @@ def _tried(found: "Diagnosis") -> str:
         "Lowest loss that each copy reached on the samples it was judged on. The upright line is the best answer that "
         "does not look at the input; a copy learns if its loss is lower by more than chance.",
     )
-    return section("Copies that were trained", picture, name="tried") if rows else ""
+    words = found.chance_in_words
+    chance = paragraph(f"{words[0].upper()}{words[1:]}.") if words else ""
+    return section("Copies that were trained", picture, chance, name="tried") if rows else ""
 
 
 def _layers(layers: "Mapping[str, LayerDiagnosis]") -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from unvanish.diagnosis.finding import Finding
+from unvanish.diagnosis.interventions.chance import HORIZON
 from unvanish.diagnosis.plan import Plan
 from unvanish.diagnosis.verdict import Verdict
 from unvanish.flow.files import write_atomically
@@ -274,6 +275,14 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         return bool(self.tried)
 
     @property
+    def chance_in_words(self) -> str:
+        """A sentence; "" where no copy was trained."""
+        if self.chance is None:
+            return ""
+        percent = "under 1" if self.chance < 0.01 else "over 99" if self.chance > 0.99 else f"{100 * self.chance:.0f}"
+        return f"chance that the model as it is learns within {HORIZON} updates: {percent} %"
+
+    @property
     def healthy(self) -> bool:
         """Whether nothing that keeps the model from learning was found."""
         return all(f.severity == "note" for f in self.findings)
@@ -332,6 +341,7 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         lines = [repr(finding) for finding in self.findings]
         if self.plan:
             lines += ["plan:", *(f"  {line}" for line in str(self.plan).rstrip().splitlines())]
+        lines += [self.chance_in_words] if self.chance_in_words else []
         for name, d in self.layers.items():
             lines.append(f"gradient reach of {name}: {_brief(d)}, over a lag of {d.lag}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

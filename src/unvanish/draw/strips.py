@@ -56,7 +56,7 @@ class Axes(NamedTuple):
 
     x: tuple[float, float]
     y: tuple[float, float]
-    """powers of ten; what lies outside is drawn at the edge"""
+    """powers of ten; a curve ends where it leaves them for good, and runs along the edge where it comes back"""
     x_name: str
     ticks: Sequence[tuple[float, str]]
     """(power of ten, label)"""
@@ -128,8 +128,11 @@ def _strip(row: Strip, axes: Axes) -> str:
 
 def _curve(curve: Curve, axes: Axes) -> str:
     points = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if not math.isnan(y)]
-    if not points:
+    bottom, top = axes.y
+    inside = [place for place, (_, y) in enumerate(points) if bottom <= y <= top]
+    if not inside:
         return ""
+    points = points[max(inside[0] - 1, 0) : inside[-1] + 2]
     line = " ".join(f"{_along(x, axes):.1f},{_height(y, axes):.1f}" for x, y in _thinned(points))
     ends = f"{_along(points[-1][0], axes):.1f},{HEIGHT} {_along(points[0][0], axes):.1f},{HEIGHT}"
     area = f'<polygon class="area" points="{line} {ends}"/>' if curve.kind == "main" else ""
