@@ -159,8 +159,8 @@ def compare(
     tell: Tell = lambda *_: None,
     say: Say = lambda _: None,
 ) -> Comparison:
-    """Train every cell on every task from several seeds; measure how far the last step's gradient reaches, before, along
-    and after training.
+    """Train every cell on every task from several seeds; measure how far the last step's gradient reaches
+    before, along and after training.
 
     Args:
         tasks: names out of `unvanish.train.TASKS`.
