@@ -14,14 +14,14 @@ function drawStrips(record) {
   });
 }
 
-function drawSeries(id, label, series, fixed) {
-  const all = series.flatMap((s) => s.points), f = frame(id, 240, { l: 52, r: 150, t: 24, b: 44 }, `${label}: ` + series.map((s) => `${s.name} ${Number(s.points.at(-1)[1].toPrecision(3))}`).join("; "));
-  const top = Math.max(fixed, ...all.map((p) => p[1])), low = Math.min(0, ...all.map((p) => p[1]));
-  const x = d3.scaleLinear([0, Math.max(1, ...all.map((p) => p[0]))], [0, f.w]), y = d3.scaleLinear([low, 1.05 * top || 1], [f.h, 0]);
+function drawSeries(id, label, series, fixed, last) {
+  const all = series.flatMap((s) => s.points), f = frame(id, 240, { l: 52, r: byId(id).clientWidth < 620 ? 110 : 190, t: 30, b: 44 }, `${label}: ` + series.map((s) => `${s.name} ${Number(s.points.at(-1)[1].toPrecision(3))}`).join("; "));
+  const room = byId(id).clientWidth < 620 ? 9 : 20, top = Math.max(fixed, ...all.map((p) => p[1])), low = Math.min(0, ...all.map((p) => p[1]));
+  const x = d3.scaleLinear([0, last], [0, f.w]), y = d3.scaleLinear([low, 1.05 * top || 1], [f.h, 0]);
   yAxis(f, y, y.ticks(5), String, label);
   xAxis(f, x, "optimizer updates");
   series.forEach((s, i) => curve(f, s.points.map((p) => p[0]), s.points.map((p) => p[1]), x, y, `--c:var(--s${i % 8})`));
-  labels(f, series.map((s, i) => ({ y: y(s.points.at(-1)[1]), style: `--c:var(--s${i % 8})`, text: `${s.name.slice(-14)} ${Number(s.points.at(-1)[1].toPrecision(3))}` })), f.w + 6);
+  labels(f, series.map((s, i) => ({ y: y(s.points.at(-1)[1]), style: `--c:var(--s${i % 8})`, text: `${s.name.length > room ? "…" + s.name.slice(1 - room) : s.name} ${Number(s.points.at(-1)[1].toPrecision(3))}` })), f.w + 6);
 }
 
 function drawState(now) {
@@ -36,8 +36,9 @@ function drawState(now) {
   if (latest) drawStrips(latest);
   byId("history").hidden = !reach.length && !loss.length && !memory.size;
   const left = reach.length ? reach : [...memory].map(([name, points]) => ({ name, points }));
-  if (left.length) drawSeries("reach", reach.length ? "reach (steps)" : "half-life of the slowest tenth of units (steps)", left, 10);
-  if (loss.length) drawSeries("loss", "loss and error", loss, 0);
+  const last = Math.max(1, ...[...left, ...loss].flatMap((s) => s.points.map((p) => p[0])));
+  if (left.length) drawSeries("reach", reach.length ? "reach (steps)" : "half-life of the slowest tenth of units (steps)", left, 10, last);
+  if (loss.length) drawSeries("loss", "loss and error", loss, 0, last);
   byId("warnings").replaceChildren(...now.warnings.map((text) => { const item = document.createElement("li"); item.textContent = text; return item; }));
   return said;
 }
