@@ -72,7 +72,18 @@ def task(*runs: Run, name: str = "adding", title: str = "Adding") -> TaskResult:
     settings = {"steps": 100, "hidden": 4, "seed": 0}
     bias = [BiasReach(b, reach(-math.log1p(math.exp(-b)))) for b in (-1.0, 0.0, 2.0, 4.0)]
     return TaskResult(
-        name, title, "Add.", "a paper", "A note.", 200, "mean squared error", 1 / 6, 0.01, settings, list(runs), bias
+        name,
+        title,
+        "Add.",
+        "a paper",
+        "A note on the GRU.",
+        200,
+        "mean squared error",
+        1 / 6,
+        0.01,
+        settings,
+        list(runs),
+        bias,
     )
 
 

@@ -146,15 +146,16 @@ def test_the_story_says_what_the_records_say() -> None:
     rnn, gru, lstm, chrono = task.runs
     assert story.headline(task) == "A fresh LSTM forgets after 9 steps. The task spans 199."
     assert story.lead(task) == (
-        "The chrono LSTM keeps 0.45 of its gradient over all of them. GRU and chrono LSTM solved the task. "
-        "tanh-RNN and LSTM stayed at chance."
+        "The chrono LSTM keeps 45 % of its gradient over all of them. Solved by GRU and chrono LSTM. "
+        "At chance: tanh-RNN and LSTM."
     )
     assert story.forgetful(replace(task, runs=[chrono])) is None
     assert story.headline(replace(task, runs=[chrono])).startswith("No model's gradient vanishes")
     said = story.training(task, gru)
     assert said.startswith("Reach 10 before training, 199 after it, of 199 steps. Reach passed half of the steps by")
     assert "although only 10⁻³⁷ of the gradient arrives at the first step" in said
-    assert said.endswith("A note.")
+    assert said.endswith("A note on the GRU.")
+    assert "A note" not in story.training(task, replace(gru, title="another"))
     assert story.training(task, lstm).endswith("It never passed half of the steps. It stays at chance.")
     assert (
         story.update(lstm.breakdown[0], "Before") == "Before training, 99 % of the update comes from the last 9 steps."

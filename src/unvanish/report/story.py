@@ -1,5 +1,6 @@
 """The sentences of the page, each computed from the records that the picture beside it shows."""
 
+from math import exp, log
 from statistics import median
 
 from unvanish.report.verdict import counted, fate, listed, outcome, power_of_ten, success
@@ -18,15 +19,26 @@ def lead(task: TaskResult) -> str:
     """What became of it: the cure's reach, and who solved the task from how many seeds."""
     solved = [counted(run) for run in task.runs if run.solved]
     failed = [run.title for run in task.runs if outcome(task, run) == "chance"]
-    best = max(task.runs, key=lambda run: (fate(run.before) == "survives", run.before.log_norm[-1]))
     parts = []
-    if fate(best.before) == "survives":
-        kept = power_of_ten(best.before.log_norm[-1])
-        parts.append(f"The {best.title} keeps {kept} of its gradient over all of them.")
-    parts.append(f"{listed(solved)} solved the task." if solved else "No model solved the task.")
+    best = enduring(task)
+    if best is not None:
+        parts.append(f"The {best.title} keeps {share(best.before.log_norm[-1])} of its gradient over all of them.")
+    parts.append(f"Solved by {listed(solved)}." if solved else "No model solved the task.")
     if failed:
-        parts.append(f"{listed(failed)} stayed at chance.")
+        parts.append(f"At chance: {listed(failed)}.")
     return " ".join(parts)
+
+
+def enduring(task: TaskResult) -> Run | None:
+    """A run whose gradient survives: the cure of the run that the headline is about, else the first that there is."""
+    kept, plain = [run for run in task.runs if fate(run.before) == "survives"], forgetful(task)
+    cures = [run for run in kept if plain is not None and run.name.startswith(f"{plain.name}-")]
+    return next(iter([*cures, *kept]), None)
+
+
+def share(log_norm: float) -> str:
+    """A fraction e^log_norm in per cent, far below that as a power of ten: "18 %", "10⁻⁴¹"."""
+    return f"{100 * exp(log_norm):.0f} %" if log_norm > log(0.005) else power_of_ten(log_norm)
 
 
 def forgetful(task: TaskResult) -> Run | None:
@@ -69,9 +81,10 @@ def training(task: TaskResult, run: Run) -> str:
     if not run.solved:
         return f"{moved} {order}. {_ends(task, run)}"
     kept = power_of_ten(run.before.log_norm[-1])
+    note = task.note if run.title in task.note else ""
     return (
         f"{moved} {order}. It learns although only {kept} of the gradient arrives at the first step at the start: "
-        f"training itself opened the gate that carries the state{_opened(run)}. {task.note}"
+        f"training itself opened the gate that carries the state{_opened(run)}. {note}"
     ).rstrip()
 
 
@@ -92,7 +105,7 @@ def _memory(found: GradientBreakdown) -> float | None:
 
 def _ends(task: TaskResult, run: Run) -> str:
     return {
-        "solved": f"Solved from {success(run)} of the seeds, with 95 % interval.",
+        "solved": f"Solved from {success(run)} of the seeds (in brackets the 95 % interval of the rate).",
         "partly": f"Learnt in part: median {task.metric} {run.test_error:.3g}, chance {task.chance:.3g}.",
         "chance": "It stays at chance.",
     }[outcome(task, run)]

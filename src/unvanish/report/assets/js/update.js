@@ -15,7 +15,7 @@ function drawUpdate() {
   });
   const sums = found.partial.map((v) => (v === null || whole === null ? 0 : Math.min(1.5, 10 ** (v - whole))));
   curve(f, found.steps, sums, x, d3.scaleLinear([0, Math.max(1, ...sums)], [f.h, 0]), "--c:var(--ink)");
-  f.g.append("text").attr("class", "halo").attr("x", 6).attr("y", 14).text("‖g_t + … + g_T‖, running sum from the end ←");
+  f.g.append("text").attr("class", "halo").attr("x", 6).attr("y", f.h * 0.45).text("‖g_t + … + g_T‖, running sum from the end ←");
 }
 
 function drawRescue() {
