@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,17 @@ import torch
 
 from unvanish import flow, train
 from unvanish.cli import main
-from unvanish.train.compare import measure
 from unvanish.train.configuration import TrainingConfiguration
 from unvanish.train.fit import evaluate, fit
-from unvanish.train.gradient_breakdown import ending_together
+from unvanish.train.gradient_breakdown import break_down, ending_together, steps_holding
+from unvanish.train.gradient_reach import measure
 from unvanish.train.memory import GATES, estimated
 from unvanish.train.models import RECIPES, REMEDIES, recipe
 from unvanish.train.records import SCHEMA
 from unvanish.train.tasks import make_task
 from unvanish.train.tasks.reber import SYMBOLS
 
-SMALL = ["--steps", "3", "--hidden", "4", "--batch", "4"]
+SMALL = ["--steps", "3", "--hidden", "4", "--batch", "4", "--seeds", "1"]
 
 
 def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -77,16 +78,11 @@ def test_every_recipe_builds_and_learns_something(name: str) -> None:
 
 
 def test_the_same_seed_gives_the_same_comparison() -> None:
-    options = {"steps": 4, "hidden": 4, "batch": 4, "length": 12}
+    options = {"steps": 4, "hidden": 4, "batch": 4, "length": 12, "seeds": 2}
     one, two = (train.compare(["adding"], ["rnn", "lstm-chrono"], **options, seed=5) for _ in range(2))
     for a, b in zip(one.tasks[0].runs, two.tasks[0].runs, strict=True):
-        assert (a.curve_error, a.test_error, a.before, a.during, a.after) == (
-            b.curve_error,
-            b.test_error,
-            b.before,
-            b.during,
-            b.after,
-        )
+        assert a.moments == b.moments
+        assert [replace(t, seconds=0) for t in a.trials] == [replace(t, seconds=0) for t in b.trials]
     plain, cured = one.tasks[0].runs
     assert tuple(cure.name for cure in plain.cures) == REMEDIES["rnn"]
     assert cured.cures == []
@@ -104,7 +100,7 @@ def test_images_keep_their_length_beside_other_tasks(monkeypatch: pytest.MonkeyP
         "make_task",
         lambda name, length, seed: seen.append((name, length)) or make_task("adding", 5),
     )
-    train.compare(["adding", "digits", "mnist"], ["rnn"], length=12, steps=1, hidden=2, batch=2)
+    train.compare(["adding", "digits", "mnist"], ["rnn"], length=12, steps=1, hidden=2, batch=2, seeds=1)
     assert seen == [("adding", 12), ("digits", None), ("mnist", None)]
 
 
@@ -139,7 +135,7 @@ def test_an_explosion_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_explosion_in_a_comparison_names_the_model() -> None:
-    options: dict[str, Any] = {"length": 50, "steps": 3, "hidden": 8, "batch": 4}
+    options: dict[str, Any] = {"length": 50, "steps": 3, "hidden": 8, "batch": 4, "seeds": 1}
     with pytest.raises(ArithmeticError, match=r"adding, irnn: the loss became (nan|inf) at update 1; try a smaller lr"):
         train.compare(["adding"], ["irnn"], lr=1e10, **options)
 
@@ -198,11 +194,12 @@ def test_command_writes_report_figures_results_and_flows(tmp_path: Path) -> None
         (["--cells", "gru,lstm,gru"], "cells: expected each name once, got 'gru' 2 times"),
         (["--seed", "-1"], "seed: expected at least 0, got -1"),
         (["--seed", "9223372036854775808"], "seed: expected 0 or more, and less than 2^63"),
+        (["--seeds", "0"], "seeds: expected at least 1, got 0"),
         (["--steps", "0"], "steps: expected a positive number"),
         (["--lr", "-1"], "lr: expected a positive number"),
         (["--lr", "nan"], "lr: expected a positive number"),
         (["--hidden", "0"], "hidden: expected at least 1"),
-        (["--hidden", "1000000"], "hidden 1000000, batch 64, length 200: needs about"),
+        (["--hidden", "1000000"], "hidden 1000000, batch 32, length 200: needs about"),
         (["--steps", "many"], "Invalid value for '--steps'"),
         (["--nonsense"], "No such option"),
         (["--out", "file"], "is a file"),
@@ -243,10 +240,10 @@ def call(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 def test_report_is_made_again_from_results_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = train.compare(["adding"], ["rnn"], steps=2, hidden=4, batch=4, length=12)
+    result = train.compare(["adding"], ["rnn"], steps=2, hidden=4, batch=4, length=12, seeds=1)
     (tmp_path / "results.json").write_text(json.dumps(result.to_json()))
     assert call(["report", str(tmp_path)], monkeypatch) == 0
-    assert (tmp_path / "report.html").stat().st_size > 1e6
+    assert (tmp_path / "report.html").stat().st_size > 1e5
     assert (tmp_path / "adding-learning.png").exists()
     for content, message in (
         ("{", "not JSON"),
@@ -264,3 +261,48 @@ def test_report_is_made_again_from_results_alone(
     ):
         assert call(["report", str(tmp_path / folder)], monkeypatch) == 2
         assert message.format(tmp_path / folder) in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_a_run_measures() -> None:
+    said: list[str] = []
+    options: dict[str, Any] = {"length": 30, "steps": 40, "hidden": 8, "batch": 8}
+    result = train.compare(["adding"], ["rnn", "lstm", "janet"], seeds=2, say=said.append, **options)
+    task = result.tasks[0]
+    rnn, lstm, janet = task.runs
+    for run in task.runs:
+        assert [trial.seed for trial in run.trials] == [0, 1]
+        assert run.trials[0].curve_error != run.trials[1].curve_error
+        assert [moment.update for moment in run.moments] == list(range(0, 41, 2))
+        assert run.trials[0].reach == [run.moments[0].reach, run.moments[-1].reach]
+    assert rnn.rescue is None
+    assert lstm.rescue is not None
+    assert lstm.rescue.survival < lstm.rescue.target
+    assert lstm.rescue.reach.reach > lstm.before.reach
+    assert all(b >= a for a, b in zip(lstm.rescue.before, lstm.rescue.after, strict=True))
+    assert janet.rescue is not None
+    biases = [found.bias for found in task.forget_bias]
+    assert biases == sorted(biases)
+    reaches = [found.reach.reach for found in task.forget_bias]
+    assert reaches[0] < reaches[-1] == 29
+    assert {"adding lstm: training 2 of 2, seed 1", "adding lstm: cures and rescue, before any training"} <= set(said)
+
+
+def test_paths_keep_what_their_terms_keep() -> None:
+    """With W_h = 0 only the carry brings anything back: σ(b_f) per step."""
+    task = make_task("adding", 20)
+    model = recipe("lstm").build(task, 4)
+    with torch.no_grad():
+        for p in model.recurrent.parameters():
+            p.zero_()
+    found = break_down(model, task, 0, 8)
+    carry = found.kept["B · carry, diag(f)"]
+    assert carry[:17] == pytest.approx([math.log(0.5)] * 17, rel=1e-4)
+    assert carry[-2:] == [None, None]
+    assert found.kept_in_all[:17] == pytest.approx([math.log(0.5)] * 17, rel=1e-4)
+    assert all(v is None for v in found.kept["O · through the output gate's weights"])
+
+
+def test_the_steps_that_hold_a_share_are_counted_from_the_end() -> None:
+    halves = torch.tensor([0.125, 0.125, 0.25, 0.5], dtype=torch.float64)
+    assert [steps_holding(halves, share) for share in (0.5, 0.51, 0.75, 0.99)] == [1, 2, 2, 4]
+    assert steps_holding(torch.zeros(3, dtype=torch.float64), 0.99) == 0

@@ -91,8 +91,10 @@ def test_data_frames_hold_the_same_numbers() -> None:
 def test_what_a_record_says_of_itself_are_its_numbers() -> None:
     found = records()
     flow = found["flow"]["l0"]
-    first, last = (f"{float(flow.dh[t].median()):.2e}" for t in (0, 5))
-    assert f"‖∂E/∂h_t‖ median over samples {first} at t=0, {last} at t=5" in repr(found["flow"])
+    assert flow.dc is not None
+    present = [flow.dc[t][flow.lengths > t].median() for t in range(6)]
+    peak = max(map(float, present))
+    assert f"‖∂E/∂c_t‖, median over samples: peak {peak:.2g} at t={present.index(peak)}" in repr(found["flow"])
     assert repr(found["map"]) == "AdjointMap of c at l0.reverse: 2 sources, 6 steps, 2 samples"
     assert f"median share {found['terms'].carry.share.nanmedian():.3f}" in repr(found["terms"])
     assert f"‖∂E_k/∂W‖ {found['sources'].norms.min():.2e}" in repr(found["sources"])

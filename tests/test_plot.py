@@ -13,6 +13,9 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import unvanish as uv
+from unvanish.draw import short
+from unvanish.flow import LayerFlow
+from unvanish.flow.notebook import course
 from unvanish.train.records import GradientBreakdown
 
 
@@ -39,6 +42,7 @@ def records() -> dict[str, Any]:
 
 
 RECORDS = records()
+TAGS = RECORDS["layer"]._repr_html_().count("<")
 
 
 @pytest.mark.parametrize("name", list(RECORDS))
@@ -53,7 +57,8 @@ def test_draws_and_shows_itself(name: str) -> None:
     assert isinstance(made, Axes)
     assert made.has_data()
     html = record._repr_html_()
-    assert "data:image/png;base64," in html
+    assert ("<svg" if name in ("flow", "layer") else "data:image/png;base64,") in html
+    assert "overflow-wrap:anywhere" not in html
     assert plt.get_fignums() == open_before
 
 
@@ -86,7 +91,8 @@ def test_powers_are_whole_and_time_constants_have_ticks() -> None:
 def test_a_comparisons_breakdown_has_the_same_pictures() -> None:
     steps, rows = [0, 2, 4, 6], [[-1.0, -0.5, 0.0, None], [-3.0, -2.0, -1.0, 0.0]]
     share: dict[str, list[float | None]] = {"carry": [0.75, 0.75, 0.75, None], "candidate": [0.25] * 4}
-    found = GradientBreakdown(0, steps, share, [-4.0, -2.0, None, 0.0], [1.0] * 4, [2.0, 30.0, None, 4.0], [4, 6], rows)
+    subgradient, tau = [-4.0, -2.0, None, 0.0], [2.0, 30.0, None, 4.0]
+    found = GradientBreakdown(0, steps, share, share, [None] * 4, subgradient, [1.0] * 4, 3, tau, [4, 6], rows)
     assert uv.plot.terms(found).lines[0].get_ydata()[:3].tolist() == [0.75] * 3
     drawn = uv.plot.subgradients(found).lines
     assert drawn[0].get_ydata()[1] == pytest.approx(-2 / math.log(10))
@@ -111,8 +117,8 @@ def test_hostile_names_stay_names(name: str, kind: str) -> None:
         "diagnosis": dataclasses.replace(found, layers={name: next(iter(found.values()))}),
     }[kind]
     html = hostile._repr_html_()
-    assert html.count("<") == html.count(">") == 5
-    assert escape(name) in html or escape(repr(name)[1:-1]) in html
+    assert html.count("<") == html.count(">") == (5 if kind == "diagnosis" else TAGS)
+    assert escape(short(name)) in html or escape(repr(name)[1:-1]) in html
 
 
 def test_what_can_not_be_drawn_is_an_error() -> None:
@@ -127,3 +133,29 @@ def test_what_can_not_be_drawn_is_an_error() -> None:
     assert gates._repr_html_() is None
     with pytest.raises(IndexError):
         uv.plot.adjoint_map(RECORDS["map"], sample=9)
+
+
+def test_a_layers_card_counts_the_steps_on_the_gradients_way() -> None:
+    falling = torch.tensor([1e-9, 1e-5, 1e-3, 0.05, 1.0], dtype=torch.float64)[:, None].expand(5, 2)
+    forward = LayerFlow("l0", "gru", ("r", "z", "n"), torch.tensor([5, 5]), falling)
+    back = dataclasses.replace(forward, name="l0.reverse", dh=falling.flip(0))
+    for record, at in ((forward, 4), (back, 0)):
+        found = course(record)
+        assert (found.at, found.above) == (at, 1)
+        assert found.end == pytest.approx(-9)
+        assert f"peak 1 at t={at}; above 1 % of it for 1 step back; 10^-9 of it remains" in repr(record)
+    half = dataclasses.replace(forward, dh=torch.zeros(5, 2, dtype=torch.float64))
+    assert "no gradient arrived" in repr(half)
+    assert "nothing remains" in half._repr_html_()
+    broken = dataclasses.replace(forward, problem="weights changed")
+    assert "<td" in broken._repr_html_()
+    assert "no: weights changed" in broken._repr_html_()
+
+
+def test_a_watch_shows_what_it_did_not_record() -> None:
+    lstm = nn.LSTM(2, 3)
+    with uv.watch(lstm) as flow:
+        uv.mark("no tensor", "mine")  # type: ignore[arg-type]
+        lstm(torch.randn(4, 2, 2))[0].sum().backward()
+    assert list(flow.skipped) == ["mine"]
+    assert "mine: not recorded: " in flow._repr_html_()

@@ -72,7 +72,7 @@ class Evil:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["compare", "--task", "adding", "--length", "12", "--cells", "rnn", "--steps", "2", "--hidden", "4"],
+        shlex.split("compare --task adding --length 12 --cells rnn --steps 2 --hidden 4 --seeds 1"),
         ["diagnose", "mine.py:factory", "--budget", "0"],
     ],
     ids=lambda arguments: arguments[0],

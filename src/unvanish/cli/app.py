@@ -15,6 +15,7 @@ from unvanish.cli.diagnose import diagnose
 from unvanish.cli.export import export
 from unvanish.cli.installed import installed
 from unvanish.cli.interrupt import Commands, ended_like_ctrl_c
+from unvanish.cli.live import live
 from unvanish.cli.output import MARKER, OutputFolder, UserError
 from unvanish.cli.train import predict, train
 
@@ -39,25 +40,28 @@ def _root() -> None:
 @app.command()
 def compare(
     task: Annotated[
-        list[str] | None, typer.Option(help="Task; repeat for several; by default adding and digits.")
+        list[str] | None, typer.Option(help="Task; repeat for several; by default adding and digits-padded.")
     ] = None,
     length: Annotated[
         int | None,
         typer.Option(help="Steps of the sequences; by default the task's own. Beside others, images keep theirs."),
     ] = None,
-    cells: Annotated[str, typer.Option(help="Models, separated by commas.")] = "rnn,gru,lstm,lstm-chrono",
-    hidden: Annotated[int, typer.Option(help="Hidden units.")] = 48,
+    cells: Annotated[
+        str, typer.Option(help="Models, separated by commas.")
+    ] = "rnn,gru,lstm,lstm-chrono,janet-chrono,ur_lstm",
+    hidden: Annotated[int, typer.Option(help="Hidden units.")] = 32,
     steps: Annotated[int | None, typer.Option(help="Optimizer updates; by default the task's own.")] = None,
-    batch: Annotated[int, typer.Option(help="Samples per update.")] = 64,
+    batch: Annotated[int, typer.Option(help="Samples per update.")] = 32,
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-2,
-    seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="First seed of data, weights and order.")] = 0,
+    seeds: Annotated[int, typer.Option(help="Trainings of each model on each task, from seeds in a row.")] = 3,
     out: Annotated[
         Path, typer.Option(help="Folder for report, figures and data; must be new, empty, or of an earlier run.")
     ] = Path("unvanish-compare"),
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Train RNN, GRU, LSTM and a cured LSTM on long-lag tasks: whose gradient survives, and who learns.
+    """Train plain, cured and newer cells on long-lag tasks: whose gradient survives, and who learns.
 
     Ends with a table and a folder: report.html (opens offline), figures, results.json, flow records.
     """
@@ -79,10 +83,13 @@ def compare(
             batch=batch,
             lr=lr,
             seed=seed,
+            seeds=seeds,
             flows=stage,
             command=shlex.join(["unvanish", *sys.argv[1:]]),
-            tell=bars.tell,
+            tell=bars.update,
+            say=bars.say,
         )
+        bars.say("drawing the figures and writing the report")
         (stage / "results.json").write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
         report.save_figures(result, stage)
         report.write_comparison(result, stage / "report.html")
@@ -93,6 +100,7 @@ def compare(
 
 
 app.command()(diagnose)
+app.command()(live)
 
 
 @app.command()

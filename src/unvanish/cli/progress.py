@@ -1,19 +1,33 @@
-"""Progress bars for several trainings."""
+"""Progress of several trainings: what is happening in a line, and a bar for each."""
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from unvanish.train.tasks import Task
+
+class _Bars(Progress):
+    """Rich's bars under a line of text."""
+
+    line = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self.line:
+            yield Text(self.line, style="dim", no_wrap=True, overflow="ellipsis")
+        yield from super().get_renderables()
 
 
 class TrainingBars:
-    """One bar per model, with the latest validation error and the time left."""
+    """A line that says what is happening, and one bar per training, with the latest validation error and the time left.
+
+    Where the output is no terminal, each line is printed as it comes.
+    """
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
+        self._progress = _Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
@@ -30,11 +44,15 @@ class TrainingBars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._progress.line = ""
         self._progress.stop()
 
-    def tell(self, task: Task, cell: str, done: int, total: int, error: float | None) -> None:
-        """An update has been done, by a cell on a task."""
-        self.update(f"{task.name} {cell}", done, total, error)
+    def say(self, text: str) -> None:
+        """What is happening from now on."""
+        if self._progress.console.is_terminal:
+            self._progress.line = text
+        else:
+            self._progress.console.print(text, markup=False, highlight=False)
 
     def update(self, label: str, done: int, total: int, error: float | None) -> None:
         """An update has been done by the training of this label."""

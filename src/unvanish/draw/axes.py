@@ -2,12 +2,16 @@
 
 import math
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from unvanish.draw.style import short
+
+_END = "unvanish-line-end"
+"""what marks the labels at the lines' ends"""
 
 
 def new_axes(width: float = 6.4, height: float = 3.8) -> Axes:
@@ -33,6 +37,44 @@ def finish(ax: Axes, x: str, y: str, legend: bool = True) -> Axes:
         ax.spines[side].set_visible(False)
     if legend:
         ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def label_ends(ax: Axes, apart: float = 0.055) -> Axes:
+    """Names every labelled line at its right end, in its colour, in place of a legend; the x axis makes room inside the
+    axes, and names that would overlap move apart by a fraction of the axes' height."""
+    for old in [text for text in ax.texts if text.get_gid() == _END]:
+        old.remove()
+    named = []
+    for found in ax.get_lines():
+        x, y = (np.asarray(v, dtype=float) for v in (found.get_xdata(), found.get_ydata()))
+        present = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
+        if len(present) and not str(found.get_label()).startswith("_"):
+            named.append((found, x[present[-1]], y[present[-1]]))
+    if not named:
+        return ax
+    longest = max(len(str(found.get_label())) for found, _, _ in named)
+    start, end = min(found.get_xdata()[0] for found, _, _ in named), max(x for _, x, _ in named)
+    ax.set_xlim(start, end + (end - start) * min(0.5, 0.03 + 0.017 * longest))
+    to_axes = ax.transData + ax.transAxes.inverted()
+    heights = [float(np.clip(to_axes.transform((x, y))[1], 0.02, 0.98)) for _, x, y in named]
+    order = sorted(range(len(named)), key=heights.__getitem__)
+    places, last = dict.fromkeys(order, 0.0), -1.0
+    for index in order:
+        places[index] = last = max(heights[index], last + apart)
+    over = max(0.0, last - 0.98)
+    x_text = to_axes.transform((end, 0.0 if ax.get_yscale() == "linear" else 1.0))[0] + 0.012
+    for index, (found, _, _) in enumerate(named):
+        ax.text(
+            x_text,
+            places[index] - over,
+            str(found.get_label()),
+            color=found.get_color(),
+            fontsize=8,
+            va="center",
+            transform=ax.transAxes,
+            gid=_END,
+        )
     return ax
 
 

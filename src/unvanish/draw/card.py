@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from unvanish.draw.axes import figure_of
 
 _FRAME = "max-width:46rem;font-family:system-ui,sans-serif"
-_FACTS = "margin:.4rem 0 0;font-size:.85rem;white-space:pre-wrap;overflow-wrap:anywhere;background:none"
+_FACTS = "margin:.4rem 0 0;font-size:.85rem;white-space:pre;overflow-x:auto;background:none"
 
 
 def card(axes: Axes, title: str, facts: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from unvanish.draw.axes import figure_of, finish, label, new_axes, power, powers_of_ten, round_steps
+from unvanish.draw.axes import figure_of, finish, label, label_ends, new_axes, power, powers_of_ten, round_steps
 from unvanish.draw.style import LN10, decades, line
 
 LAG = "lag ℓ (steps before the error)"
@@ -55,13 +55,13 @@ def norms_over_time(found: Sequence[Norms], ax: Axes | None = None) -> Axes:
     return finish(ax, "step t", "norm of the gradient")
 
 
-def over_lag(curves: Mapping[str, Sequence[float] | Band], ax: Axes | None = None, mark: float | None = None) -> Axes:
+def over_lag(curves: Mapping[str, Sequence[float] | Band], ax: Axes | None = None, mark: float = 0.01) -> Axes:
     """‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0 over the lag ℓ, in powers of ten, from natural logarithms.
 
     Args:
         curves: name → `[T]`, shifted to 0 at lag 0; or a band, drawn as it is.
         ax: where to draw.
-        mark: a share of the gradient at which a line is drawn.
+        mark: the fraction of the gradient that counts as reached, at which a line is drawn.
     """
     ax = ax or new_axes()
     for index, (name, curve) in enumerate(curves.items()):
@@ -74,11 +74,11 @@ def over_lag(curves: Mapping[str, Sequence[float] | Band], ax: Axes | None = Non
         else:
             values = np.array(decades(curve), dtype=float)
             ax.plot(values - (values[0] if len(values) else 0), **how)
-    if mark is not None:
-        ax.axhline(math.log10(mark), color="0.4", linewidth=0.8, linestyle=":")
-    finish(ax, LAG, RELATIVE)
+    ax.axhline(math.log10(mark), color="0.4", linewidth=0.8, linestyle=":")
+    ax.text(0, math.log10(mark), f" {100 * mark:g} %", color="0.35", fontsize=7, va="top")
+    finish(ax, LAG, RELATIVE, legend=False)
     powers_of_ten(ax)
-    return ax
+    return label_ends(ax)
 
 
 def per_step(
@@ -139,12 +139,14 @@ def heat_map(
     return ax
 
 
-def histogram(counts: np.ndarray, edges: np.ndarray, ax: Axes | None = None) -> Axes:
-    """How many units have which time constant, on a logarithmic axis of steps."""
+def histogram(counts: np.ndarray, edges: np.ndarray, ax: Axes | None = None, longest: float = 1e4) -> Axes:
+    """How many units have which time constant, on a logarithmic axis from 1 step to `longest`, the same for every
+    model; what lies outside is counted at its end."""
     ax = ax or new_axes()
-    ax.stairs(counts, edges, fill=True, color=line(2).colour, alpha=0.75)
+    ax.stairs(counts, np.clip(edges, 1.0, longest), fill=True, color=line(2).colour, alpha=0.75)
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(FixedLocator(round_steps(edges[0], edges[-1])))
+    ax.set_xlim(1.0, longest)
+    ax.xaxis.set_major_locator(FixedLocator(round_steps(1.0, longest)))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))

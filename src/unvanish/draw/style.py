@@ -1,5 +1,5 @@
-"""One palette for all pictures: Okabe & Ito's colours, told apart by dash and marker too, so they survive greyscale
-print."""
+"""One palette for all pictures: Okabe & Ito's colours, darkened to a contrast of at least 3 : 1 on white, and told
+apart by dash too, so they survive greyscale print."""
 
 import math
 from collections.abc import Iterable
@@ -11,20 +11,20 @@ class Line(NamedTuple):
 
     colour: str
     dash: str
-    """Plotly's name"""
+    """SVG's stroke-dasharray"""
     dashes: str | tuple[int, tuple[int, ...]]
     """matplotlib's"""
 
 
 LINES = (
-    Line("#D55E00", "solid", "-"),
-    Line("#009E73", "dash", (0, (6, 2))),
-    Line("#0072B2", "dot", (0, (1, 1.2))),  # type: ignore[arg-type]
-    Line("#CC79A7", "dashdot", (0, (6, 2, 1, 2))),
-    Line("#E69F00", "longdash", (0, (10, 3))),
-    Line("#56B4E9", "longdashdot", (0, (10, 3, 1, 3))),
-    Line("#7F7F7F", "solid", "-"),
-    Line("#B8A900", "dash", (0, (4, 4))),
+    Line("#C95500", "none", "-"),
+    Line("#00805D", "7 3", (0, (6, 2))),
+    Line("#0072B2", "2 3", (0, (1, 1.2))),  # type: ignore[arg-type]
+    Line("#B3508A", "8 3 2 3", (0, (6, 2, 1, 2))),
+    Line("#A06B00", "12 4", (0, (10, 3))),
+    Line("#2A82B8", "12 4 2 4", (0, (10, 3, 1, 3))),
+    Line("#6B6B6B", "none", "-"),
+    Line("#7A7000", "5 5", (0, (4, 4))),
 )
 """In order; beyond eight they repeat."""
 

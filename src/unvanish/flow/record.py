@@ -86,15 +86,15 @@ class LayerFlow(Record):
         return [range(a, b) for a, b in zip(starts, [*starts[1:], length], strict=True)]
 
     def __repr__(self) -> str:
+        from unvanish.flow.notebook import in_words
+
         T, B = self.dh.shape
         check = "" if math.isnan(self.residual) else f", residual {self.residual:.1e}"
         lines = [f"LayerFlow {self.name!r}: {self.cell}, T={T}, B={B}{check}"]
         if self.problem is not None:
             lines.append(f"  not valid: {self.problem}")
-        for label, norm in (("dh", self.dh), ("dc", self.dc)):
-            if norm is not None:
-                first, last = (f"{float(norm[t].median()):.2e}" for t in (0, T - 1))
-                lines.append(f"  {label}: ‖∂E/∂{label[1]}_t‖ median over samples {first} at t=0, {last} at t={T - 1}")
+        state = "h" if self.dc is None else "c"
+        lines.append(f"  ‖∂E/∂{state}_t‖, median over samples: {in_words(self)}")
         return "\n".join(lines)
 
     def _draw(self, ax: Any) -> Any:
@@ -107,6 +107,11 @@ class LayerFlow(Record):
 
         found, name = (("h", self.dh), ("c", self.dc)), self.name if self.valid else f"{self.name} (not valid)"
         return [Norms(name, s, v.numpy(), self.lengths.numpy()) for s, v in found if v is not None]
+
+    def _repr_html_(self) -> str:
+        from unvanish.flow.notebook import card
+
+        return card({self.name: self}, {})
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields that are present."""
@@ -184,6 +189,11 @@ class Flow(Record, Mapping[str, LayerFlow]):
     def skipped(self) -> dict[str, str]:
         """Recurrent parts of the model that were not recorded, and why; a loaded flow names none."""
         return {}
+
+    def _repr_html_(self) -> str:
+        from unvanish.flow.notebook import card
+
+        return card(self.layers, self.skipped)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the gradient's norms per layer, a table, and what was not recorded, as one self-contained page, which

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,45 +11,69 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from unvanish.draw import LINES, LN10, decades, line, short
+from unvanish.draw import LINES
 from unvanish.flow.files import write_atomically
-from unvanish.report import verdict
-from unvanish.report.plot import spans_decades
-from unvanish.train.records import Comparison, GradientBreakdown, Reach, TaskResult
+from unvanish.report import story, verdict
+from unvanish.report.page_data import task_data
+from unvanish.report.still_picture import still
+from unvanish.train.records import Comparison
+
+SCRIPTS = ("frame", "hero", "parts", "cell", "training", "update", "page")
+"""in the order in which they run"""
+LIFT = 0.35
+"""how far the palette is moved towards white on a dark ground"""
 
 
 def write_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> None:
-    """Does the gradient survive, who learns, why, what to do, how was this measured: one HTML file.
+    """Whose gradient survives, who learns, why, what to do, how was it measured: one HTML file.
 
     Raises:
         OSError: the file can't be written.
     """
-    data = {task.name: _task_data(task) for task in comparison.tasks}
-    palette = [{"colour": style.colour, "dash": style.dash} for style in LINES]
     page = _render(
         "comparison.html.j2",
         comparison=comparison,
         verdict=verdict,
-        colour=line,
-        data=_script_safe({"palette": palette, "tasks": data}),
+        story=story,
+        still=still,
+        drawing=Markup(_asset("lstm.svg")),
+        data=_script_safe({"tasks": [task_data(task) for task in comparison.tasks]}),
     )
     write_atomically(Path(path), page.encode())
 
 
-def _render(template: str, **values: Any) -> str:
+def live_page(folder: str) -> str:
+    """The page of `unvanish live`, which asks its server for the records again and again."""
+    return _render("live.html.j2", scripts=("frame", "live"), folder=folder, data="{}")
+
+
+def _render(template: str, *, scripts: Sequence[str] = SCRIPTS, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("unvanish.report", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["code"] = _code
-    from plotly.offline import get_plotlyjs
-
-    assets = files("unvanish.report") / "assets"
+    program = "".join(_asset(f"js/{name}.js") for name in scripts)
     return environment.get_template(template).render(
-        plotly=get_plotlyjs(),
-        css=(assets / "report.css").read_text("utf-8"),
-        js=(assets / "report.js").read_text("utf-8"),
+        d3=_asset("d3.min.js"),
+        css=_asset("report.css").replace("LIGHT", palette(0.0)).replace("DARK", palette(LIFT)),
+        js=f'"use strict";(() => {{\n{program}}})();',
         **values,
     )
+
+
+def palette(lift: float) -> str:
+    """The colours of the lines as CSS variables, moved towards white by a share."""
+    return "".join(f"--s{index}: {lighter(style.colour, lift)}; " for index, style in enumerate(LINES))
+
+
+def lighter(colour: str, share: float) -> str:
+    """A colour "#rrggbb", moved towards white by a share."""
+    channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(v + share * (255 - v)):02x}" for v in channels)
+
+
+def _asset(name: str) -> str:
+    return (files("unvanish.report") / "assets" / name).read_text("utf-8")
 
 
 def _code(text: str) -> Markup:
@@ -59,53 +84,5 @@ def _code(text: str) -> Markup:
 def _script_safe(data: Any) -> str:
     """JSON that can stand inside a script element: no "<" that could end it, no line separators that JavaScript reads
     as ends."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False)
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _task_data(task: TaskResult) -> dict[str, Any]:
-    return {
-        "metric": task.metric,
-        "chance": task.chance,
-        "logError": spans_decades(task),
-        "solvedBelow": task.solved_below,
-        "runs": [
-            {
-                "title": short(run.title),
-                "colour": line(index).colour,
-                "dash": line(index).dash,
-                "update": run.curve_update,
-                "error": run.curve_error,
-                "moments": [_moment(m) for m in (run.before, *run.during, run.after)],
-                "breakdown": [_breakdown(a) for a in run.breakdown],
-                "cures": [{"title": short(cure.title), "moment": _moment(cure.reach)} for cure in run.cures],
-            }
-            for index, run in enumerate(task.runs)
-        ],
-    }
-
-
-def _moment(reach: Reach) -> dict[str, Any]:
-    return {
-        "update": reach.update,
-        "lag": reach.lag,
-        "middle": decades(reach.log_norm),
-        "low": decades(reach.low),
-        "high": decades(reach.high),
-    }
-
-
-def _breakdown(a: GradientBreakdown) -> dict[str, Any]:
-    return {
-        "steps": a.steps,
-        "share": a.share,
-        "subgradient": _powers(a.subgradient),
-        "partialSums": _powers(a.partial_sums),
-        "tau": a.time_constants,
-        "sources": a.sources,
-        "map": [_powers(row) for row in a.map],
-    }
-
-
-def _powers(log_norm: list[float | None]) -> list[float | None]:
-    return [None if value is None else round(value / LN10, 4) for value in log_norm]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unvanish import draw
 from unvanish.diagnosis import Diagnosis, Verification
-from unvanish.draw.axes import finish
+from unvanish.draw.axes import finish, label_ends
 from unvanish.draw.pictures import Band
 from unvanish.flow import (
     AdjointMap,
@@ -59,32 +59,40 @@ def _band(reach: Reach) -> Band:
 
 
 def learning(task: TaskResult, ax: Axes | None = None) -> Axes:
-    """Validation error over updates, with the chance level and the error below which the task counts as solved."""
+    """Validation error over updates of every trial, the first one's line bold, with the chance level and the error
+    below which the task counts as solved."""
     ax = ax or draw.new_axes()
     for index, run in enumerate(task.runs):
         style = draw.line(index)
-        ax.plot(
-            run.curve_update,
-            run.curve_error,
-            color=style.colour,
-            linestyle=style.dashes,
-            linewidth=1.8,
-            label=draw.label(run.title),
-        )
-    ax.axhline(task.chance, color="0.4", linewidth=0.9, label="chance")
-    ax.axhline(task.solved_below, color="0.4", linewidth=0.9, linestyle=":", label="solved below")
+        for number, trial in enumerate(run.trials):
+            ax.plot(
+                trial.curve_update,
+                trial.curve_error,
+                color=style.colour,
+                linestyle=style.dashes,
+                linewidth=0.9 if number else 1.8,
+                alpha=0.6 if number else 1.0,
+                label="_" if number else draw.label(run.title),
+            )
+    for level, words in ((task.chance, "chance"), (task.solved_below, "solved below")):
+        ax.axhline(level, color="0.4", linewidth=0.9, linestyle=":")
+        ax.text(0, level, f" {words}", color="0.35", fontsize=7, va="bottom")
     if spans_decades(task):
         ax.set_yscale("log")
     else:
         ax.set_ylim(bottom=0)
-    finish(ax, "optimizer updates", f"validation {task.metric}")
+    finish(ax, "optimizer updates", f"validation {task.metric}", legend=False)
     ax.set_title(f"{draw.label(task.title)}: who learns", loc="left", fontsize=10)
-    return ax
+    return label_ends(ax)
 
 
 def spans_decades(task: TaskResult) -> bool:
     """Whether the errors of a task want a logarithmic axis: they span more than one power of ten, and none is 0."""
-    errors = [task.chance, task.solved_below, *(error for run in task.runs for error in run.curve_error)]
+    errors = [
+        task.chance,
+        task.solved_below,
+        *(error for run in task.runs for trial in run.trials for error in trial.curve_error),
+    ]
     return min(errors) > 0 and max(errors) > 10 * min(errors)
 
 
@@ -135,7 +143,9 @@ def memory(record: GateStatistics | GradientBreakdown, bins: int = 20, ax: Axes 
     Raises:
         ValueError: the cell carries nothing.
     """
-    counts, edges = _time_constants(record, bins) if isinstance(record, GradientBreakdown) else record.histogram(bins)
+    if isinstance(record, GradientBreakdown):
+        return draw.histogram(*_time_constants(record, bins), ax, longest=max(100.0, 10.0 * (record.steps[-1] + 1)))
+    counts, edges = record.histogram(bins)
     return draw.histogram(np.asarray(counts), np.asarray(edges), ax)
 
 

@@ -45,23 +45,35 @@ def survival(task: TaskResult) -> str:
     """Whose gradient survives the length of the task, before training."""
     lag = task.runs[0].before.lag[-1]
     parts = [f"{run.title}: {power_of_ten(run.before.log_norm[-1])}" for run in task.runs]
-    return f"Fraction of the last step's error that remains {lag} steps earlier, before training: {'; '.join(parts)}."
+    return f"Fraction of the last step's gradient remaining {lag} steps earlier, before training: {'; '.join(parts)}."
+
+
+def success(run: Run) -> str:
+    """How many trainings solved the task, "3 of 3 (44 to 100 %)", with the 95 % interval of the rate."""
+    low, high = run.success_interval
+    return f"{run.successes} of {len(run.trials)} ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
 def learning(task: TaskResult) -> str:
-    """Who solves the task, who learns something, who stays at chance."""
-    solved = [run.title for run in task.runs if run.solved]
-    some = [run.title for run in task.runs if not run.solved and not at_chance(task, run)]
-    none = [run.title for run in task.runs if not run.solved and at_chance(task, run)]
+    """Who solves the task, who learns something, who stays at chance; from how many seeds."""
+    solved = [counted(run) for run in task.runs if run.solved]
+    some = [counted(run) for run in task.runs if outcome(task, run) == "partly"]
+    none = [counted(run) for run in task.runs if outcome(task, run) == "chance"]
     parts = []
     if solved:
-        parts.append(f"{_and(solved)} {'solves' if len(solved) == 1 else 'solve'} it")
+        parts.append(f"{listed(solved)} {'solves' if len(solved) == 1 else 'solve'} the task")
     if some:
-        parts.append(f"{_and(some)} {'learns' if len(some) == 1 else 'learn'} part of it")
+        parts.append(f"{listed(some)} {'learns' if len(some) == 1 else 'learn'} part of it")
     if none:
-        parts.append(f"{_and(none)} {'stays' if len(none) == 1 else 'stay'} at chance")
+        parts.append(f"{listed(none)} {'stays' if len(none) == 1 else 'stay'} at chance")
     steps = task.settings["steps"]
     return f"After {steps} updates {', '.join(parts)}."
+
+
+def counted(run: Run) -> str:
+    """The title; where several seeds did not all do alike, with how many of them solved the task."""
+    alike = run.successes in (0, len(run.trials))
+    return run.title if alike else f"{run.title} ({run.successes} of {len(run.trials)} seeds)"
 
 
 def explanation(task: TaskResult) -> str:
@@ -75,7 +87,7 @@ def explanation(task: TaskResult) -> str:
         return "No model's gradient vanishes over this length: what separates them is something else."
     lag = task.runs[0].before.lag[-1]
     text = [
-        f"At the start the gradient of {_and([run.title for run in runs])} {what} over {lag} steps."
+        f"At the start the gradient of {listed([run.title for run in runs])} {what} over {lag} steps."
         for runs, what in ((lost, "vanishes"), (exploding, "explodes"))
         if runs
     ]
@@ -83,11 +95,11 @@ def explanation(task: TaskResult) -> str:
         names = [f"{run.title} ({reached(run)})" for run in learnt_lost]
         verb = "solves" if len(names) == 1 else "solve"
         text.append(
-            f"Still {_and(names)} {verb} the task: training itself moved the reach. "
+            f"Still {listed(names)} {verb} the task: training itself moved the reach. "
             "A gradient that vanishes at the start makes learning slow and uncertain, not always impossible."
         )
     if failed_kept:
-        names = _and([run.title for run in failed_kept])
+        names = listed([run.title for run in failed_kept])
         text.append(f"{names} did not solve it although the gradient reaches: reach is needed, not sufficient.")
     return " ".join(text)
 
@@ -103,9 +115,12 @@ def advice(task: TaskResult) -> list[str]:
     out = []
     if best.solved:
         when = f" after {best.solved_at} updates" if best.solved_at is not None else ""
-        out.append(f"Use {best.title}: it solved this task{when} with a {task.metric} of {best.test_error:.3g}.")
+        seeds = f" from {best.successes} of {len(best.trials)} seeds" if len(best.trials) > 1 else ""
+        out.append(
+            f"Best here: {best.title}. It solved this task{seeds}{when}; median {scored(task, best.test_error)}."
+        )
     else:
-        out.append("No model solved it within the budget: give more --steps, or a cell with a longer carry.")
+        out.append("No model solved it within the budget: give more `--steps`, or a cell with a longer carry.")
     for run in task.runs:
         if run.solved or fate(run.before) != "vanishes":
             continue
@@ -115,8 +130,8 @@ def advice(task: TaskResult) -> list[str]:
             continue
         was, now = (power_of_ten(r.log_norm[-1]) for r in (run.before, cure.reach))
         out.append(
-            f"{run.title}: before training {call(task, run, cure)}: of the last step's error {now} then arrives at the "
-            f"first step, instead of {was}{_proof(task, cure)}."
+            f"{run.title}: before training {call(task, run, cure)}. The fraction of the last step's gradient that "
+            f"reaches the first step rises from {was} to {now}{_proof(task, cure)}."
         )
     return out
 
@@ -145,6 +160,11 @@ def trained(task: TaskResult, cure: Cured) -> str:
     return next((outcome(task, run) for run in task.runs if run.name == cure.name), "not trained here")
 
 
+def scored(task: TaskResult, error: float) -> str:
+    """An error with its name: "error rate 0.12"."""
+    return f"{task.metric} {error:.3g}"
+
+
 def _proof(task: TaskResult, cure: Cured) -> str:
     how = {"solved": "solved the task", "partly": "learnt part of it", "chance": "stayed at chance"}
     found = trained(task, cure)
@@ -166,5 +186,6 @@ def half_life(reach: Reach) -> str:
     return "∞" if reach.half_life is None else f"{reach.half_life:.3g}"
 
 
-def _and(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """ "A, B and C"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

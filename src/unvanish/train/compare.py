@@ -5,9 +5,9 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,118 +15,132 @@ import unvanish
 from unvanish import flow
 from unvanish.train.configuration import TrainingConfiguration
 from unvanish.train.fit import evaluate, fit
-from unvanish.train.gradient_breakdown import break_down, ending_together
+from unvanish.train.gradient_breakdown import break_down
+from unvanish.train.gradient_reach import PROBES, measure
 from unvanish.train.memory import estimated, require
-from unvanish.train.models import REMEDIES, SequenceModel, recipe
-from unvanish.train.records import Comparison, Cured, Reach, Run, TaskResult
+from unvanish.train.models import Recipe, SequenceModel, recipe
+from unvanish.train.records import Comparison, GradientBreakdown, Reach, Run, TaskResult, Trial
 from unvanish.train.supervised import Progress
 from unvanish.train.tasks import TASKS, Task, make_task
 from unvanish.train.tasks.digits import PixelDigits
+from unvanish.train.untrained import cured, forget_bias_series, rescued
 
-DEFAULT_TASKS = ("adding", "digits")
-DEFAULT_CELLS = ("rnn", "gru", "lstm", "lstm-chrono")
-DEFAULT_STEPS = {"adding": 800}
+DEFAULT_TASKS = ("adding", "digits-padded")
+DEFAULT_CELLS = ("rnn", "gru", "lstm", "lstm-chrono", "janet-chrono", "ur_lstm")
+DEFAULT_STEPS = {"adding": 800, "digits-padded": 800}
 STEPS = 600
 """updates for a task without a default of its own"""
-HIDDEN, BATCH, LR, CLIP = 48, 64, 1e-2, 1.0
-PROBES = 32
-"""validation samples on which the flow is measured"""
+HIDDEN, BATCH, LR, CLIP = 32, 32, 1e-2, 1.0
 
-Tell = Callable[[Task, str, int, int, float | None], None]
-"""(task, cell, updates done, updates in all, latest validation error)"""
-
-
-def measure(model: SequenceModel, task: Task, update: int, fraction: float = 0.01) -> Reach:
-    """‖∂E_T/∂s_{T−ℓ}‖ of the task's own error at the last step, s = c for the LSTM and h for the others, in float64.
-
-    The rows of the map are renormalised as they go, so `log_norm` is right far below what the training's float32 can
-    hold.
-
-    Raises:
-        ArithmeticError: the error is NaN or infinite.
-    """
-    double = deepcopy(model).double().train(False)
-    x, y = ending_together(task, PROBES)
-    states, _ = double.recurrent(x)
-    last = states[:, -1].detach().requires_grad_()
-    error = task.loss(double.head(last), y) * len(y)
-    if not error.isfinite():
-        raise ArithmeticError(f"the loss became {error.item()} at update {update}; try a smaller lr")
-    (source,) = torch.autograd.grad(error, last)
-    found = flow.adjoint_map(double.recurrent, x, sources=[-1], error=source.unsqueeze(0))
-    log_norms = found.over_lag(0)
-    relative = log_norms - log_norms[0]
-    # No interpolation: between two exact zeros, −inf, it would make a NaN.
-    middle, low, high = (torch.quantile(relative, q, dim=1, interpolation="lower") for q in (0.5, 0.1, 0.9))
-    decay = flow.decay(middle, fraction=fraction)
-    return Reach(
-        update=update,
-        lag=list(range(len(middle))),
-        log_norm=middle.tolist(),
-        low=low.tolist(),
-        high=high.tolist(),
-        rate=decay.rate,
-        half_life=decay.half_life,
-        reach=decay.reach,
-        fraction=fraction,
-    )
-
-
-def cured(task: Task, name: str, hidden: int, seed: int) -> list[Cured]:
-    """How each cure of a plain recipe changes the reach of the gradient before training; global random numbers stay."""
-    found = []
-    with torch.random.fork_rng(devices=[]):
-        for remedy in REMEDIES.get(name, ()):
-            torch.manual_seed(seed)
-            chosen = recipe(remedy)
-            found.append(Cured(remedy, chosen.title, measure(chosen.build(task, hidden), task, 0)))
-    return found
+Tell = Callable[[str, int, int, float | None], None]
+"""(task and cell, updates done, updates in all, latest validation error)"""
+Say = Callable[[str], None]
+"""what is happening, in a line"""
 
 
 def run_one(
-    task: Task, name: str, hidden: int, configuration: TrainingConfiguration, tell: Tell, folder: Path | None
+    task: Task,
+    name: str,
+    hidden: int,
+    configuration: TrainingConfiguration,
+    seeds: int,
+    tell: Tell,
+    say: Say,
+    folder: Path | None,
 ) -> Run:
-    """Measure, train, measure again; the same seed gives the same run."""
-    start = time.perf_counter()
-    torch.manual_seed(configuration.seed)
-    chosen = recipe(name)
-    model = chosen.build(task, hidden)
-    before = measure(model, task, 0)
-    breakdown = [break_down(model, task, 0, PROBES // 2)]
-    during: list[Reach] = []
-    moments = {configuration.steps // 10, configuration.steps // 2} - {0, configuration.steps}
-    progress: Progress = fit(
-        model,
-        task,
-        configuration,
-        at={update: lambda done: during.append(measure(model, task, done)) for update in moments},
-        tell=lambda done, error: tell(task, name, done, configuration.steps, error),
-    )
+    """Measure, train, measure again, once per seed; along the training of the first. One seed gives one trial."""
+    chosen, label = recipe(name), f"{task.name} {name}"
+    found: list[_Trained] = []
+    for number in range(seeds):
+        here = task if number == 0 else make_task(task.name, task.length, task.seed + number)
+        mine = replace(configuration, seed=configuration.seed + number)
+        say(f"{label}: training {number + 1} of {seeds}, seed {mine.seed}")
+
+        def told(update: int, error: float | None, done: int = number * configuration.steps) -> None:
+            tell(label, done + update, seeds * configuration.steps, error)
+
+        found.append(_trained(here, chosen, hidden, mine, number == 0, told))
+    first = found[0]
     if folder is not None:
-        with flow.watch(model) as record:
-            x, y = task.samples("validation", range(PROBES))
-            task.loss(model(x), y).backward()
-        record.save(folder / f"{task.name}-{name}.flow")
-    model.zero_grad()
-    breakdown.append(break_down(model, task, configuration.steps, PROBES // 2))
-    test_error = evaluate(model, task)
-    stays = [all(e < task.solved_below for e in progress.error[i:]) for i in range(len(progress.error))]
+        _save_flow(first.model, task, folder / f"{task.name}-{name}.flow")
+    say(f"{label}: cures and rescue, before any training")
     return Run(
         name=name,
         title=chosen.title,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in first.model.parameters()),
+        trials=[each.trial for each in found],
+        moments=first.moments,
+        breakdown=first.breakdown,
+        cures=cured(task, name, hidden, configuration.seed),
+        rescue=rescued(task, name, hidden, configuration.seed),
+    )
+
+
+class _Trained(NamedTuple):
+    """One training, and what was measured of it."""
+
+    model: SequenceModel
+    trial: Trial
+    moments: list[Reach]
+    breakdown: list[GradientBreakdown]
+
+
+def _trained(
+    task: Task,
+    chosen: Recipe,
+    hidden: int,
+    configuration: TrainingConfiguration,
+    closely: bool,
+    tell: Callable[[int, float | None], None],
+) -> _Trained:
+    """Train a model from the configuration's seed; `closely`: reach at every round's end, and the gradient's breakdown
+    before and after."""
+    start = time.perf_counter()
+    torch.manual_seed(configuration.seed)
+    model = chosen.build(task, hidden)
+    moments = [measure(model, task, 0)]
+    breakdown = [break_down(model, task, 0, PROBES // 2)] if closely else []
+
+    def look(update: int) -> None:
+        moments.append(measure(model, task, update))
+
+    at = range(configuration.round, configuration.steps, configuration.round) if closely else ()
+    progress = fit(model, task, configuration, at=dict.fromkeys(at, look), tell=tell)
+    look(configuration.steps)
+    if closely:
+        breakdown.append(break_down(model, task, configuration.steps, PROBES // 2))
+    error, seconds = evaluate(model, task), time.perf_counter() - start
+    return _Trained(model, _trial(task, configuration, progress, error, seconds, moments), moments, breakdown)
+
+
+def _trial(
+    task: Task,
+    configuration: TrainingConfiguration,
+    progress: Progress,
+    error: float,
+    seconds: float,
+    moments: list[Reach],
+) -> Trial:
+    stays = [all(e < task.solved_below for e in progress.error[i:]) for i in range(len(progress.error))]
+    return Trial(
+        seed=configuration.seed,
         curve_update=progress.update,
         curve_error=progress.error,
-        test_error=test_error,
-        solved=test_error < task.solved_below,
+        test_error=error,
+        solved=error < task.solved_below,
         solved_at=next((u for u, stay in zip(progress.update, stays, strict=True) if stay), None),
-        seconds=time.perf_counter() - start,
-        before=before,
-        during=during,
-        after=measure(model, task, configuration.steps),
-        breakdown=breakdown,
-        cures=cured(task, name, hidden, configuration.seed),
+        seconds=seconds,
+        reach=[moments[0].reach, moments[-1].reach],
     )
+
+
+def _save_flow(model: SequenceModel, task: Task, path: Path) -> None:
+    """The record of one backward pass over the probes."""
+    with flow.watch(model) as record:
+        x, y = task.samples("validation", range(PROBES))
+        task.loss(model(x), y).backward()
+    record.save(path)
+    model.zero_grad()
 
 
 def compare(
@@ -139,12 +153,14 @@ def compare(
     batch: int = BATCH,
     lr: float = LR,
     seed: int = 0,
+    seeds: int = 3,
     flows: str | os.PathLike[str] | None = None,
     command: str = "unvanish.train.compare(...)",
     tell: Tell = lambda *_: None,
+    say: Say = lambda _: None,
 ) -> Comparison:
-    """Train every cell on every task under one budget; measure how far the last step's error reaches, before, during
-    and after.
+    """Train every cell on every task from several seeds; measure how far the last step's gradient reaches
+    before, along and after training.
 
     Args:
         tasks: names out of `unvanish.train.TASKS`.
@@ -154,10 +170,12 @@ def compare(
         steps: optimizer updates; None: each task's own.
         batch: samples per update.
         lr: Adam's learning rate.
-        seed: of data, weights and order.
+        seed: the first, of data, weights and order; the others follow it.
+        seeds: trainings of each cell on each task.
         flows: a folder for one flow file per run; None: keep none.
         command: what the user typed, for the report.
         tell: called after every update.
+        say: called with a line at every stage.
 
     Raises:
         ValueError: no task or cell, an unknown one or one named twice, a number out of range, or too little memory.
@@ -165,6 +183,8 @@ def compare(
     """
     if hidden < 1:
         raise ValueError(f"hidden: expected at least 1, got {hidden}")
+    if seeds < 1:
+        raise ValueError(f"seeds: expected at least 1, got {seeds}")
     _told_apart(tasks, "tasks")
     _told_apart(cells, "cells")
     for name in cells:
@@ -187,22 +207,25 @@ def compare(
         runs = []
         for name in cells:
             try:
-                runs.append(run_one(task, name, hidden, configuration, tell, folder))
+                runs.append(run_one(task, name, hidden, configuration, seeds, tell, say, folder))
             except ArithmeticError as error:
                 raise ArithmeticError(f"{task.name}, {name}: {error}") from error
-        settings = {**asdict(configuration), "hidden": hidden, "optimizer": "Adam", "probes": PROBES}
+        say(f"{task.name}: an LSTM with one forget bias after the other, before any training")
+        settings = {**asdict(configuration), "seeds": seeds, "hidden": hidden, "optimizer": "Adam", "probes": PROBES}
         results.append(
             TaskResult(
                 name=task.name,
                 title=task.title,
                 describe=task.describe,
                 source=task.source,
+                note=task.note,
                 length=task.length,
                 metric=task.metric,
                 chance=task.chance,
                 solved_below=task.solved_below,
                 settings=settings,
                 runs=runs,
+                forget_bias=forget_bias_series(task, hidden, seed),
             )
         )
     return Comparison(results, environment(), command)

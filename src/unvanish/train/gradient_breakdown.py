@@ -12,7 +12,7 @@ from unvanish.train.records import GradientBreakdown
 from unvanish.train.tasks import Task
 from unvanish.train.tasks.base import IGNORED
 
-POINTS = 120
+POINTS = 200
 """steps kept of each curve at most"""
 SOURCES = 30
 """error sources of the map at most"""
@@ -39,12 +39,18 @@ def break_down(model: SequenceModel, task: Task, update: int, probes: int) -> Gr
     carries = layer_directions(layer)[0].cell.carries
     assert own.dweight is not None
     assert own.partial is not None
+    arrived = terms.log_total.roll(-1, 0)  # ln‖δ_{t+1}‖; of the last two steps' the first is no sum of terms
+    arrived[-2:] = torch.nan
+    kept = {term.title: term.log_norm - arrived for term in terms.terms.values()}
     return GradientBreakdown(
         update=update,
         steps=steps,
         share={term.title: _plain(term.share.nanmedian(1).values[steps]) for term in terms.terms.values()},
+        kept={title: _plain(v.nanmedian(1).values[steps]) for title, v in kept.items()},
+        kept_in_all=_plain((terms.log_total - arrived).nanmedian(1).values[steps]),
         subgradient=_plain(own.dweight[steps].log()),
         partial_sums=_plain(own.partial[steps].log()),
+        last_steps=steps_holding(own.dweight, 0.99),
         time_constants=_plain(flow.gate_statistics(layer, x).time_constant) if carries else None,
         sources=list(found.sources),
         map=[_plain(row) for row in found.log_norms.median(2).values[:, steps]],
@@ -61,6 +67,13 @@ def ending_together(task: Task, most: int) -> tuple[Tensor, Tensor]:
     steps = (y != IGNORED).sum(1)
     end = int(steps.mode().values)
     return x[steps == end, : x.shape[1] - y.shape[1] + end], y[steps == end, end - 1]
+
+
+def steps_holding(dweight: Tensor, share: float) -> int:
+    """The least n for which the last n steps hold this share of Σ_t ‖g_t‖; 0 where all are zero."""
+    from_the_end = dweight.flip(0).cumsum(0)
+    total = float(from_the_end[-1])
+    return int((from_the_end < share * total).sum()) + 1 if total > 0 else 0
 
 
 def _plain(values: Tensor) -> list[float | None]:

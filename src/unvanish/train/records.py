@@ -1,11 +1,13 @@
 """What a comparison measured: frozen data, as it stands in `results.json`. Drawn by `unvanish.report`."""
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the layout of `results.json`."""
 
 
@@ -34,20 +36,27 @@ class Reach:
 
 @dataclass(frozen=True)
 class GradientBreakdown:
-    """Why the error survives or dies in the recurrent layer, at one moment of training; medians over the batch.
+    """Why the gradient survives or dies in the recurrent layer, at one moment of training; medians over the batch.
 
-    None stands where there is no number: a logarithm of zero, a share of no error.
+    None stands where there is no number: a logarithm of zero, a share of no gradient.
     """
 
     update: int
     steps: list[int]
     """t of all curves below"""
     share: dict[str, list[float | None]]
-    """path, in words → its signed share of the last step's error that comes back to step t; they sum to 1"""
+    """path, in words → its signed share of the last step's gradient that comes back to step t; they sum to 1"""
+    kept: dict[str, list[float | None]]
+    """path, in words → ln(‖term‖ / ‖δ_{t+1}‖): what this path alone keeps of the gradient in the step from t + 1 to t,
+    δ the gradient of the state that the cell remembers by"""
+    kept_in_all: list[float | None]
+    """ln(‖Σ terms‖ / ‖δ_{t+1}‖)"""
     subgradient: list[float | None]
     """ln‖g_t‖, ∂E/∂W = Σ_t g_t"""
     partial_sums: list[float | None]
     """ln‖Σ_{s ≥ t} g_s‖"""
+    last_steps: int
+    """how many of the last steps hold 99 % of Σ_t ‖g_t‖: leaving out the others changes ∂E/∂W by at most 1 % of it"""
     time_constants: list[float | None] | None
     """steps, per unit: τ = 1 / −mean ln of the gate that carries the state; None for a plain RNN"""
     sources: list[int]
@@ -67,13 +76,35 @@ class Cured:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One model trained on one task."""
+class BiasReach:
+    """A fresh LSTM whose forget biases are all set to one value."""
 
-    name: str
-    """as asked for: "rnn", "gru", "lstm", "lstm-chrono" """
-    title: str
-    parameters: int
+    bias: float
+    reach: Reach
+
+
+@dataclass(frozen=True)
+class Rescue:
+    """The smallest change of the carry gate's biases that lets a gradient survive, before any training."""
+
+    gate: str
+    lag: int
+    target: float
+    """the survival S(lag) asked for"""
+    survival: float
+    """before the change"""
+    before: list[float]
+    """the gate's bias, per unit; of a gate that carries by 1 − γ too, as it stands in the layer"""
+    after: list[float]
+    reach: Reach
+    """after the change"""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of a model on a task, from one seed of weights, data and order."""
+
+    seed: int
     curve_update: list[int]
     curve_error: list[float]
     """validation error along training, in the task's metric"""
@@ -82,13 +113,77 @@ class Run:
     solved_at: int | None
     """the first measured update from which validation stays below `solved_below`"""
     seconds: float
-    before: Reach
-    during: list[Reach]
-    after: Reach
+    reach: list[int]
+    """steps, before and after training"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model trained on one task, from several seeds."""
+
+    name: str
+    """as asked for: "rnn", "gru", "lstm", "lstm-chrono" """
+    title: str
+    parameters: int
+    trials: list[Trial]
+    moments: list[Reach]
+    """of the first trial: before training, along it, after it"""
     breakdown: list[GradientBreakdown]
-    """before and after training"""
+    """of the first trial, before and after training"""
     cures: list[Cured]
     """of a plain cell; none of a cured one"""
+    rescue: Rescue | None
+    """None where no gate carries the state, or the states' reaction to their biases kept S from the target"""
+
+    @property
+    def before(self) -> Reach:
+        """The first trial's reach before training."""
+        return self.moments[0]
+
+    @property
+    def after(self) -> Reach:
+        """The first trial's reach after training."""
+        return self.moments[-1]
+
+    @property
+    def test_error(self) -> float:
+        """Median over the trials."""
+        return median(trial.test_error for trial in self.trials)
+
+    @property
+    def successes(self) -> int:
+        """Trials that solved the task."""
+        return sum(trial.solved for trial in self.trials)
+
+    @property
+    def solved(self) -> bool:
+        """Whether more than half of the trials solved the task."""
+        return 2 * self.successes > len(self.trials)
+
+    @property
+    def solved_at(self) -> int | None:
+        """Median over the trials that solved it, of the update from which they did; None: none."""
+        found = [trial.solved_at for trial in self.trials if trial.solved and trial.solved_at is not None]
+        return round(median(found)) if found else None
+
+    @property
+    def success_interval(self) -> tuple[float, float]:
+        """95 % interval of the success rate."""
+        return wilson(self.successes, len(self.trials))
+
+
+def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval of a rate p̂ = k/n, by Wilson 1927: (p̂ + z²/2n ± z √(p̂(1−p̂)/n + z²/4n²)) / (1 + z²/n).
+
+    Raises:
+        ValueError: there is no trial, or there are more successes than trials.
+    """
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(f"successes, trials: expected 0 ≤ k ≤ n and n ≥ 1, got {successes} and {trials}")
+    rate, square = successes / trials, z * z / trials
+    middle = rate + square / 2
+    half = z * math.sqrt(rate * (1 - rate) / trials + square / (4 * trials))
+    return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
 
 
 @dataclass(frozen=True)
@@ -99,6 +194,8 @@ class TaskResult:
     title: str
     describe: str
     source: str
+    note: str
+    """what a short first reach can be worth on this task; "" where nothing is known"""
     length: int
     metric: str
     """"mean squared error", "error rate", ..."""
@@ -108,6 +205,8 @@ class TaskResult:
     settings: dict[str, Any]
     """hidden, steps, batch, lr, seed, clip, optimizer"""
     runs: list[Run]
+    forget_bias: list[BiasReach]
+    """what the forget bias alone does to a fresh LSTM on this task"""
 
 
 @dataclass(frozen=True)
@@ -147,9 +246,16 @@ class Comparison:
         for place, task in enumerate(found.tasks):
             if not isinstance(task.settings.get("steps"), int):
                 raise ValueError(f"results.json: tasks.{place}.settings.steps: expected a whole number")
+            for run in task.runs:
+                if not run.trials or len(run.moments) < 2 or len(run.breakdown) != 2:
+                    raise ValueError(
+                        f"results.json: tasks.{place}: expected trials, moments and two breakdowns of {run.name!r}"
+                    )
         # They become parts of file names and of a page's identifiers.
         runs = [run for task in found.tasks for run in task.runs]
         for named in (*found.tasks, *runs, *(cured for run in runs for cured in run.cures)):
-            if not re.fullmatch(r"[A-Za-z0-9-]+", named.name):
-                raise ValueError(f"results.json: expected a name of letters, digits and hyphens, got {named.name!r}")
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", named.name):
+                raise ValueError(
+                    f"results.json: expected a name of letters, digits, hyphens and underscores, got {named.name!r}"
+                )
         return found

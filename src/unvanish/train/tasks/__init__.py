@@ -4,6 +4,7 @@ from unvanish.train.tasks.adding import Adding, Multiplication
 from unvanish.train.tasks.base import Task
 from unvanish.train.tasks.copy_memory import CopyMemory, VariableCopyMemory
 from unvanish.train.tasks.digits import Digits, FullMNIST, FullPermutedMNIST, PermutedMNIST, SequentialMNIST
+from unvanish.train.tasks.padded_digits import PaddedDigits
 from unvanish.train.tasks.reber import EmbeddedReber
 from unvanish.train.tasks.recall import DelayedRecall, NoiseFreeLag
 from unvanish.train.tasks.temporal_order import TemporalOrder, TemporalOrder3
@@ -21,6 +22,7 @@ TASKS: dict[str, type[Task]] = {
         NoiseFreeLag,
         DelayedRecall,
         Digits,
+        PaddedDigits,
         SequentialMNIST,
         PermutedMNIST,
         FullMNIST,

@@ -33,6 +33,8 @@ class Task(ABC):
     kind: ClassVar[Literal["regression", "classification", "prediction"]]
     """how an answer is judged: squared error, share of wrong classes, or cross-entropy over all answered steps"""
     default_length: ClassVar[int]
+    note: ClassVar[str] = ""
+    """what a short first reach can be worth on this task, with the experiment that shows it"""
 
     shuffle: bool = True
     carry: bool = False
