@@ -148,3 +148,9 @@ def test_what_all_samples_have_at_a_step_does_not_look_like_time() -> None:
     generator = torch.Generator().manual_seed(0)
     seasonal = torch.randn(40, 12, 1, generator=generator) + 5 * torch.randn(1, 12, 1, generator=generator)
     assert axis_of_time(seasonal, []) is None
+
+
+def test_one_target_for_each_sample_settles_the_axis_however_the_samples_are_sorted() -> None:
+    x = torch.arange(24.0).sin().repeat_interleave(2).reshape(24, 2, 1) + torch.arange(24.0)[:, None, None]
+    assert axis_of_time(x * torch.tensor([[[1.0], [-1.0]]]), []) == 0
+    assert subject(x * torch.tensor([[[1.0], [-1.0]]]), torch.zeros(24), batch_first=True).samples == 24

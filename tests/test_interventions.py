@@ -1,6 +1,7 @@
 """Interventions find the planted cause, by the loss of copies on samples that they were not trained on."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_a_rate_that_is_far_too_small_is_named_and_the_plan_has_a_usual_one(how:
     )
     found = outcome(model, *recall(256, 5), optimizer=given)
     assert codes(found) == ["learning_rate"]
-    assert "lr=0.00" in found.plan.code
+    assert re.search(r"lr=0\.0(01|03|1)\b", found.plan.code)
     assert found.plan.predicted is not None
     assert found.plan.predicted.after < 0.7 * found.plan.predicted.bar < found.plan.predicted.before
 

@@ -135,8 +135,10 @@ class Subject:
             return (None, (0, 1)) if targets else (main.shape[axis], (axis, 1 - axis))
         best = max(scores, key=lambda axis: (scores[axis], -axis))
         if scores[0] and scores[1]:
-            # A time-major batch, and a layer that takes a batch for time-major, look the same but for the data.
-            time = axis_of_time(main, targets)
+            # A time-major batch, and a layer that takes a batch for time-major, look the same but for the data. One
+            # target for each sample settles it: that their number is a multiple of the other axis too is an accident.
+            open_ = scores[0] == scores[1] or any(t.shape[:2] == main.shape[:2] for t in targets)
+            time = axis_of_time(main, targets) if open_ else None
             if time is not None:
                 return main.shape[1 - time], (1 - time, time)
             other = self._follows(main.shape[1], (1, 0)) and not self._follows(main.shape[0], (0, 1))

@@ -37,9 +37,11 @@ def course(record: LayerFlow) -> Course:
     """The course of ∂E/∂c_t where there is a cell state, of ∂E/∂h_t elsewhere."""
     norms = record.dh if record.dc is None else record.dc
     present = torch.arange(len(norms))[:, None] < record.lengths[None, :]
+    if not norms.numel():
+        return Course([], 0.0, 0, 0, -math.inf)
     middle = torch.where(present, norms, torch.nan).nanmedian(1).values.nan_to_num(0.0)
-    at = int(middle.argmax()) if len(middle) else 0
-    peak = float(middle[at]) if len(middle) else 0.0
+    at = int(middle.argmax())
+    peak = float(middle[at])
     if not 0 < peak < math.inf:
         return Course([-math.inf] * len(middle), peak, at, 0, -math.inf)
     powers = (middle / peak).log10().tolist()
