@@ -25,3 +25,11 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=path, args=flags)
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(autouse=True)
+def engine_at_any_length(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers run on the engine also where torch's are faster, but in tests that are marked `by_cost`: most sequences of
+    the tests are short."""
+    if request.node.get_closest_marker("by_cost") is None:
+        monkeypatch.setattr("unvanish.engine.cost.CALLS", {})

@@ -272,7 +272,9 @@ def test_under_autocast_the_record_is_that_of_the_weights_own_dtype(family: Any,
                 name = next(iter(flow))
                 torch.testing.assert_close(flow[name].dh, right[name].dh, rtol=3e-2, atol=1e-3)
                 recorded = isinstance(layer, uv.nn.layers.EngineSequence) and not options
-                assert math.isnan(flow[name].residual) if recorded else flow[name].residual < 2e-2
+                residual = flow[name].residual
+                # Where the CPU multiplies in bfloat16 torch's layer runs, whose gradient there is to compare with.
+                assert residual < 2e-2 or (recorded and math.isnan(residual))
 
 
 @pytest.mark.parametrize("family", [nn, uv.nn])

@@ -8,6 +8,7 @@ names are part of what a layer of torch is, and are used where layers are.
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import cache
 from importlib import import_module
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch._C import _autograd
 from torch.autograd import Variable, forward_ad
 from torch.autograd.graph import Node
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._device import DeviceContext
 
 Dropout = _DropoutNd
 """what torch's dropout layers have in common. Instead: a tuple of them"""
@@ -95,6 +97,41 @@ def vjp(outputs: Sequence[Tensor], errors: Sequence[Tensor], inputs: Sequence[Te
 def tracing() -> bool:
     """Whether torch.jit.trace is running. Instead: `torch.jit.is_tracing`, which scripted code may not call."""
     return torch._C._get_tracing_state() is not None
+
+
+def overridden(given: Iterable[Any]) -> bool:
+    """Whether somebody sees torch's functions when they are called with these: a tensor's `__torch_function__`, or a
+    TorchFunctionMode other than the one that sets the default device. Instead: `torch.overrides.has_torch_function`
+    alone, which is true under a default device too."""
+    given = tuple(given)
+    if not torch.overrides.has_torch_function(given):
+        return False
+    if any(not isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack()):
+        return True
+    disabled = torch._C._disabled_torch_function_impl
+    return any(getattr(type(v), "__torch_function__", disabled) is not disabled for v in given if type(v) is not Tensor)
+
+
+def fixed(size: int | torch.SymInt) -> bool:
+    """Whether an axis has the same size in every run of a graph that is being captured. Instead: `isinstance(size,
+    int)`, which torch.compile answers with yes for any size. Takes a second to import."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(size)
+
+
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch's own layers have kernels for this dtype of less than single precision on this CPU. Instead: time a
+    product of matrices in it against one in float32."""
+    ask = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return ask is not None and torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, ask)())
+
+
+def quantizes(tracer: Any) -> bool:
+    """Whether torch.fx traces a model in order to quantise it. Instead: the name of the tracer's class."""
+    made = sys.modules.get("torch.ao.quantization.fx.tracer")
+    return made is not None and isinstance(tracer, made.QuantizationTracer)
 
 
 def notes(node: Node) -> dict[Any, Any]:

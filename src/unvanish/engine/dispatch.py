@@ -78,6 +78,11 @@ def force(rung: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> bool:
+    """Whether `force` is in effect."""
+    return _forced is not None
+
+
 def _how(rung: str, cell: Cell, x: Tensor) -> str | None:
     return manual.how(cell, x) if rung == "manual" else None
 

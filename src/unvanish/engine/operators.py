@@ -6,18 +6,20 @@ holds, so an operator checks all its arguments itself; the native rung is reache
 has checked them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from unvanish import torch_internals
 from unvanish.cells import Cell, State, Weights
-from unvanish.engine import native, reference
+from unvanish.engine import flops, native, reference
 from unvanish.engine.operator_checks import SCHEMA, LayerTensors, check_backward, check_forward
 from unvanish.engine.sequence import sort
 
-_EIGHT = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_EIGHT = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 
 
 def _forward(*given: Any) -> tuple[Tensor, ...]:
@@ -25,16 +27,23 @@ def _forward(*given: Any) -> tuple[Tensor, ...]:
     check_forward(LayerTensors(*tensors), cell=cell, clip=clip, save=save, closed=closed)
     inputs: Any = (*_contiguous(tensors), *given[len(tensors) :])
     # The same call returns the same values, as torch's own checks of operators demand.
-    return native.forward(*inputs, clear=True)
+    found = native.forward(*inputs, clear=True)
+    return *found, own_output(found[0], save)
+
+
+def own_output(y: Tensor, save: bool) -> Tensor:
+    """The copy of an output that its backward reads: the output itself may be changed in place, as that of torch's
+    layers may."""
+    return native.pooled(y, *y.shape).copy_(y) if save else y.new_empty(0)
 
 
 forward_operator = torch.library.custom_op(
     "unvanish::forward",
     _forward,
     mutates_args=(),
-    schema=f"({SCHEMA}, int cell, bool reverse, float clip, bool save, float closed) -> {_EIGHT}",
+    schema=f"({SCHEMA}, int cell, bool reverse, float clip, bool save, float closed) -> ({_EIGHT}, Tensor)",
 )
-"""`native.forward`, checked."""
+"""`native.forward`, checked, and `own_output`."""
 
 
 @forward_operator.register_fake
@@ -47,7 +56,8 @@ def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, clip, sav
     gates = x.new_empty(T * B * kept.saved) if save and native.keeps_gates(layer, H, kept) else nothing.clone()
     cells = x.new_empty(T * B * kept.padded) if save and c0 is not None else nothing.clone()
     statistics = native.statistics_shapes(x, T, B, H, cell, closed)
-    return x.new_empty(T, B, R), x.new_empty(B, R), c, gates, cells, *statistics
+    own = x.new_empty(T, B, R) if save else nothing.clone()
+    return x.new_empty(T, B, R), x.new_empty(B, R), c, gates, cells, *statistics, own
 
 
 def _gradients(*given: Any) -> tuple[Tensor, ...]:
@@ -67,7 +77,7 @@ backward_operator = torch.library.custom_op(
     _backward,
     mutates_args=(),
     schema=f"(Tensor? dy, Tensor? dh, Tensor? dc, {SCHEMA}, Tensor y, Tensor gates, Tensor cells, "
-    f"int cell, bool reverse, float clip, bool want_dx) -> {_EIGHT}",
+    f"int cell, bool reverse, float clip, bool want_dx) -> ({_EIGHT})",
 )
 """The gradients of `native.backward`, checked."""
 
@@ -82,23 +92,55 @@ def _contiguous(given: Any) -> list[Tensor | None]:
     return [None if v is None else v.contiguous() for v in given]
 
 
+def keep(ctx: Any, layer: Sequence[Tensor | None], own: Tensor, gates: Tensor, cells: Tensor) -> None:
+    """Save a call's tensors for its backward, but for the biases: torch's layers let them be changed in between, since
+    only a graph of the gradients reads them."""
+    *most, b_ih, b_hh, w_hr, lengths = layer
+    ctx.save_for_backward(*most, w_hr, lengths, own, gates, cells)
+    ctx.biases = b_ih, b_hh
+    ctx.versions = None if torch_internals.captures_graph() else _versions(ctx.biases)
+
+
+def kept(ctx: Any) -> tuple[Any, ...]:
+    """What `keep` saved, in the order of the operators' arguments. Read once: a checkpoint recomputes it."""
+    *most, w_hr, lengths, y, gates, cells = ctx.saved_tensors
+    return (*most, *ctx.biases, w_hr, lengths, y, gates, cells)
+
+
+def check_biases(ctx: Any) -> None:
+    """Where the gradients are to have a graph of their own, it must be that of the biases that were read.
+
+    Raises:
+        RuntimeError: a bias has been changed in place.
+    """
+    if ctx.versions is not None and _versions(ctx.biases) != ctx.versions:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a bias of "
+            "a recurrent layer; the graph of its gradients (create_graph=True) needs the values that the forward read"
+        )
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    return tuple(v._version for v in tensors if v is not None and not v.is_inference())
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, cell, reverse, clip, _, _ = inputs
-    y, _, _, gates, cells, *statistics = output
-    ctx.save_for_backward(*tensors, y, gates, cells)
+    _, _, _, gates, cells, *rest = output
+    keep(ctx, tensors, rest[-1], gates, cells)
     ctx.cell, ctx.reverse, ctx.clip = cell, reverse, clip
     # Whether backward gets the very tensors that a kernel has read or written.
     ctx.intact = False
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(gates, cells, *statistics)
+    ctx.mark_non_differentiable(gates, cells, *rest)
 
 
 def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    # Read once: a checkpoint recomputes them for it.
-    saved = ctx.saved_tensors
+    saved = kept(ctx)
     x, h0, c0, *weights, lengths, _, _, _ = saved
     nothing = (None,) * 5
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        check_biases(ctx)
         cell, state = native.cell_of(ctx.cell), (h0,) if c0 is None else (h0, c0)
         clip = ctx.clip or None
         found = reference.gradients(
@@ -123,10 +165,15 @@ def gradients(
     """
     if direct:
         return _gradients(*_contiguous(errors), *saved, cell, reverse, clip, want_dx)
-    return backward_operator(*errors, *saved, cell, reverse, clip, want_dx)
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, *rest = saved
+    # The kernels ask only whether there is a bias. A graph that held its values would not let it be changed.
+    biases = (None if b is None else w_ih.new_empty(len(w_ih)) for b in (b_ih, b_hh))
+    return backward_operator(*errors, x, h0, c0, w_ih, w_hh, *biases, *rest, cell, reverse, clip, want_dx)
 
 
 torch.library.register_autograd("unvanish::forward", _autograd, setup_context=_setup_context)
+register_flop_formula(torch.ops.unvanish.forward)(flops.forward)
+register_flop_formula(torch.ops.unvanish.backward)(flops.backward)
 
 
 class _Eager(torch.autograd.Function):
@@ -134,7 +181,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = native.forward(*inputs)
+        found = native.forward(*inputs)
+        output = (*found, own_output(found[0], save=True))
         _setup_context(ctx, inputs, output)
         ctx.intact = not torch_internals.saved_tensors_hooked()
         return output

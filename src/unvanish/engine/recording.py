@@ -125,7 +125,7 @@ class _Recorded(torch.autograd.Function):
         how = _how(cell, reverse, clip)
         y, h, c, *kept, mean, saturated, log_carry = native.forward(*inputs, **how, save=True, closed=SATURATED)
         record.forward(_statistics(mean, saturated, log_carry, back))
-        ctx.save_for_backward(*inputs, y, *kept)
+        operators.keep(ctx, inputs, operators.own_output(y, save=True), *kept)
         ctx.record, ctx.cell, ctx.back, ctx.reverse, ctx.clip = record, cell, back, reverse, clip
         ctx.errors = None
         ctx.intact = not torch_internals.saved_tensors_hooked()
@@ -134,8 +134,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *errors: Any) -> Any:
-        # Read once: a checkpoint recomputes them for it.
-        saved = ctx.saved_tensors
+        saved = operators.kept(ctx)
         x, h0, c0, *weights, lengths, _, _, _ = saved
         given = [*errors, None][:3]
         # Errors that arrive in a batch, or with no memory of their own, are not measured: the operator takes them.
@@ -149,6 +148,7 @@ class _Recorded(torch.autograd.Function):
                 number, clip = native.NUMBER[ctx.cell.name], ctx.clip or 0.0
                 out = operators.gradients(given, saved, number, ctx.reverse, clip, want_dx, direct=False)
         if torch.is_grad_enabled():
+            operators.check_biases(ctx)
             state = (h0,) if c0 is None else (h0, c0)
             dx, dh0, *rest = reference.gradients(
                 ctx.cell, x, state, Weights(*weights), lengths, ctx.reverse, ctx.clip, errors[0], errors[1:]

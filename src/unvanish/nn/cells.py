@@ -1,26 +1,39 @@
-"""torch.nn.RNNCell, LSTMCell and GRUCell, with a sigmoid RNN and the mathematics of `unvanish.cells`.
+"""torch.nn.LSTMCell and GRUCell themselves, and torch.nn.RNNCell with a sigmoid and the mathematics of
+`unvanish.cells`.
 
 A single step has no sequence to run faster; these exist so that a model can name one family of layers, and for the
 sigmoid.
 """
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import GRUCell, LSTMCell
 
 from unvanish.cells import CELLS, Weights
+from unvanish.nn.torch_tools import TorchTools
+
+__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 
-class RNNCell(nn.RNNCell):
+class RNNCell(TorchTools, nn.RNNCell):
     """h' = φ(W_ih x + b_ih + W_hh h + b_hh), φ ∈ {tanh, relu, sigmoid}: torch.nn.RNNCell, and sigmoid."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.nonlinearity not in ("tanh", "relu", "sigmoid"):
-            raise ValueError(f"nonlinearity: expected 'tanh', 'relu' or 'sigmoid', got {self.nonlinearity!r}")
+    def _as_torchs(self) -> nn.Module:
+        if self.nonlinearity == "sigmoid":
+            raise ValueError("nonlinearity: torch's RNNCell, which is used here, has no sigmoid")
+        twin: Any = copy.copy(self)
+        if type(self) is RNNCell:
+            twin.__class__ = nn.RNNCell
+        return twin
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """As torch's: `[B, I]` or `[I]` → `[B, H]` or `[H]`."""
+        if type(input) is not Tensor:
+            leaf = self._leaf(input, hx)
+            if leaf is not None:
+                return leaf
         if self.nonlinearity != "sigmoid":
             return super().forward(input, hx)
         if input.dim() not in (1, 2):
@@ -34,11 +47,3 @@ class RNNCell(nn.RNNCell):
         weights = Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         cell = CELLS["rnn_sigmoid"]
         return cell.advance(cell.project(input, weights), (hx,), weights)[0]
-
-
-class LSTMCell(nn.LSTMCell):
-    """torch.nn.LSTMCell."""
-
-
-class GRUCell(nn.GRUCell):
-    """torch.nn.GRUCell."""

@@ -12,6 +12,7 @@ A subclass adds four things to how a sequence is run:
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from unvanish import engine, torch_internals
+from unvanish import engine
 from unvanish.cells import State
+from unvanish.nn import torch_forward
 from unvanish.nn.checkpointing import run_in_pieces
 from unvanish.nn.modules import (
     LayerDirection,
@@ -38,6 +40,7 @@ from unvanish.nn.modules import (
     used_weights,
 )
 from unvanish.nn.observing import Recorders, observed
+from unvanish.nn.torch_tools import TorchTools
 
 ADDED = ("clip", "checkpoint_every", "h_detach")
 """what a layer has beside torch's options; None where it is not used"""
@@ -225,12 +228,12 @@ class SequenceLayer(nn.Module):
         )
 
 
-class EngineSequence(SequenceLayer, nn.RNNBase):
+class EngineSequence(TorchTools, SequenceLayer, nn.RNNBase):
     """torch's layers on the engine."""
 
     def _torch_forward(self) -> Any:
-        """torch's own forward, for graphs that must not hold our operator and for devices where torch is faster."""
-        return next(base for base in type(self).__mro__ if base.__module__ == "torch.nn.modules.rnn").forward
+        """torch's own forward."""
+        return torch_forward.torchs_class(type(self)).forward
 
     def forward(
         self,
@@ -239,10 +242,23 @@ class EngineSequence(SequenceLayer, nn.RNNBase):
         *,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Any, Any]:
-        added = (lengths, self.clip, self.checkpoint_every, self.h_detach)
-        if self._needs_torch(input) and all(v is None for v in added):
+        if type(input) is not Tensor:
+            leaf = self._leaf(input, hx, lengths=lengths)
+            if leaf is not None:
+                return leaf
+        if lengths is None and self._torch_can() and torch_forward.reason(self, input, hx) is not None:
             return self._torch_forward()(self, input, hx)
         return super().forward(input, hx, lengths=lengths)
+
+    def _torch_can(self) -> bool:
+        """Whether nothing is used of this layer that torch's does not have."""
+        unused = self.clip is None and self.checkpoint_every is None and self.h_detach is None
+        return unused and self.mode != "RNN_SIGMOID"
+
+    def _as_torchs(self) -> nn.Module:
+        from unvanish.nn.accelerate import restore
+
+        return restore(copy(self))
 
     def extra_repr(self) -> str:
         """torch's, and what was added."""
@@ -250,12 +266,22 @@ class EngineSequence(SequenceLayer, nn.RNNBase):
         added += [f"{k}={getattr(self, k)}" for k in ADDED if getattr(self, k) is not None]
         return ", ".join([super().extra_repr(), *added])
 
-    def _needs_torch(self, x: Tensor | PackedSequence) -> bool:
-        data = x.data if isinstance(x, PackedSequence) else x
-        return data.device.type != "cpu" or torch.onnx.is_in_onnx_export() or torch_internals.tracing()
-
     def _check(self, x: Tensor | PackedSequence, hx: Any) -> None:
-        """torch's checks, in torch's words."""
+        """torch's own errors, where its layer raises one; ours where it reads past the end of an array instead."""
+        misfit = self._misfit(x, hx)
+        if misfit is not None:
+            if self._torch_can():
+                self._torch_forward()(self, x, hx)
+            raise misfit
+
+    def _misfit(self, x: Tensor | PackedSequence, hx: Any) -> Exception | None:
+        try:
+            self._check_call(x, hx)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            return error
+        return None
+
+    def _check_call(self, x: Tensor | PackedSequence, hx: Any) -> None:
         self._update_flat_weights()
         if isinstance(x, PackedSequence):
             data, batch_sizes = x.data, x.batch_sizes
@@ -319,9 +345,6 @@ class RNN(EngineSequence, nn.RNN):
         """As torch's; cuDNN, for which it arranges the weights, knows no sigmoid."""
         if self.nonlinearity != "sigmoid":
             super().flatten_parameters()
-
-    def _needs_torch(self, x: Tensor | PackedSequence) -> bool:
-        return self.nonlinearity != "sigmoid" and super()._needs_torch(x)
 
 
 class LSTM(EngineSequence, nn.LSTM):

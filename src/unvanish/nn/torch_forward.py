@@ -1,0 +1,72 @@
+"""Where a layer of ours runs torch's own forward: where that alone gives what torch's class gives (overridden
+functions, graphs that others read, other devices and dtypes), and where it is faster."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from unvanish import torch_internals
+from unvanish.engine import Choice, dispatch
+from unvanish.engine.cost import faster_in_torch
+from unvanish.engine.sequence import transform
+from unvanish.nn.modules import as_states, layer_directions, time_major
+
+
+def explain(layer: Any, x: Tensor | PackedSequence, hx: Any = None, lengths: Any = None) -> Choice:
+    """What runs a call of one of our RNN, LSTM or GRU: "torch", its own forward, or the rung of the engine that takes
+    the layer's first direction; and why not a faster one.
+
+    >>> print(explain(unvanish.nn.GRU(3, 4), torch.zeros(1, 2, 3)))  # doctest: +SKIP
+    native: not used, torch's layer is faster for so short a call
+    torch: runs
+    """
+    why = reason(layer, x, hx) if lengths is None and layer._torch_can() else None
+    if why is not None:
+        return Choice("torch", {"native": why})
+    inputs, first = time_major(layer, x, lengths), layer_directions(layer)[0]
+    return dispatch.explain(first.cell, inputs.x, others=(*as_states(hx), *first.weights))
+
+
+def reason(layer: nn.RNNBase, x: Any, hx: Any) -> str | None:
+    """Why torch's own forward runs this call, as the end of a sentence; None: it runs on the engine."""
+    data = x.data if isinstance(x, PackedSequence) else x
+    if type(data) is not Tensor and not torch.overrides.is_tensor_like(data):
+        return f"the input is a {type(x).__name__}"
+    if not data.is_cpu:
+        return f"the input is on {data.device}"
+    if torch_internals.tracing():
+        return "a graph is traced that others read"
+    if torch.compiler.is_compiling():
+        exported = torch.compiler.is_exporting() and torch_internals.fixed(_steps(layer, x))
+        return "a program is exported that others read" if exported or torch.onnx.is_in_onnx_export() else None
+    states = tuple(hx) if isinstance(hx, tuple | list) else (hx,)
+    if torch_internals.overridden((data, *states, *layer._parameters.values())):
+        return "torch's functions are overridden"
+    if dispatch.forced() or transform() is not None:
+        return None
+    rounds = data.dtype != torch.float64 and torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if rounds else data.dtype
+    weights: Any = layer._flat_weights
+    w_ih, w_hh = weights[:2]
+    trains = torch.is_grad_enabled() and (
+        w_ih.requires_grad or data.requires_grad or any(getattr(h, "requires_grad", False) for h in states)
+    )
+    B = data.shape[0 if layer.batch_first else 1] if data.dim() == 3 else 1
+    # torch has no fast way through samples of different length.
+    mode = "packed" if data is not x else layer.mode
+    return faster_in_torch(mode, _steps(layer, x), B, w_ih.numel() + w_hh.numel(), dtype, trains)
+
+
+@cache
+def torchs_class(kind: type[nn.RNNBase]) -> type[nn.RNNBase]:
+    """torch's RNN, LSTM or GRU, from which a class derives."""
+    return next(base for base in kind.__mro__ if base in (nn.RNN, nn.LSTM, nn.GRU))
+
+
+def _steps(layer: nn.RNNBase, x: Tensor | PackedSequence) -> int:
+    if isinstance(x, PackedSequence):
+        return len(x.batch_sizes)
+    return x.shape[1 if layer.batch_first and x.dim() == 3 else 0] if x.dim() else 0

@@ -1,0 +1,400 @@
+"""Ours do what torch's classes do: when tensors change between forward and backward, with what stands in for tensors,
+and in the tools that read a model."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import unvanish as uv
+from unvanish import torch_internals
+from unvanish.engine.cost import faster_in_torch
+from unvanish.nn import torch_forward
+
+LAYERS = ["RNN", "LSTM", "GRU"]
+CELLS = ["RNNCell", "LSTMCell", "GRUCell"]
+every_layer = pytest.mark.parametrize("kind", LAYERS)
+every_module = pytest.mark.parametrize("kind", LAYERS + CELLS)
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def pair(kind: str, *sizes: int, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """torch's module and ours, with the same weights."""
+    torch.manual_seed(0)
+    theirs = getattr(nn, kind)(*sizes, **options)
+    ours = getattr(uv.nn, kind)(*sizes, **options)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def given(kind: str, dtype: torch.dtype = torch.float32, T: int = 5) -> Tensor:
+    shape = (2, 3) if kind in CELLS else (T, 2, 3)
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(layer: nn.Module, x: Tensor, change: Callable[[Any], None]) -> list[Tensor]:
+    """Of the sum of the output, which `change` is called with before the backward."""
+    y = layer(x)[0]
+    total = y.sum()
+    change(y)
+    return list(torch.autograd.grad(total, list(layer.parameters())))
+
+
+@every_layer
+@both_dtypes
+@pytest.mark.parametrize("H", [8, 64])
+@pytest.mark.parametrize("watched", [False, True])
+def test_the_output_may_be_changed_before_the_backward(kind: str, dtype: torch.dtype, H: int, watched: bool) -> None:
+    theirs, ours = pair(kind, 3, H, dtype=dtype)
+    x = given(kind, dtype)
+    expected = gradients(theirs, x, lambda y: None)
+    ways: list[Callable[[Any], None]] = [lambda y: y.data.zero_(), lambda y: y.detach().mul_(2), lambda y: y.add_(1)]
+    for change in ways:
+        if watched:
+            with uv.watch(nn.Sequential(ours)):
+                found = gradients(ours, x, change)
+        else:
+            found = gradients(ours, x, change)
+        torch.testing.assert_close(found, expected)
+
+
+@every_layer
+@both_dtypes
+def test_a_bias_may_be_changed_before_the_backward(kind: str, dtype: torch.dtype) -> None:
+    theirs, ours = pair(kind, 3, 8, dtype=dtype)
+    x = given(kind, dtype)
+    expected = gradients(theirs, x, lambda y: None)
+    for name in ("bias_ih_l0", "bias_hh_l0"):
+        bias = getattr(ours, name)
+        before = bias.detach().clone()
+        for change in (lambda y, b=bias: b.data.add_(1), lambda y, b=bias: b.detach().add_(1)):
+            torch.testing.assert_close(gradients(ours, x, change), expected)
+            bias.data.copy_(before)
+        y = ours(x)[0]
+        bias.detach().add_(1)
+        with pytest.raises(RuntimeError, match="inplace operation: a bias of a recurrent layer"):
+            torch.autograd.grad(y.sum(), list(ours.parameters()), create_graph=True)
+        bias.data.copy_(before)
+
+
+@pytest.fixture
+def compiler() -> Any:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        yield lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")
+
+
+@every_layer
+@pytest.mark.parametrize("H", [8, 64])
+def test_changes_in_place_under_compile(kind: str, H: int, compiler: Any) -> None:
+    theirs, ours = pair(kind, 3, H)
+    x = given(kind)
+
+    def inside(layer: nn.Module) -> Tensor:
+        def total(x: Tensor) -> Tensor:
+            y = layer(x)[0]
+            return y.mul_(2).relu_().sum()
+
+        return compiler(total)(x)
+
+    expected = torch.autograd.grad(theirs(x)[0].mul(2).relu().sum(), list(theirs.parameters()))
+    torch.testing.assert_close(torch.autograd.grad(inside(ours), list(ours.parameters())), expected)
+    compiled = compiler(ours)
+    expected = torch.autograd.grad(theirs(x)[0].sum(), list(theirs.parameters()))
+    for change in (lambda y: y.data.zero_(), lambda y: y.add_(1), lambda y: ours.bias_hh_l0.data.add_(0)):
+        y = compiled(x)[0]
+        total = y.sum()
+        change(y)
+        torch.testing.assert_close(torch.autograd.grad(total, list(ours.parameters())), expected)
+
+
+@every_layer
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_per_sample_gradients(kind: str, batch_first: bool) -> None:
+    found = []
+    x = torch.linspace(-1, 1, 48, dtype=torch.float64).view(4, 4, 3)
+    for module in pair(kind, 3, 8, dtype=torch.float64, batch_first=batch_first):
+        run = call_for_per_sample_grads(module, batch_size=4, loss_reduction="sum", batch_first=batch_first)
+        tree_leaves(run(x))[0].sum().backward()
+        found.append([p.grad_sample for p in module.parameters()])  # type: ignore[attr-defined]
+    torch.testing.assert_close(found[1], found[0])
+
+
+SEEN: list[str] = []
+
+
+class Seeing(Tensor):
+    """Notes what torch does with it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        SEEN.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@every_module
+@pytest.mark.parametrize("where", ["x", "hx", "weight"])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_tensor_with_functions_of_its_own_sees_torchs(kind: str, where: str, train: bool) -> None:
+    names = {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru"}
+    name = names[kind.removesuffix("Cell")] + ("_cell" if kind in CELLS else "")
+    found = []
+    for module in pair(kind, 3, 8):
+        x, h = given(kind), torch.zeros((2, 8) if kind in CELLS else (1, 2, 8))
+        if where == "x":
+            x = x.as_subclass(Seeing)
+        if where == "hx":
+            h = h.as_subclass(Seeing)
+        if where == "weight":
+            own = "weight_hh" + "_l0" * (kind in LAYERS)
+            setattr(module, own, nn.Parameter(getattr(module, own).detach().as_subclass(Seeing)))
+        SEEN.clear()
+        with torch.set_grad_enabled(train):
+            found.append(tree_leaves(module(x, (h, h.clone()) if "LSTM" in kind else h)))
+        assert name in SEEN
+    assert all(type(v) is Seeing for v in found[1])
+    torch.testing.assert_close(found[1], found[0])
+
+
+@every_layer
+def test_a_mode_over_functions_sees_torchs_and_a_default_device_is_none(kind: str) -> None:
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            SEEN.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    ours, name = pair(kind, 3, 8)[1], {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru"}[kind]
+    SEEN.clear()
+    with Mode():
+        ours(given(kind))
+    assert name in SEEN
+    with torch.device("cpu"):
+        assert torch_forward.reason(ours, given(kind), None) is None
+
+
+class Reads(nn.Module):
+    """A module and what reads its output."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.head = part, nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.part(x)[0])
+
+
+@every_module
+def test_fx_traces_a_leaf(kind: str) -> None:
+    graphs = []
+    for module in pair(kind, 3, 8):
+        model, x = Reads(module), given(kind)
+        traced = torch.fx.symbolic_trace(model)
+        torch.testing.assert_close(traced(x), model(x))
+        graphs.append([(node.op, str(node.target)) for node in traced.graph.nodes])
+        with pytest.raises(torch.fx.proxy.TraceError):
+            torch.fx.symbolic_trace(module)
+    assert graphs[1] == graphs[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*reduce_range.*")
+@pytest.mark.parametrize("kind", [*LAYERS, "LSTMCell"])
+def test_fx_quantises_what_it_quantises_of_torchs(kind: str) -> None:
+    from torch.ao.quantization import QConfigMapping, default_dynamic_qconfig
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    found = []
+    for module in pair(kind, 3, 8):
+        torch.manual_seed(0)
+        model, x = Reads(module).eval(), given(kind)
+        prepared = prepare_fx(model, QConfigMapping().set_global(default_dynamic_qconfig), (x,))
+        done = convert_fx(prepared)
+        found.append((type(done.part), done(x)))
+    assert found[1][0] is found[0][0]
+    torch.testing.assert_close(found[1][1], found[0][1])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@every_layer
+def test_eager_quantisation_is_told_to_restore_first(kind: str) -> None:
+    model = nn.Sequential(pair(kind, 3, 8)[1]).eval()
+    with pytest.warns(UserWarning, match=f"leaves this {kind} of unvanish as it is; .* call unvanish.restore"):
+        torch.ao.quantization.quantize_dynamic(model, {getattr(nn, kind)})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*unvanish.*")
+        torch.ao.quantization.quantize_dynamic(uv.restore(model), {getattr(nn, kind)})
+    assert not hasattr(pair(kind, 3, 8)[1], "qconfig")
+
+
+@every_layer
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_holds_torchs_operators(kind: str, strict: bool, compiler: Any) -> None:
+    ours, x = Reads(pair(kind, 3, 8)[1]).eval(), given(kind)
+    program = torch.export.export(ours, (x,), strict=strict)
+    assert not any("unvanish" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), ours(x))
+
+
+@every_layer
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_program_for_any_number_of_steps_holds_the_engines(kind: str, strict: bool, compiler: Any) -> None:
+    ours, x = Reads(pair(kind, 3, 8)[1]).eval(), given(kind)
+    program = torch.export.export(ours, (x,), dynamic_shapes=({0: torch.export.Dim("T", min=2)},), strict=strict)
+    for T in (3, 9):
+        torch.testing.assert_close(program.module()(given(kind, T=T)), ours(given(kind, T=T)))
+
+
+@every_layer
+def test_onnx_of_an_exported_program(kind: str, tmp_path: Any) -> None:
+    import onnxruntime
+
+    ours, x = Reads(pair(kind, 3, 8)[1]).eval(), given(kind)
+    program = torch.export.export(ours, (x,))
+    torch.onnx.export(program, (), f=tmp_path / "m.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), ours(x), rtol=1e-4, atol=1e-5)
+
+
+@every_module
+@pytest.mark.parametrize("train", [True, False])
+def test_flops_are_torchs(kind: str, train: bool) -> None:
+    options: list[dict[str, Any]] = [{}]
+    options += [{"num_layers": 2, "bidirectional": True}] if kind in LAYERS else []
+    options += [{"proj_size": 4}] if kind == "LSTM" else []
+    for each in options:
+        found = []
+        for module in pair(kind, 3, 8, dtype=torch.float64, **each):
+            with FlopCounterMode(display=False) as counter:
+                y = tree_leaves(module(given(kind, torch.float64)))[0]
+                if train:
+                    y.sum().backward()
+            found.append(counter.get_total_flops())
+        assert found[1] == found[0] > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@every_module
+def test_scripts(kind: str) -> None:
+    class Holds(nn.Module):
+        def __init__(self, part: nn.Module) -> None:
+            super().__init__()
+            self.part = part
+
+        def forward(self, x: Tensor) -> Any:
+            return self.part(x)
+
+    module, x = pair(kind, 3, 8)[1], given(kind)
+    kind_before = type(module)
+    scripted = torch.jit.script(Holds(module))
+    torch.testing.assert_close(scripted(x), module(x))
+    assert type(module) is kind_before
+    assert [p.data_ptr() for p in scripted.parameters()] == [p.data_ptr() for p in module.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_torchs_class_lacks_is_not_scripted_without_it() -> None:
+    layer = uv.nn.LSTM(3, 4)
+    layer.clip = 1.0
+    for module in (layer, uv.nn.RNN(3, 4, nonlinearity="sigmoid"), uv.nn.RNNCell(3, 4, nonlinearity="sigmoid")):
+        with pytest.raises(ValueError, match="torch's"):
+            torch.jit.script(module)
+
+
+WRONG: dict[str, Callable[[nn.Module], Any]] = {
+    "list": lambda m: m([1, 2]),
+    "none": lambda m: m(None),
+    "axes": lambda m: m(torch.zeros(3)),
+    "integers": lambda m: m(torch.zeros(5, 2, 3, dtype=torch.long)),
+    "double": lambda m: m(torch.zeros(5, 2, 3, dtype=torch.float64)),
+    "features": lambda m: m(torch.zeros(5, 2, 4)),
+    "no steps": lambda m: m(torch.zeros(0, 2, 3)),
+    "text": lambda m: m(torch.zeros(5, 2, 3), "a"),
+    "number": lambda m: m(torch.zeros(5, 2, 3), 3),
+    "one of a pair": lambda m: m(torch.zeros(5, 2, 3), (torch.zeros(1, 2, 8),)),
+    "no state": lambda m: m(torch.zeros(5, 2, 3), (None, None)),
+}
+
+
+@every_layer
+@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)
+def test_wrong_calls_end_in_torchs_words(kind: str, call: Callable[[nn.Module], Any]) -> None:
+    said = []
+    for module in pair(kind, 3, 8):
+        with pytest.raises(Exception) as error:  # noqa: PT011 (whatever torch raises)
+            call(module)
+        said.append((type(error.value), str(error.value)))
+    assert said[1] == said[0]
+
+
+@every_layer
+def test_states_that_do_not_fit_end_in_torchs_words(kind: str) -> None:
+    x = torch.zeros(5, 2, 3)
+    for shape in ((1, 3, 8), (1, 2, 7), (2, 2, 8), (2, 8), (1, 1, 2, 8)):
+        h = torch.zeros(shape)
+        said = []
+        for module in pair(kind, 3, 8):
+            with pytest.raises(RuntimeError) as error:
+                module(x, (h, h) if kind == "LSTM" else h)
+            said.append(str(error.value))
+        assert said[1] == said[0]
+
+
+@every_layer
+def test_low_precision_runs_torchs_layer_or_is_as_accurate(kind: str) -> None:
+    theirs, ours = pair(kind, 3, 8)
+    x = given(kind)
+    exact = copy.deepcopy(theirs).double()(x.double())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, like = ours(x)[0], theirs(x)[0]
+    assert found.dtype == like.dtype
+    assert (found.double() - exact).abs().max() < 0.02
+
+
+@pytest.mark.by_cost
+@every_layer
+@pytest.mark.parametrize("train", [True, False])
+def test_a_short_call_runs_torchs_layer_where_that_is_faster_and_is_watched_all_the_same(
+    kind: str, train: bool
+) -> None:
+    theirs, ours = pair(kind, 3, 8)
+    short, long = given(kind, T=1), given(kind, T=60)
+    with torch.set_grad_enabled(train):
+        says = uv.nn.explain(ours, short)
+        assert uv.nn.explain(ours, long).rung == "native"
+    if kind == "LSTM" and train:
+        assert says.rung == "native"
+    else:
+        assert str(says) == "native: not used, torch's layer is faster for so short a call\ntorch: runs"
+    assert uv.nn.explain(ours, short, lengths=[1, 1]).rung == "native"
+    assert torch.equal(ours(short)[0], theirs(short)[0]) or kind == "LSTM"
+    if not train:
+        return
+    records = []
+    for layer in (theirs, ours):
+        with uv.watch(layer) as flow:
+            layer(short)[0].sum().backward()
+        records.append(next(iter(flow.values())).dh)
+    torch.testing.assert_close(records[1], records[0])
+    ours.clip = 1e-3
+    assert uv.nn.explain(ours, short).rung == "native"
+    with uv.engine.force("reference"):
+        ours.clip = None
+        assert uv.nn.explain(ours, short).rung == "reference"
+
+
+@pytest.mark.by_cost
+def test_the_rule_of_cost() -> None:
+    one = faster_in_torch("GRU", 1, 32, 10**5, torch.float32, True)
+    assert one == "torch's layer is faster for so short a call"
+    assert faster_in_torch("GRU", 100, 32, 10**5, torch.float32, True) is None
+    assert faster_in_torch("LSTM", 1, 1, 10**5, torch.float32, True) is None
+    assert faster_in_torch("packed", 1, 1, 10**5, torch.float64, False) is None
+    low = faster_in_torch("GRU", 100, 32, 10**5, torch.bfloat16, True)
+    assert (low is not None) == torch_internals.multiplies(torch.bfloat16)
