@@ -51,6 +51,8 @@ docs: $(VENV)/installed
 .venv-real/installed: pyproject.toml constraints.txt $(wildcard CMakeLists.txt csrc/*)
 	$(PYTHON) -m venv .venv-real
 	.venv-real/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,real]'
+	@# It comes with norse, compiled for another torch; torchmetrics, and so Lightning, fails to import beside it.
+	.venv-real/bin/pip uninstall --quiet --yes torchvision
 	touch $@
 
 clean:

@@ -342,6 +342,15 @@ def test_clipping_bounds_what_an_arm_steps_with() -> None:
     assert moved == pytest.approx(0.5, rel=1e-3)
 
 
+def test_an_arm_that_was_never_judged_is_not_said_to_learn() -> None:
+    """As where the budget ends before a candidate's turn comes to be judged."""
+    whole = Whole(subject(Wrapped(3, lambda z: z), X, Y, loss=cross_entropy))
+    for data in (whole, Rows(whole.subject, 200, 0)):
+        arm = Arm(AS_IS, data, recipe(None, data.subject.model, 1e-3)[0], None, 0)
+        assert not arm.learns
+        assert not arm.clear
+
+
 def test_an_arm_stops_at_a_loss_that_is_not_finite_and_says_when() -> None:
     rows = Rows(subject(Wrapped(1, lambda z: (z - 1e9).log()), X, NUMBERS[:, None], loss=mse_loss), 200, 0)
     arm = Arm(AS_IS, rows, recipe(None, rows.subject.model, 1e-3)[0], None, 0)

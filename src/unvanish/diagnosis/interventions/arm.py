@@ -115,7 +115,7 @@ class Arm:
         """Whether two judgements in a row were below the bar by more than chance; one, if a loss has no error bar."""
         told = [j.learns for j in self.judgements]
         if not self.material.unseen:
-            return self.best.learns
+            return bool(told) and self.best.learns
         return any(a and b for a, b in pairwise(told))
 
     @property
