@@ -6,10 +6,11 @@ A call of W = G·H·(I + H) weights over T steps of B samples costs, in the engi
 
     F + p·W − T·(s + g·B·W)
 
-F the engine's way through Python, p what laying out a weight costs, s what torch spends on a step beside its product, g
-what the engine gains on a multiply-add. The four are fitted per layer and mode by least squares of the difference over
-torch's time, none of them negative. The LSTM's for training are printed, but not used: see there. Processor time on one
-thread, medians of interleaved pairs: other work on the machine disturbs it little.
+F the overhead of the engine's Python, p the cost of laying out a weight, s what torch spends on a step beside its
+product, g what the engine gains on a multiply-add. The four are fitted per layer and mode by least squares of the
+difference over torch's time, none of them negative. The LSTM's for training are printed, but not used: see
+`unvanish.engine.cost`. Processor time on one thread, medians of interleaved pairs: other work on the machine disturbs
+it little.
 """
 
 import statistics

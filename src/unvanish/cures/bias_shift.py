@@ -1,9 +1,8 @@
 """The separable problem inside `rescue_`: minimise Σ_u β_u² subject to Σ_u s_u(β_u) = H τ².
 
-    s_u(β) = mean_b exp(2 L),  L = r Σ_t ln σ(a_{t,b,u} + β) + ρ_{b,u}
+    s_u(β) = mean_b exp(2 L),  L = r Σ_t ln σ(a_{t,b,u} + β)
 
-is what unit u keeps of an error's square over the lag: nearly a step from 0 to 1 in β. ρ is what else its carry
-multiplies by, as the peepholes of a gate that reads c; 0 where the gate alone carries. So the constraint is not convex:
+is what unit u keeps of an error's square over the lag: nearly a step from 0 to 1 in β. So the constraint is not convex:
 each unit is either *open*, on the upper branch of β = μ s'(β), or *shut*, on the lower one near β = 0. Opening a unit
 costs about min_β ½β² / (s(β) − s(0)); units are opened in the order of this price, the best number of them is found
 by solving for each, and Newton's method on (β, μ) makes the optimum exact.
@@ -28,29 +27,7 @@ class _Table(NamedTuple):
     slope: Tensor
 
 
-class Units(NamedTuple):
-    """What the units keep, as a function of β."""
-
-    a: Tensor
-    """[n, B, H] pre-activations"""
-    repeat: float
-    rest: Tensor
-    """[B, H] ρ"""
-
-    def kept(self, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(s, s', s'') `[H]` at β `[H]`."""
-        v = self.a + beta
-        log_square = 2 * (self.repeat * logsigmoid(v).sum(0) + self.rest)
-        f = v.sigmoid()
-        first = 2 * self.repeat * (1 - f).sum(0)
-        second = -2 * self.repeat * (f * (1 - f)).sum(0)
-        s = log_square.exp()
-        return s.mean(0), (first * s).mean(0), ((first**2 + second) * s).mean(0)
-
-
-def minimum_norm_shift(
-    a: Tensor, repeat: float, target: float, near: Tensor | None = None, rest: Tensor | None = None
-) -> Tensor:
+def minimum_norm_shift(a: Tensor, repeat: float, target: float, near: Tensor | None = None) -> Tensor:
     """β `[H]` ≥ 0 of the smallest 2-norm with mean_u s_u(β_u) = target².
 
     Args:
@@ -58,37 +35,35 @@ def minimum_norm_shift(
         repeat: r, how often each of the n steps counts.
         target: τ in (0, 1), above the survival at β = 0.
         near: a solution of a slightly different problem, from which Newton's method may start; None: search.
-        rest: `[B, H]` ρ; None: 0.
-
-    Raises:
-        ArithmeticError: no β reaches the target.
     """
-    units = Units(a, repeat, a.new_zeros(a.shape[1:]) if rest is None else rest)
     wanted = a.shape[-1] * target**2
     if near is not None:
-        found = _newton(units, wanted, near)
+        found = _newton(a, repeat, wanted, near)
         if found is not None:
             return found
-    table = _table(units, target)
-    most = float(table.s[-1].sum())
-    if most < wanted:
-        raise ArithmeticError(
-            f"target: expected at most {math.sqrt(most / a.shape[-1]):.3g}, got {target}: with every gate open, what "
-            "else the carry multiplies by keeps no more"
-        )
-    start = _search(table, wanted)
-    found = _newton(units, wanted, start)
+    start = _search(_table(a, repeat, target), wanted)
+    found = _newton(a, repeat, wanted, start)
     # Newton fails only where two branches meet; the table's own answer, driven to the target, is then the best known.
-    return _to_target(units, wanted, start) if found is None else found
+    return _to_target(a, repeat, wanted, start) if found is None else found
 
 
-def _table(units: Units, target: float) -> _Table:
+def kept(a: Tensor, repeat: float, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(s, s', s'') `[H]` at β `[H]`."""
+    v = a + beta
+    log_square = 2 * repeat * logsigmoid(v).sum(0)
+    f = v.sigmoid()
+    first = 2 * repeat * (1 - f).sum(0)
+    second = -2 * repeat * (f * (1 - f)).sum(0)
+    s = log_square.exp()
+    return s.mean(0), (first * s).mean(0), ((first**2 + second) * s).mean(0)
+
+
+def _table(a: Tensor, repeat: float, target: float) -> _Table:
     # There every ln f is above (τ − 1) / (1000 · steps): the unit keeps all that can be asked of it.
-    a = units.a
-    steps = units.repeat * a.shape[0]
+    steps = repeat * a.shape[0]
     highest = (math.log(1000 * steps / (1 - target)) - a.amin((0, 1))).clamp_min(1.0)
     beta = torch.linspace(0, 1, GRID, dtype=a.dtype, device=a.device)[:, None] * highest
-    rows = [units.kept(b) for b in beta]
+    rows = [kept(a, repeat, b) for b in beta]
     return _Table(beta, torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows]))
 
 
@@ -134,9 +109,9 @@ def _with_open(table: _Table, open_: Tensor, wanted: float) -> Tensor:
     return beta.gather(0, at[None])[0]
 
 
-def _newton(units: Units, wanted: float, beta: Tensor) -> Tensor | None:
+def _newton(a: Tensor, repeat: float, wanted: float, beta: Tensor) -> Tensor | None:
     """The stationary point β = μ s'(β), Σ s = wanted near β; None if there is none with a minimum's curvature."""
-    s, first, second = units.kept(beta)
+    s, first, second = kept(a, repeat, beta)
     mu = (beta @ first) / (first @ first)
     for _ in range(60):
         residual, lacking = beta - mu * first, wanted - s.sum()
@@ -153,16 +128,16 @@ def _newton(units: Units, wanted: float, beta: Tensor) -> Tensor | None:
         # A gate's survival changes by a factor within a few tenths of β: no longer steps than that.
         shrink = min(1.0, 0.5 / max(float(step.abs().max()), 1e-300))
         beta, mu = beta + shrink * step, mu + shrink * dmu
-        s, first, second = units.kept(beta)
+        s, first, second = kept(a, repeat, beta)
     return None
 
 
-def _to_target(units: Units, wanted: float, beta: Tensor) -> Tensor:
+def _to_target(a: Tensor, repeat: float, wanted: float, beta: Tensor) -> Tensor:
     """β scaled by one factor so that Σ s = wanted."""
     low, high = 0.0, 1.0
-    while float(units.kept(high * beta)[0].sum()) < wanted:
+    while float(kept(a, repeat, high * beta)[0].sum()) < wanted:
         high *= 2
     for _ in range(60):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if float(units.kept(middle * beta)[0].sum()) < wanted else (low, middle)
+        low, high = (middle, high) if float(kept(a, repeat, middle * beta)[0].sum()) < wanted else (low, middle)
     return high * beta

@@ -103,8 +103,8 @@ def forced(
 
 
 def _put_on_data(state: Any, correction: Tensor, seen: Tensor | None) -> Any:
-    """The state with the last layer's h corrected `[B, H]`; of its graph there is left what `seen` `[H, H]`, the
-    projection on what the readout sees, takes nothing from; None: nothing."""
+    """The state with `correction` `[B, H]` added to the last layer's h. Its graph keeps only the part of h that the
+    readout does not see: `seen` `[H, H]` projects on what it sees. None: the state is detached whole."""
     states = as_states(state)
     h, *others = states if seen is not None else tuple(s.detach() for s in states)
     last = h[-1]

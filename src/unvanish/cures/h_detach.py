@@ -1,4 +1,4 @@
-"""h-detach: now and then the error passes a step through the carry alone."""
+"""h-detach: at random steps the gradient passes through the carry alone."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from unvanish.nn.modules import SequenceModule
 
 
 def h_detach_(module: M, p: float | None) -> M:
-    """In training, block the error's way through the recurrent matrices at each step with probability p:
+    """In training, stop the gradient through the recurrent matrices at each step with probability p:
 
         δs_{t-1} ← C_tᵀ δs_t + ξ_t Σ_γ W_γᵀ δq^γ_t,   ξ_t = 0 with probability p, else 1
 

@@ -42,7 +42,8 @@ def rescue_(
     long and short memory, where a uniform shift would make all units slow. States react to the biases; so the layer is
     run again and the problem solved again until the measured S is within 0.1 % of the target. Where that goes round in
     circles among solutions that cost nearly the same, one of them is kept and scaled until S holds. Where the gate
-    reads the memory itself, as with peepholes, the carry is more than f: the rest counts as it was measured.
+    reads the memory itself, as with peepholes, the carry is more than f: then the change is the smallest for f alone,
+    and scaled likewise.
 
     Layers are rescued from the first to the last, each under the input that the rescued layers below give it. The
     change is added to `bias_ih`. For the GRU read h for c, z for f.
@@ -115,30 +116,29 @@ def _rescue_layer(
     """Solve at the trajectories measured, apply, measure again, until S holds the target and the change has settled."""
     start, log_target = bias.detach().to(torch.float64, copy=True), math.log(target)
 
-    def measure(shift: Tensor) -> tuple[Tensor, Tensor, float]:
-        """(ln f, Σ_t ln of what else the carry multiplies by, ln S) with the shift applied."""
+    def measure(shift: Tensor) -> tuple[Tensor, float]:
+        """(ln f, ln S) with the shift applied."""
         bias.copy_(start + sign * shift)
         window = windows(lstm, x, lag, hx)[place][1]
-        log_gate = window.log_gate
-        return log_gate, (window.log_carry - log_gate).sum(0), log_survival(window, "carry")
+        return window.log_gate, log_survival(window, "carry")
 
     shift = new = torch.zeros_like(start)
-    log_gate, rest, measured = measure(shift)
+    log_gate, measured = measure(shift)
     if measured >= log_target:
         return
     for round_ in range(ROUNDS):
-        new = minimum_norm_shift(_logits(log_gate) - shift, 1.0, target, shift if round_ else None, rest)
+        new = minimum_norm_shift(_logits(log_gate) - shift, 1.0, target, shift if round_ else None)
         moved = float((new - shift).norm() / new.norm())
         if round_ and abs(measured - log_target) < TOLERANCE and moved < 10 * TOLERANCE:
             return
         # States that answer strongly can make full steps oscillate.
         shift = new if round_ < 8 else 0.5 * (shift + new)
-        log_gate, rest, measured = measure(shift)
+        log_gate, measured = measure(shift)
     # Two sets of units may cost nearly the same, and each look cheaper at the trajectories to which the other leads.
     # One is kept, and its size found; at size 0 S is below the target.
     size, low, high = 1.0, 0.0, math.inf
     for _ in range(ROUNDS):
-        measured = measure(size * new)[2]
+        measured = measure(size * new)[1]
         if abs(measured - log_target) < TOLERANCE:
             return
         low, high = (size, high) if measured < log_target else (low, size)

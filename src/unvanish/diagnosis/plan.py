@@ -25,7 +25,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Loss on samples held out of the training of two copies: one as the model is, one changed by the plan."""
+    """Lowest loss on samples held out of the training of two copies: one as the model is, one changed by the plan."""
 
     before: float
     after: float
@@ -36,8 +36,8 @@ class Prediction:
 
     def __str__(self) -> str:
         return (
-            f"loss on held-out samples after {self.updates} updates: {self.before:.4g} as it is, {self.after:.4g} with "
-            f"the plan (best constant answer: {self.bar:.4g})"
+            f"lowest loss on held-out samples within {self.updates} updates: {self.before:.4g} as it is, "
+            f"{self.after:.4g} with the plan (best constant answer: {self.bar:.4g})"
         )
 
 

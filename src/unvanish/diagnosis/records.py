@@ -249,7 +249,8 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
     tried: tuple["Tried", ...]
     """the copies that were trained"""
     chance: float | None
-    """probability that a short training learns, from a copy's first updates; None if no copy was trained"""
+    """probability that the model as it is learns within `interventions.chance.HORIZON` updates, from what a copy of it
+    did; None if no copy was trained"""
     prescribe: Callable[[], tuple[Prescription, ...]] = field(repr=False, compare=False)
     """measures single changes that extend the reach"""
     again: Callable[[nn.Module], "Diagnosis"] = field(repr=False, compare=False)

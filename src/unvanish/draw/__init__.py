@@ -6,7 +6,7 @@ Nothing here knows a record, a layer or a model: whoever has measured hands over
 from unvanish.draw.axes import figure_of, label, new_axes
 from unvanish.draw.card import card
 from unvanish.draw.pictures import heat_map, histogram, lines, norms_over_time, over_lag, per_step
-from unvanish.draw.style import LINES, LN10, Line, decades, fraction, line, short
+from unvanish.draw.style import LINES, LN10, Line, decades, fraction, line, short, steps
 
 __all__ = [
     "LINES",
@@ -26,4 +26,5 @@ __all__ = [
     "over_lag",
     "per_step",
     "short",
+    "steps",
 ]

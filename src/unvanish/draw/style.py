@@ -49,6 +49,11 @@ def short(name: str, most: int = 40) -> str:
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
+def steps(number: int) -> str:
+    """ "1 step", "9 steps"."""
+    return f"{number} step" if number == 1 else f"{number} steps"
+
+
 def fraction(power: float) -> str:
     """A power of ten in words: "1", "1 %", "10⁻⁸", "exactly 0"."""
     if power == -math.inf:

@@ -4,8 +4,8 @@ In the engine less in torch's layer, a call of W = G·H·(I + H) weights over T 
 
     F + p·W − T·(s + g·B·W)   microseconds
 
-F the engine's way through Python, p what laying out a weight costs, s what torch spends on a step beside its product, g
-what the engine gains on a multiply-add. Fitted on one thread of an AMD Zen 5 with AVX-512, in float32.
+F the overhead of the engine's Python, p the cost of laying out a weight, s what torch spends on a step beside its
+product, g what the engine gains on a multiply-add. Fitted on one thread of an AMD Zen 5 with AVX-512, in float32.
 """
 
 from typing import NamedTuple

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from unvanish.draw import short
+from unvanish.draw import short, steps
 from unvanish.flow.record import LayerFlow
 
 CELLS = 60
@@ -28,9 +28,9 @@ class Course(NamedTuple):
     at: int
     """step of the peak"""
     above: int
-    """steps from the peak, along the gradient's way, over which the norm stays above 1 % of it"""
+    """steps from the peak, in the direction in which the gradient travels, over which the norm stays above 1 % of it"""
     end: float
-    """log10 of what remains at the last step of the way"""
+    """log10 of what remains at the step that the gradient reaches last"""
 
 
 def course(record: LayerFlow) -> Course:
@@ -55,7 +55,7 @@ def in_words(record: LayerFlow) -> str:
     found = course(record)
     if not found.peak > 0:
         return "no gradient arrived"
-    return f"peak {found.peak:.2g} at t={found.at}; above 1 % of it for {_steps(found.above)} back; {_rest(found)}"
+    return f"peak {found.peak:.2g} at t={found.at}; above 1 % of it for {steps(found.above)} back; {_rest(found)}"
 
 
 def card(layers: Mapping[str, LayerFlow], skipped: Mapping[str, str]) -> str:
@@ -82,7 +82,7 @@ def _row(record: LayerFlow) -> str:
         escape(short(record.name)),
         escape(record.cell),
         _strip(found),
-        f"{found.above} of {_steps(max(0, len(found.powers) - 1))}",
+        f"{found.above} of {steps(max(0, len(found.powers) - 1))}",
         _rest(found),
         "yes" if record.valid else escape(f"no: {short(record.problem or '', 60)}"),
     )
@@ -100,15 +100,11 @@ def _strip(found: Course) -> str:
         for i, share in enumerate(shares)
     )
     points = " ".join(f"{(i + 0.5) * width:.1f},{21 - 20 * share:.1f}" for i, share in enumerate(shares))
-    says = f"{_steps(found.above)} above 1 % of the peak"
+    says = f"{steps(found.above)} above 1 % of the peak"
     return (
         f'<svg width="240" height="22" role="img" aria-label="{says}" fill="currentColor" style="display:block">{boxes}'
         f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"/></svg>'
     )
-
-
-def _steps(number: int) -> str:
-    return f"{number} step{'' if number == 1 else 's'}"
 
 
 def _rest(found: Course) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unvanish.draw.page import listed, page, paragraph, section, table, top
 from unvanish.draw.strips import Axes, Curve, Strip, strips
-from unvanish.draw.style import fraction
+from unvanish.draw.style import fraction, steps
 from unvanish.flow.record import Flow, LayerFlow
 
 DRAWN = 12
@@ -67,12 +67,8 @@ def _headline(reached: list[_Course]) -> str:
     c = reached[0]
     if c.at == c.end:
         return f"No layer's gradient fades on its way: that of {c.record.name} is largest at its end, step {c.end}."
-    steps = abs(c.at - c.end)
-    return f"Of the gradient's peak in {c.record.name}, {_remaining(c)} remains {_steps(steps)} further back in time."
-
-
-def _steps(number: int) -> str:
-    return f"{number} step{'' if number == 1 else 's'}"
+    further = steps(abs(c.at - c.end))
+    return f"Of the gradient's peak in {c.record.name}, {_remaining(c)} remains {further} further back in time."
 
 
 def _remaining(c: _Course) -> str:

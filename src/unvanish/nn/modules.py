@@ -347,7 +347,7 @@ def draws_dropout(module: nn.Module) -> bool:
 
 
 def draws_cuts(module: nn.Module) -> bool:
-    """Whether a call of this module draws steps at which it cuts the error's way through the matrices."""
+    """Whether a call of this module draws steps at which no gradient passes through the matrices."""
     return module.training and getattr(module, "h_detach", None) is not None
 
 

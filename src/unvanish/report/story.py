@@ -3,6 +3,7 @@
 from math import exp, log
 from statistics import median
 
+from unvanish.draw import steps
 from unvanish.report.verdict import counted, fate, listed, outcome, power_of_ten, success
 from unvanish.train.records import GradientBreakdown, Reach, Run, TaskResult
 
@@ -142,8 +143,3 @@ def alternatives(task: TaskResult) -> dict[str, str]:
         "hero": f"The gradient walks back from the last step. Remaining after {lag} steps: {kept}.",
         "learning": f"Validation error over updates. At the end, on test samples: {errors}; chance {task.chance:.3g}.",
     }
-
-
-def steps(number: int) -> str:
-    """ "1 step", "9 steps"."""
-    return f"{number} step" if number == 1 else f"{number} steps"

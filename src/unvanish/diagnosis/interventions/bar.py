@@ -276,7 +276,7 @@ def _fit(
                     optimizer.step(closure)
             except _Enough:
                 break
-            except Exception:
+            except (RuntimeError, ValueError):
                 # The loss takes no such answer, as a distribution no negative scale: Adam's steps are shorter.
                 if lowest == math.inf:
                     raise
