@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from unvanish.capture import Call, Capture, Returned, link, returned
 from unvanish.diagnosis.cell_loop import CellLoop
 from unvanish.diagnosis.structure import detached_copy
+from unvanish.nn.accelerate import accelerate
 from unvanish.nn.modules import (
     CellModule,
     LayerDirection,
@@ -253,7 +254,7 @@ def _at_the_end(error: Tensor, top: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _plain(module: SequenceModule) -> SequenceModule:
-    """A layer of the same weights in float64, time-major, free of parametrizations and dropout."""
+    """A layer of the same weights in float64 on our engine, time-major, free of parametrizations and dropout."""
     if isinstance(module, CellModule):
         return _plain_of_a_cell(module)
     family = next(base for base in type(module).__mro__ if base.__module__ in _FAMILIES)
@@ -267,7 +268,7 @@ def _plain(module: SequenceModule) -> SequenceModule:
             for mine, theirs in zip(to.weights, given.weights, strict=True):
                 if mine is not None and theirs is not None:
                     mine.copy_(theirs)
-    return layer.to(next(module.parameters()).device).requires_grad_(False)
+    return accelerate(layer.to(next(module.parameters()).device).requires_grad_(False), strict=True)
 
 
 def _plain_of_a_cell(module: CellModule) -> Recurrent:

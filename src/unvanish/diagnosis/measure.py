@@ -10,6 +10,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from unvanish import flow
 from unvanish.diagnosis.capture import Given
+from unvanish.engine.precision import full_precision
+from unvanish.flow.adjoint_map import map_of
+from unvanish.flow.gates import gates_of
+from unvanish.flow.lyapunov import spectrum_of
+from unvanish.flow.stack import Stack, run_stack
 from unvanish.nn.modules import LayerDirection, layer_directions
 
 SOURCES = 6
@@ -36,6 +41,7 @@ class Measured:
     evidence: dict[str, float]
 
 
+@full_precision()
 def measure(given: Given, lag: int | None, samples: int, seed: int, lr: float) -> list[Measured]:
     """Every layer and direction of a module."""
     keep = (given.lengths > 0).nonzero().flatten()[:samples]
@@ -47,8 +53,9 @@ def measure(given: Given, lag: int | None, samples: int, seed: int, lr: float) -
         hx = tuple(h[:, keep] for h in hx) if isinstance(hx, tuple) else hx[:, keep]
     whole = bool((lengths == len(x)).all())
     fed: Tensor | PackedSequence = x if whole else pack_padded_sequence(x, lengths, enforce_sorted=False)
+    stack = run_stack(given.layer, fed, hx)
     return [
-        _measure_place(given, place, x, fed, hx, lengths, error, lag, seed, lr)
+        _measure_place(given, place, x, fed, hx, stack, lengths, error, lag, seed, lr)
         for place in layer_directions(given.layer)
     ]
 
@@ -59,6 +66,7 @@ def _measure_place(
     x: Tensor,
     fed: Tensor | PackedSequence,
     hx: object,
+    stack: Stack,
     lengths: Tensor,
     error: Tensor,
     lag: int | None,
@@ -78,7 +86,7 @@ def _measure_place(
     offered = max(room(k) for k in steps)
     wanted = offered if lag is None else min(lag, offered)
     sources = _spread([k for k in steps if room(k) >= wanted] or [max(steps, key=room)])
-    found = flow.adjoint_map(layer, fed, hx, sources=sources, at=place.name, error=error[sources])
+    found = map_of(stack, error[sources], place.name, sources)
     curves = torch.full((len(sources), x.shape[1], offered + 1), torch.nan, dtype=torch.float64)
     for i, k in enumerate(sources):
         over_lag = found.over_lag(i).mT[:, : room(k) + 1]
@@ -94,7 +102,7 @@ def _measure_place(
     curve, arriving = middle(over_lags)
     decay = flow.decay(curve, FRACTION) if bool(curve[0].isfinite()) else flow.Decay(-math.inf, 0.0, 0)
     slopes = torch.tensor([slope(row[: wanted + 1]) for row in curves.nanmedian(0).values], dtype=torch.float64)
-    evidence = _evidence(given, place, x, fed, hx, lengths, made)
+    evidence = _evidence(given, place, x, stack, lengths, made)
     asked = lag is not None and lag <= offered
     evidence |= {
         "steps": float(T),
@@ -157,13 +165,12 @@ def _evidence(
     given: Given,
     place: LayerDirection,
     x: Tensor,
-    fed: Tensor | PackedSequence,
-    hx: object,
+    stack: Stack,
     lengths: Tensor,
     made: Tensor,
 ) -> dict[str, float]:
     w_hh = place.weights.w_hh
-    gates = flow.gate_statistics(given.layer, fed, hx, at=place.name)
+    gates = gates_of(stack, place.name)
     found = {f"saturated_{g}": float(v.mean()) for g, v in zip(gates.gate_names, gates.saturation, strict=True)}
     found["saturated"] = float(gates.saturation.mean())
     if gates.log_carry is not None:
@@ -177,7 +184,7 @@ def _evidence(
     if w_hh is not None:
         blocks = w_hh.unflatten(0, (-1, given.layer.hidden_size))
         found["largest_block_norm"] = float(torch.linalg.matrix_norm(blocks, 2).max())
-    exponents = flow.lyapunov(given.layer, fed, hx, n=1, at=place.name, warmup=len(x) // 4)
+    exponents = spectrum_of(stack, place.name, 1, warmup=len(x) // 4)
     own = exponents.per_sample[:, 0]
     own = own[own.isfinite()]
     if len(own):
@@ -206,11 +213,17 @@ def _sensitivity(
     given: Given, place: LayerDirection, fed: Tensor | PackedSequence, hx: object, error: Tensor, k: int
 ) -> float:
     """‖∂E_k/∂W‖ ‖W‖ / (‖∂E_k/∂h_k‖ ‖h_k‖): by how many times its size the state answers a change of the weights."""
-    alone = torch.zeros_like(error)
-    alone[k] = error[k]
-    log_norm = float(flow.source_gradients(given.layer, fed, hx, error=alone, at=place.name).log_norms[0])
-    weights = math.hypot(*(float(w.norm()) for w in place.weights[:2] if w is not None))
-    y, _ = given.layer(fed, hx)
-    h = nn.utils.rnn.pad_packed_sequence(y)[0] if isinstance(y, PackedSequence) else y
-    below = float((alone[k].norm(dim=-1) * h[k].norm(dim=-1)).sum())
-    return math.exp(min(log_norm, 700.0)) * weights / below if below > 0 else math.nan
+    wanted = [w for w in place.weights[:2] if w is not None]
+    with torch.enable_grad():
+        for w in wanted:
+            w.requires_grad_(True)
+        y, _ = given.layer(fed, hx)
+        h = nn.utils.rnn.pad_packed_sequence(y)[0] if isinstance(y, PackedSequence) else y
+        gradients = torch.autograd.grad((h[k] * error[k]).sum(), wanted)
+        for w in wanted:
+            w.requires_grad_(False)
+    norm = math.hypot(*(float(d.norm()) for d in gradients))
+    weights = math.hypot(*(float(w.norm()) for w in wanted))
+    below = float((error[k].norm(dim=-1) * h[k].detach().norm(dim=-1)).sum())
+    # What has left the range of float64 is told as its end.
+    return (norm if math.isfinite(norm) else math.exp(700.0)) * weights / below if below > 0 else math.nan

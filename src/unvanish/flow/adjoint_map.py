@@ -136,7 +136,20 @@ def adjoint_map(
     Cost: one pass over the steps with the rows of all sources k ≥ t; memory for one step's rows, and a bounded amount
     more when `at` is below the last layer.
     """
-    stack = run_stack(layer, x, hx, lengths)
+    return map_of(run_stack(layer, x, hx, lengths), error, at, sources, state, seed)
+
+
+@torch.no_grad()
+@full_precision()
+def map_of(
+    stack: Stack,
+    error: Tensor | None,
+    at: str | None = None,
+    sources: Literal["all"] | int | Sequence[int] = "all",
+    state: str | None = None,
+    seed: int = 0,
+) -> AdjointMap:
+    """`adjoint_map` of a module that has been run."""
     place = stack.index(at)
     tr = stack.traces[place]
     chosen = _state(state, tr)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from unvanish.engine import SATURATED
 from unvanish.engine.precision import full_precision
 from unvanish.flow.files import Record
-from unvanish.flow.stack import run_stack
+from unvanish.flow.stack import Stack, run_stack
 from unvanish.nn.modules import SequenceModule
 
 if TYPE_CHECKING:
@@ -105,12 +105,20 @@ def gate_statistics(
 
     Source: Tallec & Ollivier 2018, section 2 (gates as time constants).
     """
-    stack = run_stack(layer, x, hx, lengths)
+    return gates_of(run_stack(layer, x, hx, lengths), at)
+
+
+@torch.no_grad()
+@full_precision()
+def gates_of(stack: Stack, at: str | None) -> GateStatistics:
+    """`gate_statistics` of a module that has been run."""
     tr = stack.traces[stack.index(at)]
-    on = (
-        torch.ones(tr.x.shape[:2], dtype=torch.bool, device=tr.x.device) if tr.active is None else tr.active.squeeze(-1)
-    )
-    values, closed = tr.gates[on].double(), tr.cell.sensitivity(tr)[on] < SATURATED
+
+    def read(v: Tensor) -> Tensor:
+        """[N, ...] of the steps that samples have."""
+        return v.flatten(0, 1) if tr.active is None else v[tr.active.squeeze(-1)]
+
+    values, closed = read(tr.gates).double(), read(tr.cell.sensitivity(tr)) < SATURATED
     carry = tr.cell.carry(tr)
-    log_carry = None if carry is None else carry[on].double().abs().log().mean(0).cpu()
+    log_carry = None if carry is None else read(carry).double().abs().log().mean(0).cpu()
     return GateStatistics(tr.cell.name, tr.cell.gates, values.mean(0).cpu(), closed.double().mean(0).cpu(), log_carry)

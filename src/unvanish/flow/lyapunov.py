@@ -12,7 +12,7 @@ from unvanish.engine.precision import full_precision
 from unvanish.flow import tangents
 from unvanish.flow.files import Record
 from unvanish.flow.singular import orthonormal, orthonormalised, singular_values
-from unvanish.flow.stack import full_jacobians, reading_order, run_stack
+from unvanish.flow.stack import Stack, full_jacobians, reading_order, run_stack
 from unvanish.nn.modules import SequenceModule
 
 __all__ = ["LyapunovSpectrum", "jacobian", "lyapunov", "singular_values"]
@@ -115,7 +115,13 @@ def lyapunov(
 
     Source: Benettin et al. 1980; for recurrent networks Engelken, Wolf & Abbott 2023, Vogt et al. 2022.
     """
-    stack = run_stack(layer, x, hx, lengths)
+    return spectrum_of(run_stack(layer, x, hx, lengths), at, n, warmup, seed)
+
+
+@torch.no_grad()
+@full_precision()
+def spectrum_of(stack: Stack, at: str | None, n: int | None, warmup: int = 0, seed: int = 0) -> LyapunovSpectrum:
+    """`lyapunov` of a module that has been run."""
     tr = stack.traces[stack.index(at)]
     T, B = tr.x.shape[:2]
     S = sum(s.shape[-1] for s in tr.final)

@@ -60,7 +60,7 @@ def accelerate(model: M, strict: bool = False) -> M:
         if isinstance(module, EngineSequence):
             taken.append((module, _kind(module)))
         elif isinstance(module, nn.RNNBase) or sealed(module):
-            why = _obstacle(module)
+            why = obstacle(module)
             if why is None:
                 taken.append((module, _accelerated(_kind(module))))
             else:
@@ -123,7 +123,7 @@ def _class_name(module: nn.Module) -> str:
     return module.original_name if isinstance(module, torch.jit.ScriptModule) else _kind(module).__name__
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def obstacle(module: nn.Module) -> str | None:
     """Why the engine can't run this layer, in words; None if it can."""
     form = sealed(module)
     if form:

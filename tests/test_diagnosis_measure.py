@@ -1,0 +1,75 @@
+"""What the measurement of a layer rests on, and what the exact tests run on."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import unvanish as uv
+from unvanish.diagnosis.capture import capture
+from unvanish.diagnosis.exact.bench import Bench
+from unvanish.diagnosis.measure import measure
+from unvanish.diagnosis.subject import Subject
+from unvanish.nn.modules import layer_directions
+
+
+class _Own(nn.GRU):
+    def forward(self, x: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(2 * x, hx)
+
+
+class _Classifier(nn.Module):
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(layer.hidden_size, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][-1])
+
+
+def _subject(layer: nn.RNNBase) -> Subject:
+    x, y = torch.randn(9, 12, 3), torch.randint(2, (12,))
+    return Subject(_Classifier(layer), (x,), y, nn.functional.cross_entropy)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_sensitivity_is_that_of_the_last_source(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    subject = _subject(kind(3, 5, num_layers=2))
+    (given,), _ = capture(subject.model, subject.loss, seed=0)
+    for place, found in zip(layer_directions(given.layer), measure(given, None, 16, 0, 3e-3), strict=True):
+        error, weights = torch.zeros_like(given.error), [w for w in place.weights[:2] if w is not None]
+        error[-1] = given.error[-1]
+        gradient = uv.flow.source_gradients(given.layer, given.x, error=error, at=place.name)
+        h = given.layer(given.x)[0][-1]
+        expected = float(gradient.norms[0]) * math.hypot(*(float(w.norm()) for w in weights))
+        expected /= float((error[-1].norm(dim=-1) * h.norm(dim=-1)).sum())
+        assert found.evidence["sensitivity"] == pytest.approx(expected, rel=1e-10)
+        assert not any(w.requires_grad for w in weights)
+
+
+def test_a_gradient_beyond_float64_is_told_as_its_end() -> None:
+    torch.manual_seed(0)
+    layer = nn.RNN(3, 4, nonlinearity="relu", bias=False)
+    with torch.no_grad():
+        layer.weight_hh_l0.copy_(20 * torch.eye(4))
+        layer.weight_ih_l0.abs_()
+    x = torch.zeros(260, 12, 3, dtype=torch.float64)
+    x[0] = 1e-300
+    model = _Classifier(layer).double()
+    (given,), _ = capture(model, lambda m: m.layer(x)[0][-1].sum(), seed=0)
+    (found,) = measure(given, None, 16, 0, 3e-3)
+    # 20²⁶⁰ = 10³³⁸ is no float64; the state, which began at 10⁻³⁰⁰, is one.
+    assert 1e200 < found.evidence["sensitivity"] < math.inf
+
+
+@pytest.mark.parametrize(("layer", "ours"), [(nn.LSTM(3, 4), True), (nn.GRU(3, 4), True), (_Own(3, 4), False)])
+def test_exact_tests_run_on_our_engine_where_it_is_the_same_layer(layer: nn.RNNBase, ours: bool) -> None:
+    subject = _subject(layer)
+    bench = Bench(subject)
+    assert isinstance(bench.model.layer, uv.nn.LSTM | uv.nn.GRU) is ours
+    assert type(subject.model.layer) is type(layer)
+    (answers,), args = bench.run(), bench.given[0]
+    with torch.no_grad():
+        torch.testing.assert_close(answers, subject.model.double().eval()(*args), rtol=1e-12, atol=1e-14)
