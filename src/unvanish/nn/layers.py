@@ -247,7 +247,7 @@ class EngineSequence(TorchTools, SequenceLayer, nn.RNNBase):
             if leaf is not None:
                 return leaf
         if lengths is None and self._torch_can() and torch_forward.reason(self, input, hx) is not None:
-            return self._torch_forward()(self, input, hx)
+            return torch_forward.run(self, input, hx)
         return super().forward(input, hx, lengths=lengths)
 
     def _torch_can(self) -> bool:

@@ -2,6 +2,7 @@
 functions, graphs that others read, other devices and dtypes), and where it is faster."""
 
 from functools import cache
+from operator import is_
 from typing import Any
 
 import torch
@@ -58,6 +59,62 @@ def reason(layer: nn.RNNBase, x: Any, hx: Any) -> str | None:
     # torch has no fast way through samples of different length.
     mode = "packed" if data is not x else layer.mode
     return faster_in_torch(mode, _steps(layer, x), B, w_ih.numel() + w_hh.numel(), dtype, trains)
+
+
+_KERNELS: dict[str, Any] = {
+    "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu, "GRU": torch.gru, "LSTM": torch.lstm
+}  # fmt: skip
+"""of torch's modes"""
+_FORWARD = {kind: kind.forward for kind in (nn.RNN, nn.LSTM, nn.GRU)}
+_CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "permute_hidden")
+"""methods that torch's forward calls"""
+
+
+def run(layer: Any, x: Any, hx: Any) -> tuple[Any, Any]:
+    """torch's own forward; a padded batch that fits goes straight to its kernel, since what torch's forward checks in
+    Python takes as long as a short call."""
+    states = None if torch.compiler.is_compiling() else _fitting(layer, x, hx)
+    if states is None:
+        return torchs_class(type(layer)).forward(layer, x, hx)
+    y, *final = _KERNELS[layer.mode](
+        x, states, layer._flat_weights, layer.bias, layer.num_layers, layer.dropout, layer.training,
+        layer.bidirectional, layer.batch_first,
+    )  # fmt: skip
+    return y, tuple(final) if layer.mode == "LSTM" else final[0]
+
+
+def _fitting(layer: Any, x: Any, hx: Any) -> Any:
+    """The initial states as torch's kernel takes them; None where torch's forward has something to say."""
+    torchs = torchs_class(type(layer))
+    # Where somebody has replaced torch's forward, as a watch does, that is what is to run.
+    if torchs.forward is not _FORWARD[torchs] or not _checks_as_torch(type(layer)):
+        return None
+    if type(x) is not Tensor or x.dim() != 3:
+        return None
+    if not all(map(is_, map(layer._parameters.get, layer._flat_weights_names), layer._flat_weights)):
+        layer._update_flat_weights()
+    if x.dtype != layer._flat_weights[0].dtype:
+        return None
+    sizes = x.shape
+    B, places = sizes[0 if layer.batch_first else 1], layer.num_layers * (2 if layer.bidirectional else 1)
+    widths = (layer.proj_size or layer.hidden_size, layer.hidden_size)[: 2 if layer.mode == "LSTM" else 1]
+    if sizes[2] != layer.input_size:
+        return None
+    if hx is None:
+        states = tuple([x.new_zeros(places, B, n) for n in widths])
+    else:
+        states = hx if layer.mode == "LSTM" else (hx,)
+        if type(states) is not tuple or len(states) != len(widths):
+            return None
+        for s, n in zip(states, widths, strict=True):
+            if type(s) is not Tensor or s.shape != (places, B, n):
+                return None
+    return states if layer.mode == "LSTM" else states[0]
+
+
+@cache
+def _checks_as_torch(kind: type[nn.RNNBase]) -> bool:
+    return all(getattr(kind, name) is getattr(torchs_class(kind), name) for name in _CHECKS)
 
 
 @cache
