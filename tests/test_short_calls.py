@@ -1,4 +1,4 @@
-"""A call so short that torch's layer is faster goes straight to torch's kernel: the same numbers, errors and weights."""
+"""A call so short that torch's layer is faster goes straight to torch's kernel: same numbers, errors and weights."""
 
 from typing import Any
 

@@ -65,7 +65,7 @@ _KERNELS: dict[str, Any] = {
     "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu, "GRU": torch.gru, "LSTM": torch.lstm
 }  # fmt: skip
 """of torch's modes"""
-_FORWARD = {kind: kind.forward for kind in (nn.RNN, nn.LSTM, nn.GRU)}
+_FORWARD: dict[type[nn.RNNBase], Any] = {kind: kind.forward for kind in (nn.RNN, nn.LSTM, nn.GRU)}
 _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "permute_hidden")
 """methods that torch's forward calls"""
 
