@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.exceptions import TyperException
 
+from unvanish.cli.bench import bench
 from unvanish.cli.diagnose import diagnose
 from unvanish.cli.export import export
 from unvanish.cli.installed import installed
@@ -175,6 +176,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inst
             console.print(f"instruction set: {engine.isa()}")
 
 
+app.command()(bench)
 app.command()(train)
 app.command()(predict)
 app.command()(export)
