@@ -1,7 +1,6 @@
 """The parts of the interventions, each against what is known: the best constant, splits, optimizers, scores."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,47 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy, cross_entropy, mse_loss, nll_loss, softplus
 
-from tests.interventions_subjects import Last, drawn, recall, subject
+from tests.interventions_bars import NUMBERS, Wrapped, X, Y, bar_of, on_held_out, seeded
+from tests.interventions_subjects import drawn, recall, subject
 from unvanish.diagnosis.interventions.arm import Arm
-from unvanish.diagnosis.interventions.bar import Bar, best_constant
-from unvanish.diagnosis.interventions.candidates import AS_IS, Candidate
+from unvanish.diagnosis.interventions.bar import best_constant
+from unvanish.diagnosis.interventions.candidates import AS_IS
 from unvanish.diagnosis.interventions.chance import EARLY, HORIZON, Features, features
 from unvanish.diagnosis.interventions.inputs import fed
 from unvanish.diagnosis.interventions.material import Draws, Rows, Whole, material
-from unvanish.diagnosis.interventions.optimizers import other_rates, recipe
+from unvanish.diagnosis.interventions.optimizers import recipe
 from unvanish.diagnosis.interventions.readout import read_out
 from unvanish.diagnosis.interventions.score import ahead, score
-
-
-def seeded(seed: int = 5) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class Wrapped(nn.Module):
-    """A GRU with a head, whose answer is brought into another form."""
-
-    def __init__(self, out: int, form: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net, self.form = Last(nn.GRU(4, 8, batch_first=True), out), form
-
-    def forward(self, x: Tensor) -> Any:
-        return self.form(self.net(x))
-
-
-def bar_of(model: nn.Module, x: Any, y: Any, loss: Callable[..., Tensor]) -> Bar:
-    rows = Rows(subject(model, x, y, loss=loss), len(x), 0)
-    found, _ = best_constant(rows, 0)
-    assert found is not None
-    return found
-
-
-def on_held_out(rows: Rows, loss: Callable[[Tensor], Tensor]) -> float:
-    return float(torch.stack([loss(group) for group in rows.groups]).mean())
-
-
-X, Y = recall(200, 5)
-NUMBERS = 40 + 7 * torch.randn(200, generator=seeded())
 
 
 def test_the_best_constant_of_squares_is_the_mean_and_of_classes_their_frequencies() -> None:
@@ -252,110 +221,6 @@ def test_a_score_is_sure_only_beyond_the_scatter_over_groups() -> None:
     assert not score(torch.full((16,), math.inf), bar).learns
     assert ahead(bar - 0.1, bar + 0.01 * scatter)
     assert not ahead(bar - 0.1, bar + scatter)
-
-
-def groups_model() -> nn.Module:
-    return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-
-
-def test_an_optimizer_is_made_again_with_its_class_options_and_groups() -> None:
-    model = groups_model()
-    given = torch.optim.SGD(
-        [{"params": model[0].parameters(), "lr": 0.1}, {"params": [model[1].weight], "momentum": 0.5}],
-        lr=0.2,
-        momentum=0.9,
-    )
-    own, notes = recipe(given, model, 1e-3)
-    assert notes == ()
-    twin = groups_model()
-    made = own.at(0.4).build(twin)
-    assert isinstance(made, torch.optim.SGD)
-    assert [(len(g["params"]), g["lr"], g["momentum"]) for g in made.param_groups] == [
-        (2, pytest.approx(0.2), 0.9),
-        (1, pytest.approx(0.4), 0.5),
-    ]
-    assert made.param_groups[1]["params"][0] is twin[1].weight
-    held = {id(p) for g in made.param_groups for p in g["params"]}
-    assert id(twin[1].bias) not in held  # the user's optimizer leaves it alone too
-    twin.append(nn.Linear(1, 1))
-    assert len(own.build(twin).param_groups[0]["params"]) == 4  # what only the changed copy has joins the first group
-
-
-def test_the_code_of_an_optimizer_makes_the_same_one() -> None:
-    model = groups_model()
-    for given in (
-        torch.optim.AdamW(model.parameters(), lr=2e-4, betas=(0.8, 0.99), weight_decay=0.1),
-        torch.optim.RMSprop([{"params": model[0].parameters(), "lr": 0.1}, {"params": model[1].parameters()}], lr=0.2),
-    ):
-        own, _ = recipe(given, model, 1e-3)
-        names: dict[str, Any] = {"model": model, "torch": torch}
-        exec(own.code(), names)
-        made = names["optimizer"]
-        assert type(made) is type(given)
-        assert [{k: v for k, v in g.items() if k != "params"} for g in made.param_groups] == [
-            {k: v for k, v in g.items() if k != "params"} for g in given.param_groups
-        ]
-        assert [[id(p) for p in g["params"]] for g in made.param_groups] == [
-            [id(p) for p in g["params"]] for g in given.param_groups
-        ]
-
-
-def test_what_is_no_optimizer_of_this_model_is_refused() -> None:
-    model = groups_model()
-    with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer"):
-        recipe(3, model, 1e-3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expected the function to return"):
-        recipe(lambda p: list(p), model, 1e-3)  # type: ignore[arg-type, return-value]
-    with pytest.raises(ValueError, match="holds none of the model's parameters"):
-        recipe(torch.optim.Adam(groups_model().parameters()), model, 1e-3)
-    _, notes = recipe(torch.optim.LBFGS(model.parameters()), model, 1e-3)
-    assert "LBFGS" in notes[0]
-
-
-def test_rates_worth_a_trial_are_near_its_own_and_the_usual_ones() -> None:
-    model = groups_model()
-    own, _ = recipe(torch.optim.Adam(model.parameters(), lr=1e-6), model, 1e-3)
-    assert other_rates(own) == pytest.approx([3e-6, 1e-6 / 3, 1e-3, 3e-3, 1e-2])
-    assert other_rates(own.at(1e-3)) == pytest.approx([3e-3, 1e-3 / 3, 1e-2])
-
-
-def test_arms_see_the_same_samples_and_repeat_exactly() -> None:
-    torch.manual_seed(0)
-    rows = Rows(subject(Last(nn.GRU(4, 8, batch_first=True), 3, dropout=0.2), X, Y, loss=cross_entropy), 200, 0)
-    own, _ = recipe(None, rows.subject.model, 3e-3)
-    bar, _ = best_constant(rows, 0)
-    arms = [Arm(AS_IS, rows, own, bar, 0) for _ in range(2)]
-    arms[0].train(60)
-    for updates in (1, 24, 20, 15):
-        arms[1].train(updates)
-    assert arms[0].losses == arms[1].losses
-
-
-def test_clipping_bounds_what_an_arm_steps_with() -> None:
-    rows = Rows(subject(Wrapped(1, lambda z: 1e4 * z), X, NUMBERS[:, None], loss=mse_loss), 200, 0)
-    own, _ = recipe(torch.optim.SGD(rows.subject.model.parameters(), lr=1.0), rows.subject.model, 1e-3)
-    arm = Arm(Candidate("clip", "clip", clip=0.5), rows, own, None, 0)
-    before = [p.detach().clone() for p in arm.model.parameters()]
-    arm.train(1)
-    after = [p.detach() for p in arm.model.parameters()]
-    moved = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(before, after, strict=True)))
-    assert moved == pytest.approx(0.5, rel=1e-3)
-
-
-def test_an_arm_that_was_never_judged_is_not_said_to_learn() -> None:
-    """As where the budget ends before a candidate's turn comes to be judged."""
-    whole = Whole(subject(Wrapped(3, lambda z: z), X, Y, loss=cross_entropy))
-    for data in (whole, Rows(whole.subject, 200, 0)):
-        arm = Arm(AS_IS, data, recipe(None, data.subject.model, 1e-3)[0], None, 0)
-        assert not arm.learns
-        assert not arm.clear
-
-
-def test_an_arm_stops_at_a_loss_that_is_not_finite_and_says_when() -> None:
-    rows = Rows(subject(Wrapped(1, lambda z: (z - 1e9).log()), X, NUMBERS[:, None], loss=mse_loss), 200, 0)
-    arm = Arm(AS_IS, rows, recipe(None, rows.subject.model, 1e-3)[0], None, 0)
-    arm.train(5)
-    assert (arm.updates, arm.failed) == (0, "the loss was NaN or infinite in update 1")
 
 
 def test_the_input_of_each_module_is_measured_over_all_its_steps() -> None:
