@@ -172,14 +172,14 @@ def _write(new: Tensor, old: Tensor, narrow: int, width: int) -> None:
     columns[:, :narrow, :, :narrow] = old_rows.unflatten(-1, (-1, narrow))
 
 
-def narrow_modules(model: nn.Module, units: int) -> dict[str, RecurrentModule]:
-    """By path, those of at most this many units that can be widened."""
-    found: dict[str, RecurrentModule] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, RecurrentModule) and module.hidden_size <= units:
-            try:
-                check_widens(path, module)
-            except ValueError:
-                continue
-            found[path] = module
-    return found
+
+def can_widen(model: nn.Module, hidden_size: int) -> bool:
+    """Whether `widen_` takes the model."""
+    narrow = {p: m for p, m in model.named_modules() if isinstance(m, RecurrentModule) and m.hidden_size < hidden_size}
+    try:
+        recurrent_modules(model, "widen_", called=True)
+        for path, module in narrow.items():
+            check_widens(path, module)
+    except ValueError:
+        return False
+    return bool(narrow)
