@@ -96,7 +96,7 @@ def widths(
         progress: is called with a sentence on what is being tried.
 
     Returns:
-        None where the time allowed too few updates, or the copy as it is learns well enough once it is trained on.
+        None where the time allowed too few updates, or a copy of the unchanged width has learnt almost all there is.
     """
     usable = [arm for arm in arms if not arm.failed and arm.judgements and arm.updates]
     best = min(usable, key=lambda arm: arm.best.score.loss, default=None)
@@ -106,7 +106,7 @@ def widths(
     for number, arm in enumerate(narrow):
         until = _share(end, copies - number)
         _train_on(arm, until, most if arm is own else own.updates, progress)
-        if own.best.score.share >= DONE:
+        if done(arm):
             return None
     least = min(arm.updates for arm in narrow)
     if least < LEAST:
@@ -117,9 +117,14 @@ def widths(
         one.judge()
         _train_on(one, _share(end, len(narrow) - number), least, progress)
         wide.append(one)
-        if one.best.score.share >= DONE:
+        if done(one):
             break
-    return Widths(tuple(narrow), tuple(arm for arm in wide if arm.updates >= LEAST))
+    return Widths(tuple(narrow), tuple(wide))
+
+
+def done(arm: Arm) -> bool:
+    """Whether it has learnt almost all there is."""
+    return arm.learns and arm.best.score.share >= DONE
 
 
 def _share(end: float, copies: int) -> float:
@@ -151,5 +156,5 @@ def _train_on(arm: Arm, until: float, most: int, progress: Callable[[str], None]
         )
         arm.train(min(next_judgement(arm.updates), most) - arm.updates, until - arm.judging)
         arm.judge()
-        if arm.memorises or arm.best.score.share >= DONE:
+        if arm.memorises or done(arm):
             break

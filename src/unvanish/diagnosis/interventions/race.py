@@ -10,7 +10,7 @@ from torch import Tensor
 from unvanish.diagnosis.interventions.arm import CHUNK, Arm, next_judgement
 from unvanish.diagnosis.interventions.bar import Bar, best_constant
 from unvanish.diagnosis.interventions.candidates import AS_IS, Candidate
-from unvanish.diagnosis.interventions.capacity import DONE, SHARE, Widths, longer, more_units, widths
+from unvanish.diagnosis.interventions.capacity import SHARE, Widths, done, longer, more_units, widths
 from unvanish.diagnosis.interventions.chance import EARLY
 from unvanish.diagnosis.interventions.material import Material
 from unvanish.diagnosis.interventions.optimizers import Recipe
@@ -103,7 +103,7 @@ def race(
     early(own)
     _run(own, until, MOST, progress)
     widen = None if own.untrainable or not material.unseen else more_units(material.subject.model, seed)
-    if own.clear and widen is not None and own.best.score.share < DONE:
+    if own.clear and widen is not None and not done(own):
         again, most = longer(own)
         whole = time.perf_counter() + SHARE * (end - time.perf_counter())
         found.widths = widths(again, [], widen, whole, most, progress)
@@ -132,7 +132,8 @@ def race(
             combined = [Arm(c, material, recipe, found.bar, seed) for c in _combined(running)]
             found.arms += combined
             running += combined
-    if widen is not None and not own.failed and not any(arm.clear for arm in found.arms):
+    helped = not own.learns and any(arm.clear for arm in found.arms)
+    if widen is not None and not own.failed and not helped:
         found.widths = widths(own, found.arms, widen, whole, MOST, progress)
     if not any(arm.learns for arm in found.arms):
         _run(own, whole, MOST, progress)
