@@ -1,6 +1,7 @@
 """A widened layer computes at first what it did, behind the same interface, and then learns with all of its units."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -48,10 +49,10 @@ def close(a: object, b: object) -> bool:
 @pytest.mark.parametrize("kind", [k for k in LAYERS if k not in MATRICES_MIXED])
 def test_it_computes_at_first_what_it_did(kind: str, form: int) -> None:
     torch.manual_seed(form)
-    layer = LAYERS[kind](**FORMS[form])
+    layer: Any = LAYERS[kind](**FORMS[form])
     x = torch.randn(4, 6, 3, dtype=FORMS[form].get("dtype", torch.float32))
     before = {n: p.clone() for n, p in layer.named_parameters()}
-    wide = widen_(layer, 7)
+    wide: Any = widen_(layer, 7)
     assert isinstance(wide, Widened)
     assert (wide.hidden_size, wide.inner.hidden_size) == (2, 7)
     assert close(wide(x), layer(x))
@@ -66,7 +67,7 @@ def test_it_computes_at_first_what_it_did(kind: str, form: int) -> None:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_sequence_in_two_pieces_is_the_whole_one_once_all_units_are_used(kind: str) -> None:
     torch.manual_seed(1)
-    wide = widen_(LAYERS[kind](num_layers=2), 5)
+    wide: Any = widen_(LAYERS[kind](num_layers=2), 5)
     with torch.no_grad():
         wide.projection.normal_()
     x = torch.randn(6, 4, 3)
@@ -78,17 +79,20 @@ def test_a_sequence_in_two_pieces_is_the_whole_one_once_all_units_are_used(kind:
 
 
 @pytest.mark.parametrize("cell", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
-def test_a_loop_over_single_steps_hands_the_wide_state_on(cell: type[nn.RNNCellBase]) -> None:
+def test_a_loop_over_single_steps_hands_the_wide_state_on(cell: Any) -> None:
     torch.manual_seed(2)
-    narrow = cell(3, 2)
-    wide, x = widen_(narrow, 6), torch.randn(5, 4, 3)
-    state = other = None
+    narrow: Any = cell(3, 2)
+    wide: Any = widen_(narrow, 6)
+    x = torch.randn(5, 4, 3)
+    state: Any = None
+    other: Any = None
     for step in x:
         state, other = wide(step, state), narrow(step, other)
     assert close(state, other)
     with torch.no_grad():
         wide.projection.normal_()
-    state = inner = None
+    state = None
+    inner: Any = None
     for step in x:
         state, inner = wide(step, state), wide.inner(step, inner)
     h, full = (s[0] if isinstance(s, tuple) else s for s in (state, inner))
@@ -97,7 +101,7 @@ def test_a_loop_over_single_steps_hands_the_wide_state_on(cell: type[nn.RNNCellB
 
 def test_training_reaches_every_weight_and_a_mask_keeps_the_wide_state() -> None:
     torch.manual_seed(3)
-    wide = widen_(nn.LSTMCell(3, 1), 4)
+    wide: Any = widen_(nn.LSTMCell(3, 1), 4)
     optimizer = torch.optim.SGD(wide.parameters(), lr=0.1)
     before = {n: p.detach().clone() for n, p in wide.named_parameters()}
     for _ in range(2):  # P starts at [I, 0], so that the new units' weights move from the second update on
@@ -112,7 +116,7 @@ def test_training_reaches_every_weight_and_a_mask_keeps_the_wide_state() -> None
 
 def test_places_that_are_shared_stay_shared_and_wide_layers_stay() -> None:
     layer, other = nn.GRU(3, 2), nn.GRU(3, 9)
-    model = nn.ModuleDict({"a": layer, "b": layer, "c": other})
+    model: Any = nn.ModuleDict({"a": layer, "b": layer, "c": other})
     widen_(model, 8)
     assert model["a"] is model["b"]
     assert model["c"] is other

@@ -1,4 +1,4 @@
-"""Too few units are named where copies with more of them learn what none of the unchanged width does, and only there."""
+"""Too few units are named where copies with more learn what none of the unchanged width does, and only there."""
 
 import copy
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from unvanish.diagnosis.interventions.capacity import WIDE, more_units
 
 @pytest.fixture(autouse=True)
 def few_updates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the numbers of updates, not the clock, end each copy's training."""
+    """So that the numbers of updates, not the clock, end each copy's training; on a machine at work elsewhere too."""
     monkeypatch.setattr(race, "MOST", 400)
 
 
@@ -87,7 +87,8 @@ WIDE_ENOUGH: dict[str, Case] = {
 
 
 def diagnosed(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Outcome:
-    return outcome(model, x, y, loss=options.pop("loss", mse_loss), optimizer=fast, **options)
+    options = {"loss": mse_loss, "optimizer": fast, "budget": 300.0} | options
+    return outcome(model, x, y, **options)
 
 
 @pytest.mark.parametrize("case", NARROW)

@@ -146,7 +146,8 @@ def _wider(like: Any, width: int) -> Any:
     if isinstance(like, nn.RNN | nn.RNNCell):
         options["nonlinearity"] = like.nonlinearity
     sizes = (*((like.cell,) if isinstance(like, Recurrent) else ()), like.input_size, width)
-    new = type(like)(*sizes, **options)
+    kind: Any = type(like)
+    new = kind(*sizes, **options)
     for option in ADDED:
         if hasattr(like, option):
             setattr(new, option, getattr(like, option))
@@ -170,7 +171,6 @@ def _write(new: Tensor, old: Tensor, narrow: int, width: int) -> None:
     rows[:, :narrow] = 0
     columns = rows.unflatten(-1, (-1, width))
     columns[:, :narrow, :, :narrow] = old_rows.unflatten(-1, (-1, narrow))
-
 
 
 def can_widen(model: nn.Module, hidden_size: int) -> bool:

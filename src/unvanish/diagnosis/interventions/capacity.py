@@ -25,7 +25,8 @@ HALF = 0.5
 SETTLED = 0.1
 """of the distance to the loss with more units: what the last third of a narrow copy's updates gains at most"""
 LONGER, ENOUGH = 4, 400
-"""times the updates after which the copy as it is was found to learn, and updates, for which it is trained on at most"""
+"""the copy as it is is trained on for at most so many times the updates after which it was found to learn, or so many
+updates"""
 LEAST = 60
 """updates of every copy, below which widths are not compared"""
 
@@ -47,10 +48,12 @@ class Widths:
 
 
 def exceeds(wide: Arm, narrow: Arm) -> bool:
-    """Whether the wide copy's loss is far below the narrow one's, beyond chance, and where that would not have come.
+    """Whether the wide copy's loss is far below the narrow one's, beyond chance, and the narrow one's had settled.
 
         L_wide ≤ ½ L_narrow   or, if the narrow copy does not learn,   bar − L_wide ≥ 2 (bar − L_narrow)
         L_narrow(⅔ of its updates) − L_narrow ≤ 0.1 (L_narrow(⅔ of its updates) − L_wide)
+
+    A loss that is not positive has no half: then only the copies that do not learn are compared.
     """
     after, before = wide.best.score, narrow.best.score
     if not ahead(wide.best.losses, narrow.best.losses):

@@ -19,7 +19,7 @@ TIMES = 2.0
 """the gain of the model as it is, which a candidate must exceed to name a cause"""
 FAR = 0.4
 """of the bar: a candidate's gain below which a model that learns as it is, if little, is healthy"""
-ORDER: tuple[Kind, ...] = ("input", "rate", "clip", "regularisation", "radius", "reach", "capacity")
+ORDER: tuple[Kind, ...] = ("input", "rate", "clip", "regularisation", "radius", "reach")
 """from the simplest change to the largest"""
 REACHES = 0.01
 """share of the gradient at the first steps from which a short reach is no cause of memorising"""
