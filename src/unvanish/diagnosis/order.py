@@ -13,7 +13,7 @@ CERTAIN, APART = 6.0, 2.0
 def axis_of_time(main: Tensor, others: Iterable[Tensor]) -> int | None:
     """0 or 1, from correlations with neighbours along each axis; None where neither axis, or both, show any.
 
-    z = min(|ρ_ℓ| √N, |Σ p| / √(Σ p²)),    p: products of neighbours, summed over features; N: how many
+    z = √N min(|ρ_ℓ|, |mean(p)| / std(p)),    p: the N products of neighbours, summed over features
 
     the largest over lags ℓ = 1 … 4 of the input with itself, of a target of the same two axes with itself, and of the
     one with the other. The second tells where few products make up the sum, as in a copy task, whose steps are blank
@@ -49,6 +49,7 @@ def _dependence(a: Tensor, b: Tensor, axis: int) -> float:
             rho = float((early * late).sum() / size)
             # Taking the means away makes neighbours differ by -1/length of their own accord.
             products = (early * late).sum(2)
-            among = float(products.sum().abs() / products.square().sum().sqrt().clamp_min(1e-300))
-            most = max(most, min((abs(rho) - 1.5 / length) * products.numel() ** 0.5, among))
+            root = products.numel() ** 0.5
+            student = float(products.mean().abs() / products.std().clamp_min(1e-300)) * root
+            most = max(most, min((abs(rho) - 1.5 / length) * root, student))
     return most
