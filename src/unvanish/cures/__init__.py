@@ -12,7 +12,7 @@
 - regularise: `zoneout_`, `recurrent_dropout_` (noise that leaves the memory long)
 - constrain: `constrain_` (orthogonal or spectral W_hh), `layer_norm_` (of every gate's share)
 - rescue: `rescue_` (smallest change of the forget biases)
-- replace: `replace_` (RNN → GRU, LSTM or any other cell)
+- replace: `replace_` (RNN → GRU, LSTM or any other cell), `widen_` (more units behind the same interface)
 """
 
 from unvanish.cures.carry_bias import chrono_, forget_bias_, uniform_gate_
@@ -32,6 +32,7 @@ from unvanish.cures.recurrent_noise import recurrent_dropout_, zoneout_
 from unvanish.cures.replace import replace_
 from unvanish.cures.rescue import rescue_
 from unvanish.cures.truncation import TruncatedBPTT
+from unvanish.cures.widen import widen_
 
 __all__ = [
     "CarryRate",
@@ -57,5 +58,6 @@ __all__ = [
     "rescue_",
     "spectral_radius_",
     "uniform_gate_",
+    "widen_",
     "zoneout_",
 ]

@@ -13,9 +13,12 @@ CERTAIN, APART = 6.0, 2.0
 def axis_of_time(main: Tensor, others: Iterable[Tensor]) -> int | None:
     """0 or 1, from correlations with neighbours along each axis; None where neither axis, or both, show any.
 
-    z = |ρ_ℓ| √N, the largest over lags ℓ = 1 … 4 of the input with itself, of a target of the same two axes with
-    itself, and of the one with the other, after the means over both axes are taken away: what all samples have at one
-    step would else look like dependence among samples. Ids are replaced by random codes.
+    z = √N min(|ρ_ℓ|, |mean(p)| / std(p)),    p: the N products of neighbours, summed over features
+
+    the largest over lags ℓ = 1 … 4 of the input with itself, of a target of the same two axes with itself, and of the
+    one with the other. The second tells where few products make up the sum, as in a copy task, whose steps are blank
+    but for a few. The means over both axes are taken away first: what all samples have at one step would else look like
+    dependence among samples. Ids are replaced by random codes.
     """
     series = [_series(t) for t in (main, *others) if t.dim() >= 2 and t.shape[:2] == main.shape[:2]]
     strength = [max((_dependence(a, b, axis) for a in series for b in series), default=0.0) for axis in (0, 1)]
@@ -45,5 +48,8 @@ def _dependence(a: Tensor, b: Tensor, axis: int) -> float:
         if float(size) > 0:
             rho = float((early * late).sum() / size)
             # Taking the means away makes neighbours differ by -1/length of their own accord.
-            most = max(most, (abs(rho) - 1.5 / length) * (early.shape[0] * early.shape[1]) ** 0.5)
+            products = (early * late).sum(2)
+            root = products.numel() ** 0.5
+            student = float(products.mean().abs() / products.std().clamp_min(1e-300)) * root
+            most = max(most, min((abs(rho) - 1.5 / length) * root, student))
     return most

@@ -35,7 +35,7 @@ class Arm:
         seed: int,
         start: nn.Module | None = None,
     ) -> None:
-        self.candidate, self.material, self.seed = candidate, material, seed
+        self.candidate, self.material, self.recipe, self.seed = candidate, material, recipe, seed
         self.bar = Bar(torch.zeros(1)) if bar is None else bar
         self.failed = ""
         """why it can be trained no further; "" while it can"""
@@ -109,6 +109,11 @@ class Arm:
         """Whether its last two judgements both were clearly below the bar."""
         last = self.judgements[-2:]
         return len(last) == 2 and all(j.clear for j in last)
+
+    @property
+    def cleared(self) -> int | None:
+        """Updates after which two judgements in a row were clearly below the bar for the first time."""
+        return next((b.updates for a, b in pairwise(self.judgements) if a.clear and b.clear), None)
 
     @property
     def learns(self) -> bool:

@@ -19,7 +19,7 @@ from unvanish.diagnosis.plan import Step
 from unvanish.nn.layers import EngineSequence
 from unvanish.nn.modules import RecurrentModule, SequenceModule, cell_of
 
-Kind = Literal["as_is", "rate", "clip", "radius", "reach", "input", "regularisation"]
+Kind = Literal["as_is", "rate", "clip", "radius", "reach", "input", "regularisation", "capacity"]
 
 RADIUS = 1.2
 """spectral radius of W_hh above which a smaller one is tried"""

@@ -65,7 +65,7 @@ def features(arm: Arm, readable: float, layers: Mapping[str, Any]) -> Features:
     within = [j for j in arm.judgements if j.updates <= HORIZON]
     recent = arm.losses[:HORIZON][-CHUNK:]
     mean = sum(recent) / len(recent) if recent else math.nan
-    updates = arm.updates if arm.clear else 2 * max(arm.updates, 1)
+    updates = arm.cleared or 2 * max(arm.updates, 1)
     known = (layer.evidence.get("median_survival") for layer in layers.values() if layer.verdict != "undecided")
     survival = min([s for s in known if s is not None], default=1.0)
     return Features(

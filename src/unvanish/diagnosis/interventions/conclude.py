@@ -45,6 +45,9 @@ def conclude(race: Race, recipe: Recipe, readout: Readout | None, reaching: floa
         return (_pointless(race),), Plan(), ()
     if own.untrainable:
         return (), Plan(), (f"no intervention: a copy could not be trained ({own.failed})",)
+    if race.widths is not None and (wide := race.widths.proved) is not None:
+        plan = _plan(wide, race.widths.narrow[0], recipe)
+        return (_narrow(wide, race.widths.narrow, plan),), plan, ()
     winners = [arm for arm in race.arms if arm.learns and _much_better(arm, own)]
     if winners:
         chosen = _simplest(winners)
@@ -174,6 +177,16 @@ def _cause(chosen: Arm, own: Arm, plan: Plan) -> Finding:
     return Finding(code, severity, "", says, f"{_proof(own)} {_proof(chosen)}", plan.code)
 
 
+def _narrow(wide: Arm, narrow: tuple[Arm, ...], plan: Plan) -> Finding:
+    """More units make the loss fall, and neither more updates nor the best other candidate do without them."""
+    name, learns = wide.candidate.name, any(arm.learns for arm in narrow)
+    without = " and ".join(f"{'' if arm is narrow[0] else 'with '}{arm.candidate.name}" for arm in narrow)
+    fell = f"falls far below where it settles {without}" if learns else f"falls, {without} it does not"
+    says = f"The recurrent layers have too few units for what they have to remember: with {name} the loss {fell}."
+    proof = " ".join(_proof(arm) for arm in (*narrow, wide))
+    return Finding("needs_more_capacity", "warning" if learns else "error", "", says, proof, plan.code)
+
+
 def _unread(own: Arm, readout: Readout) -> Finding:
     return Finding(
         "readout",
@@ -188,7 +201,7 @@ def _unread(own: Arm, readout: Readout) -> Finding:
 
 
 def _nothing(race: Race, own: Arm, readout: Readout | None) -> Concluded:
-    everyone = [own, *race.arms]
+    everyone = [own, *race.arms, *(() if race.widths is None else race.widths.wide)]
     tried = [arm for arm in race.arms if arm.updates >= EACH]
     trained_on = own.material.trained_on
     hints = [a.candidate.name for a in everyone if a.best.score.gain > HINT * a.best.score.error and a.best.updates]

@@ -10,6 +10,7 @@ from torch import Tensor
 from unvanish.diagnosis.interventions.arm import CHUNK, Arm, next_judgement
 from unvanish.diagnosis.interventions.bar import Bar, best_constant
 from unvanish.diagnosis.interventions.candidates import AS_IS, Candidate
+from unvanish.diagnosis.interventions.capacity import SHARE, Widths, done, longer, more_units, widths
 from unvanish.diagnosis.interventions.chance import EARLY
 from unvanish.diagnosis.interventions.material import Material
 from unvanish.diagnosis.interventions.optimizers import Recipe
@@ -45,6 +46,8 @@ class Race:
     seconds_per_update: float = float("nan")
     end: float = float("inf")
     """`time.perf_counter()` at which the budget is used up"""
+    widths: Widths | None = None
+    """copies with more units and their like, where the model is narrow and nothing else made it learn well"""
     pointless: bool = False
     """whether a constant answer is right for every sample, so that there is nothing to learn from the input"""
 
@@ -99,6 +102,11 @@ def race(
     _run(own, until, min(EARLY, MOST), progress)
     early(own)
     _run(own, until, MOST, progress)
+    widen = None if own.untrainable or not material.unseen else more_units(material.subject.model, seed)
+    if own.clear and widen is not None and not done(own):
+        again, most = longer(own)
+        whole = time.perf_counter() + SHARE * (end - time.perf_counter())
+        found.widths = widths(again, [], widen, whole, most, progress)
     if own.clear or own.untrainable:
         return found
     entered = candidates(own)
@@ -109,7 +117,9 @@ def race(
         )
         return found
     found.arms = [Arm(c, material, recipe, found.bar, seed) for c in entered]
-    running = list(found.arms)
+    running, whole = list(found.arms), end
+    if widen is not None:
+        end -= SHARE * (end - time.perf_counter())
     for number, share in enumerate(ROUNDS):
         left = (end - time.perf_counter()) * share / sum(ROUNDS[number:])
         running = running[: int(max(left, 0.0) / (CHUNK * cost))]  # the most promising come first
@@ -122,8 +132,11 @@ def race(
             combined = [Arm(c, material, recipe, found.bar, seed) for c in _combined(running)]
             found.arms += combined
             running += combined
+    helped = not own.learns and any(arm.clear for arm in found.arms)
+    if widen is not None and not own.failed and not helped:
+        found.widths = widths(own, found.arms, widen, whole, MOST, progress)
     if not any(arm.learns for arm in found.arms):
-        _run(own, end, MOST, progress)
+        _run(own, whole, MOST, progress)
     found.arms = [arm for arm in found.arms if arm.judgements]
     return found
 

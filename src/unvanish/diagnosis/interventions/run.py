@@ -83,8 +83,9 @@ def run(
 
     The model as it is comes first and ends the race as soon as it clearly learns. Otherwise other learning rates,
     cures of reach on all recurrent modules together, clipping, a smaller spectral radius, standardised inputs and
-    training without regularisation are raced against it. All copies are judged on samples that they do not train on,
-    against the best constant answer.
+    training without regularisation are raced against it. Where recurrent layers have few units, and nothing else made
+    the copy learn all there is, copies with more of them come last. All copies are judged on samples that they do not
+    train on, against the best constant answer.
 
     The model, its gradients, its mode and the random numbers stay as they are.
 
@@ -169,7 +170,7 @@ def _candidates(
 
 def _table(raced: Race) -> tuple[Tried, ...]:
     rows = []
-    for arm in [] if raced.as_is is None else [raced.as_is, *raced.arms]:
+    for arm in [] if raced.as_is is None else [raced.as_is, *raced.arms, *(raced.widths.wide if raced.widths else ())]:
         if arm.updates and arm.judgements:
             best = arm.best.score
             rows.append(Tried(arm.candidate.name, arm.updates, best.loss, best.bar, arm.learns, arm.failed))
