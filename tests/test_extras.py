@@ -57,7 +57,6 @@ NEEDS = {
         "flow.to_dataframe()",
         "flow['lstm.l0'].to_dataframe()",
         "found.to_dataframe()",
-        "found.layers['lstm.l0'].to_dataframe()",
         "uv.audit(model, x, y, loss=nn.functional.mse_loss).to_dataframe()",
         "uv.flow.decompose(model.lstm, x).to_dataframe()",
         "uv.flow.gate_statistics(model.lstm, x).to_dataframe()",
