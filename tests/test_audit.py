@@ -274,7 +274,7 @@ def test_errors() -> None:
 def test_pandas_is_asked_for_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     found = uv.audit(Last(lstm()), X, Y, loss=mse)
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ModuleNotFoundError, match="to_dataframe needs pandas: pip install pandas"):
+    with pytest.raises(ModuleNotFoundError, match=r"pandas is not installed; run: pip install 'unvanish\[report\]'"):
         found.to_dataframe()
 
 

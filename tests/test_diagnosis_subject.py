@@ -126,7 +126,7 @@ def test_findings_are_ranked_and_readable() -> None:
 
     made = [finding("depth"), finding("nan", "note"), finding("samples_mixed"), finding("state_cut", "warning")]
     assert [f.code for f in ranked(made)] == ["samples_mixed", "depth", "state_cut", "nan"]
-    assert repr(made[0]) == "error: depth (rnn)\n  Says.\n  proof: 3 of 4.\n  do: a\n      b"
+    assert repr(made[0]) == "error: depth (rnn)\n  Says.\n  proof: 3 of 4.\n  do: a\n      b\n  more: findings/depth"
     assert len(set(CODES)) == len(CODES)
     with pytest.raises(ValueError, match=r"code: expected one of nan, .*, got 'other'"):
         finding("other")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from unvanish.cli import main
+from unvanish.extras import MissingExtraError
 from unvanish.train.data.sequences import Sequences
 from unvanish.train.data.series import Series
 from unvanish.train.export import Exported, export, plain_state_dict
@@ -158,7 +159,7 @@ def test_what_it_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(OSError, match=f"OUT: .*{name} can't be written: there is no folder"):
             export(trained, tmp_path / "none" / name)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ValueError, match=r"OUT: \.onnx needs onnx; pip install onnx onnxruntime"):
+    with pytest.raises(MissingExtraError, match=r"onnx is not installed; run: pip install 'unvanish\[onnx\]'"):
         export(trained, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 

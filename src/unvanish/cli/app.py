@@ -19,6 +19,7 @@ from unvanish.cli.interrupt import Commands, ended_like_ctrl_c
 from unvanish.cli.live import live
 from unvanish.cli.output import MARKER, OutputFolder, UserError
 from unvanish.cli.train import predict, train
+from unvanish.extras import MissingExtraError
 
 app = typer.Typer(
     name="unvanish",
@@ -189,7 +190,7 @@ def main() -> None:
             status = app(standalone_mode=False)  # typer.Exit's code, or what the command returned
         if isinstance(status, int) and status:
             sys.exit(status)
-    except (UserError, ValueError, ArithmeticError, OSError) as error:
+    except (UserError, MissingExtraError, ValueError, ArithmeticError, OSError) as error:
         _fail(str(error), USER_ERROR)
     except KeyboardInterrupt as stop:
         _fail(str(stop) or "interrupted; nothing was written", INTERRUPTED)

@@ -281,6 +281,7 @@ def _print(found: "Diagnosis", console: Console) -> None:
         # A plan is printed once, below.
         if finding.do and finding.do != found.plan.code:
             console.print(f"  do: {finding.do}", markup=False)
+        console.print(f"  more: {finding.page}", markup=False)
     if found.plan:
         console.print("\n[bold]Plan[/bold]")
         console.print(str(found.plan).rstrip(), markup=False)

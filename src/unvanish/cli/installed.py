@@ -2,7 +2,7 @@
 
 import re
 
-DEVELOPMENT = ("dev", "docs")
+DEVELOPMENT = ("dev", "docs", "benchmarks", "real")
 
 
 def installed() -> dict[str, str]:
@@ -13,7 +13,7 @@ def installed() -> dict[str, str]:
     for requirement in metadata.requires("unvanish") or ():
         name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         extra = re.search(r"extra == ['\"](\w+)", requirement)
-        if extra is not None and extra[1] in DEVELOPMENT:
+        if (extra is not None and extra[1] in DEVELOPMENT) or name == "unvanish":  # an extra that contains others
             continue
         try:
             found[name] = metadata.version(name)

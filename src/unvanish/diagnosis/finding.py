@@ -66,10 +66,17 @@ class Finding:
         if self.severity not in get_args(Severity):
             raise ValueError(f"severity: expected error, warning or note, got {self.severity!r}")
 
+    @property
+    def page(self) -> str:
+        """The page of the documentation about this kind of finding."""
+        return f"findings/{self.code}"
+
     def __repr__(self) -> str:
         where = f" ({self.where})" if self.where else ""
         lines = [f"{self.severity}: {self.code}{where}", f"  {self.says}", f"  proof: {self.proof}"]
-        return "\n".join([*lines, *([f"  do: {_indented(self.do)}"] if self.do else [])])
+        if self.do:
+            lines.append(f"  do: {_indented(self.do)}")
+        return "\n".join([*lines, f"  more: {self.page}"])
 
 
 def ranked(findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from unvanish import flow
 from unvanish.diagnosis.capture import Given
+from unvanish.diagnosis.student import t_quantile
 from unvanish.engine.precision import full_precision
 from unvanish.flow.adjoint_map import map_of
 from unvanish.flow.gates import gates_of
@@ -206,7 +206,7 @@ def _evidence(
 def half_width(values: Tensor) -> float:
     """t s/√n: half of the 95 % interval of a mean; Student's t, as the samples are few. NaN of one."""
     n = len(values)
-    return float(stdtrit(n - 1, 0.975)) * float(values.std()) / math.sqrt(n) if n > 1 else math.nan
+    return t_quantile(n - 1) * float(values.std()) / math.sqrt(n) if n > 1 else math.nan
 
 
 def _sensitivity(

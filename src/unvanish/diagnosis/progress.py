@@ -1,10 +1,10 @@
 """What is being done, on stderr, once a diagnosis takes longer than two seconds on a terminal."""
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 PATIENCE = 2.0
 """seconds"""
@@ -16,26 +16,21 @@ def shown(progress: Callable[[str], None] | None) -> Iterator[Callable[[str], No
     if progress is not None:
         yield progress
         return
-    started, status = time.monotonic(), None
+    started, length = time.monotonic(), 0
     terminal = sys.stderr is not None and sys.stderr.isatty()
 
+    def write(line: str) -> None:
+        nonlocal length
+        sys.stderr.write("\r" + line.ljust(length) + "\r")
+        sys.stderr.flush()
+        length = len(line)
+
     def say(sentence: str) -> None:
-        nonlocal status
-        if not terminal or time.monotonic() - started < PATIENCE:
-            return
-        if status is None:
-            status = _status(sentence)
-            status.start()
-        status.update(f"diagnose: {sentence}")
+        if terminal and time.monotonic() - started >= PATIENCE:
+            write(f"diagnose: {sentence}"[: shutil.get_terminal_size().columns - 1])
 
     try:
         yield say
     finally:
-        if status is not None:
-            status.stop()
-
-
-def _status(sentence: str) -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True, markup=False).status(sentence)
+        if length:
+            write("")

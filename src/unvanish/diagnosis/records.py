@@ -14,6 +14,7 @@ from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.interventions.chance import HORIZON
 from unvanish.diagnosis.plan import Plan
 from unvanish.diagnosis.verdict import Verdict
+from unvanish.extras import extra
 from unvanish.flow.files import write_atomically
 
 if TYPE_CHECKING:
@@ -190,7 +191,8 @@ class Verification:
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per layer: verdict, rate and reach before and after."""
-        import pandas as pd
+        with extra("report"):
+            import pandas as pd
 
         rows = []
         for name, now in self.after.items():
@@ -298,7 +300,8 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per layer, the evidence in columns of its own."""
-        import pandas as pd
+        with extra("report"):
+            import pandas as pd
 
         names = ("name", "cell", "verdict", "cause", "rate", "half_life", "reach", "lag")
         rows = [{n: getattr(d, n) for n in names} | d.evidence for d in self.layers.values()]

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
 from unvanish.engine.precision import full_precision
+from unvanish.extras import extra
 from unvanish.flow.descent import HELD_ELEMENTS, arriving_at
 from unvanish.flow.files import Record
 from unvanish.flow.scaled_rows import log_norms_of, made_at
@@ -57,7 +58,8 @@ class AdjointMap(Record):
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per source, step that its error reaches, and sample: source, t, lag, sample, log_norm, norm."""
-        import pandas as pd
+        with extra("report"):
+            import pandas as pd
 
         k, t, b = torch.meshgrid(
             torch.tensor(self.sources), *map(torch.arange, self.log_norms.shape[1:]), indexing="ij"

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from unvanish.extras import extra
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -124,12 +126,11 @@ class Audit:
         """One row per layer and gradient: layer, kind, dtype, quantity, error, explained, ok; "output" is one too.
 
         Raises:
-            ModuleNotFoundError: pandas is not installed.
+            MissingExtraError: pandas is not installed.
         """
-        try:
+        with extra("report"):
             import pandas as pd
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("to_dataframe needs pandas: pip install pandas", name="pandas") from error
+
         rows = [
             {"layer": a.name, "kind": a.kind, "dtype": a.dtype, "quantity": q, "error": error, "explained": explained}
             for a in self.layers.values()

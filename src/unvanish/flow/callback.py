@@ -5,19 +5,22 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import lightning
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from unvanish.capture import Call, Capture, hidden_parts, steps_of
 from unvanish.capture.named_states import Getter, NamedStates
+from unvanish.extras import extra
 from unvanish.flow.adjoint_map import adjoint_map
 from unvanish.flow.gates import gate_statistics
 from unvanish.flow.reach import Decay, decay
 from unvanish.flow.state_reach import log_norms_of_states
 from unvanish.flow.stepped_states import SteppedStates, log_norms_of_calls
 from unvanish.nn.modules import SequenceModule, evaluating, layer_directions, time_major
+
+with extra("lab"):
+    import lightning
 
 
 class _Input(NamedTuple):

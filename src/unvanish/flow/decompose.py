@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import PackedSequence
 from unvanish import engine
 from unvanish.cells import Cell, calculus
 from unvanish.engine.precision import full_precision
+from unvanish.extras import extra
 from unvanish.flow.descent import flow_at
 from unvanish.flow.exponents import Rows, log_norms, times_power_of_two
 from unvanish.flow.files import Record
@@ -66,7 +67,8 @@ class Term(Record):
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per step and sample: t, sample, term, log_norm, norm, share."""
-        import pandas as pd
+        with extra("report"):
+            import pandas as pd
 
         t, b = torch.meshgrid(*map(torch.arange, self.log_norm.shape), indexing="ij")
         columns = {"t": t, "sample": b, "term": self.name}
@@ -106,7 +108,8 @@ class StateTerms(Record):
 
     def to_dataframe(self) -> "pd.DataFrame":
         """All terms' rows; see `Term.to_dataframe`."""
-        import pandas as pd
+        with extra("report"):
+            import pandas as pd
 
         return pd.concat([term.to_dataframe() for term in self.terms.values()], ignore_index=True)
 

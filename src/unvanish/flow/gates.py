@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.engine import SATURATED
 from unvanish.engine.precision import full_precision
+from unvanish.extras import extra
 from unvanish.flow.files import Record
 from unvanish.flow.stack import Stack, run_stack
 from unvanish.nn.modules import SequenceModule
@@ -63,7 +64,8 @@ class GateStatistics(Record):
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per unit: unit, mean_* and saturation_* of each gate, and where a gate carries, log_carry."""
-        import pandas as pd
+        with extra("report"):
+            import pandas as pd
 
         columns: dict[str, Any] = {"unit": torch.arange(self.mean.shape[1])}
         for prefix, value in (("mean", self.mean), ("saturation", self.saturation)):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.engine.precision import full_precision
+from unvanish.extras import extra
 from unvanish.flow import tangents
 from unvanish.flow.files import Record
 from unvanish.flow.singular import orthonormal, orthonormalised, singular_values
@@ -35,7 +36,8 @@ class LyapunovSpectrum(Record):
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per step and exponent: t, exponent, estimate."""
-        import pandas as pd
+        with extra("report"):
+            import pandas as pd
 
         t, i = torch.meshgrid(*map(torch.arange, self.history.shape), indexing="ij")
         columns = {"t": t, "exponent": i, "estimate": self.history}

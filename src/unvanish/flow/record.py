@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from unvanish.extras import extra
 from unvanish.flow.files import Record, write_atomically
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ class LayerFlow(Record):
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per step and sample with input: layer, t, sample, dh, dc, dweight, partial, and dgate_*, gate_*,
         saturation_* per gate; fields that are None have no column."""
-        import pandas as pd
+        with extra("report"):
+            import pandas as pd
 
         T, B = self.dh.shape
         t, b = torch.meshgrid(torch.arange(T), torch.arange(B), indexing="ij")
@@ -173,7 +175,8 @@ class Flow(Record, Mapping[str, LayerFlow]):
 
     def to_dataframe(self) -> "pd.DataFrame":
         """All layers' rows; see `LayerFlow.to_dataframe`."""
-        import pandas as pd
+        with extra("report"):
+            import pandas as pd
 
         return pd.concat([layer.to_dataframe() for layer in self.layers.values()], ignore_index=True)
 

@@ -13,6 +13,7 @@ from unvanish import engine
 from unvanish.cells import Point
 from unvanish.engine.manual import recurrent_pairs
 from unvanish.engine.precision import full_precision
+from unvanish.extras import extra
 from unvanish.flow.descent import HELD_ELEMENTS, arriving_at, checked_error
 from unvanish.flow.exponents import EMPTY, log_norms, times_power_of_two
 from unvanish.flow.files import Record
@@ -109,7 +110,8 @@ class SourceGradients(Record):
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per source: source, log_norm, log_partial_sum, log_longest_path."""
-        import pandas as pd
+        with extra("report"):
+            import pandas as pd
 
         columns = {
             "log_norm": self.log_norms,

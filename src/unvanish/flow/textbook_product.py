@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unvanish import engine
 from unvanish.cells import Partials, State
+from unvanish.extras import extra
 from unvanish.flow.exponents import Rows, log_norms, times_power_of_two
 from unvanish.flow.files import Record
 from unvanish.flow.scaled_rows import Entering, Some, Step, backwards
@@ -42,7 +43,8 @@ class TextbookProduct(Record):
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per step and sample with input: t, sample, apart, log_exact, log_textbook."""
-        import pandas as pd
+        with extra("report"):
+            import pandas as pd
 
         t, b = torch.meshgrid(*map(torch.arange, self.log_exact.shape), indexing="ij")
         columns = {"t": t, "sample": b, "apart": self.apart}

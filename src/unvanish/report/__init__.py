@@ -1,11 +1,25 @@
-"""Showing what was measured: pure functions of records; never touches a model.
+"""Showing what was measured: text, figures and pages, each a pure function of records.
 
-`unvanish.report.plot`, also `uv.plot`, has the pictures for papers.
+Belongs here: sentences about a result, tables, figures (`unvanish.report.plot`, also `uv.plot`), pages, the live page.
+Does not: measuring, training, or anything that touches a model; pictures that know no record are in `draw`.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from unvanish.report import plot
 from unvanish.report.html import write_comparison
 from unvanish.report.plot import save_figures
-from unvanish.report.text import print_comparison
+
+if TYPE_CHECKING:
+    from unvanish.report.text import print_comparison
 
 __all__ = ["plot", "print_comparison", "save_figures", "write_comparison"]
+
+
+def __getattr__(name: str) -> Any:
+    """The tables for a terminal need an extra, which the figures do without."""
+    if name == "print_comparison":
+        from unvanish.report.text import print_comparison
+
+        return print_comparison
+    raise AttributeError(f"module 'unvanish.report' has no attribute {name!r}")

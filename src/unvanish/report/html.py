@@ -1,12 +1,14 @@
 """The report: one self-contained page, opens offline, made from records alone."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -16,7 +18,9 @@ from unvanish.flow.files import write_atomically
 from unvanish.report import story, verdict
 from unvanish.report.page_data import task_data
 from unvanish.report.still_picture import still
-from unvanish.train.records import Comparison
+
+if TYPE_CHECKING:
+    from unvanish.train.records import Comparison
 
 SCRIPTS = ("frame", "hero", "parts", "cell", "training", "update", "page")
 """in the order in which they run"""

@@ -1,12 +1,16 @@
 """The numbers that the page's pictures are drawn from: powers of ten, rounded, thinned where a curve is dense."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unvanish.draw import LN10, decades, line, short
 from unvanish.report.story import alternatives, story
 from unvanish.report.verdict import fate, power_of_ten
-from unvanish.train.records import BiasReach, GradientBreakdown, Reach, Rescue, Run, TaskResult
+
+if TYPE_CHECKING:
+    from unvanish.train.records import BiasReach, GradientBreakdown, Reach, Rescue, Run, TaskResult
 
 POINTS = 80
 """of a curve that is one of many"""

@@ -4,10 +4,12 @@ Colour-blind-safe, told apart by dash too; norms on a logarithmic axis; medians 
 Of a record of `uv.flow` or of a diagnosis each is the record's own `plot`.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,7 +28,9 @@ from unvanish.flow import (
     SourceGradients,
     StateTerms,
 )
-from unvanish.train.records import Comparison, GradientBreakdown, Reach, Run, TaskResult
+
+if TYPE_CHECKING:
+    from unvanish.train.records import Comparison, GradientBreakdown, Reach, Run, TaskResult
 
 Moment = Literal["before", "after"]
 
@@ -122,7 +126,7 @@ def adjoint_map(record: AdjointMap | GradientBreakdown, sample: int | None = Non
         IndexError: there is no such sample.
         ValueError: a sample is asked for of a breakdown.
     """
-    if not isinstance(record, GradientBreakdown):
+    if isinstance(record, AdjointMap):
         return record.plot(ax, sample)
     if sample is not None:
         raise ValueError(f"sample: a breakdown holds medians over samples alone; leave it out, got {sample}")
@@ -132,7 +136,7 @@ def adjoint_map(record: AdjointMap | GradientBreakdown, sample: int | None = Non
 
 def terms(record: StateTerms | GradientBreakdown, ax: Axes | None = None) -> Axes:
     """Each path's share of the gradient that comes back to step t, the median over samples; they sum to 1."""
-    if not isinstance(record, GradientBreakdown):
+    if isinstance(record, StateTerms):
         return record.plot(ax)
     return draw.lines(record.share, record.steps, "step t", "share of the gradient that comes back", ax, zero=True)
 
@@ -143,10 +147,10 @@ def memory(record: GateStatistics | GradientBreakdown, bins: int = 20, ax: Axes 
     Raises:
         ValueError: the cell carries nothing.
     """
-    if isinstance(record, GradientBreakdown):
-        return draw.histogram(*_time_constants(record, bins), ax, longest=max(100.0, 10.0 * (record.steps[-1] + 1)))
-    counts, edges = record.histogram(bins)
-    return draw.histogram(np.asarray(counts), np.asarray(edges), ax)
+    if isinstance(record, GateStatistics):
+        counts, edges = record.histogram(bins)
+        return draw.histogram(np.asarray(counts), np.asarray(edges), ax)
+    return draw.histogram(*_time_constants(record, bins), ax, longest=max(100.0, 10.0 * (record.steps[-1] + 1)))
 
 
 def _time_constants(record: GradientBreakdown, bins: int) -> tuple[np.ndarray, np.ndarray]:
@@ -166,7 +170,7 @@ def subgradients(record: LayerFlow | GradientBreakdown, ax: Axes | None = None) 
         ValueError: the record has none: it is of marked states.
     """
     names, y = (r"$\|g_t\|$", r"$\|\sum_{s \geq t} g_s\|$"), "norm of the weight's gradient"
-    if isinstance(record, GradientBreakdown):
+    if not isinstance(record, LayerFlow):
         both = (record.subgradient, record.partial_sums)
         curves = {
             name: [None if v is None else v / draw.LN10 for v in values]

@@ -1,13 +1,18 @@
 """The page's first picture as a still SVG, for readers without JavaScript: whose gradient remains over the lag."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
 from unvanish.draw import decades, line, short
 from unvanish.report.story import alternatives
 from unvanish.report.verdict import power_of_ten
-from unvanish.train.records import Run, TaskResult
+
+if TYPE_CHECKING:
+    from unvanish.train.records import Run, TaskResult
 
 LOWEST, HIGHEST = -60, 2
 """powers of ten: the axis of every picture of a gradient over the lag"""

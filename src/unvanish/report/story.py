@@ -1,11 +1,16 @@
 """The sentences of the page, each computed from the records that the picture beside it shows."""
 
+from __future__ import annotations
+
 from math import exp, log
 from statistics import median
+from typing import TYPE_CHECKING
 
 from unvanish.draw import steps
 from unvanish.report.verdict import counted, fate, listed, outcome, power_of_ten, success
-from unvanish.train.records import GradientBreakdown, Reach, Run, TaskResult
+
+if TYPE_CHECKING:
+    from unvanish.train.records import GradientBreakdown, Reach, Run, TaskResult
 
 
 def headline(task: TaskResult) -> str:

@@ -1,18 +1,24 @@
 """A comparison on the terminal: tables that fit 80 columns, and the verdict in words."""
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from typing import TYPE_CHECKING
 
+from unvanish.extras import extra
 from unvanish.report import verdict
-from unvanish.train.records import Comparison, TaskResult
+
+if TYPE_CHECKING:
+    from unvanish.train.records import Comparison, TaskResult
+
+with extra("report"):
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
 WIDE = 72
 """columns that the whole table takes; on a narrower terminal rate and half-life are left out, not cut off"""
 _COLOUR = {"solved": "green", "partly": "yellow", "chance": "red"}
 
 
-def print_comparison(comparison: Comparison, console: Console) -> None:
+def print_comparison(comparison: "Comparison", console: Console) -> None:
     """One table and three sentences per task."""
     for task in comparison.tasks:
         console.print(_table(task, wide=console.width >= WIDE))
@@ -21,7 +27,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print()
 
 
-def _table(task: TaskResult, wide: bool) -> Table:
+def _table(task: "TaskResult", wide: bool) -> Table:
     title = f"{task.title}, {task.length} steps. {task.metric.capitalize()}, chance {task.chance:.3g}"
     table = Table(
         title=escape(title),

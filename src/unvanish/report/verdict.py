@@ -1,10 +1,15 @@
 """What a comparison says, in words: computed from the records, shared by the terminal and the page."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from unvanish.draw import LN10
-from unvanish.train.records import Cured, Reach, Run, TaskResult
+
+if TYPE_CHECKING:
+    from unvanish.train.records import Cured, Reach, Run, TaskResult
 
 _CALLS = {
     "gru-chrono": "unvanish.cures.chrono_(layer, max_lag={length})",

@@ -7,11 +7,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.plugins import CheckpointIO
 
+from unvanish.extras import extra
 from unvanish.flow.files import write_atomically
+
+with extra("lab"):
+    import lightning
+    from lightning.pytorch.plugins import CheckpointIO
 
 SEAL = b"unvanish-checkpoint-1\n"
 KEPT = 2

@@ -4,12 +4,9 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, Self
 
 import numpy as np
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.utils import check_array, check_random_state
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
+from unvanish.extras import extra
 from unvanish.train.configuration import Optimizer, Schedule
 from unvanish.train.data.missing import Missing, check_missing, filled, refuse
 from unvanish.train.data.sequences import Sequences
@@ -20,6 +17,12 @@ from unvanish.train.models import Read
 from unvanish.train.problems import Classification, DataProblem, Regression, outputs_of
 from unvanish.train.settings import Settings
 from unvanish.train.trained import Trained
+
+with extra("lab"):
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.utils import check_array, check_random_state
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 
 @dataclass(eq=False, repr=False)

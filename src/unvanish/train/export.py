@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unvanish import nn as layers
+from unvanish.extras import extra
 from unvanish.flow.files import write_atomically
 from unvanish.nn import restore
 from unvanish.nn.modules import SequenceModule
@@ -152,8 +153,8 @@ def export(trained: Trained, path: str | os.PathLike[str], *, steps: int | None 
         The largest difference that was seen, relative to the largest answer.
 
     Raises:
-        ValueError: another suffix, `steps` for .onnx, a model that was trained on no data, or for .onnx a package that
-            is not installed.
+        ValueError: another suffix, `steps` for .onnx, or a model that was trained on no data.
+        MissingExtraError: for .onnx, a package of the extra `onnx` is not installed.
         ArithmeticError: the file does not answer as the model does.
         OSError: the file can't be written.
     """
@@ -209,13 +210,9 @@ def _example(trained: Trained, batch: int, steps: int, seed: int) -> tuple[Tenso
 def _onnx(module: Exported, examples: list[Any], path: Path) -> list[Tensor]:
     import warnings
 
-    try:
+    with extra("onnx"):
         import onnx  # noqa: F401 (the exporter needs it, and says so late)
         import onnxruntime
-    except ImportError as error:
-        raise ValueError(
-            f"OUT: .onnx needs {error.name}; pip install onnx onnxruntime, or name a file that ends in .pt2"
-        ) from error
 
     names = ["x", "lengths"]
     open_axes = {"x": {0: "batch", 1: "steps"}, "lengths": {0: "batch"}, "answer": {0: "batch"}}

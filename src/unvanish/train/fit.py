@@ -8,19 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from unvanish.extras import extra
 from unvanish.train.checkpoints import SaveEachRound, SealedCheckpointIO, newest
 from unvanish.train.configuration import Machines, TrainingConfiguration
 from unvanish.train.models import SequenceModel
 from unvanish.train.supervised import Problem, Progress, Supervised, Tell, judged, together
 from unvanish.train.tasks.base import Split
+
+with extra("lab"):
+    import lightning
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.loggers import Logger
 
 JUDGED = 256
 """samples that are judged at once"""

@@ -8,10 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.loggers import Logger
 
+from unvanish.extras import extra
 from unvanish.flow.callback import GradientFlow
 from unvanish.train.assessment import assess
 from unvanish.train.configuration import Machines, TrainingConfiguration
@@ -22,6 +21,10 @@ from unvanish.train.problems import DataProblem
 from unvanish.train.run_folder import RunFolder, fingerprint
 from unvanish.train.settings import Settings
 from unvanish.train.trained import SCHEMA, Trained
+
+with extra("lab"):
+    import lightning
+    from lightning.pytorch.loggers import Logger
 
 FLOW_STEPS = 200_000
 """steps that a measurement of the gradient's reach looks at, of all samples together, unless one alone is longer"""

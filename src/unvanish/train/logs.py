@@ -3,7 +3,11 @@
 import os
 from pathlib import Path
 
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from unvanish.extras import extra
+
+with extra("lab"):
+    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
 
 LOGGERS = ("csv", "tensorboard", "wandb", "none")
 

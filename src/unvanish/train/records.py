@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from unvanish.extras import extra
+
 SCHEMA = 4
 """Version of the layout of `results.json`."""
 
@@ -235,7 +237,8 @@ class Comparison:
             raise ValueError(
                 f"results.json: expected schema {SCHEMA}, got {found!r}; made by another version of unvanish?"
             )
-        from pydantic import TypeAdapter, ValidationError
+        with extra("lab"):
+            from pydantic import TypeAdapter, ValidationError
 
         try:
             found = TypeAdapter(cls).validate_json(json.dumps(data), strict=True, extra="forbid")

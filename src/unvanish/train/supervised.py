@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import lightning
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,10 +12,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from unvanish.cures import Omega
+from unvanish.extras import extra
 from unvanish.train.configuration import OPTIMIZERS, TrainingConfiguration
 from unvanish.train.models import SequenceModel
 from unvanish.train.rounds import batches
 from unvanish.train.tasks.base import IGNORED, Samples, Split
+
+with extra("lab"):
+    import lightning
 
 
 class Problem(Protocol):

@@ -21,6 +21,7 @@ from unvanish.diagnosis.interventions.race import Race, race
 from unvanish.diagnosis.interventions.readout import head_reads, read_out
 from unvanish.diagnosis.plan import Plan
 from unvanish.diagnosis.subject import Subject
+from unvanish.extras import extra
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +64,8 @@ class Outcome:
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row per copy that was trained, in the order of trial."""
-        import pandas as pd
+        with extra("report"):
+            import pandas as pd
 
         return pd.DataFrame([vars(row) for row in self.tried])
 

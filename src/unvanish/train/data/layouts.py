@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from unvanish.extras import extra
 from unvanish.train.data.missing import Missing, check_missing, filled, refuse
 from unvanish.train.data.sequences import Sequences
 from unvanish.train.data.series import Series
@@ -134,7 +135,8 @@ def _times(table: Table, column: str) -> np.ndarray:
     cells = table.columns[column]
     if isinstance(cells, np.ndarray):
         return table.numbers([column])[:, 0]
-    import pandas as pd
+    with extra("report"):
+        import pandas as pd
 
     times = pd.to_datetime(pd.Series(table.labels(column, "time")), errors="coerce", utc=True, format="ISO8601")
     if times.notna().all():

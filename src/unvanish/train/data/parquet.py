@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from unvanish.extras import extra
 from unvanish.train.data.table import EXACT, MAX_BYTES, SMALLER, DataError, Table, check_header
 from unvanish.train.memory import CELL, require
 
@@ -23,8 +24,9 @@ def read_parquet(path: Path) -> Table:
         DataError: anything that is not such a file, with file, row and column.
         OSError: the file can't be read.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    with extra("lab"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
     with path.open("rb") as stream:  # what fails from here on is the file's fault
         try:

@@ -5,10 +5,14 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import WordLevel
-from tokenizers.trainers import WordLevelTrainer
 from torch import Tensor
+
+from unvanish.extras import extra
+
+with extra("lab"):
+    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from tokenizers.trainers import WordLevelTrainer
 
 UNKNOWN = "[UNK]"
 MOST_WORDS = 30_000

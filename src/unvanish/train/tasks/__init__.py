@@ -35,7 +35,8 @@ def make_task(name: str, length: int | None = None, seed: int = 0) -> Task:
     """The task called `name`.
 
     Raises:
-        ValueError: there is no such task, it can't have this length or seed, or its images are not installed.
+        ValueError: there is no such task, or it can't have this length or seed.
+        MissingExtraError: its images are not installed.
     """
     if name not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")

