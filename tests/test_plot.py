@@ -15,7 +15,7 @@ from torch import nn
 import unvanish as uv
 from unvanish.draw import short
 from unvanish.flow import LayerFlow
-from unvanish.flow.notebook import course
+from unvanish.flow.notebook import card, course, verdict
 from unvanish.train.records import GradientBreakdown
 
 
@@ -143,7 +143,7 @@ def test_a_layers_card_counts_the_steps_on_the_gradients_way() -> None:
         found = course(record)
         assert (found.at, found.above) == (at, 1)
         assert found.end == pytest.approx(-9)
-        assert f"peak 1 at t={at}; above 1 % of it for 1 step back; 10^-9 of it remains" in repr(record)
+        assert f"reach 1 of 4 steps, peak 1 at t={at}; 10^-9 of it remains" in repr(record)
     half = dataclasses.replace(forward, dh=torch.zeros(5, 2, dtype=torch.float64))
     assert "no gradient arrived" in repr(half)
     assert "nothing remains" in half._repr_html_()
@@ -159,3 +159,25 @@ def test_a_watch_shows_what_it_did_not_record() -> None:
         lstm(torch.randn(4, 2, 2))[0].sum().backward()
     assert list(flow.skipped) == ["mine"]
     assert "mine: not recorded: " in flow._repr_html_()
+
+
+def test_a_card_is_layer_by_lag_on_one_axis() -> None:
+    falling = torch.tensor([1e-9, 1e-5, 1e-3, 0.05, 1.0], dtype=torch.float64)[:, None].expand(5, 2)
+    forward = LayerFlow("l0", "gru", ("r", "z", "n"), torch.tensor([5, 5]), falling)
+    back = dataclasses.replace(forward, name="l0.reverse", dh=falling.flip(0))
+    grown = dataclasses.replace(forward, name="grown", dh=falling.flip(0))
+    ones = torch.ones(2, 2, dtype=torch.float64)
+    brief = dataclasses.replace(forward, name="brief", dh=ones, lengths=torch.tensor([2, 2]))
+    records = {record.name: record for record in (forward, back, grown, brief)}
+    assert [verdict(record, course(record)) for record in records.values()] == ["fades", "fades", "grows", "arrives"]
+    assert verdict(dataclasses.replace(forward, problem="no"), course(forward)) == "not judged"
+    assert course(back).way == course(forward).way
+    html = card(records, {})
+    both = [re.findall(r'fill-opacity="([^"]+)"', strip) for strip in re.findall(r'<svg width="420".*?</svg>', html)]
+    assert both[0] == both[1] == ["0.90", "0.75", "0.56", "0.34", "0.00"]
+    widths = [float(w) for w in re.findall(r'width="([^"]+)" height="14" fill="none"', html)]
+    assert [round(width + 1) for width in widths] == [420, 420, 84, 168]
+    curves = re.findall(r'<polyline points="([^"]+)"', html)
+    assert float(curves[0].split(",")[0]) == 120
+    assert float(curves[1].split(",")[0]) == 0
+    assert "read in reverse, from the first step to the last" in html

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from unvanish.draw.page import Tone, card, code, listed, page, paragraph, section, table, top
+from unvanish.draw.preview import Preview, PreviewCurve, before_and_after
 from unvanish.draw.strips import Axes, Bar, Curve, Strip, bars, strips
 from unvanish.draw.style import LN10, fraction
 
@@ -17,6 +18,8 @@ DRAWN = 12
 SCALE = (-8.0, 2.0)
 """powers of ten of the picture, the same on every page unless a gradient grows by more"""
 TICKS = (2.0, 0.0, -2.0, -4.0, -6.0, -8.0)
+OF_REACH = ("reach_too_short", "healthy")
+"""findings whose result is the gradient's reach"""
 TONES: dict[str, Tone] = {"error": "bad", "warning": "some", "note": ""}
 VERDICTS: dict[str, Tone] = {
     "healthy": "good", "vanishes": "some", "saturated": "some", "explodes": "bad", "chaotic": "bad", "dead": "bad",
@@ -80,6 +83,36 @@ def verification_page(proved: "Verification") -> str:
     )
 
 
+def diagnosis_preview(found: "Diagnosis") -> Preview:
+    """The card of the page. Its large type is about the gradient only where nothing else was found to be at fault."""
+    drawn = _shortest_first(found.layers)
+    fault = next((f for f in found.findings if f.severity != "note" and f.code not in OF_REACH), None)
+    if fault is not None:
+        result = fault.code.replace("_", " ")
+    else:
+        result = f"reach {_reach(drawn[0])}" if drawn else _status(found)[0]
+    curves = [PreviewCurve(d.name, _decades(d.curve)) for d in drawn]
+    return Preview(f"Diagnosis of {found.model}", result, found.headline.replace("`", ""), curves)
+
+
+def verification_preview(proved: "Verification") -> Preview:
+    """The card of the page: of the layer whose gradient reached least before the change, what it was and what it is."""
+    was, now = proved.earlier, proved.later
+    about, says = f"{now.model}, before and after", f"After the change: {now.headline.replace('`', '')}"
+    drawn = [d for d in _shortest_first(was.layers) if d.name in now.layers and len(now.layers[d.name].curve) > 1]
+    if not drawn:
+        return Preview(about, "cured" if proved.cured else "not cured", says, ())
+    d = drawn[0]
+    later = now.layers[d.name]
+    curves = (PreviewCurve("before", _decades(d.curve), pale=True), PreviewCurve(d.name, _decades(later.curve)))
+    return Preview(about, before_and_after(d.reach, later.reach), says, curves)
+
+
+def _shortest_first(layers: "Mapping[str, LayerDiagnosis]") -> "list[LayerDiagnosis]":
+    """Those with a curve, by the fraction of the steps that their gradient reaches over."""
+    return sorted((d for d in layers.values() if len(d.curve) > 1), key=lambda d: d.reach / max(d.lag, 1))
+
+
 def _losses(was: "Diagnosis", now: "Diagnosis") -> list[list[str]]:
     said = [
         f"{d.tried[0].loss:.4g} (best constant answer: {d.tried[0].bar:.4g})" if d.tried else "" for d in (was, now)
@@ -108,7 +141,7 @@ def _pictures(layers: "Mapping[str, LayerDiagnosis]", before: "Mapping[str, Laye
     drawn = [d for d in layers.values() if len(d.curve) > 1]
     if not drawn:
         return ""
-    kept = {d.name for d in sorted(drawn, key=lambda d: d.reach / max(d.lag, 1))[:DRAWN]}
+    kept = {d.name for d in _shortest_first(layers)[:DRAWN]}
     rows = [_strip(d, (before or {}).get(d.name)) for d in drawn if d.name in kept]
     most = max(y for row in rows for curve in row.curves for y in curve.y if not math.isnan(y))
     high = SCALE[1] if most <= SCALE[1] else float(math.ceil(min(most, 300.0)))

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from unvanish.diagnosis.interventions.chance import HORIZON
 from unvanish.diagnosis.plan import Plan
 from unvanish.diagnosis.verdict import Verdict
 from unvanish.extras import extra
-from unvanish.flow.files import write_atomically
+from unvanish.flow.files import write_page
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -212,14 +211,15 @@ class Verification:
         return draw.over_lag(curves, ax, mark=ARRIVED)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write a page with both diagnoses: the gradient before and after, what is found now, the later plan.
+        """Write a page with both diagnoses: the gradient before and after, what is found now, the later plan; and
+        beside it its card, 1200 × 630, as PNG and SVG ("page-card.png").
 
         Raises:
             OSError: the file can't be written.
         """
-        from unvanish.diagnosis.page import verification_page
+        from unvanish.diagnosis.page import verification_page, verification_preview
 
-        write_atomically(Path(path), verification_page(self).encode())
+        write_page(path, verification_page(self), verification_preview(self))
 
     def _repr_html_(self) -> str:
         from unvanish import draw
@@ -316,14 +316,15 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the diagnosis as one self-contained page: headline, gradient per layer, findings with proofs, plan,
-        copies that were trained, layers, notes. It needs neither network nor script.
+        copies that were trained, layers, notes. It needs neither network nor script. Beside it lies its card, 1200 ×
+        630, as PNG and SVG ("page-card.png").
 
         Raises:
             OSError: the file can't be written.
         """
-        from unvanish.diagnosis.page import diagnosis_page
+        from unvanish.diagnosis.page import diagnosis_page, diagnosis_preview
 
-        write_atomically(Path(path), diagnosis_page(self).encode())
+        write_page(path, diagnosis_page(self), diagnosis_preview(self))
 
     def _repr_html_(self) -> str:
         from unvanish import draw

@@ -6,10 +6,13 @@ import os
 import tempfile
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from unvanish.draw.preview import Preview
 
 SCHEMA = 3
 """Version of the layout of a flow file."""
@@ -161,6 +164,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def write_page(path: str | os.PathLike[str], page: str, card: "Preview") -> None:
+    """Write a page, and beside it its card of 1200 × 630 pixels, to be shown where the page is linked:
+    "page-card.png" and "page-card.svg" for "page.html"."""
+    from unvanish.draw.preview import preview_files, preview_paths
+
+    for place, image in zip(preview_paths(path), preview_files(card), strict=True):
+        write_atomically(place, image)
+    write_atomically(Path(path), page.encode())
 
 
 def _umask() -> int:

@@ -1,36 +1,49 @@
-"""How a flow shows itself in a notebook: a table of the layers, each with its curve, over strips of what remains."""
+"""How a flow shows itself in a notebook: a table of the layers over a picture of what remains, layer × lag."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from unvanish.draw import short, steps
+from unvanish.draw import fraction, short, steps
 from unvanish.flow.record import LayerFlow
 
-CELLS = 60
+CELLS = 100
 """of a strip, at most"""
 DARK = -8.0
 """power of ten of the peak at which a strip is empty"""
+GROWN = 2.0
+"""powers of ten from the first step that the gradient reaches to its peak beyond which it is said to grow"""
+STRIP, LINE = 420, 120
+"""widths of the strip and of the curve in the table, pixels"""
 _FRAME = "max-width:52rem;overflow-x:auto;font:.9rem/1.5 system-ui,sans-serif"
 _TABLE = "border-collapse:collapse;white-space:nowrap;font-variant-numeric:tabular-nums;background:none"
 _CELL = "padding:.15rem .9rem .15rem 0;text-align:left;border:0"
+_SMALL = "opacity:.75;font-size:.8rem"
+
+Verdict = Literal["fades", "arrives", "grows", "no gradient", "not judged"]
 
 
 class Course(NamedTuple):
-    """The median gradient norm of one layer over its steps."""
+    """The median gradient norm of one layer on its way through time."""
 
-    powers: list[float]
-    """log10 of the norm relative to the peak, per step; −∞ where it is 0"""
+    way: list[float]
+    """log10 of the norm relative to the peak over the lag: steps from the peak, in the direction in which the gradient
+    travels; −∞ where it is 0; empty where no gradient arrived"""
     peak: float
     at: int
     """step of the peak"""
     above: int
-    """steps from the peak, in the direction in which the gradient travels, over which the norm stays above 1 % of it"""
-    end: float
-    """log10 of what remains at the step that the gradient reaches last"""
+    """the reach: steps from the peak over which the norm stays above 1 % of it"""
+    grown: float
+    """log10 of the peak relative to the first step that a gradient reached"""
+
+    @property
+    def end(self) -> float:
+        """log10 of what remains at the step that the gradient reaches last."""
+        return self.way[-1] if self.way else -math.inf
 
 
 def course(record: LayerFlow) -> Course:
@@ -38,73 +51,135 @@ def course(record: LayerFlow) -> Course:
     norms = record.dh if record.dc is None else record.dc
     present = torch.arange(len(norms))[:, None] < record.lengths[None, :]
     if not norms.numel():
-        return Course([], 0.0, 0, 0, -math.inf)
+        return Course([], 0.0, 0, 0, 0.0)
     middle = torch.where(present, norms, torch.nan).nanmedian(1).values.nan_to_num(0.0)
-    at = int(middle.argmax())
+    backwards = record.name.endswith(".reverse")
+    from_source = middle if backwards else middle.flip(0)
+    start = int(from_source.argmax())
+    at = start if backwards else len(middle) - 1 - start
     peak = float(middle[at])
     if not 0 < peak < math.inf:
-        return Course([-math.inf] * len(middle), peak, at, 0, -math.inf)
-    powers = (middle / peak).log10().tolist()
-    way = powers[at:] if record.name.endswith(".reverse") else powers[at::-1]
+        return Course([], peak, at, 0, 0.0)
+    powers = (from_source / peak).log10()
+    source = int(powers.isfinite().nonzero()[0])
+    way = powers[start:].tolist()
     above = next((lag for lag, power in enumerate(way) if power <= -2), len(way)) - 1
-    return Course(powers, peak, at, above, way[-1])
+    return Course(way, peak, at, above, -float(powers[source]))
+
+
+def verdict(record: LayerFlow, found: Course) -> Verdict:
+    """What happens to the gradient on its way, from its norm alone."""
+    if not record.valid:
+        return "not judged"
+    if not found.way:
+        return "no gradient"
+    if found.grown > GROWN:
+        return "grows"
+    return "arrives" if found.above == len(found.way) - 1 else "fades"
 
 
 def in_words(record: LayerFlow) -> str:
-    """Peak and how far the norm stays above 1 % of it, in a line."""
+    """Reach and peak in a line."""
     found = course(record)
-    if not found.peak > 0:
+    if not found.way:
         return "no gradient arrived"
-    return f"peak {found.peak:.2g} at t={found.at}; above 1 % of it for {steps(found.above)} back; {_rest(found)}"
+    return f"reach {_reach(found)}, peak {found.peak:.2g} at t={found.at}; {_rest(found)}"
 
 
 def card(layers: Mapping[str, LayerFlow], skipped: Mapping[str, str]) -> str:
     """Self-contained HTML; every name is escaped, none breaks in its middle."""
-    heads = ("layer", "cell", "gradient over t", "above 1 % of its peak", "at the far end", "valid")
+    heads = ("layer", "gradient over t", "reach", "at the far end", "verdict", "valid")
     head = "".join(f'<th style="{_CELL};font-weight:600">{name}</th>' for name in heads)
-    rows = "".join(_row(record) for record in layers.values())
+    courses = {name: course(record) for name, record in layers.items()}
+    rows = "".join(_row(record, courses[name]) for name, record in layers.items())
     left = "".join(
         f"<li>{escape(name or 'the model')}: not recorded: {escape(why)}</li>" for name, why in skipped.items()
     )
     notes = f'<ul style="margin:.3rem 0 0;padding-left:1.2rem">{left}</ul>' if left else ""
     return (
         f'<div style="{_FRAME}"><table style="{_TABLE}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
-        f"{notes}"
-        '<div style="opacity:.75;font-size:.8rem">Median over samples. Filled: the norm is at its peak; empty: below '
-        "10⁻⁸ of it. Where an error enters at every step this is the sum of all, and says nothing about reach.</div>"
+        f"{_strips(layers, courses)}{notes}"
+        f'<div style="{_SMALL}">Median over samples. Reach: steps back from the peak over which the norm stays above '
+        "1 % of it. Where an error enters at every step the norm is the sum of all, and says nothing about reach.</div>"
         "</div>"
     )
 
 
-def _row(record: LayerFlow) -> str:
-    found = course(record)
+def _row(record: LayerFlow, found: Course) -> str:
     cells = (
-        escape(short(record.name)),
-        escape(record.cell),
-        _strip(found),
-        f"{found.above} of {steps(max(0, len(found.powers) - 1))}",
+        f"{escape(short(record.name))} ({escape(record.cell)})",
+        _curve(record, found),
+        _reach(found) if found.way else "–",
         _rest(found),
+        verdict(record, found),
         "yes" if record.valid else escape(f"no: {short(record.problem or '', 60)}"),
     )
     return "<tr>" + "".join(f'<td style="{_CELL}">{cell}</td>' for cell in cells) + "</tr>"
 
 
-def _strip(found: Course) -> str:
-    """Cells filled by the logarithm of the norm, and its curve over them."""
-    T = len(found.powers)
-    places = range(T) if T <= CELLS else [round(i * (T - 1) / (CELLS - 1)) for i in range(CELLS)]
-    shares = [1 - min(max(found.powers[t] / DARK, 0.0), 1.0) for t in places]
-    width = 240 / max(1, len(shares))
-    boxes = "".join(
-        f'<rect x="{i * width:.1f}" width="{width:.1f}" height="22" fill-opacity="{0.55 * share:.2f}"/>'
-        for i, share in enumerate(shares)
+def _curve(record: LayerFlow, found: Course) -> str:
+    """The norm over t, as far as the gradient travels from its peak; a layer read in reverse runs to the right."""
+    backwards = record.name.endswith(".reverse")
+    T, lags = len(record.dh), _places(len(found.way), LINE // 2)
+    points = " ".join(
+        f"{LINE * ((found.at + lag) if backwards else (found.at - lag)) / max(1, T - 1):.1f},"
+        f"{21 - 20 * _lightness(found.way[lag]):.1f}"
+        for lag in lags
     )
-    points = " ".join(f"{(i + 0.5) * width:.1f},{21 - 20 * share:.1f}" for i, share in enumerate(shares))
-    says = f"{steps(found.above)} above 1 % of the peak"
+    way = "read in reverse, from the first step to the last" if backwards else "from the last step to the first"
     return (
-        f'<svg width="240" height="22" role="img" aria-label="{says}" fill="currentColor" style="display:block">{boxes}'
+        f'<svg width="{LINE}" height="22" role="img" aria-label="{_rest(found)}, {way}" style="display:block">'
         f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"/></svg>'
     )
+
+
+def _strips(layers: Mapping[str, LayerFlow], courses: Mapping[str, Course]) -> str:
+    """Layer × lag, on one axis for all layers: filled by the logarithm of the norm."""
+    most = max((len(found.way) for found in courses.values()), default=0)
+    if most < 2:
+        return ""
+    rows = "".join(
+        f'<tr><td style="{_CELL}">{escape(short(layers[name].name))}</td>'
+        f'<td style="padding:0;border:0">{_strip(found, most)}</td></tr>'
+        for name, found in courses.items()
+        if found.way
+    )
+    axis = (
+        f'<tr><td style="border:0"></td><td style="padding:0;border:0"><div style="{_SMALL};width:{STRIP}px;'
+        f'display:flex;justify-content:space-between"><span>lag 0</span><span>filled: at its peak; empty: below '
+        f"{fraction(DARK)} of it</span><span>{most - 1}</span></div></td></tr>"
+    )
+    return f'<table style="{_TABLE};margin-top:.5rem"><tbody>{rows}{axis}</tbody></table>'
+
+
+def _strip(found: Course, most: int) -> str:
+    """One row; what lies beyond the layer's own steps stays without a frame."""
+    places = _places(len(found.way), CELLS)
+    own = STRIP * len(found.way) / most
+    width = own / len(places)
+    boxes = "".join(
+        f'<rect x="{i * width:.1f}" width="{width + 0.3:.1f}" height="14" '
+        f'fill-opacity="{0.9 * _lightness(found.way[lag]):.2f}"/>'
+        for i, lag in enumerate(places)
+    )
+    return (
+        f'<svg width="{STRIP}" height="16" role="img" aria-label="reach {_reach(found)}" fill="currentColor" '
+        f'style="display:block">{boxes}<rect x=".5" y=".5" width="{own - 1:.1f}" height="14" fill="none" '
+        f'stroke="currentColor" stroke-opacity=".5"/></svg>'
+    )
+
+
+def _lightness(power: float) -> float:
+    return 1 - min(max(power / DARK, 0.0), 1.0)
+
+
+def _places(length: int, most: int) -> Sequence[int]:
+    """At most so many of the lags, the first and the last included."""
+    return range(length) if length <= most else [round(i * (length - 1) / (most - 1)) for i in range(most)]
+
+
+def _reach(found: Course) -> str:
+    return f"{found.above} of {steps(max(0, len(found.way) - 1))}"
 
 
 def _rest(found: Course) -> str:

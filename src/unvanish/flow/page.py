@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from unvanish.draw.page import listed, page, paragraph, section, table, top
+from unvanish.draw.preview import Preview, PreviewCurve
 from unvanish.draw.strips import Axes, Curve, Strip, strips
 from unvanish.draw.style import fraction, steps
+from unvanish.flow.notebook import course
 from unvanish.flow.record import Flow, LayerFlow
 
 DRAWN = 12
@@ -41,7 +43,7 @@ def flow_page(flow: Flow) -> str:
     courses = [_course(record) for record in flow.layers.values()]
     backwards = any(c.record.name.endswith(".reverse") for c in courses)
     way = "from the last step to the first" + (", in reversed layers from the first to the last" * backwards)
-    reached = sorted((c for c in courses if c.peak > -math.inf), key=lambda c: c.left)
+    reached = _by_rest(courses)
     drawn = {c.record.name for c in reached[:DRAWN]}
     notes = [f"{c.record.name}: not valid: {c.record.problem}" for c in courses if c.record.problem is not None]
     notes += [f"{c.record.name}: no gradient arrived." for c in courses if c.peak == -math.inf]
@@ -59,6 +61,24 @@ def flow_page(flow: Flow) -> str:
             "note",
         ),
     )
+
+
+def flow_preview(flow: Flow) -> Preview:
+    """The card of the page, on which the layer whose gradient fades soonest comes first."""
+    found = [(record.name, course(record)) for record in flow.layers.values()]
+    drawn = sorted((f for f in found if f[1].way), key=lambda f: f[1].above / len(f[1].way))
+    says = _headline(_by_rest([_course(record) for record in flow.layers.values()]))
+    about = "Gradient flow through time"
+    if not drawn:
+        return Preview(about, "no gradient", says, ())
+    first = drawn[0][1]
+    curves = [PreviewCurve(name, c.way) for name, c in drawn]
+    return Preview(about, f"reach {first.above} of {steps(len(first.way) - 1)}", says, curves)
+
+
+def _by_rest(courses: list[_Course]) -> list[_Course]:
+    """Those that a gradient arrived in, the one that keeps least first."""
+    return sorted((c for c in courses if c.peak > -math.inf), key=lambda c: c.left)
 
 
 def _headline(reached: list[_Course]) -> str:

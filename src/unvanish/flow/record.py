@@ -8,14 +8,13 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from unvanish.extras import extra
-from unvanish.flow.files import Record, write_atomically
+from unvanish.flow.files import Record, write_page
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,11 +199,11 @@ class Flow(Record, Mapping[str, LayerFlow]):
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the gradient's norms per layer, a table, and what was not recorded, as one self-contained page, which
-        needs neither network nor script.
+        needs neither network nor script, and beside it its card, 1200 × 630, as PNG and SVG ("page-card.png").
 
         Raises:
             OSError: the file can't be written.
         """
-        from unvanish.flow.page import flow_page
+        from unvanish.flow.page import flow_page, flow_preview
 
-        write_atomically(Path(path), flow_page(self).encode())
+        write_page(path, flow_page(self), flow_preview(self))

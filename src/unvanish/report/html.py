@@ -7,14 +7,14 @@ import os
 import re
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from unvanish.draw import LINES
-from unvanish.flow.files import write_atomically
+from unvanish.draw import LINES, decades, steps
+from unvanish.draw.preview import Preview, PreviewCurve, before_and_after
+from unvanish.flow.files import write_page
 from unvanish.report import story, verdict
 from unvanish.report.page_data import task_data
 from unvanish.report.still_picture import still
@@ -29,7 +29,8 @@ LIFT = 0.35
 
 
 def write_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> None:
-    """Whose gradient survives, who learns, why, what to do, how was it measured: one HTML file.
+    """Whose gradient survives, who learns, why, what to do, how was it measured: one HTML file, and beside it its card,
+    1200 × 630, as PNG and SVG ("report-card.png"), about the first task.
 
     Raises:
         OSError: the file can't be written.
@@ -43,7 +44,19 @@ def write_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> No
         drawing=Markup(_asset("lstm.svg")),
         data=_script_safe({"tasks": [task_data(task) for task in comparison.tasks]}),
     )
-    write_atomically(Path(path), page.encode())
+    write_page(path, page, comparison_preview(comparison))
+
+
+def comparison_preview(comparison: Comparison) -> Preview:
+    """The card of the page: how far the plain network's gradient reaches in the first task, and the cure's."""
+    task = comparison.tasks[0]
+    plain, best = story.forgetful(task), story.enduring(task)
+    runs = [run for run in (plain, best) if run is not None] or task.runs[:1]
+    reached = [run.before.reach for run in runs]
+    result = before_and_after(*reached) if len(runs) == 2 else f"reach {reached[0]} of {steps(runs[0].before.lag[-1])}"
+    compared = len(runs) == 2
+    curves = [PreviewCurve(r.title, decades(r.before.log_norm), pale=compared and r is plain) for r in runs]
+    return Preview(task.title, result, f"{story.headline(task)} {story.lead(task)}", curves)
 
 
 def live_page(folder: str) -> str:
