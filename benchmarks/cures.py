@@ -377,7 +377,7 @@ def hours(runs: list[dict[str, Any]], cores: int = 2) -> float:
     """Of the whole grid: each training takes what its cell, cure and lag took here in the mean; a lag that was not
     run, the mean of those that were, in proportion to the lag."""
     total = 0.0
-    for cell, cure, mine in by_treatment(runs):
+    for _, _, mine in by_treatment(runs):
         for lag in LAGS:
             same = [r["seconds"] for r in mine if r["lag"] == lag]
             one = mean(same) if same else lag * sum(r["seconds"] for r in mine) / sum(r["lag"] for r in mine)
