@@ -32,7 +32,7 @@ from unvanish.cli import main as unvanish_command
 from unvanish.train.data.ucr import read_ts
 from unvanish.train.estimators import SequenceClassifier
 
-SUNSPOTS = "--kind forecasting --target SUNACTIVITY --time YEAR --season 11 --window 33"
+SUNSPOTS = "--cell gru --kind forecasting --target SUNACTIVITY --time YEAR --season 11 --window 33"
 REVIEWS = (
     "--text text --target label --cell lstm --bidirectional --hidden 64 --dropout 0.5 "
     "--lr 2e-3 --epochs 10 --optimizer adamw --weight-decay 0.1"
