@@ -118,6 +118,7 @@ MNIST = (
 )
 PARTS = {
     "adding-200": Part("adding", 200, sides(64, 2, *LSTMS), steps=1500, lr=1e-2, goal=0.06),
+    "adding-400": Part("adding", 400, sides(64, 1, *LSTMS), steps=1500, lr=1e-2, goal=0.06),
     "adding-750": Part("adding", 750, sides(32, 1, *LSTMS), steps=1500, lr=1e-2, goal=0.06),
     "copy-200": Part("copy", 200, COPY, steps=10000, lr=1e-3, goal=0.5, rounds=40, optimizer="rmsprop"),
     "copy-500": Part("copy", 500, COPY, steps=10000, lr=1e-3, goal=0.5, rounds=40, optimizer="rmsprop"),

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from unvanish import cures
 from unvanish import nn as unn
+from unvanish.cells import ZOO
 
 
 def unrolled(cell, x, h0, error):
@@ -265,6 +266,8 @@ def test_omega_errors():
     rnn = nn.RNN(2, 3)
     with pytest.raises(ValueError, match=r"^norms"):
         cures.Omega(rnn, "huge")
+    with pytest.raises(TypeError, match="a indrnn: it has no recurrent matrix"):
+        cures.Omega(nn.ModuleList([rnn, unn.Recurrent(ZOO["indrnn"](), 2, 3)]))
     with cures.Omega(rnn) as omega:
         rnn(torch.zeros(3, 1, 2))
     with pytest.raises(RuntimeError, match="no error came back"):

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from unvanish import engine
 from unvanish.capture import Call, Capture
 from unvanish.cells import Point, State, Weights, calculus
-from unvanish.cures.layers import layers_of, recurrent_modules
+from unvanish.cures.layers import layers_of, recurrent_layers, recurrent_modules
 from unvanish.engine.precision import full_precision
 from unvanish.flow.stack import reading_order
 from unvanish.nn.modules import (
@@ -85,7 +85,7 @@ class Omega:
         norms: "plain" or "squared".
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is no module, or has a cell without a recurrent matrix, as the IndRNN.
         ValueError: there is no recurrent layer, or `norms` is neither.
 
     Source: Pascanu, Mikolov & Bengio 2013, section 3.3, equations 9 and 10. The paper's state is a_t, with h = φ(a);
@@ -104,6 +104,7 @@ class Omega:
         if norms not in ("plain", "squared"):
             raise ValueError(f"norms: expected 'plain' (equation 9) or 'squared' (equation 10), got {norms!r}")
         recurrent_modules(model, "Omega", called=True)
+        recurrent_layers(model, "Omega", lambda cell: bool(cell.sources), "it has no recurrent matrix for Ω to act on")
         self._capture = Capture(model, self._after)
         self._norms = norms
         self._calls: list[_ObservedCall] = []

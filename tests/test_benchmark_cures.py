@@ -1,0 +1,56 @@
+"""The benchmark of the cures: its grid, its file, its intervals, and one training of each kind of outcome."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "cures.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_cures", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_grid_has_every_case_once_and_blocks_differ_in_everything(script: ModuleType) -> None:
+    cases = script.grid()
+    sizes = [script.TASKS, script.CELLS, script.CURES, script.LAGS, script.RATES, script.SEEDS]
+    assert len(set(cases)) == len(cases) == torch.tensor([len(s) for s in sizes]).prod()
+    first, second = script.grid(1)[-1], script.grid(2)[-1]
+    assert not set(first[:3]) & set(second[:3])
+
+
+def test_a_line_that_was_cut_off_is_trained_again(script: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "found.jsonl"
+    path.write_text(json.dumps({"cure": "as it is"}) + "\n" + '{"cure": "chro')
+    assert [found["cure"] for found in script.read(path)] == ["as it is"]
+    assert path.read_text().endswith("}\n")
+
+
+def test_intervals_are_wilsons(script: ModuleType) -> None:
+    # Newcombe 1998, table I: 81 of 263 and 0 of 20.
+    assert script.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert script.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+
+
+def test_outcomes(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "UPDATES", 125)
+    script.material.cache_clear()
+    case = script.Case(12, 1e-2, 0, "noise-free", "GRU", "chrono_(T)")
+    learnt = script.train(case)
+    assert learnt["learnt_at"] is not None
+    assert learnt["reach_before"] == 11
+    assert not learnt["diverged"]
+    assert "no recurrent matrix" in script.train(case._replace(cell="IndRNN", cure="orthogonal_"))["refused"]
+    script.material.cache_clear()
