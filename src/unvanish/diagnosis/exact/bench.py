@@ -240,12 +240,25 @@ class Bench:
         """The answers at this step, where an output has an axis of steps, the main sequence's or so many; else None."""
         if self.sequence is None or tensor.dim() < 2:
             return None
-        for axes in ((0, 1), (1, 0)):
-            if tensor.shape[axes[0]] == self.count and tensor.shape[axes[1]] == (
-                self.steps if steps is None else steps
-            ):
-                return tensor.select(axes[1], t)
+        steps = self.steps if steps is None else steps
+        # Classes may be as many as the steps.
+        orders = ((0, 2),) if tensor.shape[1:] in self.classes_second else ((0, 1), (1, 0), (0, 2))
+        for samples, time in orders:
+            if time < tensor.dim() and tensor.shape[samples] == self.count and tensor.shape[time] == steps:
+                return tensor.select(time, t)
         return None
+
+    @cached_property
+    def classes_second(self) -> set[torch.Size]:
+        """Shapes, without the samples, of answers `[samples, classes, steps]` that cross-entropy takes as they are."""
+        given = [
+            x for call in self.training.trace.functions
+            if call.name in ("cross_entropy", "nll_loss") and isinstance(x := call.argument(0, "input"), Tensor)
+        ]  # fmt: skip
+        return {
+            a.shape[1:] for a in self.training.answers for x in given
+            if a.dim() > 2 and x.shape == a.shape and x.stride() == a.stride() and x.data_ptr() == a.data_ptr()
+        }  # fmt: skip
 
     def last_answers(self, answers: list[Tensor]) -> Tensor:
         """A fixed random mixture of the answers, of those at the last step where there are several."""

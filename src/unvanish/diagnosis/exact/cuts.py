@@ -1,7 +1,7 @@
 """States that are cut from their graph, start anew at every step, or hang on an earlier graph."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unvanish.diagnosis.exact.bench import RECURRENT, Bench
 from unvanish.diagnosis.finding import Finding
@@ -169,7 +169,34 @@ def state_carried(bench: Bench) -> list[Finding]:
                 "or start each batch from a new one.",
             )
         ]  # fmt: skip
-    return _leaks(bench)
+    return _made_once(bench) or _leaks(bench)
+
+
+def _made_once(bench: Bench) -> list[Finding]:
+    """A tensor with a graph that every pass goes back through, and none makes anew: made in __init__, for instance."""
+    for path, module in bench.subject.model.named_modules():
+        for name, value in vars(module).items():
+            if name.startswith("_") or not isinstance(value, Tensor) or value.grad_fn is None:
+                continue
+            twin = bench.subject.twin()
+            leaf = value.detach().clone().requires_grad_()
+            vars(twin.get_submodule(path))[name] = leaf
+            with torch.enable_grad(), bench.subject.rng(0):
+                bench.subject.loss(twin).backward()
+            if leaf.grad is None or vars(twin.get_submodule(path)).get(name) is not leaf:
+                continue
+            place = f"{path}.{name}".removeprefix(".")
+            return [
+                Finding(
+                    "state_carried", "error", place,
+                    f"`{place}` was computed once and is used in every batch: each backward pass goes through its old "
+                    "graph, which the first one frees.",
+                    f"`{place}` has the graph {value.grad_fn.name()}, a pass leaves it as it is, and the norm of "
+                    f"∂E/∂{name} is {float(leaf.grad.norm()):.2g}.",
+                    "Compute it in forward, or make it an nn.Parameter.",
+                )
+            ]  # fmt: skip
+    return []
 
 
 def _leaks(bench: Bench) -> list[Finding]:

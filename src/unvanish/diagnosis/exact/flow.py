@@ -159,6 +159,7 @@ def _unreached(bench: Bench) -> list[Finding]:
     ]  # fmt: skip
     called = {c.path for c in bench.training.trace.modules if c.outputs}
     used = [path for path in recurrent if path in called and _matters(bench, path)]
+    used = used or _behind_threshold(bench, still)
     listed = ", ".join(f"`{n}`" for n in still[:4]) + (f" and {len(still) - 4} more" if len(still) > 4 else "")
     proof = f"∂E/∂w is absent or exactly 0 for {len(still)} of {len(gradients)} parameters: {listed}."
     if share == 1.0 or (used and share > 0.3):
@@ -167,7 +168,9 @@ def _unreached(bench: Bench) -> list[Finding]:
             Finding(
                 "parameters_unmoved", "error", where,
                 f"No gradient reaches {f'`{where}`' if where else 'any parameter'}, although the forward pass uses it.",
-                proof, "Look for detach, .data, no_grad, argmax or rounding between it and the loss.",
+                proof,
+                "Look for detach, .data, no_grad, argmax, rounding or a comparison such as (v > 1).float() between it "
+                "and the loss; a threshold needs a surrogate gradient.",
             )
         ]  # fmt: skip
     unused = {n.rpartition(".")[0] for n in still}
@@ -176,6 +179,30 @@ def _unreached(bench: Bench) -> list[Finding]:
             "parameters_unmoved", "note", sorted(unused)[0],
             "Some parameters have no part in this loss.", proof, "Nothing, if they are left over or trained elsewhere.",
         )
+    ]  # fmt: skip
+
+
+THRESHOLDS = {"gt", "ge", "lt", "le", "__gt__", "__ge__", "__lt__", "__le__", "sign", "round", "heaviside"}
+
+
+def _behind_threshold(bench: Bench, still: list[str]) -> list[str]:
+    """Modules that no gradient reaches and that move the answers, where the model compares numbers that have a graph:
+    a comparison has no derivative. A detach alone may be meant."""
+    trace = bench.training.trace
+    compared = any(
+        c.inside and c.name in THRESHOLDS and isinstance(c.args[0], Tensor) and c.args[0].requires_grad
+        for c in trace.functions if c.args
+    )  # fmt: skip
+    if not compared:
+        return []
+    called = {
+        c.path: c.module for c in trace.modules
+        if c.path and c.outputs and c.outputs[0].requires_grad and next(c.module.children(), None) is None
+    }  # fmt: skip
+    return [
+        path for path, m in called.items()
+        if (own := [f"{path}.{n}" for n, p in m.named_parameters() if p.requires_grad])
+        and all(n in still for n in own) and _matters(bench, path)
     ]  # fmt: skip
 
 

@@ -173,7 +173,42 @@ def _masked_away(bench: Bench) -> list[Finding]:
             kept, gone = steps[counts], steps[~counts]
             if len(kept) > MANY and len(gone) and len(kept.unique(dim=0)) == 1 and len(gone.unique(dim=0)) > 2:
                 return [_left_out("a mask that keeps the steps whose targets are all the same", ~counts)]
-    return []
+    return _by_value(bench)
+
+
+def _by_value(bench: Bench) -> list[Finding]:
+    """Numbers on one side of a threshold are left out, whatever the answers are: `y > 0` meant as a mask of padding."""
+    subject = bench.subject
+    if subject.loss_function is None or not subject.has_target or len(subject.goals) != 1:
+        return []
+    (goal,) = subject.goals
+    answers = bench.training.answers
+    if len(answers) != 1 or not goal.is_floating_point() or answers[0].shape != goal.shape or goal.dim() == 0:
+        return []
+    asked = bench.asked[0]
+    if asked is None or not _apart(goal, asked != 0):
+        return []
+    counts = asked != 0
+    # One-sided losses are flat too, but beyond an answer, not beyond a target.
+    for end in (goal.min(), goal.max()):
+        moved = end.expand_as(answers[0]).clone().requires_grad_()
+        with torch.enable_grad(), subject.rng(0):
+            (gradient,) = torch.autograd.grad(subject.loss_function(moved, subject.target), moved)
+        counts = counts | (gradient != 0)
+    if not _apart(goal, counts):
+        return []
+    kept = goal[counts]
+    below = bool(goal[~counts].max() <= kept.min())
+    edge = float(kept.min() if below else kept.max())
+    return [_left_out(f"a mask that drops every target {'below' if below else 'above'} {edge:.3g}", ~counts)]
+
+
+def _apart(goal: Tensor, counts: Tensor) -> bool:
+    """Whether what counts and what does not are many different targets each, on two sides of a threshold."""
+    kept, gone = goal[counts], goal[~counts]
+    if len(kept.unique()) < MANY or len(gone.unique()) < MANY:
+        return False
+    return bool(gone.max() <= kept.min()) or bool(gone.min() >= kept.max())
 
 
 def _left_out(by: str, gone: Tensor) -> Finding:

@@ -63,9 +63,10 @@ def _read(bench: Bench, front: bool) -> list[Finding]:
     long = (found >= 2) & (found < T)
     if int(long.sum()) < 2:
         return []
-    # Of the samples with the most padding, as they show it best.
+    # Of the samples with the most padding, as they show it best; the longest one keeps the batch's length.
+    longest = found.argmin()[None]
     pick = found.argsort(descending=True)
-    pick = pick[found[pick] < T][: bench.count]
+    pick = torch.cat([pick[(found[pick] < T) & (pick != longest)][: (bench.count or 1) - 1], longest])
     if len(pick) < (bench.count or 0):
         return []
     given = bench.taken(pick)
@@ -92,6 +93,8 @@ def _read(bench: Bench, front: bool) -> list[Finding]:
     if front:
         norms = norms.flip(1)
     lengths = found[pick].cpu()
+    if not front and (fault := _zeros_read(bench, norms, asked, lengths - lengths.min(), lengths)) is not None:
+        return [fault]
     real = torch.arange(T)[None, :] < (T - lengths)[:, None]
     on_real = norms.where(real, 0.0).amax(1)
     on_padding = norms.where(~real, 0.0).amax(1)
@@ -114,3 +117,25 @@ def _read(bench: Bench, front: bool) -> list[Finding]:
             "last step: `y[torch.arange(len(y)), lengths - 1]`.",
         )
     ]  # fmt: skip
+
+
+def _zeros_read(
+    bench: Bench, norms: Tensor, asked: list[Tensor | None], shorter: Tensor, lengths: Tensor
+) -> Finding | None:
+    """Answers of all padded samples that no step of their input reaches: the zeros that unpacking fills in."""
+    counted = torch.zeros(len(norms), dtype=torch.bool)
+    for weight in asked:
+        for rows in [] if weight is None else bench.by_sample(weight, len(norms))[:1]:
+            counted |= (rows != 0).any(1).cpu()
+    padded, alive = (shorter > 0) & counted, (norms > 0).any(1)
+    if int(padded.sum()) < 2 or bool(alive[padded].any()) or not bool(alive[shorter == 0].any()):
+        return None
+    return Finding(
+        "padding_read", "error", "",
+        "The answers of shorter sequences are read after their end: they do not depend on the input at all.",
+        f"∂answer/∂x is exactly 0 at every step of {int(padded.sum())} of {int(padded.sum())} samples that end before "
+        f"the longest one ({int(lengths[padded].median())} of {bench.steps} steps of padding in the median), and not "
+        "of the longest one.",
+        "Read each sample's output at its own last step, `y[torch.arange(len(y)), lengths - 1]`, or the final state, "
+        "h_n[-1], which is each sample's own.",
+    )  # fmt: skip

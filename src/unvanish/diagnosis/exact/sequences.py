@@ -117,28 +117,17 @@ def needs_future(bench: Bench) -> list[Finding]:
         judged = torch.ones_like(value, dtype=torch.bool) if y.is_floating_point() else value >= 0
         if bool(judged.any()) and torch.equal(value[judged].double(), later[judged].double()):
             return []  # a later value, which is what a forecast is asked for
-    features = _features(x)
-    goal = _goal(y)
-    if features is None or goal is None:
-        return []
-    n = len(x)
-    fit = {}
-    spans = {"past": range(-WINDOW, 1), "future": range(1, WINDOW + 1)}
-    for name, span in spans.items():
-        at = range(WINDOW, T - WINDOW)
-        if not at:
+    if y.shape[-1] <= x.shape[-1] and torch.equal(y[..., 0].double(), x.flip(1)[..., 0].double()):
+        proof = "The target is the input in reverse order: for the first half of the steps it has not been seen yet."
+    else:
+        fit = _fits(x, y)
+        if fit is None or fit["future"] <= 0.5 or fit["past"] >= 0.1:
             return []
-        rows = torch.cat([torch.stack([features[:, t + s] for t in at], 1) for s in span], -1).flatten(0, 1)
-        fit[name] = _explained(rows, torch.stack([goal[:, t] for t in at], 1).flatten(0, 1), n)
-    mirrored = y.shape[-1] <= x.shape[-1] and torch.equal(y[..., 0].double(), x.flip(1)[..., 0].double())
-    if not mirrored and not (fit["future"] > 0.5 and fit["past"] < 0.1):
-        return []
-    proof = (
-        "The target is the input in reverse order: for the first half of the steps it has not been seen yet."
-        if mirrored
-        else f"Share of the targets' variance that a linear fit explains on held-out samples: {fit['future']:.2f} from "
-        f"the {WINDOW} steps after, {max(fit['past'], 0):.2f} from the step itself and the {WINDOW} before."
-    )
+        proof = (
+            "Share of the targets' variance that a linear fit explains on held-out samples: "
+            f"{fit['future']:.2f} from the {WINDOW} steps after, {max(fit['past'], 0):.2f} from the step itself and "
+            f"the {WINDOW} before."
+        )
     return [
         Finding(
             "needs_future", "error", "",
@@ -147,6 +136,20 @@ def needs_future(bench: Bench) -> list[Finding]:
             "Use bidirectional=True, delay the targets by some steps, or read the whole sequence before answering.",
         )
     ]  # fmt: skip
+
+
+def _fits(x: Tensor, y: Tensor) -> dict[str, float] | None:
+    """Share of the targets' variance that the steps before, and those after, explain; None where too few are given."""
+    features, goal = _features(x), _goal(y)
+    at = range(WINDOW, x.shape[1] - WINDOW)
+    if features is None or goal is None or not at:
+        return None
+    goals = torch.stack([goal[:, t] for t in at], 1).flatten(0, 1)
+    fit = {}
+    for name, span in {"past": range(-WINDOW, 1), "future": range(1, WINDOW + 1)}.items():
+        rows = torch.cat([torch.stack([features[:, t + s] for t in at], 1) for s in span], -1).flatten(0, 1)
+        fit[name] = _explained(rows, goals, len(x))
+    return fit
 
 
 def _features(x: Tensor) -> Tensor | None:
@@ -186,12 +189,18 @@ def _explained(x: Tensor, y: Tensor, samples: int) -> float:
 
 def axes_mixed(bench: Bench) -> list[Finding]:
     """A recurrent layer's input has the sizes of the transposed input, but the numbers of a view of it."""
-    given = [t.detach() for t in tensors(bench.subject.call) if t.dim() == 3 and t.is_floating_point()]
-    for call in bench.training.trace.modules:
+    given = [(t.detach(), "the batch") for t in tensors(bench.subject.call) if t.dim() == 3 and t.is_floating_point()]
+    # What convolutions make is [samples, channels, steps] until an operation changes its shape.
+    trace = bench.training.trace
+    channels = {c.outputs[0].shape for c in trace.modules if isinstance(c.module, nn.Conv1d) and c.outputs}
+    made = [(c.outputs[0], f"`{c.path}`") for c in trace.modules if c.path and c.outputs]
+    made += [(c.result, f"`{c.name}`") for c in trace.functions if c.inside and isinstance(c.result, Tensor)]
+    given += [(t.detach(), by) for t, by in made if t.dim() == 3 and t.shape in channels]
+    for call in trace.modules:
         if not isinstance(call.module, SequenceModule | nn.Conv1d) or not call.inputs:
             continue
         r = call.inputs[0].detach()
-        for x in given:
+        for x, source in given:
             B, a, b = x.shape
             if a == b or r.numel() != x.numel() or r.dtype != x.dtype or r.dim() != 3:
                 continue
@@ -208,7 +217,8 @@ def axes_mixed(bench: Bench) -> list[Finding]:
                         "axes_mixed", "error", call.path,
                         f"`{call.path}` is given a view where a transposition was meant: each step holds values of "
                         "several steps.",
-                        f"Its input of shape {tuple(r.shape)} is the batch's {tuple(x.shape)} read in the same order; "
+                        f"Its input of shape {tuple(r.shape)} is what {source} gives, {tuple(x.shape)}, read in the "
+                        f"same order; "
                         f"{off} of {x.numel()} values stand where they would not after a transposition.",
                         "Exchange axes with `x.transpose(1, 2)` (or permute); view and reshape only regroup.",
                     )
