@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import unvanish as uv
-from tests.interventions_subjects import Last, RandomTargets, codes, outcome, recall
+from tests.interventions_subjects import Last, RandomTargets, codes, outcome, recall, subject
 from unvanish.diagnosis.interventions import Outcome, capacity, race
-from unvanish.diagnosis.interventions.capacity import WIDE, more_units
+from unvanish.diagnosis.interventions.arm import Arm, Judgement
+from unvanish.diagnosis.interventions.bar import Bar
+from unvanish.diagnosis.interventions.candidates import AS_IS
+from unvanish.diagnosis.interventions.capacity import WIDE, Widths, exceeds, more_units
+from unvanish.diagnosis.interventions.material import Rows
+from unvanish.diagnosis.interventions.optimizers import recipe
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +94,43 @@ WIDE_ENOUGH: dict[str, Case] = {
 def diagnosed(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Outcome:
     options = {"loss": mse_loss, "optimizer": fast, "budget": 300.0} | options
     return outcome(model, x, y, **options)
+
+
+def copy_with(losses: list[float], bar: float = 1.0) -> Arm:
+    """A copy whose loss was this after 0, 100, 200, … updates, and the bar's."""
+    model = Last(nn.GRU(4, 2, batch_first=True), 3)
+    x, y = recall(128, 3)
+    data = Rows(subject(model, x, y, loss=cross_entropy), 128, 0)
+    spread = 1 + 1e-3 * torch.arange(-4.0, 5)
+    arm = Arm(AS_IS, data, recipe(None, model, 1e-3)[0], Bar(bar * spread), 0)
+    arm.judgements = [Judgement(100 * i, loss * spread.flip(0), bar * spread) for i, loss in enumerate(losses)]
+    arm.updates = 100 * (len(losses) - 1)
+    return arm
+
+
+def test_a_narrow_copy_that_learns_must_be_halved() -> None:
+    narrow = copy_with([1.0, 0.7, 0.7, 0.7])
+    assert narrow.learns
+    assert exceeds(copy_with([1.0, 0.5, 0.3, 0.3]), narrow)
+    assert not exceeds(copy_with([1.0, 0.5, 0.36, 0.36]), narrow)
+    unlearnt = copy_with([1.0, 1.0, 1.0, 1.0])
+    assert exceeds(copy_with([1.0, 0.9, 0.7, 0.7]), unlearnt)
+    assert not exceeds(unlearnt, unlearnt)
+    likelihood = copy_with([-1.0, -1.5, -1.5, -1.5], bar=-1.0)
+    assert not exceeds(copy_with([-1.0, -2.0, -4.0, -4.0], bar=-1.0), likelihood)
+
+
+def test_a_narrow_copy_that_still_falls_proves_nothing() -> None:
+    wide = copy_with([1.0, 0.3, 0.2, 0.2])
+    assert exceeds(wide, copy_with([1.0, 0.8, 0.7, 0.68]))
+    assert not exceeds(wide, copy_with([1.0, 0.9, 0.8, 0.7]))
+
+
+def test_the_best_other_candidate_must_be_exceeded_too() -> None:
+    wide, poor, good = copy_with([1.0, 0.3, 0.2, 0.2]), copy_with([1.0] * 4), copy_with([1.0, 0.25, 0.25, 0.25])
+    assert Widths((poor,), (wide,)).proved is wide
+    assert Widths((poor, good), (wide,)).proved is None
+    assert Widths((poor,), (poor,)).proved is None
 
 
 @pytest.mark.parametrize("case", NARROW)

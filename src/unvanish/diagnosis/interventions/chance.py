@@ -20,7 +20,7 @@ HORIZON = 400
 FAINTEST = -20.0
 """ln of a survival below which less does not matter"""
 
-WEIGHTS = (-2.47, 3.77, 1.67, 2.20, 0.62, -0.06, -0.58)
+WEIGHTS = (-2.52, 3.56, 2.01, 2.22, 0.66, 0.12, -0.38)
 """(w₀, w₁, …) in the order of `Features`"""
 
 
