@@ -16,7 +16,7 @@ copyright = "The unvanish maintainers, Apache-2.0"  # noqa: A001 (its name in Sp
 version = release = unvanish.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx_copybutton"]
-extensions += ["docstrings"]
+extensions += ["docstrings", "functions_first"]
 exclude_patterns = ["_build", "_ext", "jupyter_execute", "**.ipynb_checkpoints"]
 default_role = "py:obj"
 

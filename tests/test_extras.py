@@ -18,8 +18,8 @@ import json, sys
 from importlib.machinery import PathFinder
 
 BLOCKED = set(sys.argv.pop(1).split(","))
-found = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in BLOCKED else found(name, *rest)
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in BLOCKED else find_spec(name, *rest)
 """
 """Ahead of a program: these packages are as if they were not installed."""
 

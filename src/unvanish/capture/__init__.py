@@ -1,5 +1,8 @@
 """What runs in a model: one definition of call, sequence, continuation, cut and state, for all observers.
 
+Belongs here: definitions of call, sequence, continuation, cut and state, which every observer shares.
+Does not: measuring, replaying, or anything that changes a number of the user's pass.
+
 - A *call* is one call of a recurrent module at its kernel (`Call`): what it was given and what it gave.
 - A *state* is what a module hands to its next call: h, or h and c.
 - A call *continues* the one before if the state that it is given is the state which that one returned: the same tensor,

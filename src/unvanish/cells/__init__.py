@@ -1,6 +1,7 @@
 """One recurrent step, elementwise over the units, and the calculus that follows from it.
 
-A cell's file holds its equations and nothing about layers, sequences or devices.
+Belongs here: equations, and the derivatives that follow from them, for any leading dimensions.
+Does not: layers, sequences, parameters and devices (`engine`, `nn`).
 """
 
 from unvanish.cells import zoo

@@ -1,5 +1,9 @@
 """Cures for vanishing and exploding gradients, each usable alone on a stock torch module.
 
+Belongs here: changes to a model or to its training that let gradients survive, each usable alone on a stock torch
+module.
+Does not: proving that one helps (`diagnosis`), comparing them (`train.compare`).
+
 - initialise: `forget_bias_`, `chrono_`, `uniform_gate_`, `orthogonal_`, `identity_`, `spectral_radius_`,
   `critical_`
 - learn: `CarryRate` (a learning rate of their own for the carries)

@@ -1,5 +1,8 @@
 """Why a model does not learn, proved by exact tests and by interventions on copies, and what to change.
 
+Belongs here: causes, their proofs, the plan, and its verification; all on copies.
+Does not: cures themselves (`cures`), and what is only a measurement (`flow`).
+
 `uv.diagnose` is the function; this package holds it, its findings and its records.
 """
 

@@ -1,6 +1,7 @@
 """Pictures from arrays: matplotlib axes, a notebook card, and (`page`, `strips`) self-contained pages.
 
-Nothing here knows a record, a layer or a model: whoever has measured hands over numbers and names.
+Belongs here: how numbers with names become axes, strips and pages, in one style.
+Does not: anything that knows a record, a layer or a model; whoever has measured hands over the numbers.
 """
 
 from unvanish.draw.axes import figure_of, label, new_axes

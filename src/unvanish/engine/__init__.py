@@ -1,5 +1,9 @@
 """One recurrent layer over one sequence, on a ladder of rungs with one signature: native, fused, manual,
-reference."""
+reference.
+
+Belongs here: how one layer runs over one sequence, forwards and backwards, and which rung does it.
+Does not: modules and parameters (`nn`), the equations of a cell (`cells`), what a record shows (`flow`).
+"""
 
 from unvanish.engine.dispatch import RUNGS, Choice, adjoint, explain, force, run, trace
 from unvanish.engine.manual import Deltas, Trace, weight_gradients

@@ -1,5 +1,8 @@
 """Measuring the gradient's flow through time. Exact; changes no model.
 
+Belongs here: exact measurements of a layer or model, their records, and how these show themselves.
+Does not: verdicts and causes (`diagnosis`), anything that changes a model (`cures`).
+
 - `watch(model)`: dh, dc, dgates, dweight, gates, saturation and residual of a whole model
 - `adjoint_map(layer, x, sources=...)`: ‖∂E_k/∂s_t‖, one error source at a time
 - `decompose(layer, x)`: which path carries the error: forget gate, carry, input gate, candidate, output gate

@@ -1,5 +1,9 @@
 """Drop-in RNN, LSTM and GRU, and `Recurrent` for any cell, run by the engine; `accelerate` and `restore` swap torch's
-layers in and out of a model."""
+layers in and out of a model.
+
+Belongs here: torch modules that run on the engine, and what a torch module consists of.
+Does not: a layer's arithmetic (`engine`), measurements (`flow`).
+"""
 
 from unvanish.nn.accelerate import accelerate, restore
 from unvanish.nn.cells import GRUCell, LSTMCell, RNNCell

@@ -1,4 +1,8 @@
-"""Tasks and training."""
+"""Tasks and training.
+
+Belongs here: tasks, data of the user's own, training, comparing, saving and exporting; needs the extra `lab`.
+Does not: figures and pages of the results (`report`), the arguments of a command (`cli`).
+"""
 
 from unvanish.train.compare import DEFAULT_CELLS, DEFAULT_TASKS, compare, environment
 from unvanish.train.configuration import Machines, TrainingConfiguration
