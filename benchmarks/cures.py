@@ -1,7 +1,7 @@
 """Which cure helps which cell, on which kind of long-lag task: every cure of `unvanish.cures`, each alone.
 
     python benchmarks/cures.py run FILE.jsonl [--reduced] [--workers 2] [--seconds 600]
-    python benchmarks/cures.py report FILE.jsonl [--picture docs/pictures/cures.svg]
+    python benchmarks/cures.py report FILE.jsonl [--reduced] [--picture docs/pictures/cures.png]
 
 `run` does the trainings that FILE.jsonl lacks, one line each, and goes on where it was stopped. The grid is walked in
 blocks of one lag, learning rate and seed, each with every cell, cure and task, so that a part of the grid is balanced;
@@ -439,10 +439,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no training after that")
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
+    cases = grid(1 if given.reduced else None)
     if given.what == "run":
-        run(given.file, grid(1 if given.reduced else None), given.workers, given.seconds)
+        run(given.file, cases, given.workers, given.seconds)
         return
-    runs = read(given.file)
+    wanted = set(cases)
+    runs = [found for found in read(given.file) if case_of(found) in wanted]
     if not runs:
         parser.error(f"FILE: {given.file} holds no trainings; do `run` first")
     report(runs)

@@ -215,19 +215,19 @@ def plain_and_planned(data: Data, seed: int, budget: float) -> dict[str, Any]:
     return found | {"planned": learn(names["model"], names.get("optimizer", optimizer), data, held, kept, seed)}
 
 
-def planned(path: Path, seeds: range, budget: float) -> None:
+def planned(path: Path, sets: list[str], seeds: range, budget: float) -> None:
     runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(run["data"], run["seed"]) for run in runs}
     for seed in seeds:
-        for name, load in PLANNED.items():
+        for name in sets:
             if (name, seed) in done:
                 continue
-            runs.append({"data": name} | plain_and_planned(load(), seed, budget))
+            runs.append({"data": name} | plain_and_planned(PLANNED[name](), seed, budget))
             with path.open("a") as file:
                 file.write(json.dumps(runs[-1]) + "\n")
             print(runs[-1], file=sys.stderr, flush=True)
     print("| data | seeds | plain | planned | planned − plain, 95 % | plans |\n|---|---|---|---|---|---|")
-    for name in PLANNED:
+    for name in sets:
         mine = [run for run in runs if run["data"] == name and run["seed"] in seeds]
         if len(mine) > 1:
             plain, cured = (np.array([run[side] for run in mine]) for side in ("plain", "planned"))
@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=15.0, help="seconds of a diagnosis, for planned")
+    parser.add_argument("--only", nargs="+", choices=tuple(PLANNED), default=list(PLANNED), help="sets, for planned")
     given = parser.parse_args()
     if (given.which in ("reviews", "planned")) != (given.file is not None):
         parser.error("FILE: expected for reviews and planned, and for nothing else")
@@ -266,7 +267,7 @@ def main() -> None:
     if given.which == "reviews":
         reviews(seeds, given.file)
     elif given.which == "planned":
-        planned(given.file, seeds, given.budget)
+        planned(given.file, given.only, seeds, given.budget)
     else:
         (vowels if given.which == "vowels" else sunspots)(seeds)
 

@@ -1,7 +1,7 @@
 """Published results beside ours: what the papers' tasks come to here, and how far reach says what can be learnt.
 
     python benchmarks/published.py run FOLDER [--only adding-1997] [--seconds 600]
-    python benchmarks/published.py report FOLDER [--picture docs/pictures/critical.svg]
+    python benchmarks/published.py report FOLDER [--picture docs/pictures/critical.png]
 
 `run` does the trainings that FOLDER lacks, appends one line for each to NAME.jsonl in it, and goes on where it was
 stopped. `report` also reads the parts that `benchmarks/tasks.py run --out FOLDER` did. The trainings are the largest
@@ -317,7 +317,7 @@ ROWS: tuple[tuple[str, str, Callable[[Path], Any], str], ...] = (
         f"adding, T = 100, experiment 4 ({LSTM97})",
         "74,000 sequences; 1 of 2,560 wrong",
         partial(of_adding, length=100),
-        "the paper's task and rule to stop; ours Adam, batches of 16, chrono LSTM of 16 units (1,233 weights, theirs "
+        "the paper's task and rule to stop; ours Adam, batches of 16, chrono LSTM of 16 units (1,297 weights, theirs "
         "93), zeros before shorter sequences",
     ),
     (
@@ -394,9 +394,11 @@ def draw(folder: Path, path: Path) -> None:
     from matplotlib import pyplot as plt  # a figure is asked for: only then is it loaded
 
     plt.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "critical"})
-    figure, both = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     rows = by_chi(tasks.read(folder, "critical"))
-    for axes, cell in zip(both, ("tanh-RNN", "GRU"), strict=True):
+    cells = list(dict.fromkeys(row[0] for row in rows))
+    size = (1 + 4.2 * len(cells), 3.6)
+    figure, (both,) = plt.subplots(1, len(cells), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axes, cell in zip(both, cells, strict=True):
         mine = [row for row in rows if row[0] == cell]
         shares = [[math.nan if v is None else v for v in row[3]] for row in mine]
         image = axes.pcolormesh(np.array(shares).T, cmap="viridis", vmin=0, vmax=1, edgecolors="white", linewidth=0.5)
@@ -408,7 +410,7 @@ def draw(folder: Path, path: Path) -> None:
         axes.set(title=cell, xlabel="χ, mean squared singular value of a step", ylim=(0, len(LAGS)))
     both[0].set_ylabel("lag, steps")
     both[0].legend(loc="lower right", fontsize=8)
-    figure.colorbar(image, ax=both, label="share of trainings that learnt")
+    figure.colorbar(image, ax=list(both), label="share of trainings that learnt")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=130)
 
 
