@@ -62,7 +62,7 @@ NEEDS = {
         "uv.flow.gate_statistics(model.lstm, x).to_dataframe()",
         "uv.flow.lyapunov(model.lstm, x, n=1).to_dataframe()",
         "uv.flow.adjoint_map(model.lstm, x).to_dataframe()",
-        "uv.flow.source_gradients(model.lstm, x, error=torch.randn(8, 12, 4)).to_dataframe()",
+        "uv.flow.source_gradients(model.lstm, x, error=torch.randn(12, 8, 4)).to_dataframe()",
     ],
     "rich": ["uv.report.print_comparison"],
     "lightning": ["uv.flow.GradientFlow", "uv.train.compare", "uv.train.TASKS"],
