@@ -106,6 +106,17 @@ def forget_gate_half_closed() -> Case:
     return net, (X, Y), F.cross_entropy
 
 
+def images_with_dark_edges() -> Case:
+    """Rows of images, read from top to bottom: the last ones are black, as many as the drawing leaves."""
+    images = torch.rand(60, 28, 10, generator=torch.Generator().manual_seed(3)) * noise(60, 28, 10).gt(0)
+    tail = classes(60, of=6, seed=6) + 1
+    return (
+        Net(nn.LSTM(10, 16, batch_first=True)),
+        (images * (torch.arange(28) < 28 - tail[:, None])[..., None], classes(60)),
+        F.cross_entropy,
+    )
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "as many classes as steps": as_many_classes_as_steps,
     "packed, final state": packed_final_state,
@@ -116,4 +127,5 @@ CASES: dict[str, Callable[[], Case]] = {
     "threshold beside the way": threshold_beside_the_way,
     "detached features": detached_features,
     "forget gate half closed": forget_gate_half_closed,
+    "images with dark edges": images_with_dark_edges,
 }
