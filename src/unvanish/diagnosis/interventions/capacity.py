@@ -22,8 +22,9 @@ DONE = 0.9
 """gain of a copy that learns as it is, as a share of the bar, from which more units could do little"""
 HALF = 0.5
 """of the loss of every copy of the unchanged width, below which one with more units must fall"""
-SETTLED = 0.1
-"""of the distance to the loss with more units: what the last third of a narrow copy's updates gains at most"""
+SETTLED = 0.15
+"""of the distance to the loss with more units: what the last third of a narrow copy's updates gains at most. At that
+pace it would take twice its updates again to get there"""
 LONGER, ENOUGH = 4, 400
 """the copy as it is is trained on for at most so many times the updates after which it was found to learn, or so many
 updates"""
@@ -51,7 +52,7 @@ def exceeds(wide: Arm, narrow: Arm) -> bool:
     """Whether the wide copy's loss is far below the narrow one's, beyond chance, and the narrow one's had settled.
 
         L_wide ≤ ½ L_narrow   or, if the narrow copy does not learn,   bar − L_wide ≥ 2 (bar − L_narrow)
-        L_narrow(⅔ of its updates) − L_narrow ≤ 0.1 (L_narrow(⅔ of its updates) − L_wide)
+        L_narrow(⅔ of its updates) − L_narrow ≤ 0.15 (L_narrow(⅔ of its updates) − L_wide)
 
     A loss that is not positive has no half: then only the copies that do not learn are compared.
     """
