@@ -193,10 +193,18 @@ def test_the_still_picture_states_the_result(tmp_path: Path) -> None:
     assert "<script>" not in str(still(replace(task, runs=[hostile])))
 
 
+@pytest.mark.parametrize("left_out", ["tasks", "runs"])
+def test_results_of_nothing_are_refused(left_out: str) -> None:
+    data = comparison(run("plain", -0.1, 0.1)).to_json()
+    (data if left_out == "tasks" else data["tasks"][0])[left_out] = []
+    with pytest.raises(ValueError, match="expected one task at least, and one run at least of each"):
+        Comparison.from_json(data)
+
+
 def test_records_that_lack_a_moment_are_refused() -> None:
     data = comparison(run("plain", -0.1, 0.1)).to_json()
     data["tasks"][0]["runs"][0]["moments"].pop()
     assert Comparison.from_json(data).tasks
     data["tasks"][0]["runs"][0]["moments"] = data["tasks"][0]["runs"][0]["moments"][:1]
-    with pytest.raises(ValueError, match="expected trials, moments and two breakdowns of 'rnn'"):
+    with pytest.raises(ValueError, match="and the gradient over the lag of 'rnn'"):
         Comparison.from_json(data)

@@ -246,13 +246,16 @@ class Comparison:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise ValueError(f"results.json: {place}: {first['msg']}, got {str(first['input'])[:40]!r}") from error
+        if not found.tasks or not all(task.runs for task in found.tasks):
+            raise ValueError("results.json: expected one task at least, and one run at least of each")
         for place, task in enumerate(found.tasks):
             if not isinstance(task.settings.get("steps"), int):
                 raise ValueError(f"results.json: tasks.{place}.settings.steps: expected a whole number")
             for run in task.runs:
-                if not run.trials or len(run.moments) < 2 or len(run.breakdown) != 2:
+                if not run.trials or len(run.moments) < 2 or len(run.breakdown) != 2 or not run.before.lag:
                     raise ValueError(
-                        f"results.json: tasks.{place}: expected trials, moments and two breakdowns of {run.name!r}"
+                        f"results.json: tasks.{place}: expected trials, moments, two breakdowns and the gradient over "
+                        f"the lag of {run.name!r}"
                     )
         # They become parts of file names and of a page's identifiers.
         runs = [run for task in found.tasks for run in task.runs]
