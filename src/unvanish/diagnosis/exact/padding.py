@@ -12,8 +12,8 @@ SHARE = 0.15
 """of the samples that have to end in the same value to call it padding"""
 
 FADED, DEAD = 0.2, 0.02
-"""of the gradient on padded steps that still arrives on real ones: worth a remark, and a fault. Any network crosses short
-padding and the dark rows at the edge of an image."""
+"""of the gradient on padded steps that still arrives on real ones: worth a remark, and a fault. Any network crosses
+short padding and the dark rows at the edge of an image."""
 
 
 def tails(sequence: Tensor) -> Tensor | None:
