@@ -102,5 +102,8 @@ def test_a_flow_is_about_the_layer_that_fades_soonest(tmp_path: Path) -> None:
     assert [curve.name for curve in flow_preview(flow).curves] == ["fast.reverse", "slow"]
     flow.to_html(tmp_path / "flow.html")
     assert both(tmp_path / "flow.html") == preview_files(flow_preview(flow))
+    at_its_end = replace(slow, name="at its end", dh=falling.flip(0))
+    assert flow_preview(uv.flow.Flow({"slow": slow, "at its end": at_its_end})).result == "fades in no layer"
+    assert flow_preview(uv.flow.Flow({"a": at_its_end, "f": fast})).result == "reach 1 of 9 steps"
     nothing = uv.flow.Flow({"slow": replace(slow, dh=torch.zeros(10, 2, dtype=torch.float64))})
     assert flow_preview(nothing).result == "no gradient"

@@ -66,14 +66,16 @@ def flow_page(flow: Flow) -> str:
 def flow_preview(flow: Flow) -> Preview:
     """The card of the page, on which the layer whose gradient fades soonest comes first."""
     found = [(record.name, course(record)) for record in flow.layers.values()]
-    drawn = sorted((f for f in found if f[1].way), key=lambda f: f[1].above / len(f[1].way))
+    drawn = sorted((f for f in found if f[1].way), key=lambda f: (f[1].above + 1) / len(f[1].way))
     says = _headline(_by_rest([_course(record) for record in flow.layers.values()]))
     about = "Gradient flow through time"
     if not drawn:
         return Preview(about, "no gradient", says, ())
-    first = drawn[0][1]
     curves = [PreviewCurve(name, c.way) for name, c in drawn]
-    return Preview(about, f"reach {first.above} of {steps(len(first.way) - 1)}", says, curves)
+    # Where the gradient is largest at the end of its way, as under an error at every step, nothing is left to reach.
+    fading = [c for _, c in drawn if c.above < len(c.way) - 1]
+    result = f"reach {fading[0].above} of {steps(len(fading[0].way) - 1)}" if fading else "fades in no layer"
+    return Preview(about, result, says, curves)
 
 
 def _by_rest(courses: list[_Course]) -> list[_Course]:
