@@ -1,6 +1,7 @@
 """Too few units are named where copies with more learn what none of the unchanged width does, and only there."""
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,17 @@ def test_the_best_other_candidate_must_be_exceeded_too() -> None:
     assert Widths((poor,), (wide,)).proved is wide
     assert Widths((poor, good), (wide,)).proved is None
     assert Widths((poor,), (poor,)).proved is None
+
+
+def test_widths_are_not_compared_before_the_updates_that_the_first_copy_needed() -> None:
+    model = Last(nn.GRU(4, 2, batch_first=True), 3)
+    widen, arm = more_units(model, 0), copy_with([1.0, 1.0, 1.0])
+    assert widen is not None
+    silent: Callable[[str], None] = lambda sentence: None  # noqa: E731
+    assert capacity.widths(arm, [], widen, float("inf"), arm.updates, silent, fewest=arm.updates + 1) is None
+    compared = capacity.widths(arm, [], widen, time.perf_counter() + 20, arm.updates, silent, fewest=arm.updates)
+    assert compared is not None
+    assert compared.narrow == (arm,)
 
 
 @pytest.mark.parametrize("case", NARROW)

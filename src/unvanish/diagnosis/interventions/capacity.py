@@ -29,7 +29,7 @@ LONGER, ENOUGH = 4, 400
 """the copy as it is is trained on for at most so many times the updates after which it was found to learn, or so many
 updates"""
 LEAST = 60
-"""updates of every copy, below which widths are not compared"""
+"""updates of every narrow copy, below which widths are not compared"""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,13 @@ def more_units(model: nn.Module, seed: int) -> Step | None:
 
 
 def widths(
-    own: Arm, arms: list[Arm], widen: Step, end: float, most: int, progress: Callable[[str], None]
+    own: Arm,
+    arms: list[Arm],
+    widen: Step,
+    end: float,
+    most: int,
+    progress: Callable[[str], None],
+    fewest: int = LEAST,
 ) -> Widths | None:
     """Train copies of both widths until `end`, those with more units for no more updates than any of the others.
 
@@ -98,6 +104,7 @@ def widths(
         end: `time.perf_counter()`.
         most: updates of a copy.
         progress: is called with a sentence on what is being tried.
+        fewest: updates of every narrow copy, below which widths are not compared.
 
     Returns:
         None where the time allowed too few updates, or a copy of the unchanged width has learnt almost all there is.
@@ -113,7 +120,7 @@ def widths(
         if done(arm):
             return None
     least = min(arm.updates for arm in narrow)
-    if least < LEAST:
+    if least < max(fewest, LEAST):
         return None
     wide = []
     for number, arm in enumerate(narrow):

@@ -106,7 +106,8 @@ def race(
     if own.clear and widen is not None and not done(own):
         again, most = longer(own)
         whole = time.perf_counter() + SHARE * (end - time.perf_counter())
-        found.widths = widths(again, [], widen, whole, most, progress)
+        # A copy that had fewer updates than the first would be judged before what that one has learnt since.
+        found.widths = widths(again, [], widen, whole, most, progress, own.updates + 1)
     if own.clear or own.untrainable:
         return found
     entered = candidates(own)
