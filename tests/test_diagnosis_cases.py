@@ -56,3 +56,12 @@ def test_answers_that_are_nan_do_not_look_like_a_state_that_is_carried() -> None
     model, batch, loss = not_finite("log")
     found = uv.diagnose(model, *batch, loss=loss, budget=0)
     assert [f.code for f in found.findings] == ["nan"]
+
+
+def test_a_stack_that_fades_is_remarked_upon_and_not_accused() -> None:
+    torch.manual_seed(0)
+    found = uv.diagnose(Net(torch.nn.LSTM(4, 16, 4, batch_first=True)), X, Y, loss=F.cross_entropy, budget=0)
+    assert [(f.code, f.severity) for f in found.findings] == [("healthy", "note"), ("depth", "note")]
+    assert "4 stacked layers shrink the differences between samples" in found.findings[1].says
+    shallow = uv.diagnose(Net(torch.nn.LSTM(4, 16, 2, batch_first=True)), X, Y, loss=F.cross_entropy, budget=0)
+    assert [f.code for f in shallow.findings] == ["healthy"]

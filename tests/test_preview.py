@@ -105,5 +105,7 @@ def test_a_flow_is_about_the_layer_that_fades_soonest(tmp_path: Path) -> None:
     at_its_end = replace(slow, name="at its end", dh=falling.flip(0))
     assert flow_preview(uv.flow.Flow({"slow": slow, "at its end": at_its_end})).result == "fades in no layer"
     assert flow_preview(uv.flow.Flow({"a": at_its_end, "f": fast})).result == "reach 1 of 9 steps"
+    ordered = flow_preview(uv.flow.Flow({"a": at_its_end, "f": fast})).curves
+    assert [curve.name for curve in ordered] == ["fast.reverse", "at its end"]
     nothing = uv.flow.Flow({"slow": replace(slow, dh=torch.zeros(10, 2, dtype=torch.float64))})
     assert flow_preview(nothing).result == "no gradient"

@@ -25,6 +25,21 @@ def packed_then_last_step() -> Case:
     return Module(forward, **parts, head=nn.Linear(12, 3)), (ids, lengths, classes(60)), F.cross_entropy
 
 
+def unpacked_to_a_fixed_length() -> Case:
+    """The same with `total_length`: of 60 sequences a single one is long enough for the last step to be its own."""
+    lengths = classes(60, of=5, seed=4) + 3
+    lengths[41] = 11
+    ids = (classes(60, 11, of=20, seed=5) + 1) * (torch.arange(11) < lengths[:, None])
+
+    def forward(m: Any, ids: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(m.embed(ids), lengths, batch_first=True, enforce_sorted=False)
+        y, _ = nn.utils.rnn.pad_packed_sequence(m.rnn(packed)[0], batch_first=True, total_length=11)
+        return m.head(y[:, -1])
+
+    parts = {"embed": nn.Embedding(21, 8, padding_idx=0), "rnn": nn.LSTM(8, 12, batch_first=True)}
+    return Module(forward, **parts, head=nn.Linear(12, 3)), (ids, lengths, classes(60)), F.cross_entropy
+
+
 def first_state_made_once() -> Case:
     start = nn.Linear(2, 12)
 
@@ -125,6 +140,7 @@ def dead_head() -> Case:
 
 CASES: dict[str, tuple[Callable[[], Case], str]] = {
     "packed, then the last step": (packed_then_last_step, "padding_read"),
+    "unpacked to a fixed length": (unpacked_to_a_fixed_length, "padding_read"),
     "first state made in __init__": (first_state_made_once, "state_carried"),
     "spikes without a surrogate": (spikes_without_surrogate, "parameters_unmoved"),
     "targets above 0 alone": (negative_targets_masked, "targets_ignored"),

@@ -20,7 +20,7 @@ def bench(
     console, chosen = Console(emoji=False, highlight=False), rows()
     progress = Console(stderr=True, quiet=not console.is_terminal or as_json)
     with Progress(console=progress, transient=True) as bar:
-        task = bar.add_task("torch's layers and ours, in turns", total=len(chosen))
+        task = bar.add_task("torch's layers and ours, alternately", total=len(chosen))
         found = compare_speed(chosen, seconds, lambda *_: bar.advance(task))
     if as_json:
         typer.echo(json.dumps([{**vars(t.row), "torch_seconds": t.torchs, "ratio": t.ratio} for t in found]))

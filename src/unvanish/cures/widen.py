@@ -143,7 +143,7 @@ def _wider(like: Any, width: int) -> Any:
     options: dict[str, Any] = {"bias": bool(like.bias), "device": weight.device, "dtype": weight.dtype}
     if not isinstance(like, nn.RNNCellBase):
         options |= {k: getattr(like, k) for k in ("num_layers", "batch_first", "dropout", "bidirectional")}
-    if isinstance(like, nn.RNN | nn.RNNCell):
+    if hasattr(like, "nonlinearity"):
         options["nonlinearity"] = like.nonlinearity
     sizes = (*((like.cell,) if isinstance(like, Recurrent) else ()), like.input_size, width)
     kind: Any = type(like)
@@ -153,9 +153,9 @@ def _wider(like: Any, width: int) -> Any:
             setattr(new, option, getattr(like, option))
     with torch.no_grad():
         for name, old in like.named_parameters():
-            _write(dict(new.named_parameters())[name], old, like.hidden_size, width)
-    for (_, parameter), (_, old) in zip(new.named_parameters(), like.named_parameters(), strict=True):
-        parameter.requires_grad_(old.requires_grad)
+            parameter = new.get_parameter(name)
+            _write(parameter, old, like.hidden_size, width)
+            parameter.requires_grad_(old.requires_grad)
     return new
 
 

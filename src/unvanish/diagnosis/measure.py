@@ -225,5 +225,5 @@ def _sensitivity(
     norm = math.hypot(*(float(d.norm()) for d in gradients))
     weights = math.hypot(*(float(w.norm()) for w in wanted))
     below = float((error[k].norm(dim=-1) * h[k].detach().norm(dim=-1)).sum())
-    # What has left the range of float64 is told as its end.
+    # A gradient beyond float64 counts as e⁷⁰⁰, which is near the end of its range.
     return (norm if math.isfinite(norm) else math.exp(700.0)) * weights / below if below > 0 else math.nan

@@ -20,7 +20,7 @@ SCALE = (-16.0, 0.5)
 TICKS = (0.0, -4.0, -8.0, -12.0, -16.0)
 
 
-class _Course(NamedTuple):
+class _LayerNorms(NamedTuple):
     """The gradient's norm over the steps of one layer: its median over the samples, powers of ten."""
 
     record: LayerFlow
@@ -40,7 +40,7 @@ class _Course(NamedTuple):
 
 def flow_page(flow: Flow) -> str:
     """The page of one flow."""
-    courses = [_course(record) for record in flow.layers.values()]
+    courses = [_layer_norms(record) for record in flow.layers.values()]
     backwards = any(c.record.name.endswith(".reverse") for c in courses)
     way = "from the last step to the first" + (", in reversed layers from the first to the last" * backwards)
     reached = _by_rest(courses)
@@ -67,7 +67,7 @@ def flow_preview(flow: Flow) -> Preview:
     """The card of the page, on which the layer whose gradient fades soonest comes first."""
     found = [(record.name, course(record)) for record in flow.layers.values()]
     drawn = sorted((f for f in found if f[1].way), key=lambda f: (f[1].above + 1) / len(f[1].way))
-    says = _headline(_by_rest([_course(record) for record in flow.layers.values()]))
+    says = _headline(_by_rest([_layer_norms(record) for record in flow.layers.values()]))
     about = "Gradient flow through time"
     if not drawn:
         return Preview(about, "no gradient", says, ())
@@ -78,12 +78,12 @@ def flow_preview(flow: Flow) -> Preview:
     return Preview(about, result, says, curves)
 
 
-def _by_rest(courses: list[_Course]) -> list[_Course]:
+def _by_rest(courses: list[_LayerNorms]) -> list[_LayerNorms]:
     """Those that a gradient arrived in, the one that keeps least first."""
     return sorted((c for c in courses if c.peak > -math.inf), key=lambda c: c.left)
 
 
-def _headline(reached: list[_Course]) -> str:
+def _headline(reached: list[_LayerNorms]) -> str:
     if not reached:
         return "No gradient arrived in any recorded layer."
     c = reached[0]
@@ -93,17 +93,17 @@ def _headline(reached: list[_Course]) -> str:
     return f"Of the gradient's peak in {c.record.name}, {_remaining(c)} remains {further} further back in time."
 
 
-def _remaining(c: _Course) -> str:
+def _remaining(c: _LayerNorms) -> str:
     return "nothing" if c.left == -math.inf else fraction(c.left)
 
 
-def _course(record: LayerFlow) -> _Course:
+def _layer_norms(record: LayerFlow) -> _LayerNorms:
     norms = {"h": record.dh, **({} if record.dc is None else {"c": record.dc})}
     states = {symbol: _median(values, record.lengths) for symbol, values in norms.items()}
     over_time = [max(values) for values in zip(*states.values(), strict=True)]
     peak = max(over_time)
     end = len(over_time) - 1 if record.name.endswith(".reverse") else 0
-    return _Course(record, states, peak, over_time.index(peak), end)
+    return _LayerNorms(record, states, peak, over_time.index(peak), end)
 
 
 def _median(norms: Tensor, lengths: Tensor) -> list[float]:
@@ -112,7 +112,7 @@ def _median(norms: Tensor, lengths: Tensor) -> list[float]:
     return middle.nan_to_num(0.0).log10().tolist()
 
 
-def _pictures(courses: list[_Course], of: int) -> str:
+def _pictures(courses: list[_LayerNorms], of: int) -> str:
     if not courses:
         return ""
     axes = Axes(
@@ -129,7 +129,7 @@ def _pictures(courses: list[_Course], of: int) -> str:
     )
 
 
-def _strip(c: _Course) -> Strip:
+def _strip(c: _LayerNorms) -> Strip:
     kinds = {"h": "main", "c": "second"}
     curves = [
         Curve(f"‖∂E/∂{symbol}_t‖", kinds[symbol], range(len(values)), [v - c.peak for v in values])  # type: ignore[arg-type]
@@ -141,7 +141,7 @@ def _strip(c: _Course) -> Strip:
     return Strip(f"{c.record.name} ({c.record.cell}){backwards}", value, "", says, curves, c.at)
 
 
-def _table(courses: list[_Course]) -> str:
+def _table(courses: list[_LayerNorms]) -> str:
     rows = [
         [
             c.record.name,

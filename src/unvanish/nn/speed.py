@@ -1,4 +1,4 @@
-"""How fast our layers are beside torch's on this machine: everyday shapes, in turns, in one process."""
+"""How fast our layers are beside torch's on this machine: everyday shapes, timed alternately in one process."""
 
 import math
 import statistics
@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Timing:
-    """What came out of a row."""
+    """What was measured of a row."""
 
     row: Row
     torchs: float
@@ -62,8 +62,8 @@ class Timing:
 
 
 def rows() -> list[Row]:
-    """Every kind and shape, trained and not, in float32 and under autocast, whole; those of one step and few also step
-    by step."""
+    """Every kind and shape, training and inference, in float32 and under autocast, whole sequences; those of one step
+    also as a loop of calls."""
     found = []
     for kind, shape, train, low in product(KINDS, SHAPES, (True, False), (False, True)):
         found.append(Row(kind, shape, train, low, stepped=False))
@@ -75,7 +75,7 @@ def rows() -> list[Row]:
 def compare_speed(
     rows: Iterable[Row], seconds: float = 120.0, tell: Callable[[Timing], None] | None = None
 ) -> list[Timing]:
-    """Torch's time over ours for each row, of layers with the same weights, run in turns.
+    """Torch's time over ours for each row, of layers with the same weights, run alternately.
 
     Args:
         rows: what is timed, see `rows`.

@@ -64,8 +64,9 @@ def reason(layer: nn.RNNBase, x: Any, hx: Any) -> str | None:
 _KERNELS: dict[str, Any] = {
     "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu, "GRU": torch.gru, "LSTM": torch.lstm
 }  # fmt: skip
-"""of torch's modes"""
+"""mode → torch's function for a whole sequence"""
 _FORWARD: dict[type[nn.RNNBase], Any] = {kind: kind.forward for kind in (nn.RNN, nn.LSTM, nn.GRU)}
+"""as torch defines it"""
 _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "permute_hidden")
 """methods that torch's forward calls"""
 
@@ -84,22 +85,20 @@ def run(layer: Any, x: Any, hx: Any) -> tuple[Any, Any]:
 
 
 def _fitting(layer: Any, x: Any, hx: Any) -> Any:
-    """The initial states as torch's kernel takes them; None where torch's forward has something to say."""
+    """The initial states as torch's kernel takes them; None where the call is not of the plain kind, or does not fit:
+    torch's forward then runs it, or says what is wrong."""
     torchs = torchs_class(type(layer))
     # Where somebody has replaced torch's forward, as a watch does, that is what is to run.
     if torchs.forward is not _FORWARD[torchs] or not _checks_as_torch(type(layer)):
         return None
-    if type(x) is not Tensor or x.dim() != 3:
+    if type(x) is not Tensor or x.dim() != 3 or x.shape[2] != layer.input_size:
         return None
     if not all(map(is_, map(layer._parameters.get, layer._flat_weights_names), layer._flat_weights)):
         layer._update_flat_weights()
     if x.dtype != layer._flat_weights[0].dtype:
         return None
-    sizes = x.shape
-    B, places = sizes[0 if layer.batch_first else 1], layer.num_layers * (2 if layer.bidirectional else 1)
+    B, places = x.shape[0 if layer.batch_first else 1], layer.num_layers * (2 if layer.bidirectional else 1)
     widths = (layer.proj_size or layer.hidden_size, layer.hidden_size)[: 2 if layer.mode == "LSTM" else 1]
-    if sizes[2] != layer.input_size:
-        return None
     if hx is None:
         states = tuple([x.new_zeros(places, B, n) for n in widths])
     else:

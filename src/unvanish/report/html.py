@@ -52,9 +52,8 @@ def comparison_preview(comparison: Comparison) -> Preview:
     task = comparison.tasks[0]
     plain, best = story.forgetful(task), story.enduring(task)
     runs = [run for run in (plain, best) if run is not None] or task.runs[:1]
-    reached = [run.before.reach for run in runs]
-    result = before_and_after(*reached) if len(runs) == 2 else f"reach {reached[0]} of {steps(runs[0].before.lag[-1])}"
-    compared = len(runs) == 2
+    reached, compared = [run.before.reach for run in runs], len(runs) == 2
+    result = before_and_after(*reached) if compared else f"reach {reached[0]} of {steps(runs[0].before.lag[-1])}"
     curves = [PreviewCurve(r.title, decades(r.before.log_norm), pale=compared and r is plain) for r in runs]
     return Preview(task.title, result, f"{story.headline(task)} {story.lead(task)}", curves)
 

@@ -11,7 +11,7 @@ from unvanish.diagnosis.exact.bench import RECURRENT, Bench
 from unvanish.diagnosis.exact.depth import lost_by_degrees
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import detached_copy, mapped, tensors
-from unvanish.diagnosis.trace import Trace
+from unvanish.diagnosis.trace import THRESHOLDS, Trace
 
 
 def input_ignored(bench: Bench) -> list[Finding]:
@@ -180,9 +180,6 @@ def _unreached(bench: Bench) -> list[Finding]:
             "Some parameters have no part in this loss.", proof, "Nothing, if they are left over or trained elsewhere.",
         )
     ]  # fmt: skip
-
-
-THRESHOLDS = {"gt", "ge", "lt", "le", "__gt__", "__ge__", "__lt__", "__le__", "sign", "round", "heaviside"}
 
 
 def _behind_threshold(bench: Bench, still: list[str]) -> list[str]:

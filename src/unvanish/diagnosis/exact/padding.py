@@ -67,7 +67,7 @@ def _read(bench: Bench, front: bool) -> list[Finding]:
     long = (found >= 2) & (found < T)
     if int(long.sum()) < 2:
         return []
-    # Of samples with as much padding as is usual, not with the most; the longest one keeps the batch's length.
+    # Samples with the usual amount of padding, and the longest one, which keeps the length of the batch.
     longest = found.argmin()[None]
     pick = ((found - found[long].median()).abs() + T * ~long).argsort(stable=True)
     pick = torch.cat([pick[(found[pick] < T) & (pick != longest)][: (bench.count or 1) - 1], longest])
@@ -137,9 +137,9 @@ def _zeros_read(
     return Finding(
         "padding_read", "error", "",
         "The answers of shorter sequences are read after their end: they do not depend on the input at all.",
-        f"∂answer/∂x is exactly 0 at every step of {int(padded.sum())} of {int(padded.sum())} samples that end before "
-        f"the longest one ({int(lengths[padded].median())} of {bench.steps} steps of padding in the median), and not "
-        "of the longest one.",
+        f"∂answer/∂x is exactly 0 at every step of all {int(padded.sum())} samples looked at that end before the "
+        f"longest one ({int(lengths[padded].median())} of {bench.steps} steps of padding in the median), but not for "
+        "the longest one.",
         "Read each sample's output at its own last step, `y[torch.arange(len(y)), lengths - 1]`, or the final state, "
         "h_n[-1], which is each sample's own.",
     )  # fmt: skip

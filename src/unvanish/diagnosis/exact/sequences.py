@@ -218,8 +218,7 @@ def axes_mixed(bench: Bench) -> list[Finding]:
                         f"`{call.path}` is given a view where a transposition was meant: each step holds values of "
                         "several steps.",
                         f"Its input of shape {tuple(r.shape)} is what {source} gives, {tuple(x.shape)}, read in the "
-                        f"same order; "
-                        f"{off} of {x.numel()} values stand where they would not after a transposition.",
+                        f"same order; {off} of {x.numel()} values stand where they would not after a transposition.",
                         "Exchange axes with `x.transpose(1, 2)` (or permute); view and reshape only regroup.",
                     )
                 ]  # fmt: skip

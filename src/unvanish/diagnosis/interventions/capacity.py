@@ -26,8 +26,8 @@ SETTLED = 0.15
 """of the distance to the loss with more units: what the last third of a narrow copy's updates gains at most. At that
 pace it would take twice its updates again to get there"""
 LONGER, ENOUGH = 4, 400
-"""the copy as it is is trained on for at most so many times the updates after which it was found to learn, or so many
-updates"""
+"""how long the unchanged copy may train on once it was found to learn: so many times the updates that this took, or so
+many updates, whichever is more"""
 LEAST = 60
 """updates of every narrow copy, below which widths are not compared"""
 

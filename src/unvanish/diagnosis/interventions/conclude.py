@@ -180,8 +180,9 @@ def _cause(chosen: Arm, own: Arm, plan: Plan) -> Finding:
 def _narrow(wide: Arm, narrow: tuple[Arm, ...], plan: Plan) -> Finding:
     """More units make the loss fall, and neither more updates nor the best other candidate do without them."""
     name, learns = wide.candidate.name, any(arm.learns for arm in narrow)
-    without = " and ".join(f"{'' if arm is narrow[0] else 'with '}{arm.candidate.name}" for arm in narrow)
-    fell = f"falls far below where it settles {without}" if learns else f"falls, {without} it does not"
+    others = [f"{'' if arm is narrow[0] else 'with '}{arm.candidate.name}" for arm in narrow]
+    fell = f"falls far below the level at which it settles {' and '.join(others)}"
+    fell = fell if learns else f"falls, but not {' or '.join(others)}"
     says = f"The recurrent layers have too few units for what they have to remember: with {name} the loss {fell}."
     proof = " ".join(_proof(arm) for arm in (*narrow, wide))
     return Finding("needs_more_capacity", "warning" if learns else "error", "", says, proof, plan.code)
