@@ -15,7 +15,7 @@ from unvanish.train.configuration import TrainingConfiguration
 from unvanish.train.fit import evaluate, fit
 from unvanish.train.models import recipe
 from unvanish.train.tasks.adding import Adding
-from unvanish.train.tasks.base import Samples, Split
+from unvanish.train.tasks.task import Samples, Split
 
 
 class FarMarks(Adding):

@@ -30,9 +30,9 @@ from unvanish import cures, flow
 from unvanish import nn as layers
 from unvanish.train.models import SequenceModel, recipe
 from unvanish.train.tasks import Task
-from unvanish.train.tasks.base import Generated, Samples, Split, as_float
 from unvanish.train.tasks.digits import SequentialMNIST
 from unvanish.train.tasks.recall import DelayedRecall
+from unvanish.train.tasks.task import Generated, Samples, Split, as_float
 
 Found = dict[str, Any]
 

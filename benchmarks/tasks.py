@@ -26,8 +26,8 @@ from unvanish.train.configuration import Machines, Optimizer, Schedule, Training
 from unvanish.train.fit import answers, evaluate, fit
 from unvanish.train.models import SequenceModel, recipe
 from unvanish.train.tasks import Task, make_task
-from unvanish.train.tasks.base import Split
 from unvanish.train.tasks.reber import EmbeddedReber
+from unvanish.train.tasks.task import Split
 
 
 @dataclass(frozen=True)

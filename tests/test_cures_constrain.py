@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from unvanish import cures
-from unvanish.cures.layers import recurrent_layers
+from unvanish.cures.layer_weights import recurrent_layers
 
 LAYERS = [nn.RNN, nn.LSTM, nn.GRU]
 ALL = [*LAYERS, nn.RNNCell, nn.LSTMCell, nn.GRUCell]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from unvanish import cures
-from unvanish.cures.layers import recurrent_layers
+from unvanish.cures.layer_weights import recurrent_layers
 
 KINDS = [nn.RNN, nn.LSTM, nn.GRU]
 CELLS = [nn.RNNCell, nn.LSTMCell, nn.GRUCell]

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import unvanish as uv
 from unvanish import cures
 from unvanish.diagnosis import Diagnosis, LayerDiagnosis
-from unvanish.diagnosis.capture import capture
+from unvanish.diagnosis.layer_inputs import capture
 
 T, B, H = 60, 8, 24
 

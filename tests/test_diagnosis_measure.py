@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import unvanish as uv
-from unvanish.diagnosis.capture import capture
-from unvanish.diagnosis.exact.bench import Bench
+from unvanish.diagnosis.exact.testbench import Bench
+from unvanish.diagnosis.layer_inputs import capture
 from unvanish.diagnosis.measure import measure
 from unvanish.diagnosis.subject import Subject
 from unvanish.nn.modules import layer_directions

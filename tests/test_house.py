@@ -46,3 +46,9 @@ def test_a_package_says_what_belongs_in_it_and_what_does_not(package: Path) -> N
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_no_file_is_longer_than_400_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_no_two_modules_have_one_name() -> None:
+    # A command is named like the function that it calls.
+    names = [path.name for path in SOURCE.rglob("*.py") if path.name != "__init__.py" and path.parent.name != "cli"]
+    assert {name for name in names if names.count(name) > 1} == set()

@@ -16,12 +16,12 @@ from torch.nn.functional import mse_loss
 
 import unvanish as uv
 from unvanish.diagnosis import Diagnosis, LayerDiagnosis, Verification
+from unvanish.diagnosis.diagnosis_page import diagnosis_page, verification_page
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.interventions import Tried
-from unvanish.diagnosis.page import diagnosis_page, verification_page
 from unvanish.diagnosis.plan import Plan, Prediction, Step
 from unvanish.draw.strips import Axes, Bar, Curve, Strip, bars, strips
-from unvanish.flow.page import flow_page
+from unvanish.flow.flow_page import flow_page
 
 HOSTILE = "<script>alert(1)</script>\"'&"
 LONG = "a_module_name_without_any_abbreviations_" * 4

@@ -14,11 +14,11 @@ from tests.report_records import HOSTILE, comparison, run
 from tests.test_pages import LONG, Last, layer
 from unvanish import report
 from unvanish.diagnosis import Verification
+from unvanish.diagnosis.diagnosis_page import diagnosis_preview, verification_preview
 from unvanish.diagnosis.finding import Finding
-from unvanish.diagnosis.page import diagnosis_preview, verification_preview
 from unvanish.draw.preview import HEIGHT, WIDTH, Preview, PreviewCurve, fitted, preview_figure, preview_files
 from unvanish.flow import LayerFlow
-from unvanish.flow.page import flow_preview
+from unvanish.flow.flow_page import flow_preview
 from unvanish.report.html import comparison_preview
 
 FALLING = [-0.2 * lag for lag in range(100)]

@@ -14,7 +14,7 @@ import unvanish as uv
 from tests.report_records import HOSTILE, comparison, reach, run, trial, two_tasks
 from unvanish import report
 from unvanish.draw import LINES
-from unvanish.report import story, verdict
+from unvanish.report import story, wording
 from unvanish.report.html import LIFT, lighter
 from unvanish.report.still_picture import still
 from unvanish.train.records import Comparison, wilson
@@ -22,16 +22,16 @@ from unvanish.train.records import Comparison, wilson
 
 def test_verdicts_say_what_the_records_say() -> None:
     both = comparison(run("RNN", -0.5, 0.167), run("cured", -0.001, 0.001)).tasks[0]
-    assert verdict.survival(both).endswith("RNN: 10⁻⁴³; cured: 0.82.")
+    assert wording.survival(both).endswith("RNN: 10⁻⁴³; cured: 0.82.")
     shorter = replace(both, length=999)  # the samples that were measured may end before
-    assert "199 steps earlier" in verdict.survival(shorter)
-    assert "over 199 steps" in verdict.explanation(shorter)
-    assert verdict.learning(both) == "After 100 updates cured solves the task, RNN stays at chance."
-    assert verdict.explanation(both) == "At the start the gradient of RNN vanishes over 199 steps."
+    assert "199 steps earlier" in wording.survival(shorter)
+    assert "over 199 steps" in wording.explanation(shorter)
+    assert wording.learning(both) == "After 100 updates cured solves the task, RNN stays at chance."
+    assert wording.explanation(both) == "At the start the gradient of RNN vanishes over 199 steps."
     nobody = comparison(run("A", -0.5, 0.05), run("B", 0.0, 0.167)).tasks[0]
-    assert verdict.learning(nobody) == "After 100 updates A learns part of it, B stays at chance."
-    assert "B did not solve it although the gradient reaches" in verdict.explanation(nobody)
-    first, second = verdict.advice(nobody)
+    assert wording.learning(nobody) == "After 100 updates A learns part of it, B stays at chance."
+    assert "B did not solve it although the gradient reaches" in wording.explanation(nobody)
+    first, second = wording.advice(nobody)
     assert first.startswith("No model solved it")
     assert (
         '`layer = unvanish.cures.replace_(layer, "lstm")`, and call `unvanish.cures.chrono_(layer, max_lag=200)`'
@@ -39,26 +39,26 @@ def test_verdicts_say_what_the_records_say() -> None:
     )
     assert second.endswith("reaches the first step rises from 10⁻⁴³ to 0.82.")
     lucky = comparison(run("A", -0.5, 0.001, after=0.0)).tasks[0]
-    assert "Still A (reach 9 → 199 steps) solves the task" in verdict.explanation(lucky)
-    assert verdict.explanation(comparison(run("A", 0.0, 0.1)).tasks[0]).startswith("No model's gradient vanishes")
+    assert "Still A (reach 9 → 199 steps) solves the task" in wording.explanation(lucky)
+    assert wording.explanation(comparison(run("A", 0.0, 0.1)).tasks[0]).startswith("No model's gradient vanishes")
     wild = comparison(run("A", 0.1, 0.167), run("B", -0.5, 0.167)).tasks[0]
-    assert verdict.explanation(wild) == (
+    assert wording.explanation(wild) == (
         "At the start the gradient of B vanishes over 199 steps. "
         "At the start the gradient of A explodes over 199 steps."
     )
-    assert verdict.explanation(replace(wild, runs=wild.runs[:1])).endswith("gradient of A explodes over 199 steps.")
+    assert wording.explanation(replace(wild, runs=wild.runs[:1])).endswith("gradient of A explodes over 199 steps.")
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0.0, "1"), (-1.0, "0.37"), (-1000.0, "10⁻⁴³⁴"), (50.0, "10²²"), (-math.inf, "exactly 0")]
 )
 def test_factors_in_words(value: float, text: str) -> None:
-    assert verdict.power_of_ten(value) == text
+    assert wording.power_of_ten(value) == text
 
 
 def test_fate_does_not_depend_on_scale_and_knows_explosions() -> None:
-    assert [verdict.fate(reach(s)) for s in (-0.1, 0.1)] == ["vanishes", "explodes"]
-    assert {verdict.fate(reach(s)) for s in (-0.02, 0.0, 0.02)} == {"survives"}
+    assert [wording.fate(reach(s)) for s in (-0.1, 0.1)] == ["vanishes", "explodes"]
+    assert {wording.fate(reach(s)) for s in (-0.02, 0.0, 0.02)} == {"survives"}
 
 
 @pytest.mark.parametrize("width", [80, 60, 50])
@@ -135,10 +135,10 @@ def test_success_is_counted_over_seeds_with_wilsons_interval() -> None:
     with pytest.raises(ValueError, match="0 ≤ k ≤ n"):
         wilson(4, 3)
     mixed = run("A", -0.5, 0.167, trials=[trial(0.001), trial(0.1, 1), trial(0.17, 2)])
-    assert verdict.success(mixed) == "1 of 3 (6 to 79 %)"
+    assert wording.success(mixed) == "1 of 3 (6 to 79 %)"
     assert not mixed.solved
     assert mixed.test_error == 0.1
-    assert verdict.learning(comparison(mixed).tasks[0]) == "After 100 updates A (1 of 3 seeds) learns part of it."
+    assert wording.learning(comparison(mixed).tasks[0]) == "After 100 updates A (1 of 3 seeds) learns part of it."
 
 
 def test_the_story_says_what_the_records_say() -> None:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from unvanish.train.tasks import TASKS, make_task
 from unvanish.train.tasks.adding import Adding
-from unvanish.train.tasks.base import IGNORED, Split
 from unvanish.train.tasks.reber import SYMBOLS, EmbeddedReber
+from unvanish.train.tasks.task import IGNORED, Split
 
 
 def idx(array: np.ndarray) -> bytes:

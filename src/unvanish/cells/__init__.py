@@ -5,8 +5,8 @@ Does not: layers, sequences, parameters and devices (`engine`, `nn`).
 """
 
 from unvanish.cells import zoo
-from unvanish.cells.base import Cell, State, Weights
 from unvanish.cells.calculus import Adjoint, Partials, Point
+from unvanish.cells.cell import Cell, State, Weights
 from unvanish.cells.gru import GRU
 from unvanish.cells.lstm import LSTM
 from unvanish.cells.rnn import RNN, ReluRNN, SigmoidRNN, TanhRNN

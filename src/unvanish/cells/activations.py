@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from unvanish.cells.base import Cell, named
 from unvanish.cells.calculus import Point
+from unvanish.cells.cell import Cell, named
 
 STEEPEST = {"sigmoid": 0.25, "tanh": 1.0, "relu": 1.0, "hardsigmoid": 1 / 6, "hardtanh": 1.0, "softsign": 1.0}
 """max |φ'| of each activation function that can saturate"""

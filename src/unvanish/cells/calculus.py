@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unvanish.cells.base import Cell, State, Weights, blocks
+from unvanish.cells.cell import Cell, State, Weights, blocks
 
 Diagonals = dict[tuple[str, str], Tensor]
 """(state, argument) → `[..., H]`; what is identically zero is absent"""

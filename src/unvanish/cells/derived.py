@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from unvanish.cells.base import Cell, State
 from unvanish.cells.calculus import Diagonals, Partials, Point
+from unvanish.cells.cell import Cell, State
 
 UNITS, SAMPLES = 16, 64
 """of the random evaluation"""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unvanish.cells.base import Cell
 from unvanish.cells.calculus import Diagonals, Partials, Point
+from unvanish.cells.cell import Cell
 from unvanish.cells.torch_kernel import Shares, TorchKernel
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unvanish.cells.base import Cell, State, Weights, named
+from unvanish.cells.cell import Cell, State, Weights, named
 
 
 class Noisy(Cell):

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from unvanish.cells.base import Cell
 from unvanish.cells.calculus import Partials, Point
+from unvanish.cells.cell import Cell
 from unvanish.cells.torch_kernel import Shares, TorchKernel
 
 

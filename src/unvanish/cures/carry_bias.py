@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unvanish.cells import Cell
-from unvanish.cures.layers import Layer, M, draws_on, finite, recurrent_layers
+from unvanish.cures.layer_weights import Layer, M, draws_on, finite, recurrent_layers
 
 
 def forget_bias_(module: M, value: float = 1.0) -> M:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from unvanish.cures.carry_bias import carry_biases
-from unvanish.cures.layers import finite
+from unvanish.cures.layer_weights import finite
 
 
 class CarryRate:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unvanish.cures.layers import M, finite, recurrent_modules
+from unvanish.cures.layer_weights import M, finite, recurrent_modules
 from unvanish.cures.state_read import StateRead, set_state_read
 from unvanish.engine.sequence import clip_rows
 from unvanish.nn import accelerate

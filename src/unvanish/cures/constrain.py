@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from unvanish.cures.layers import M, finite, with_matrices
+from unvanish.cures.layer_weights import M, finite, with_matrices
 
 
 class OrthogonalBlocks(nn.Module):

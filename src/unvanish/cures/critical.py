@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
 from unvanish.cells import Cell
-from unvanish.cures.layers import finite, layers_of
+from unvanish.cures.layer_weights import finite, layers_of
 from unvanish.cures.mean_square import mean_square_gain
 from unvanish.flow.stack import run_stack
 from unvanish.nn.modules import SequenceModule, cell_of

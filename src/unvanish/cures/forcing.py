@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unvanish.cures.layers import finite
+from unvanish.cures.layer_weights import finite
 from unvanish.nn.modules import SequenceModule, as_states
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unvanish.cures.layers import M, finite, layers_of, recurrent_modules
+from unvanish.cures.layer_weights import M, finite, layers_of, recurrent_modules
 from unvanish.cures.state_read import StateRead, set_state_read
 from unvanish.nn import accelerate
 from unvanish.nn.modules import SequenceModule

@@ -9,7 +9,7 @@ from torch.nn.functional import layer_norm
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.cells import State, Weights
-from unvanish.cures.layers import ReadsWeights, finite, recurrent_layers, recurrent_modules
+from unvanish.cures.layer_weights import ReadsWeights, finite, recurrent_layers, recurrent_modules
 from unvanish.cures.stand_in import StandIn, check_place, take_places
 from unvanish.engine.sequence import active_steps, steps, without_padding
 from unvanish.nn.modules import LayerDirection, SequenceModule, TimeMajor, layer_directions

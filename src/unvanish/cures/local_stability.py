@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unvanish.cures.layers import finite
+from unvanish.cures.layer_weights import finite
 from unvanish.cures.mean_square import input_gain, mean_square_gain
 from unvanish.cures.traced import TracedModel
 from unvanish.engine.precision import full_precision

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from unvanish import engine
 from unvanish.capture import Call, Capture
 from unvanish.cells import Point, State, Weights, calculus
-from unvanish.cures.layers import layers_of, recurrent_layers, recurrent_modules
+from unvanish.cures.layer_weights import layers_of, recurrent_layers, recurrent_modules
 from unvanish.engine.precision import full_precision
 from unvanish.flow.stack import reading_order
 from unvanish.nn.modules import (

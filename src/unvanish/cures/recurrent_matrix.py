@@ -7,7 +7,7 @@ many steps, where φ' ≈ 1, by the spectral radius.
 import torch
 from torch import Tensor
 
-from unvanish.cures.layers import M, draws_on, finite, is_plain, recurrent_layers, with_matrices
+from unvanish.cures.layer_weights import M, draws_on, finite, is_plain, recurrent_layers, with_matrices
 
 
 def orthogonal_(module: M, gain: float = 1.0, generator: torch.Generator | None = None) -> M:

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.cells import Cell, State
 from unvanish.cells.noisy import Noisy
-from unvanish.cures.layers import finite, layers_of, recurrent_modules
+from unvanish.cures.layer_weights import finite, layers_of, recurrent_modules
 from unvanish.cures.stand_in import StandIn, check_place, take_places
 from unvanish.nn.layers import ADDED
 from unvanish.nn.modules import SequenceModule, TimeMajor, as_states, time_major

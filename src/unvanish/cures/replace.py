@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from unvanish.cells import ZOO, Cell
 from unvanish.cures.hidden_state import HiddenOnly
-from unvanish.cures.layers import is_plain, recurrent_modules
+from unvanish.cures.layer_weights import is_plain, recurrent_modules
 from unvanish.cures.stand_in import take_places
 from unvanish.cures.state_read import has_hooks
 from unvanish.nn.layers import ADDED, GRU, LSTM, RNN

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.cures.bias_shift import minimum_norm_shift
-from unvanish.cures.layers import Layer, finite, layers_of
+from unvanish.cures.layer_weights import Layer, finite, layers_of
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.survival import log_survival, windows
 from unvanish.nn.modules import SequenceModule, cell_of

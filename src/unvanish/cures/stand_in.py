@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.cells import State
-from unvanish.cures.layers import layers_of
+from unvanish.cures.layer_weights import layers_of
 from unvanish.cures.state_read import has_hooks
 from unvanish.nn.layers import EngineSequence
 from unvanish.nn.modules import SequenceModule, TimeMajor, as_states, in_layout, time_major

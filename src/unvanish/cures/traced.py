@@ -7,7 +7,7 @@ from torch import nn
 from unvanish import engine
 from unvanish.capture import Call, Capture
 from unvanish.cells import State
-from unvanish.cures.layers import recurrent_modules
+from unvanish.cures.layer_weights import recurrent_modules
 from unvanish.engine.precision import full_precision
 from unvanish.nn.modules import (
     LayerDirection,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.cures.hidden_state import HiddenState, joined
-from unvanish.cures.layers import recurrent_modules
+from unvanish.cures.layer_weights import recurrent_modules
 from unvanish.cures.stand_in import check_place, take_places
 from unvanish.cures.state_read import has_hooks
 from unvanish.nn.layers import ADDED

@@ -9,7 +9,7 @@ Does not: cures themselves (`cures`), and what is only a measurement (`flow`).
 from unvanish.diagnosis.diagnose import diagnose
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.plan import Plan
-from unvanish.diagnosis.records import Diagnosis, LayerDiagnosis, Prescription, Verification
+from unvanish.diagnosis.results import Diagnosis, LayerDiagnosis, Prescription, Verification
 from unvanish.diagnosis.verdict import Verdict
 
 __all__ = ["Diagnosis", "Finding", "LayerDiagnosis", "Plan", "Prescription", "Verdict", "Verification", "diagnose"]

@@ -12,15 +12,15 @@ from torch.optim import Optimizer
 
 from unvanish.capture.named_states import Getter
 from unvanish.diagnosis import exact, interventions
-from unvanish.diagnosis.capture import Given, capture
 from unvanish.diagnosis.exact.growth import growth
 from unvanish.diagnosis.finding import Finding, ranked
 from unvanish.diagnosis.interventions import Outcome
+from unvanish.diagnosis.layer_inputs import Given, capture
 from unvanish.diagnosis.measure import Measured, half_width, measure
 from unvanish.diagnosis.prescribe import prescribe
-from unvanish.diagnosis.progress import shown
-from unvanish.diagnosis.records import Diagnosis, LayerDiagnosis, Prescription
+from unvanish.diagnosis.results import Diagnosis, LayerDiagnosis, Prescription
 from unvanish.diagnosis.states import of_states
+from unvanish.diagnosis.status_line import shown
 from unvanish.diagnosis.subject import Subject
 from unvanish.diagnosis.verdict import judge
 from unvanish.nn.modules import RecurrentModule

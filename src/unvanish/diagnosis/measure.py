@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from unvanish import flow
-from unvanish.diagnosis.capture import Given
+from unvanish.diagnosis.layer_inputs import Given
 from unvanish.diagnosis.student import t_quantile
 from unvanish.engine.precision import full_precision
 from unvanish.flow.adjoint_map import map_of

@@ -13,8 +13,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from unvanish import cures
 from unvanish import nn as layers
 from unvanish.cures.replace import REPLACEABLE
-from unvanish.diagnosis.capture import Given
-from unvanish.diagnosis.records import BAD, LayerDiagnosis, Prescription
+from unvanish.diagnosis.layer_inputs import Given
+from unvanish.diagnosis.results import BAD, LayerDiagnosis, Prescription
 from unvanish.diagnosis.structure import detached_copy
 from unvanish.nn.layers import EngineSequence
 from unvanish.nn.modules import RecurrentModule, cell_of, layer_directions

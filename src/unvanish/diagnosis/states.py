@@ -12,7 +12,7 @@ from torch import Tensor
 from unvanish import flow
 from unvanish.capture.named_states import Getter, NamedStates
 from unvanish.diagnosis.measure import FRACTION, half_width, middle, slope
-from unvanish.diagnosis.records import LayerDiagnosis
+from unvanish.diagnosis.results import LayerDiagnosis
 from unvanish.diagnosis.subject import Subject
 from unvanish.diagnosis.verdict import Verdict
 from unvanish.flow.state_reach import log_norms_of_states

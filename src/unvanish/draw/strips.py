@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Literal, NamedTuple
 
-from unvanish.draw.page import Tone
+from unvanish.draw.html_parts import Tone
 
 POINTS = 300
 """of a curve at most, so that a page stays small"""

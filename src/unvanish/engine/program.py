@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unvanish import torch_internals
 from unvanish.cells import Cell
-from unvanish.cells.base import named
+from unvanish.cells.cell import named
 from unvanish.engine.elementwise import Graph, Recorder, UnsupportedError
 
 KINDS = ("share", "before", "after", "vector", "kept", "arrived", "dq", "dp", "ds", "dv", "total")

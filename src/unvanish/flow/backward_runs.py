@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from unvanish import torch_internals
 from unvanish.capture.parts import unseen
-from unvanish.flow.sequences import Sequence, observable_weights
+from unvanish.flow.watched_sequence import Sequence, observable_weights
 from unvanish.nn.modules import RecurrentModule
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unvanish import engine
 from unvanish.cells import CELLS, Cell, State, Weights
-from unvanish.flow.layouts import Sizes, as_float64, as_weights
+from unvanish.flow.frameworks import Sizes, as_float64, as_weights
 from unvanish.flow.nonfinite import NonFiniteOrigin, origin_of_nonfinite
 from unvanish.flow.record import LayerFlow, NonFiniteError
 from unvanish.flow.summary import healthy, summarise

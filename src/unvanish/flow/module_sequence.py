@@ -13,8 +13,8 @@ from unvanish.capture import Call
 from unvanish.cells import State, Weights
 from unvanish.flow.nonfinite import origin_of_nonfinite
 from unvanish.flow.record import LayerFlow
-from unvanish.flow.sequences import Errors, Measured, Sequence, apart, join, weight_keys
 from unvanish.flow.summary import healthy, layer_flow, reorder, summarise
+from unvanish.flow.watched_sequence import Errors, Measured, Sequence, apart, join, weight_keys
 from unvanish.nn.modules import (
     CellModule,
     Drawn,

@@ -1,6 +1,6 @@
 """The measured passes of a watch, the last few of each layer."""
 
-from unvanish.flow.sequences import Measured
+from unvanish.flow.watched_sequence import Measured
 
 Token = tuple[int, int]
 """(number of the sequence, which of its records)"""

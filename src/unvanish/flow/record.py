@@ -204,6 +204,6 @@ class Flow(Record, Mapping[str, LayerFlow]):
         Raises:
             OSError: the file can't be written.
         """
-        from unvanish.flow.page import flow_page, flow_preview
+        from unvanish.flow.flow_page import flow_page, flow_preview
 
         write_page(path, flow_page(self), flow_preview(self))

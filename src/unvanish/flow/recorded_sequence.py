@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from unvanish import engine
 from unvanish.cells import Cell, Weights
 from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin, origin_of_nonfinite
-from unvanish.flow.sequences import Errors, Measured, Sequence, join, weight_key
 from unvanish.flow.summary import all_finite, layer_flow, reorder
+from unvanish.flow.watched_sequence import Errors, Measured, Sequence, join, weight_key
 from unvanish.nn.modules import LayerDirection, TimeMajor
 
 

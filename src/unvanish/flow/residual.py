@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unvanish.flow.record import LayerFlow
-from unvanish.flow.sequences import rounding
+from unvanish.flow.watched_sequence import rounding
 
 
 def with_residual(

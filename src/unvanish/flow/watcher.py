@@ -36,8 +36,8 @@ from unvanish.flow.passes import Passes
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
 from unvanish.flow.recorded_sequence import RecordedCall, RecordedSequence
 from unvanish.flow.residual import with_residual
-from unvanish.flow.sequences import CellSequence, MarkSequence, Measured, Sequence
 from unvanish.flow.stream import Stream
+from unvanish.flow.watched_sequence import CellSequence, MarkSequence, Measured, Sequence
 from unvanish.nn.layers import EngineSequence
 from unvanish.nn.modules import RecurrentModule, as_states
 

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from unvanish.draw import LINES, decades, steps
 from unvanish.draw.preview import Preview, PreviewCurve, before_and_after
 from unvanish.flow.files import write_page
-from unvanish.report import story, verdict
+from unvanish.report import story, wording
 from unvanish.report.page_data import task_data
 from unvanish.report.still_picture import still
 
@@ -38,7 +38,7 @@ def write_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> No
     page = _render(
         "comparison.html.j2",
         comparison=comparison,
-        verdict=verdict,
+        wording=wording,
         story=story,
         still=still,
         drawing=Markup(_asset("lstm.svg")),

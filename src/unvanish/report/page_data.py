@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from unvanish.draw import LN10, decades, line, short
 from unvanish.report.story import alternatives, story
-from unvanish.report.verdict import fate, power_of_ten
+from unvanish.report.wording import fate, power_of_ten
 
 if TYPE_CHECKING:
     from unvanish.train.records import BiasReach, GradientBreakdown, Reach, Rescue, Run, TaskResult

@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 from unvanish.draw import decades, line, short
 from unvanish.report.story import alternatives
-from unvanish.report.verdict import power_of_ten
+from unvanish.report.wording import power_of_ten
 
 if TYPE_CHECKING:
     from unvanish.train.records import Run, TaskResult

@@ -7,7 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from unvanish.draw import steps
-from unvanish.report.verdict import counted, fate, listed, outcome, power_of_ten, success
+from unvanish.report.wording import counted, fate, listed, outcome, power_of_ten, success
 
 if TYPE_CHECKING:
     from unvanish.train.records import GradientBreakdown, Reach, Run, TaskResult

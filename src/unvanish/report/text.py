@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from unvanish.extras import extra
-from unvanish.report import verdict
+from unvanish.report import wording
 
 if TYPE_CHECKING:
     from unvanish.train.records import Comparison, TaskResult
@@ -22,7 +22,7 @@ def print_comparison(comparison: "Comparison", console: Console) -> None:
     """One table and three sentences per task."""
     for task in comparison.tasks:
         console.print(_table(task, wide=console.width >= WIDE))
-        for sentence in (verdict.survival(task), verdict.learning(task), verdict.explanation(task)):
+        for sentence in (wording.survival(task), wording.learning(task), wording.explanation(task)):
             console.print(sentence, markup=False, highlight=False)
         console.print()
 
@@ -42,12 +42,12 @@ def _table(task: "TaskResult", wide: bool) -> Table:
     for name in ("rate", "half-life", "reach") if wide else ("reach",):
         table.add_column(name, justify="right", no_wrap=True)
     for run in task.runs:
-        outcome = verdict.outcome(task, run)
+        outcome = wording.outcome(task, run)
         table.add_row(
             escape(run.title),
             f"{run.test_error:.3g}",
             f"[{_COLOUR[outcome]}]{outcome}[/]",
-            *((f"{run.before.rate:.3f}", verdict.half_life(run.before)) if wide else ()),
+            *((f"{run.before.rate:.3f}", wording.half_life(run.before)) if wide else ()),
             f"{run.before.reach} → {run.after.reach}",
         )
     return table

@@ -18,7 +18,7 @@ from unvanish.diagnosis.subject import Subject
 from unvanish.train.models import SequenceModel
 from unvanish.train.problems import DataProblem, Judgement
 from unvanish.train.supervised import together
-from unvanish.train.tasks.base import Split
+from unvanish.train.tasks.task import Split
 
 STEPS = 500_000
 """steps of all samples together that the model is judged on, and as many that the constant is fitted on, unless a few

@@ -17,7 +17,7 @@ from unvanish.train.checkpoints import SaveEachRound, SealedCheckpointIO, newest
 from unvanish.train.configuration import Machines, TrainingConfiguration
 from unvanish.train.models import SequenceModel
 from unvanish.train.supervised import Problem, Progress, Supervised, Tell, judged, together
-from unvanish.train.tasks.base import Split
+from unvanish.train.tasks.task import Split
 
 with extra("lab"):
     import lightning

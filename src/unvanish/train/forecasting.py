@@ -17,7 +17,7 @@ from unvanish.train.models import SequenceModel, Shape
 from unvanish.train.problems import DataProblem, Example, Judgement, Listed, evenly, to_json
 from unvanish.train.settings import Settings
 from unvanish.train.supervised import together
-from unvanish.train.tasks.base import Split
+from unvanish.train.tasks.task import Split
 
 
 class Forecasting(DataProblem):

@@ -10,7 +10,7 @@ from unvanish.nn.modules import layer_directions
 from unvanish.train.models import SequenceModel
 from unvanish.train.records import GradientBreakdown
 from unvanish.train.tasks import Task
-from unvanish.train.tasks.base import IGNORED
+from unvanish.train.tasks.task import IGNORED
 
 POINTS = 200
 """steps kept of each curve at most"""

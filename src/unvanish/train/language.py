@@ -15,7 +15,7 @@ from unvanish.train.fit import answers
 from unvanish.train.models import SequenceModel, Shape
 from unvanish.train.problems import DataProblem, Example, Judgement, Listed, evenly, to_json
 from unvanish.train.settings import Settings
-from unvanish.train.tasks.base import IGNORED, Split
+from unvanish.train.tasks.task import IGNORED, Split
 
 PIECE = 64
 """characters per update and stream, unless `tbptt` says otherwise"""

@@ -20,7 +20,7 @@ from unvanish.train.fit import answers
 from unvanish.train.models import SequenceModel, Shape
 from unvanish.train.settings import Settings
 from unvanish.train.supervised import together
-from unvanish.train.tasks.base import Split
+from unvanish.train.tasks.task import Split
 
 Example = tuple[Tensor, Tensor]
 """(x `[T, I]` or symbols `[T]`, y)"""

@@ -16,7 +16,7 @@ from unvanish.extras import extra
 from unvanish.train.configuration import OPTIMIZERS, TrainingConfiguration
 from unvanish.train.models import SequenceModel
 from unvanish.train.rounds import batches
-from unvanish.train.tasks.base import IGNORED, Samples, Split
+from unvanish.train.tasks.task import IGNORED, Samples, Split
 
 with extra("lab"):
     import lightning

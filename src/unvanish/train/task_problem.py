@@ -11,7 +11,7 @@ from unvanish.train.models import SequenceModel, Shape
 from unvanish.train.problems import DataProblem, Judgement
 from unvanish.train.settings import Settings
 from unvanish.train.tasks import make_task
-from unvanish.train.tasks.base import Generated, Split, Task
+from unvanish.train.tasks.task import Generated, Split, Task
 
 
 class TaskProblem(DataProblem):

@@ -3,7 +3,7 @@
 import torch
 
 from unvanish import cures, flow
-from unvanish.cures.layers import layers_of
+from unvanish.cures.layer_weights import layers_of
 from unvanish.nn.modules import RecurrentModule, cell_of
 from unvanish.train.gradient_breakdown import ending_together
 from unvanish.train.gradient_reach import PROBES, measure

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unvanish.cells.base import Cell
+from unvanish.cells.cell import Cell
 
 
 class STAR(Cell):

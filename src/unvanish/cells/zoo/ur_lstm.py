@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unvanish.cells.base import Cell
+from unvanish.cells.cell import Cell
 
 
 class URLSTM(Cell):

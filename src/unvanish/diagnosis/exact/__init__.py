@@ -7,19 +7,19 @@ numbers.
 from collections.abc import Callable
 from typing import Any
 
-from unvanish.diagnosis.exact.bench import Bench
 from unvanish.diagnosis.exact.cuts import state_carried, state_cut
 from unvanish.diagnosis.exact.depth import depth
 from unvanish.diagnosis.exact.flow import first_step_read, input_ignored, parameters_unmoved
 from unvanish.diagnosis.exact.growth import explosion
 from unvanish.diagnosis.exact.logits import loss_unbalanced, output_not_logits, targets_ignored
-from unvanish.diagnosis.exact.nonfinite import nan
+from unvanish.diagnosis.exact.nan import nan
 from unvanish.diagnosis.exact.padding import padding_read
 from unvanish.diagnosis.exact.pairing import compared_with_others
 from unvanish.diagnosis.exact.samples import samples_mixed
 from unvanish.diagnosis.exact.scale import dead, ids_as_numbers, input_scale, symmetric
-from unvanish.diagnosis.exact.sequences import axes_mixed, needs_future, target_in_input
 from unvanish.diagnosis.exact.targets import output_range, target_mismatch, target_scale
+from unvanish.diagnosis.exact.testbench import Bench
+from unvanish.diagnosis.exact.time_axis import axes_mixed, needs_future, target_in_input
 from unvanish.diagnosis.finding import Finding, ranked
 from unvanish.diagnosis.subject import Subject
 

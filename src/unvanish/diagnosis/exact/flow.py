@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unvanish.diagnosis.exact.bench import RECURRENT, Bench
 from unvanish.diagnosis.exact.depth import lost_by_degrees
+from unvanish.diagnosis.exact.testbench import RECURRENT, Bench
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import detached_copy, mapped, tensors
 from unvanish.diagnosis.trace import THRESHOLDS, Trace

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from unvanish.diagnosis.exact.bench import RECURRENT, Bench
+from unvanish.diagnosis.exact.testbench import RECURRENT, Bench
 from unvanish.diagnosis.finding import Finding
 
 ERROR, LEAST = 1e6, 1e2

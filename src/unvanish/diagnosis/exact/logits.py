@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from unvanish.diagnosis.exact.bench import Bench
+from unvanish.diagnosis.exact.testbench import Bench
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.trace import Called, traced
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from unvanish.diagnosis.exact.bench import Bench
+from unvanish.diagnosis.exact.testbench import Bench
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import tensors
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unvanish.diagnosis.exact.bench import Bench
 from unvanish.diagnosis.exact.targets import target_mismatch
+from unvanish.diagnosis.exact.testbench import Bench
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import detached_copy, floating, mapped
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from unvanish.diagnosis.exact.bench import RECURRENT, Bench
+from unvanish.diagnosis.exact.testbench import RECURRENT, Bench
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import tensors
 from unvanish.nn.modules import RecurrentModule

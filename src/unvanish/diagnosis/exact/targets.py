@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from unvanish.capture.parts import NAMES
-from unvanish.diagnosis.exact.bench import Bench
 from unvanish.diagnosis.exact.logits import origin
+from unvanish.diagnosis.exact.testbench import Bench
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import floating, mapped
 from unvanish.diagnosis.trace import Called, double

@@ -1,12 +1,12 @@
 """Long-lag tasks, with their papers and chance levels."""
 
 from unvanish.train.tasks.adding import Adding, Multiplication
-from unvanish.train.tasks.base import Task
 from unvanish.train.tasks.copy_memory import CopyMemory, VariableCopyMemory
 from unvanish.train.tasks.digits import Digits, FullMNIST, FullPermutedMNIST, PermutedMNIST, SequentialMNIST
 from unvanish.train.tasks.padded_digits import PaddedDigits
 from unvanish.train.tasks.reber import EmbeddedReber
 from unvanish.train.tasks.recall import DelayedRecall, NoiseFreeLag
+from unvanish.train.tasks.task import Task
 from unvanish.train.tasks.temporal_order import TemporalOrder, TemporalOrder3
 
 TASKS: dict[str, type[Task]] = {

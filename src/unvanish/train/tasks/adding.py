@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unvanish.train.tasks.base import Generated, Samples, Split, as_float
+from unvanish.train.tasks.task import Generated, Samples, Split, as_float
 
 
 def _marked(task: Generated, split: Split, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from unvanish.train.tasks.base import Generated, Samples, Split, as_float
+from unvanish.train.tasks.task import Generated, Samples, Split, as_float
 
 SYMBOLS, WORD = 8, 10
 BLANK, GO = SYMBOLS, SYMBOLS + 1

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from unvanish.extras import extra
-from unvanish.train.tasks.base import Samples, Split, Task, as_float
+from unvanish.train.tasks.task import Samples, Split, Task, as_float
 
 Images = tuple[np.ndarray, np.ndarray]
 """(grey levels [N, pixels] from 0 on, digits [N])"""

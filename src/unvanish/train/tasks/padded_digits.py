@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from unvanish.train.tasks.base import Generated, Samples, Split
 from unvanish.train.tasks.digits import Digits
+from unvanish.train.tasks.task import Generated, Samples, Split
 
 ROWS = 8
 """rows of an image, and pixels of a row"""

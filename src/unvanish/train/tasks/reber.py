@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unvanish.train.tasks.base import IGNORED, Samples, Split, Task, as_float, whole
+from unvanish.train.tasks.task import IGNORED, Samples, Split, Task, as_float, whole
 
 SYMBOLS = "BTPSXVE"
 STRINGS = 256

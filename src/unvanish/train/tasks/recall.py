@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from unvanish.train.tasks.base import Generated, Samples, Split, as_float
+from unvanish.train.tasks.task import Generated, Samples, Split, as_float
 
 
 class NoiseFreeLag(Generated):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unvanish.diagnosis.exact.bench import Bench
+from unvanish.diagnosis.exact.testbench import Bench
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import floating
 from unvanish.diagnosis.trace import ModuleCall

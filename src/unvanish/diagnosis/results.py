@@ -217,7 +217,7 @@ class Verification:
         Raises:
             OSError: the file can't be written.
         """
-        from unvanish.diagnosis.page import verification_page, verification_preview
+        from unvanish.diagnosis.diagnosis_page import verification_page, verification_preview
 
         write_page(path, verification_page(self), verification_preview(self))
 
@@ -322,7 +322,7 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
         Raises:
             OSError: the file can't be written.
         """
-        from unvanish.diagnosis.page import diagnosis_page, diagnosis_preview
+        from unvanish.diagnosis.diagnosis_page import diagnosis_page, diagnosis_preview
 
         write_page(path, diagnosis_page(self), diagnosis_preview(self))
 

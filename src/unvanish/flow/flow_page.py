@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unvanish.draw.page import listed, page, paragraph, section, table, top
+from unvanish.draw.html_parts import listed, page, paragraph, section, table, top
 from unvanish.draw.preview import Preview, PreviewCurve
 from unvanish.draw.strips import Axes, Curve, Strip, strips
 from unvanish.draw.style import fraction, steps

@@ -4,14 +4,14 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from unvanish.draw.page import Tone, card, code, listed, page, paragraph, section, table, top
+from unvanish.draw.html_parts import Tone, card, code, listed, page, paragraph, section, table, top
 from unvanish.draw.preview import Preview, PreviewCurve, before_and_after
 from unvanish.draw.strips import Axes, Bar, Curve, Strip, bars, strips
 from unvanish.draw.style import LN10, fraction
 
 if TYPE_CHECKING:
     from unvanish.diagnosis.finding import Finding
-    from unvanish.diagnosis.records import Diagnosis, LayerDiagnosis, Verification
+    from unvanish.diagnosis.results import Diagnosis, LayerDiagnosis, Verification
 
 DRAWN = 12
 """layers in the picture, the shortest reach first to be kept; all are in the table"""
