@@ -50,7 +50,8 @@ class Backward {
         for (int64_t i1 = l.T; i1 > 0; i1 -= chunk_steps_) chunk(number, i1 - smaller(i1, chunk_steps_), i1, 0, w, me);
         end(number, w, me);
       });
-    sums_.gather(g, threads);
+    if (!one_chunk()) sums_.put_all(g, threads);
+    sums_.put_projection(g);
   }
 
  private:
@@ -109,6 +110,7 @@ class Backward {
     int64_t padded_size;
   };
 
+  bool one_chunk() const { return s.blocks == 1 && chunk_steps_ >= l.T; }
   int64_t most_rows() const { return chunk_steps_ * s.block_rows; }
   Work work(int64_t slot) const {
     Work w(*this, memory_.get() + slot * Work(*this, nullptr).size);
@@ -156,7 +158,8 @@ class Backward {
 
   void begin(int64_t number, const Work& w, const TeamMember& me) const {
     const Walk<Real> walk = this->walk(number);
-    zero(sums_.of(number) + me.from(sums_.size()), me.to(sums_.size()) - me.from(sums_.size()));
+    const int64_t first = one_chunk() ? sums_.dw_hr() : 0, summed = sums_.size() - first;
+    zero(sums_.of(number) + first + me.from(summed), me.to(summed) - me.from(summed));
     if (me.leads()) {
       // The padding, and what is added to.
       zero(w.carried, w.padded_size);
@@ -207,11 +210,13 @@ class Backward {
       filled += n;
     }
     Real* sums = sums_.of(number);
-    const int64_t m0 = mine.p0 * A * L, m1 = mine.p1 * A * L;
-    add_outer<A>(w.x, 0, l.I, w.da, mine.p0, mine.p1, filled, sums + sums_.dw_ih(), s.width);
-    add_outer<A>(w.h_prev, 0, l.R, w.da_hh, mine.p0, mine.p1, filled, sums + sums_.dw_hh(), s.width);
-    add_rows(w.da, m0, m1, filled, sums + sums_.db_ih());
-    if (CellType::kSplit) add_rows(w.da_hh, m0, m1, filled, sums + sums_.db_hh());
+    for (int64_t p = mine.p0; p < mine.p1; ++p) {
+      // Sums that nothing follows are put in place while they are in the cache; the next panel's take theirs.
+      Real* here = sums + (one_chunk() ? mine.p0 : p) * sums_.panel_size();
+      if (one_chunk()) zero(here, sums_.panel_size());
+      sums_.add(p, w.x, w.h_prev, w.da, w.da_hh, filled, here);
+      if (one_chunk()) sums_.put(p, g, here, 1);
+    }
     if (l.w_hr != nullptr)
       add_outer<kWide>(w.projected_dh, me.from(l.R), me.to(l.R), w.m, 0, s.dh_stride / (kWide * L), filled, sums + sums_.dw_hr(), s.dh_stride);
     if (g.dx != nullptr)

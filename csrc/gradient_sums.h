@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "pool.h"
+#include "product.h"
 #include "sequence.h"
 #include "unvanish.h"
 
@@ -17,44 +18,63 @@ class GradientSums {
 
   GradientSums(const Sizes<CellType, Real>& sizes, const Layer<Real>& layer) : s(sizes), l(layer), sums_(s.blocks * size()) {}
 
-  // Where the sums of a block begin.
+  // Where the sums of a block begin: those of the panels of gates, one after the other, then that of W_hr, [P, dh_stride].
   Real* of(int64_t number) const { return sums_.get() + number * size(); }
-  // Where among them the gradient of each weight lies: [columns of the weight, gates in the order of δa]; of W_hr [P, dh_stride].
-  int64_t dw_ih() const { return 0; }
-  int64_t dw_hh() const { return l.I * s.width; }
-  int64_t db_ih() const { return dw_hh() + l.R * s.width; }
-  int64_t db_hh() const { return db_ih() + s.width; }
-  int64_t dw_hr() const { return db_hh() + s.width; }
+  int64_t dw_hr() const { return s.panels * panel_size(); }
   int64_t size() const { return dw_hr() + (l.w_hr == nullptr ? 0 : l.R * s.dh_stride); }
+  // Within a panel: [columns of the weight, gates in the order of δa].
+  int64_t panel_size() const { return (l.I + l.R + 2) * A * L; }
 
-  // Adds the blocks' sums in order and puts them where torch wants them.
-  void gather(const Gradients<Real>& g, int threads) const {
-    threads = threads_for(s.blocks * size(), threads);
-    for_each(s.panels, threads, [&](int64_t p) {
-      int64_t rows[A * L];
-      for (int64_t k = 0; k < A * L; ++k) rows[k] = s.source_of(p * A * L + k, l.H);
-      const auto put = [&](int64_t at, Real* out, int64_t columns) {
-        for (int64_t c = 0; out != nullptr && c < columns; ++c) {
-          Real total[A * L];
-          add_blocks(at + c * s.width + p * A * L, total, A * L);
-          for (int64_t k = 0; k < A * L; ++k)
-            if (rows[k] >= 0) out[rows[k] * columns + c] = total[k];
-        }
-      };
-      put(dw_ih(), g.dw_ih, l.I);
-      put(dw_hh(), g.dw_hh, l.R);
-      put(db_ih(), g.db_ih, 1);
-      put(CellType::kSplit ? db_hh() : db_ih(), g.db_hh, 1);
-    });
+  // Adds to the sums of panel p, which begin at `sums`, what `rows` rows of x, h_{t−1}, δa and δa_hh contribute.
+  void add(int64_t p, const Blocked<Real>& x, const Blocked<Real>& h, const Blocked<Real>& da, const Blocked<Real>& da_hh, int64_t rows, Real* sums) const {
+    const Blocked<Real> ih{da.at(0, p * A * L), da.rows}, hh{da_hh.at(0, p * A * L), da_hh.rows};
+    add_outer<A>(x, 0, l.I, ih, 0, 1, rows, sums + dw_ih(), A * L);
+    add_outer<A>(h, 0, l.R, hh, 0, 1, rows, sums + dw_hh(), A * L);
+    add_rows(ih, 0, A * L, rows, sums + db_ih());
+    if (CellType::kSplit) add_rows(hh, 0, A * L, rows, sums + db_hh());
+  }
+
+  // Puts the sums of panel p where torch wants them: those of the first block begin at `sums`, and those of `blocks` are added in order.
+  void put(int64_t p, const Gradients<Real>& g, const Real* sums, int64_t blocks) const {
+    int64_t rows[A * L];
+    for (int64_t k = 0; k < A * L; ++k) rows[k] = s.source_of(p * A * L + k, l.H);
+    // A cache line of each row at a time: rows whose distance is a power of two share their places in the cache.
+    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(Real));
+    const auto put = [&](int64_t at, Real* out, int64_t columns) {
+      for (int64_t c = 0; out != nullptr && c < columns; c += line) {
+        const int64_t n = smaller(line, columns - c);
+        Real total[line][A * L];
+        for (int64_t j = 0; j < n; ++j) add_blocks(sums + at + (c + j) * A * L, blocks, total[j], A * L);
+        for (int64_t k = 0; k < A * L; ++k)
+          for (int64_t j = 0; rows[k] >= 0 && j < n; ++j) out[rows[k] * columns + c + j] = total[j][k];
+      }
+    };
+    put(dw_ih(), g.dw_ih, l.I);
+    put(dw_hh(), g.dw_hh, l.R);
+    put(db_ih(), g.db_ih, 1);
+    put(CellType::kSplit ? db_hh() : db_ih(), g.db_hh, 1);
+  }
+
+  // The same of every panel, in parallel.
+  void put_all(const Gradients<Real>& g, int threads) const {
+    for_each(s.panels, threads_for(s.blocks * size(), threads), [&](int64_t p) { put(p, g, of(0) + p * panel_size(), s.blocks); });
+  }
+
+  void put_projection(const Gradients<Real>& g) const {
     if (l.w_hr == nullptr) return;
-    for (int64_t r = 0; r < l.R; ++r) add_blocks(dw_hr() + r * s.dh_stride, g.dw_hr + r * l.H, l.H);
+    for (int64_t r = 0; r < l.R; ++r) add_blocks(of(0) + dw_hr() + r * s.dh_stride, s.blocks, g.dw_hr + r * l.H, l.H);
   }
 
  private:
-  void add_blocks(int64_t at, Real* out, int64_t n) const {
-    copy(out, sums_.get() + at, n);
-    for (int64_t b = 1; b < s.blocks; ++b) {
-      const Real* more = of(b) + at;
+  int64_t dw_ih() const { return 0; }
+  int64_t dw_hh() const { return l.I * A * L; }
+  int64_t db_ih() const { return dw_hh() + l.R * A * L; }
+  int64_t db_hh() const { return db_ih() + A * L; }
+
+  void add_blocks(const Real* first, int64_t blocks, Real* out, int64_t n) const {
+    copy(out, first, n);
+    for (int64_t b = 1; b < blocks; ++b) {
+      const Real* more = first + b * size();
       for (int64_t k = 0; k < n; ++k) out[k] += more[k];
     }
   }

@@ -77,6 +77,53 @@ def test_gradients_are_torchs(kind: str) -> None:
         assert torch.equal(mine.grad, like.grad)
 
 
+@given(
+    st.fixed_dictionaries(
+        {
+            "num_layers": st.integers(1, 2), "bidirectional": st.booleans(), "bias": st.booleans(),
+            "batch_first": st.booleans(), "dropout": st.sampled_from([0.0, 0.5]),
+        }
+    ),
+    st.integers(1, 3), st.integers(0, 2), st.booleans(),
+)  # fmt: skip
+def test_an_lstm_trains_step_by_step(options: dict[str, Any], T: int, B: int, with_state: bool) -> None:
+    """Through torch's cell over one step and two, on the engine over three; float64."""
+    if options["num_layers"] == 1:
+        options["dropout"] = 0.0
+    theirs, ours = pair("LSTM", dtype=torch.float64, **options)
+    x = torch.randn(B, T, 3) if options["batch_first"] else torch.randn(T, B, 3)
+    places = options["num_layers"] * (1 + options["bidirectional"])
+    given = [v.double() for v in (x, torch.randn(places, B, 4), torch.randn(places, B, 4))][: 3 if with_state else 1]
+    results = []
+    for module in (theirs, ours):
+        torch.manual_seed(1)
+        leaves = [v.clone().requires_grad_() for v in given]
+        y, final = module(leaves[0], *([tuple(leaves[1:])] if with_state else []))
+        (y.sin().sum() + sum(s.cos().sum() for s in final)).backward()
+        results.append([y, *final, *(v.grad for v in (*leaves, *module.parameters()))])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_an_lstm_of_one_step_has_second_derivatives_and_an_output_that_may_be_changed() -> None:
+    _, ours = pair("LSTM")
+    x = torch.randn(1, 2, 3, requires_grad=True)
+    assert "torch's cell" in str(uv.nn.explain(ours, x))
+    (slope,) = torch.autograd.grad(ours(x)[0].sum(), x, create_graph=True)
+    slope.square().sum().backward()
+    assert ours.weight_hh_l0.grad is not None
+    y, (h, c) = ours(x)
+    before = h.detach().clone()
+    y.mul_(2.0)
+    assert torch.equal(h, before)
+    (y.sum() + c.sum()).backward()
+
+
+def test_a_projected_lstm_trains_on_the_engine() -> None:
+    _, ours = pair("LSTM", proj_size=2)
+    assert uv.nn.explain(ours, torch.zeros(1, 2, 3)).rung == "native"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
 def test_the_weights_are_those_of_the_moment(kind: str) -> None:

@@ -8,7 +8,7 @@ lies in the kernels' own layout: `gates` `[T, B, saved]` and `cells` `[T, B, pad
 import math
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +100,12 @@ class Layout(NamedTuple):
 
 def layout(cell: Cell, H: int, dtype: torch.dtype) -> Layout:
     """Vector lanes, H rounded up to whole blocks, and the width of what is kept of the gates."""
-    return Layout(*call("layout", dtype, NUMBER[cell.name], H, forced_isa()))
+    return _layout(NUMBER[cell.name], int(H), dtype, forced_isa())
+
+
+@cache
+def _layout(number: int, H: int, dtype: torch.dtype, isa: str | None) -> Layout:
+    return Layout(*call("layout", dtype, number, H, isa))
 
 
 def block_rows(B: int) -> int:
@@ -199,9 +204,9 @@ def forward(
     save: bool,
     closed: float,
     clear: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, final h, final c, gates, cells), then the gates' (mean, saturated, Σ ln carry) with `closed` > 0; what does
-    not exist is empty. Where a sample is inactive `gates` and `cells` are undefined, or 0 with `clear`."""
+) -> tuple[Tensor, ...]:
+    """(y, final h, final c, gates, cells); what does not exist is empty. With `closed` > 0 the gates' (mean, saturated,
+    Σ ln carry) follow. Where a sample is inactive `gates` and `cells` are undefined, or 0 with `clear`."""
     T, B, _, H, R = sizes(x, w_ih, w_hh, cell)
     y, h = pooled(x, T, B, R), x.new_empty(B, R)
     c = x.new_empty(0) if c0 is None else x.new_empty(B, H)
@@ -217,7 +222,8 @@ def forward(
         if clear and lengths is not None:
             gates.zero_()
             cells.zero_()
-    mean, saturated, log_carry = statistics = statistics_shapes(x, T, B, H, cell, closed)
+    statistics = statistics_shapes(x, T, B, H, cell) if closed else ()
+    mean, saturated, log_carry = statistics or (None, None, None)
     call(
         "forward",
         x.dtype,
@@ -237,12 +243,9 @@ def forward(
     return y, h, c, gates, cells, *statistics
 
 
-def statistics_shapes(x: Tensor, T: int, B: int, H: int, cell: int, closed: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gates' (mean, saturated, Σ ln carry), to be written; empty where `closed` is 0."""
+def statistics_shapes(x: Tensor, T: int, B: int, H: int, cell: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The gates' (mean, saturated, Σ ln carry), to be written."""
     G = len(cell_of(cell).gates)
-    if not closed:
-        empty = partial(x.new_empty, 0, dtype=torch.float64)
-        return empty(), empty(), empty()
     like = partial(x.new_full, fill_value=torch.nan, dtype=torch.float64)
     return like((T, B, G)), like((T, B, G)), like((H if G > 1 else 0,))
 

@@ -27,8 +27,13 @@ def _forward(*given: Any) -> tuple[Tensor, ...]:
     check_forward(LayerTensors(*tensors), cell=cell, clip=clip, save=save, closed=closed)
     inputs: Any = (*_contiguous(tensors), *given[len(tensors) :])
     # The same call returns the same values, as torch's own checks of operators demand.
-    found = native.forward(*inputs, clear=True)
-    return *found, own_output(found[0], save)
+    y, *rest = native.forward(*inputs, clear=True)
+    statistics = () if closed else _no_statistics(y)
+    return y, *rest, *statistics, own_output(y, save)
+
+
+def _no_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(0, dtype=torch.float64), x.new_empty(0, dtype=torch.float64), x.new_empty(0, dtype=torch.float64)
 
 
 def own_output(y: Tensor, save: bool) -> Tensor:
@@ -43,7 +48,7 @@ forward_operator = torch.library.custom_op(
     mutates_args=(),
     schema=f"({SCHEMA}, int cell, bool reverse, float clip, bool save, float closed) -> ({_EIGHT}, Tensor)",
 )
-"""`native.forward`, checked, and `own_output`."""
+"""`native.forward`, checked, with statistics that are empty where `closed` is 0, and `own_output`."""
 
 
 @forward_operator.register_fake
@@ -55,7 +60,7 @@ def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, clip, sav
     c = x.new_empty(B, H) if c0 is not None else nothing
     gates = x.new_empty(T * B * kept.saved) if save and native.keeps_gates(layer, H, kept) else nothing.clone()
     cells = x.new_empty(T * B * kept.padded) if save and c0 is not None else nothing.clone()
-    statistics = native.statistics_shapes(x, T, B, H, cell, closed)
+    statistics = native.statistics_shapes(x, T, B, H, cell) if closed else _no_statistics(x)
     own = x.new_empty(T, B, R) if save else nothing.clone()
     return x.new_empty(T, B, R), x.new_empty(B, R), c, gates, cells, *statistics, own
 
@@ -125,17 +130,20 @@ def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, cell, reverse, clip, _, _ = inputs
     _, _, _, gates, cells, *rest = output
-    keep(ctx, tensors, rest[-1], gates, cells)
-    ctx.cell, ctx.reverse, ctx.clip = cell, reverse, clip
-    # Whether backward gets the very tensors that a kernel has read or written.
-    ctx.intact = False
-    ctx.set_materialize_grads(False)
+    _keep_call(ctx, inputs, rest[-1], gates, cells)
     ctx.mark_non_differentiable(gates, cells, *rest)
 
 
-def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _keep_call(ctx: Any, inputs: tuple[Any, ...], own: Tensor, gates: Tensor, cells: Tensor) -> None:
+    *tensors, ctx.cell, ctx.reverse, ctx.clip, _, _ = inputs
+    keep(ctx, tensors, own, gates, cells)
+    # Whether backward gets the very tensors that a kernel has read or written.
+    ctx.intact = False
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None = None, *_: Any) -> tuple[Any, ...]:
     saved = kept(ctx)
     x, h0, c0, *weights, lengths, _, _, _ = saved
     nothing = (None,) * 5
@@ -181,11 +189,11 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        found = native.forward(*inputs)
-        output = (*found, own_output(found[0], save=True))
-        _setup_context(ctx, inputs, output)
+        y, h, c, gates, cells = native.forward(*inputs)
+        _keep_call(ctx, inputs, own_output(y, save=True), gates, cells)
         ctx.intact = not torch_internals.saved_tensors_hooked()
-        return output
+        # Only what has a gradient: autograd takes its time over each output.
+        return (y, h) if inputs[2] is None else (y, h, c)
 
     backward = staticmethod(_autograd)
 
@@ -215,8 +223,8 @@ def run(
     given = sort(x, state, lengths)
     inputs = native.prepared(given, w)
     apply: Any = forward_operator if not is_direct() else _Eager.apply if save else native.forward
-    y, h, c, *_ = apply(*inputs, native.NUMBER[cell.name], reverse, clip or 0.0, save, 0.0)
-    final = (h, c)[: len(cell.states)]
+    y, *rest = apply(*inputs, native.NUMBER[cell.name], reverse, clip or 0.0, save, 0.0)
+    final = tuple(rest[: len(cell.states)])
     if given.back is None:
         return y, final
     return y.index_select(1, given.back), tuple(s.index_select(0, given.back) for s in final)

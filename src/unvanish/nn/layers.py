@@ -192,7 +192,8 @@ class SequenceLayer(nn.Module):
             ran = [self._run_direction(d, x, s, inputs, recorders, cut) for d, s, cut in places]
             x = torch.cat([y for y, _ in ran], dim=-1) if len(ran) > 1 else ran[0][0]
             finals += [final for _, final in ran]
-        return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
+        # A view takes less time than a copy, which counts where the call is short.
+        return x, tuple(s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in zip(*finals, strict=True))
 
     def _run_direction(
         self,
@@ -246,8 +247,9 @@ class EngineSequence(TorchTools, SequenceLayer, nn.RNNBase):
             leaf = self._leaf(input, hx, lengths=lengths)
             if leaf is not None:
                 return leaf
-        if lengths is None and self._torch_can() and torch_forward.reason(self, input, hx) is not None:
-            return torch_forward.run(self, input, hx)
+        why = torch_forward.reason(self, input, hx) if lengths is None and self._torch_can() else None
+        if why is not None:
+            return torch_forward.run(self, input, hx, why)
         return super().forward(input, hx, lengths=lengths)
 
     def _torch_can(self) -> bool:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import torch_internals
 from unvanish.engine import Choice, dispatch
-from unvanish.engine.cost import faster_in_torch
+from unvanish.engine.cost import STEPS, faster_in_torch
 from unvanish.engine.sequence import transform
 from unvanish.nn.modules import as_states, layer_directions, time_major
 
@@ -58,7 +59,8 @@ def reason(layer: nn.RNNBase, x: Any, hx: Any) -> str | None:
     B = data.shape[0 if layer.batch_first else 1] if data.dim() == 3 else 1
     # torch has no fast way through samples of different length.
     mode = "packed" if data is not x else layer.mode
-    return faster_in_torch(mode, _steps(layer, x), B, w_ih.numel() + w_hh.numel(), dtype, trains)
+    why = faster_in_torch(mode, _steps(layer, x), B, w_ih.numel() + w_hh.numel(), dtype, trains)
+    return None if why is STEPS and layer.proj_size else why  # torch's cell has no projection
 
 
 _KERNELS: dict[str, Any] = {
@@ -71,17 +73,44 @@ _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expect
 """methods that torch's forward calls"""
 
 
-def run(layer: Any, x: Any, hx: Any) -> tuple[Any, Any]:
-    """torch's own forward; a padded batch that fits goes straight to its kernel, since what torch's forward checks in
-    Python takes as long as a short call."""
+def run(layer: Any, x: Any, hx: Any, why: str) -> tuple[Any, Any]:
+    """torch's own forward, for the `reason` why; a padded batch that fits goes straight to its kernel, since what
+    torch's forward checks in Python takes as long as a short call, or step by step to that of its cell."""
     states = None if torch.compiler.is_compiling() else _fitting(layer, x, hx)
     if states is None:
         return torchs_class(type(layer)).forward(layer, x, hx)
+    if why is STEPS and all(s.dtype == x.dtype for s in states):
+        return _step_by_step(layer, x, states)
     y, *final = _KERNELS[layer.mode](
         x, states, layer._flat_weights, layer.bias, layer.num_layers, layer.dropout, layer.training,
         layer.bidirectional, layer.batch_first,
     )  # fmt: skip
     return y, tuple(final) if layer.mode == "LSTM" else final[0]
+
+
+def _step_by_step(layer: Any, x: Tensor, initial: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """An LSTM as a loop of torch's cell."""
+    if layer.batch_first:
+        x = x.transpose(0, 1)
+    n, finals = 4 if layer.bias else 2, []
+    weights = [layer._flat_weights[k : k + n] for k in range(0, len(layer._flat_weights), n)]
+    places = zip(initial[0].unbind(0), initial[1].unbind(0), weights, strict=True)
+    for number in range(layer.num_layers):
+        if number and layer.dropout and layer.training:
+            x = dropout(x, layer.dropout)
+        outputs, steps = [], x.unbind(0)
+        for reverse in (False, True) if layer.bidirectional else (False,):
+            h, c, w = next(places)
+            hs = []
+            for x_t in reversed(steps) if reverse else steps:
+                h, c = torch.lstm_cell(x_t, (h, c), *w)
+                hs.append(h)
+            # A copy: the output may be changed in place, and the final state stays.
+            outputs.append(torch.stack(hs[::-1] if reverse else hs))
+            finals.append((h, c))
+        x = torch.cat(outputs, dim=-1) if layer.bidirectional else outputs[0]
+    h_n, c_n = (s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in zip(*finals, strict=True))
+    return x.transpose(0, 1) if layer.batch_first else x, (h_n, c_n)
 
 
 def _fitting(layer: Any, x: Any, hx: Any) -> Any:
