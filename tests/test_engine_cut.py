@@ -259,3 +259,34 @@ def test_the_adjoint_of_a_trace_is_that_of_the_loop(rung: str, case: LayerCase, 
     expected = outcome(case, cut, "reference", seed)[1 + len(case.state) :]
     weights = [g for g in engine.weight_gradients(tr, flow) if g is not None]
     close([*flow.dinitial, *weights], expected[1:], 1e-11)
+
+
+@pytest.mark.parametrize("lengths", [None, [2, 6, 4]])
+@pytest.mark.parametrize("name", ["rnn_tanh", "lstm", "gru"])
+def test_a_recorded_pass_computed_again_is_cut_as_it_was(name: str, lengths: list[int] | None) -> None:
+    """Where a NaN turns up, the pass is computed again with every δ kept."""
+    case = layer(name, 6, 3, 2, 4, torch.float64)
+    case.lengths = None if lengths is None else torch.tensor(lengths)
+    cut = torch.tensor([False, True, True, False, True, False])
+    again: list[Any] = []
+
+    class Heard:
+        awaits_backward = True
+
+        def forward(self, statistics: engine.Statistics) -> None:
+            pass
+
+        def backward(self, norms: engine.Norms, gradients: Weights, recompute: engine.Recompute) -> None:
+            again.extend((norms, recompute()))
+
+    given = (case.cell, case.x, case.state, case.weights, case.lengths)
+    y, final = engine.run(*given, record=Heard(), cut=cut)
+    torch.autograd.backward((y, *final), errors(case, 2))
+    detached = (case.cell, case.x.detach(), tuple(s.detach() for s in case.state), case.weights.detach(), case.lengths)
+    ran = engine.Pass(*detached, False)
+    dy, *dfinal = errors(case, 2)
+    ran.back(dy, tuple(dfinal), None, False, cut)
+    norms, (_, _, flow) = again
+    for found in (flow, ran.recompute(dy, tuple(dfinal), None, cut)[2]):
+        torch.testing.assert_close(found.dstate[0].norm(dim=-1), norms.h, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found.da.unflatten(-1, (-1, 4)).norm(dim=-1), norms.a, rtol=1e-12, atol=1e-14)
