@@ -1,18 +1,20 @@
 """`cut` in the engine: at the steps that it names the recurrent matrices hand nothing back, on every rung that can."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import plain_loops
-from tests.strategies import LayerCase, layer_cases
+from tests.strategies import LayerCase, layer_cases, runs
 from unvanish import engine
 from unvanish.cells import CELLS, Weights
-from unvanish.engine import native, operators
+from unvanish.engine import native, operators, stepped
 
 RUNGS = ["native", "manual", "reference"]
 pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=f"native rung: {native.MISSING}")
@@ -229,13 +231,32 @@ def test_the_native_rung_runs_and_the_fused_one_says_why_it_can_not() -> None:
     assert "recurrent matrices" in elsewhere.declined["fused"]
 
 
-@pytest.mark.parametrize("rung", ["native", "manual"])
+@contextmanager
+def in_torch_operations() -> Iterator[None]:
+    """No cell has programs of its step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stepped, "obstacle", lambda *_: "none here")
+        yield
+
+
 @given(case=layer_cases(), data=st.data(), seed=st.integers(0, 99))
-def test_the_adjoint_of_a_trace_is_that_of_the_loop(rung: str, case: LayerCase, data: Any, seed: int) -> None:
+def test_in_torch_operations_it_is_the_loop_too(case: LayerCase, data: Any, seed: int) -> None:
     cut = data.draw(cuts(len(case.x)))
-    with engine.force(rung):
+    with in_torch_operations():
+        close(outcome(case, cut, "manual", seed), plain(case, cut, seed), 1e-12)
+
+
+@pytest.mark.parametrize("way", ["native", "programs", "torch operations", "fused"])
+@given(case=layer_cases(), data=st.data(), seed=st.integers(0, 99))
+def test_the_adjoint_of_a_trace_is_that_of_the_loop(way: str, case: LayerCase, data: Any, seed: int) -> None:
+    """The fused rung's trace is taken back by the manual one."""
+    rung = way if way in engine.RUNGS else "manual"
+    assume(runs(rung, case))
+    cut = data.draw(cuts(len(case.x)))
+    with in_torch_operations() if way == "torch operations" else nullcontext():
         state = tuple(s.detach() for s in case.state)
-        tr = engine.trace(case.cell, case.x.detach(), state, case.weights.detach(), case.lengths, case.reverse)
+        with engine.force(rung):
+            tr = engine.trace(case.cell, case.x.detach(), state, case.weights.detach(), case.lengths, case.reverse)
         dy, *dfinal = errors(case, seed)
         flow = engine.adjoint(tr, dy, tuple(dfinal), cut=cut)
     steps = plain_loops.Steps()
@@ -243,6 +264,7 @@ def test_the_adjoint_of_a_trace_is_that_of_the_loop(rung: str, case: LayerCase, 
     y, final = plain_loops.run(
         case.cell.name, case.x, case.state, case.weights, lengths, case.reverse, cut.tolist(), steps
     )
+    tolerance = 1e-11 if way == "fused" else 1e-12
     asked = [*steps.h.values(), *steps.c.values(), *steps.a.values()]
     found = (
         torch.autograd.grad((y, *final), asked, [dy, *dfinal], allow_unused=True, materialize_grads=True)
@@ -254,7 +276,7 @@ def test_the_adjoint_of_a_trace_is_that_of_the_loop(rung: str, case: LayerCase, 
     for kind, delta in by_kind:
         size = max(1.0, float(delta.abs().max()))
         for t, b in kind:
-            torch.testing.assert_close(delta[t, b], found[k], rtol=1e-12, atol=1e-12 * size)
+            torch.testing.assert_close(delta[t, b], found[k], rtol=tolerance, atol=tolerance * size)
             k += 1
     expected = outcome(case, cut, "reference", seed)[1 + len(case.state) :]
     weights = [g for g in engine.weight_gradients(tr, flow) if g is not None]
