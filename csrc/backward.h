@@ -275,9 +275,14 @@ class Backward {
     me.sync();
     if (norms_ != nullptr)
       for (int64_t r = me.from(n); r < me.to(n); ++r) Measure<CellType, Real>{l, s, *norms_}.sample(r, filled + r, w);
-    Prefetch prefetch;
-    if (next >= 0 && me.of == 1) plan_prefetch(walk, next, n, prefetch);
-    hand_back(n, filled, w, mine, prefetch);
+    if (g.cut == nullptr || !g.cut[t]) {
+      Prefetch prefetch;
+      if (next >= 0 && me.of == 1) plan_prefetch(walk, next, n, prefetch);
+      hand_back(n, filled, w, mine, prefetch);
+    } else if (!CellType::kSplit) {
+      // Only a carry reaches h_{t−1} then, which `pointwise` has left in `carried`; these cells have none.
+      for (int64_t r = 0; r < n; ++r) zero(w.carried + r * D + c0, mine.r1 * wide - c0);
+    }
     if (g.clip <= 0) return;
     me.sync();
     // Everybody finds the same norms, before anybody scales.

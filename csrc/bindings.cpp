@@ -55,12 +55,6 @@ class Arguments {
     }
   }
 
-  // The same of an argument that may be left out: null.
-  template <class Pointer, Name name>
-  Pointer optional() {
-    return PyDict_GetItemString(given_.ptr(), name.text) == nullptr ? nullptr : get<Pointer, name>();
-  }
-
   // One address per state, as pointers.
   template <class Pointer, Name name>
   std::vector<Pointer> addresses(int32_t count) {
@@ -119,6 +113,7 @@ LayerGradients<Real> layer_gradients(Arguments& a) {
   return {
       .dy = a.get<const Real*, "dy">(),
       .clip = a.get<double, "clip">(),
+      .cut = a.get<const bool*, "cut">(),
       .dx = a.get<Real*, "dx">(),
       .dw_ih = a.get<Real*, "dw_ih">(),
       .dw_hh = a.get<Real*, "dw_hh">(),

@@ -22,6 +22,7 @@ template <class Real>
 struct LayerGradients {
   const Real* dy;  // in [T, B, R] ∂E_t/∂y_t; null: zero
   double clip;     // largest 2-norm per sample of the error handed from one step to the one before; 0: unbounded
+  const bool* cut; // in [T] steps whose matrices hand no error to the step before; null: none
   Real* dx;        // out [T, B, I]; null: not wanted
   Real* dw_ih;     // out [G·H, I]
   Real* dw_hh;     // out [Q·H, R]; null where Q = 0

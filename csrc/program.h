@@ -77,7 +77,6 @@ struct StepLayer : LayerInput<Real> {
 template <class Real>
 struct StepGradients : LayerGradients<Real> {
   const Real* const* dfinal;   // A times in [B, H]; null: zero
-  const bool* cut;             // in [T] steps whose matrices hand no error to the step before; null: none
   Real* dv;                    // out [V, H]; null where V = 0
   Real* const* dinitial;       // A times out [B, H]
   Real* const* dstate;         // A times out [T, B, H] total errors; null: not wanted, and the program writes none

@@ -156,7 +156,6 @@ void step_backward(const nb::capsule& owned, const std::optional<std::string>& i
              dstate = a.addresses<Real*, "dstate">(cell.A);
   StepGradients<Real> gradients{layer_gradients<Real>(a)};
   gradients.dfinal = dfinal.data();
-  gradients.cut = a.optional<const bool*, "cut">();
   gradients.dv = a.get<Real*, "dv">();
   gradients.dinitial = dinitial.data();
   gradients.dstate = dstate.data();

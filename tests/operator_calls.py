@@ -12,7 +12,7 @@ from unvanish.engine import native
 
 pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=f"native rung: {native.MISSING}")
 
-FORWARD = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "lengths")
+FORWARD = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "lengths", "cut")
 BACKWARD = ("dy", "dh", "dc", *FORWARD, "y", "gates", "cells")
 NAMES = list(native.NUMBER)
 
@@ -37,6 +37,7 @@ def draw_layer(
         "b_hh": randn(G * H) if bias else None,
         "w_hr": randn(P, H) if P else None,
         "lengths": None,
+        "cut": None,
     }
 
 
@@ -76,14 +77,13 @@ def reference(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(y and the final states, gradients of the sum of them all) of the reference rung, in the operators' order."""
     inputs = {k: None if v is None else v.detach().clone() for k, v in given.items()}
-    leaves = [k for k in FORWARD[:-1] if inputs[k] is not None]
+    leaves = [k for k in FORWARD[:-2] if inputs[k] is not None]
     for k in leaves:
         inputs[k].requires_grad_()  # type: ignore[union-attr]
     state: Any = tuple(inputs[k] for k in ("h0", "c0") if inputs[k] is not None)
     x: Any = inputs["x"]
-    y, final = engine.run(
-        CELLS[name], x, state, weights_of(inputs), inputs["lengths"], reverse, clip or None, rung="reference"
-    )
+    how = {"rung": "reference", "cut": inputs["cut"]}
+    y, final = engine.run(CELLS[name], x, state, weights_of(inputs), inputs["lengths"], reverse, clip or None, **how)
     total = y.sum() + sum(s.sum() for s in final)
     found = torch.autograd.grad(total, [inputs[k] for k in leaves], allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
     return [v.detach() for v in (y, *final)], list(found)

@@ -66,6 +66,12 @@ Edge<Real> batch(int64_t steps, int64_t B, int64_t width, Random& random, int64_
   return one;
 }
 
+inline Edge<bool> cut_steps(int64_t T, Random& random) {
+  Edge<bool> drawn(T);
+  for (int64_t t = 0; t < T; ++t) drawn.get()[t] = between(random, 0, 1) != 0;
+  return drawn;
+}
+
 // An array that a kernel writes: [steps, B, ·], or of the layer as a whole where steps is 0.
 template <class Real>
 struct Output {

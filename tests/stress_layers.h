@@ -10,16 +10,16 @@ namespace stress::layers {
 
 struct Shape {
   Cell cell;
-  bool reverse, bias, ragged, projected, dx, measured;
+  bool reverse, bias, ragged, projected, dx, measured, cut;
   int64_t T, B, I, H, R;
   double clip;
   uint64_t seed;
 
   std::string text() const {
     char line[160];
-    std::snprintf(line, sizeof line, "cell %d T %ld B %ld I %ld H %ld R %ld reverse %d ragged %d clip %g measured %d dx %d", static_cast<int>(cell),
+    std::snprintf(line, sizeof line, "cell %d T %ld B %ld I %ld H %ld R %ld reverse %d ragged %d clip %g cut %d measured %d dx %d", static_cast<int>(cell),
                   static_cast<long>(T), static_cast<long>(B), static_cast<long>(I), static_cast<long>(H), static_cast<long>(R), reverse, ragged,
-                  clip, measured, dx);
+                  clip, cut, measured, dx);
     return line;
   }
   int64_t gates() const { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
@@ -36,6 +36,7 @@ inline Shape shape(Random& random) {
   s.projected = s.cell == Cell::lstm && s.H > 1 && between(random, 0, 2) == 0;
   s.R = s.projected ? between(random, 1, s.H - 1) : s.H;
   s.clip = between(random, 0, 3) == 0 ? 0.5 : 0;
+  s.cut = between(random, 0, 2) == 0;
   s.seed = random();
   return s;
 }
@@ -75,7 +76,8 @@ struct Run : Written<Real> {
     };
     const Statistics statistics{0.05, doubles(s.T * B * G), doubles(s.T * B * G), G > 1 ? doubles(s.H) : nullptr};
     k.forward(l, final, s.measured ? &statistics : nullptr, threads);
-    Gradients<Real> g{{dy.get(), s.clip}};
+    const Edge<bool> cut = cut_steps(s.T, random);
+    Gradients<Real> g{{dy.get(), s.clip, s.cut ? cut.get() : nullptr}};
     g.dhn = dhn.get(), g.dcn = lstm ? dcn.get() : nullptr;
     if (s.dx) g.dx = out(s.T, s.I);
     g.dh0 = out(1, s.R);

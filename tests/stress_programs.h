@@ -127,7 +127,7 @@ struct OwnedCell {
 
 struct Shape {
   std::shared_ptr<const OwnedCell> cell;
-  bool reverse, bias, ragged, dx, errors, rough;
+  bool reverse, bias, ragged, dx, errors, rough, cut;
   int64_t T, B, I, H;
   double clip;
   uint64_t seed;
@@ -135,9 +135,9 @@ struct Shape {
   std::string text() const {
     const StepCell& c = cell->cell;
     char line[200];
-    std::snprintf(line, sizeof line, "programs of G %d Q %d A %d V %d K %d, T %ld B %ld I %ld H %ld reverse %d ragged %d clip %g dx %d errors %d rough %d",
+    std::snprintf(line, sizeof line, "programs of G %d Q %d A %d V %d K %d, T %ld B %ld I %ld H %ld reverse %d ragged %d clip %g cut %d dx %d errors %d rough %d",
                   c.G, c.Q, c.A, c.V, c.K, static_cast<long>(T), static_cast<long>(B), static_cast<long>(I), static_cast<long>(H), reverse, ragged,
-                  clip, dx, errors, rough);
+                  clip, cut, dx, errors, rough);
     return line;
   }
 };
@@ -150,6 +150,7 @@ inline Shape shape(Random& random) {
   s.T = between(random, 1, large ? 250 : 9), s.B = between(random, 1, between(random, 0, 1) ? 6 : 70);
   s.I = between(random, 1, 40), s.H = between(random, 1, large ? 150 : 70);
   s.clip = between(random, 0, 3) == 0 ? 0.5 : 0;
+  s.cut = between(random, 0, 2) == 0;
   s.cell = std::make_shared<const OwnedCell>(s.rough, s.errors, random);
   s.seed = random();
   return s;
@@ -194,7 +195,8 @@ struct Run : Written<Real> {
                        s.bias ? b_ih.get() : nullptr, s.bias && c.Q > 0 ? b_hh.get() : nullptr},
                       c, c.V > 0 ? v.get() : nullptr, initial.data(), after.data(), kept.get()};
     k.step_forward(l, final.data(), threads);
-    StepGradients<Real> g{{dy.get(), s.clip}};
+    const Edge<bool> cut = cut_steps(s.T, random);
+    StepGradients<Real> g{{dy.get(), s.clip, s.cut ? cut.get() : nullptr}};
     g.dfinal = dfinal.data();
     if (s.dx) g.dx = out(s.T, s.I);
     const std::vector<Real*> dinitial = states([&] { return out(1, s.H); });

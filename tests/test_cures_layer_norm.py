@@ -45,6 +45,31 @@ def test_an_lstm_is_the_equations():
     torch.testing.assert_close((y[-1], h_n[0], c_n[0]), (h, h, c))
 
 
+@pytest.mark.parametrize("state", [0, 1])
+def test_a_watch_records_the_states_of_its_steps_by_name(state):
+    lstm, x = build("LSTM"), noise(5, 3, 2)
+    model = nn.Sequential(cures.layer_norm_(copy.deepcopy(lstm)))
+    with uv.watch(model) as flow:
+        model(x)[0].square().sum().backward()
+    assert "states=" in flow.skipped["0.step_l0"]
+    model.zero_grad()
+    with uv.watch(model, states={"0.step_l0": state}) as flow:
+        model(x)[0].square().sum().backward()
+    h = c = torch.zeros(3, 6, dtype=DOUBLE)
+    total, kept = 0, []
+    for step in x:
+        a = normed(step @ lstm.weight_ih_l0.mT, 1.0, lstm.bias_ih_l0)
+        a = a + normed(h @ lstm.weight_hh_l0.mT, 1.0, lstm.bias_hh_l0)
+        i, f, g, o = a.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        total = total + h.square().sum()
+        kept.append((h, c)[state])
+    expected = torch.stack([d.norm(dim=-1) for d in torch.autograd.grad(total, kept)])
+    torch.testing.assert_close(flow["0.step_l0"].dh, expected, rtol=1e-10, atol=1e-13)
+    assert list(flow) == ["0.step_l0"]
+
+
 def test_a_second_stage_reads_the_state_of_its_own_step():
     lem, x = build("lem"), noise(5, 3, 2)
     layer = cures.layer_norm_(copy.deepcopy(lem))

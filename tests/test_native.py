@@ -253,7 +253,7 @@ def test_operators_pass_torchs_own_checks(name: str) -> None:
     case = layer(name, 3, 2, 2, 3, torch.float64)
     h0, c0 = (*case.state, None)[:2]
     number = native.NUMBER[name]
-    arguments = (case.x, h0, c0, *case.weights[:5], None, number, False, 0.0, True, 0.05)
+    arguments = (case.x, h0, c0, *case.weights[:5], None, None, number, False, 0.0, True, 0.05)
     torch.library.opcheck(operators.forward_operator, arguments)
 
 

@@ -41,6 +41,8 @@ def test_any_strides_equal_the_reference(data: st.DataObject) -> None:
         drawn = data.draw(st.lists(st.integers(0, T), min_size=B, max_size=B))
         given["lengths"] = torch.tensor(sorted(drawn, reverse=True))
     if data.draw(st.booleans()):
+        given["cut"] = torch.tensor(data.draw(st.lists(st.booleans(), min_size=T, max_size=T)))
+    if data.draw(st.booleans()):
         # Repeated without a copy: a stride of 0.
         given["x"] = given["x"][:, :1].expand(T, B, n_in)  # type: ignore[index]
         given["h0"] = given["h0"][:1].expand(B, -1)  # type: ignore[index]
@@ -49,19 +51,16 @@ def test_any_strides_equal_the_reference(data: st.DataObject) -> None:
 
     def scatter(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         kinds = {k: data.draw(st.sampled_from(LAYOUTS)) for k in tensors}
-        floating = {k: v is not None and v.is_floating_point() for k, v in tensors.items()}
-        kinds = {
-            k: kind if floating[k] or kind not in ("negated", "strided") else "as it is" for k, kind in kinds.items()
-        }
-        return {k: None if v is None or k == "lengths" else restrided(v, kinds[k]) for k, v in tensors.items()} | {
-            "lengths": None if tensors["lengths"] is None else tensors["lengths"].repeat_interleave(2)[::2]
+        return {
+            k: v if v is None else restrided(v, kinds[k]) if v.is_floating_point() else v.repeat_interleave(2)[::2]
+            for k, v in tensors.items()
         }
 
     found = forward(name, scatter(given), **how)
     for a, b in zip(found[: len(expected)], expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
     gradients = backward(name, scatter(with_errors(name, given, **how)), **how)
-    present = [g for g, k in zip(gradients, FORWARD[:-1], strict=True) if given[k] is not None]
+    present = [g for g, k in zip(gradients, FORWARD[:-2], strict=True) if given[k] is not None]
     for a, b in zip(present, expected_gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
@@ -95,7 +94,7 @@ FAULTS = ("short", "narrow", "long", "flat", "scalar", "empty", "half", "other p
 @pytest.mark.parametrize("kind", FAULTS)
 def test_what_does_not_fit_is_refused_by_name(name: str, kind: str) -> None:
     given = draw_layer(name, 4, 3, 2, 16, P=5 if name == "lstm" else 0)
-    given["lengths"] = torch.tensor([4, 2, 2])
+    given["lengths"], given["cut"] = torch.tensor([4, 2, 2]), torch.tensor([True, False, True, True])
     for operator, names in ((forward, FORWARD), (backward, BACKWARD)):
         whole = given if operator is forward else with_errors(name, given)
         for k in names:
@@ -169,6 +168,7 @@ def test_what_forward_did_not_keep_is_missed() -> None:
 def test_both_operators_pass_torchs_own_checks(name: str, ragged: bool) -> None:
     given = draw_layer(name, 3, 2, 2, 3)
     given["lengths"] = torch.tensor([3, 1]) if ragged else None
+    given["cut"] = torch.tensor([False, True, True]) if ragged else None
     # Statistics of steps without input are NaN, which opcheck takes for a difference.
     number, closed = native.NUMBER[name], 0.0 if ragged else 0.05
     torch.library.opcheck(operators.forward_operator, (*(given[k] for k in FORWARD), number, True, 0.5, True, closed))

@@ -41,7 +41,7 @@ def errors_of(case: LayerCase, y: Tensor, final: tuple[Tensor, ...], scale: floa
 
 
 def expected(
-    case: LayerCase, errors: list[Tensor], clip: float | None = None
+    case: LayerCase, errors: list[Tensor], clip: float | None = None, cut: Tensor | None = None
 ) -> tuple[engine.Statistics, engine.Norms]:
     """By the manual rung, in float64."""
     x, state, w = case.x.double(), tuple(s.double() for s in case.state), case.weights
@@ -49,7 +49,7 @@ def expected(
     with torch.no_grad():
         tr = manual.trace(case.cell, x, state, w, case.lengths, case.reverse)
         dy, *dfinal = (e.double() for e in errors)
-        flow = manual.adjoint(tr, dy, tuple(dfinal), clip)
+        flow = manual.adjoint(tr, dy, tuple(dfinal), clip, cut)
     G = len(case.cell.gates)
     mean = tr.gates.mean(-1)
     shut = (case.cell.sensitivity(tr) < engine.SATURATED).double().mean(-1)
@@ -67,18 +67,20 @@ def expected(
     return engine.Statistics(mean, shut, carry), engine.Norms(norms[0], (*norms, None)[1], gates, whole)
 
 
-def check(case: LayerCase, tolerance: float, scale: float = 1.0, clip: float | None = None) -> None:
+def check(
+    case: LayerCase, tolerance: float, scale: float = 1.0, clip: float | None = None, cut: Tensor | None = None
+) -> None:
     heard = Heard()
     args = (case.cell, case.x, case.state, case.weights, case.lengths, case.reverse, clip)
-    y, final = engine.run(*args, record=heard)
-    plain_y, plain_final = engine.run(*args)
+    y, final = engine.run(*args, record=heard, cut=cut)
+    plain_y, plain_final = engine.run(*args, cut=cut)
     for found, same in zip((y, *final), (plain_y, *plain_final), strict=True):
         assert torch.equal(found, same)
     errors = errors_of(case, y, final, scale)
     found_grads = torch.autograd.grad((y, *final), case.inputs, errors)
     for found, same in zip(found_grads, torch.autograd.grad((plain_y, *plain_final), case.inputs, errors), strict=True):
         assert torch.equal(found, same)
-    statistics, norms = expected(case, errors, clip)
+    statistics, norms = expected(case, errors, clip, cut)
     close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
     for found, right in zip(heard.statistics[0], statistics, strict=True):
         assert (found is None) == (right is None)
@@ -93,7 +95,7 @@ def check(case: LayerCase, tolerance: float, scale: float = 1.0, clip: float | N
     again = engine.Pass(case.cell, case.x.detach(), state, case.weights.detach(), case.lengths, case.reverse)
     assert torch.equal(again.y, y)
     with torch.no_grad():
-        dx, same_norms, gradients = again.back(errors[0], tuple(errors[1:]), clip, True)
+        dx, same_norms, gradients = again.back(errors[0], tuple(errors[1:]), clip, True, cut)
     assert dx is not None
     assert torch.equal(dx, found_grads[0])
     assert torch.equal(same_norms.w, heard.norms[0].w)
@@ -119,6 +121,7 @@ def test_on_every_instruction_set(
         case = LayerCase(case.cell, case.x, case.state, case.weights, lengths, True)
     check(case, tolerance)
     check(case, tolerance, clip=0.5)
+    check(case, tolerance, cut=torch.rand(T, generator=torch.Generator().manual_seed(B)) < 0.5)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-15, 1e15, 1e25])

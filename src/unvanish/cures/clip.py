@@ -168,7 +168,7 @@ def clip_recurrence_(module: M, limit: float | None) -> M:
         if isinstance(m, SequenceModule):
             m.clip = limit  # type: ignore[assignment]
         else:
-            set_state_read(m, _ClipRead, None if limit is None else _ClipRead(limit))
+            set_state_read(m, _ClipRead, None if limit is None else _ClipRead(limit), outermost=True)
     return module
 
 

@@ -12,6 +12,7 @@ from unvanish.cells import Cell, State
 from unvanish.cells.noisy import Noisy
 from unvanish.cures.layer_weights import finite, layers_of, recurrent_modules
 from unvanish.cures.stand_in import StandIn, check_place, take_places
+from unvanish.cures.state_read import whole
 from unvanish.nn.layers import ADDED
 from unvanish.nn.modules import SequenceModule, TimeMajor, as_states, time_major
 from unvanish.nn.recurrent import Recurrent
@@ -261,7 +262,7 @@ class _Zone:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         new = output if isinstance(output, tuple) else (output,)
         hx = args[1] if len(args) > 1 else kwargs.get("hx")
-        old = hx if isinstance(hx, tuple | list) else (hx,) if hx is not None else [torch.zeros_like(s) for s in new]
+        old = [whole(s) for s in as_states(hx)] or [torch.zeros_like(s) for s in new]
         found = tuple(
             s0 + self._mask(module, s, name) * (s - s0) for name, s0, s in zip(self.states, old, new, strict=True)
         )

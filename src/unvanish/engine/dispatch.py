@@ -37,12 +37,10 @@ def _obstacle(
     rung: str, cell: Cell, x: Tensor, others: Sequence[Tensor | None], clip: float | None, cut: bool
 ) -> str | None:
     """Why `rung` can't run this cell over x, with `others` as states and weights, or None if it can."""
-    if cut and rung in ("native", "fused"):
-        return "it knows no cut steps"
     if rung == "native":
         return native.obstacle(cell, x, others)
     if rung == "fused":
-        return fused.obstacle(cell, x, others, clip)
+        return fused.obstacle(cell, x, others, clip, cut)
     if rung == "manual":
         if not x.dtype.is_floating_point:
             return f"its adjoint is for real floating dtypes, the input is {x.dtype}"
@@ -144,7 +142,7 @@ def run(
         rung: force "native", "fused", "manual" or "reference"; None: the fastest that supports the call.
         record: notified of gate statistics and error norms; on the native rung, where gradients are enabled.
         cut: `[T]` bool on the CPU, True at steps t whose matrices hand no error to t − 1, so that it goes there through
-            the carry alone: h-detach (Kanuparthi et al. 2019). On the manual and the reference rung.
+            the carry alone: h-detach (Kanuparthi et al. 2019). On every rung but the fused one.
 
     Returns:
         y `[T, B, R]` and the final state.
@@ -159,13 +157,13 @@ def run(
     if clip is not None and (isinstance(clip, bool) or not (isinstance(clip, int | float) and clip > 0)):
         raise ValueError(f"clip: expected a positive norm or None, got {clip!r}")
     check_cut(cut, x)
+    cut = None if cut is None else cut.contiguous()
     runs = explain(cell, x, rung, (*state, *w), clip, cut is not None).rung
     if record is None:
-        where = {} if cut is None else {"cut": cut.contiguous()}
-        return RUNGS[runs](cell, x, state, w, lengths, reverse, clip, **where)
+        return RUNGS[runs](cell, x, state, w, lengths, reverse, clip, cut)
     if runs != "native":
         raise RuntimeError(f"record: only the native rung records, and {runs!r} runs here; replay with engine.trace")
-    return recording.run_recorded(record, cell, x, state, w, lengths, reverse, clip)
+    return recording.run_recorded(record, cell, x, state, w, lengths, reverse, clip, cut)
 
 
 def trace(
@@ -205,12 +203,13 @@ def adjoint(
 
     Raises:
         ValueError: a shape is not that of the output, or `cut` does not fit; see `run`.
-        RuntimeError: a dtype or device is not that of the input; the forced rung can't clip or cut.
+        RuntimeError: a dtype or device is not that of the input; the fused rung is forced, which can't clip or cut.
     """
     check_errors(tr.x, tr.y, tr.final, dy, dfinal)
     check_cut(cut, tr.x)
-    if cut is None and tr.native is not None:
-        return native_trace.adjoint(tr, dy, dfinal, clip)
+    cut = None if cut is None else cut.contiguous()
+    if tr.native is not None:
+        return native_trace.adjoint(tr, dy, dfinal, clip, cut)
     if cut is None and tr.fused is not None and clip is None:
         return fused.adjoint(tr, dy, dfinal)
     # Any trace is as good for the manual rung, which clips and cuts; an error where another one is forced.

@@ -58,12 +58,16 @@ class Ran(NamedTuple):
     lengths: Tensor | None
 
 
-def obstacle(cell: Cell, x: Tensor, others: Sequence[Tensor | None] = (), clip: float | None = None) -> str | None:
+def obstacle(
+    cell: Cell, x: Tensor, others: Sequence[Tensor | None] = (), clip: float | None = None, cut: bool = False
+) -> str | None:
     """Why torch's kernels can't run this cell over x, with `others` as states and weights, or None if they can."""
     if cell.torch_kernel is None:
         return f"torch has no kernel for sequences of a {cell.name}"
     if clip is not None:
         return "torch's kernels do not clip the gradient inside the recurrence"
+    if cut:
+        return "torch's kernels hand the gradient through the recurrent matrices at every step, and can't leave one out"
     if x.device.type not in ("cpu", "cuda") or x.dtype not in (torch.float32, torch.float64):
         return f"it is for float32 and float64 on the CPU and CUDA, the input is {x.dtype} on {x.device}"
     if x.numel() == 0:

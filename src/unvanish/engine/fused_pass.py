@@ -85,12 +85,14 @@ def run(
     lengths: Tensor | None = None,
     reverse: bool = False,
     clip: float | None = None,
+    cut: Tensor | None = None,
     *,
     exact: bool = False,
 ) -> tuple[Tensor, State]:
     """(y, final state) for x `[T, B, I]` that `fused.obstacle` admits; see `unvanish.engine.run`. Products are
     rounded as torch's own layers round them (TF32), or, with `exact`, not at all."""
     assert clip is None
+    assert cut is None
     y, *final = _Fused.apply(cell, lengths, reverse, exact, x, *state, *w)  # type: ignore[misc]
     return y, tuple(final)
 

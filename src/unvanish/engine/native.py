@@ -198,6 +198,7 @@ def forward(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     lengths: Tensor | None,
+    cut: Tensor | None,
     cell: int,
     reverse: bool,
     clip: float,
@@ -206,7 +207,8 @@ def forward(
     clear: bool = False,
 ) -> tuple[Tensor, ...]:
     """(y, final h, final c, gates, cells); what does not exist is empty. With `closed` > 0 the gates' (mean, saturated,
-    Σ ln carry) follow. Where a sample is inactive `gates` and `cells` are undefined, or 0 with `clear`."""
+    Σ ln carry) follow. Where a sample is inactive `gates` and `cells` are undefined, or 0 with `clear`. `clip` and
+    `cut` are the backward pass's."""
     T, B, _, H, R = sizes(x, w_ih, w_hh, cell)
     y, h = pooled(x, T, B, R), x.new_empty(B, R)
     c = x.new_empty(0) if c0 is None else x.new_empty(B, H)
@@ -263,6 +265,7 @@ def backward(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     lengths: Tensor | None,
+    cut: Tensor | None,
     y: Tensor,
     gates: Tensor,
     cells: Tensor,
@@ -294,6 +297,7 @@ def backward(
         dh=address(dh),
         dc=address(dc),
         clip=clip,
+        cut=address(cut),
         dx=address(dx),
         dw_ih=dw_ih.data_ptr(),
         dw_hh=dw_hh.data_ptr(),
@@ -347,7 +351,7 @@ def gradient_shapes(
     return out
 
 
-def prepared(given: Sorted, w: Weights) -> list[Tensor | None]:
-    """What the kernels read, as they want it: x, h0, c0, w, lengths."""
+def prepared(given: Sorted, w: Weights, cut: Tensor | None = None) -> list[Tensor | None]:
+    """What the kernels read, as they want it: x, h0, c0, w, lengths, cut."""
     h0, c0 = (*given.state, None)[:2]
-    return [*(None if v is None else v.contiguous() for v in (given.x, h0, c0, *w[:5])), given.lengths]
+    return [*(None if v is None else v.contiguous() for v in (given.x, h0, c0, *w[:5])), given.lengths, cut]

@@ -60,7 +60,11 @@ def _by_step(kept: Tensor, T: int, B: int) -> Tensor:
 
 @torch.no_grad()
 def adjoint(
-    tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None = None
+    tr: manual.Trace,
+    dy: Tensor | None,
+    dfinal: tuple[Tensor | None, ...],
+    clip: float | None = None,
+    cut: Tensor | None = None,
 ) -> manual.Deltas:
     """As `unvanish.engine.manual.adjoint`, for a trace of this rung; gives the weights' gradients along."""
     assert tr.native is not None
@@ -71,7 +75,7 @@ def adjoint(
         return native.arrived(v if v is None or order is None else v.index_select(dim, order))
 
     dh, dc = (*(arrange(d, 0) for d in dfinal), None)[:2]
-    saved: Any = (*native.prepared(given, tr.weights), y, gates, cells)
+    saved: Any = (*native.prepared(given, tr.weights, cut), y, gates, cells)
     how: Any = {"cell": native.NUMBER[tr.cell.name], "reverse": tr.reverse, "clip": clip or 0.0}
     out = native.backward(arrange(dy, 1), dh, dc, *saved, **how, want_dx=False, want_delta=True, want_norms=False)
     _, dh0, dc0, *grads = out[:8]

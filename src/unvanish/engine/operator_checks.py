@@ -24,6 +24,7 @@ class LayerTensors(NamedTuple):
     b_hh: Tensor | None
     w_hr: Tensor | None
     lengths: Tensor | None
+    cut: Tensor | None
 
 
 SCHEMA = ", ".join(f"Tensor{'' if kind is Tensor else '?'} {v}" for v, kind in LayerTensors.__annotations__.items())
@@ -76,7 +77,7 @@ def check_backward(
 
 def _check_layer(given: LayerTensors, cell: int, clip: float) -> tuple[int, int, int, int]:
     """T, B, H, R of a layer whose arguments fit each other."""
-    x, _, _, w_ih, w_hh, _, _, w_hr, lengths = given
+    x, _, _, w_ih, w_hh, _, _, w_hr, lengths, cut = given
     names = tuple(native.NUMBER)
     if not 0 <= cell < len(names):
         raise ValueError(f"cell: expected 0 to {len(names) - 1} ({', '.join(names)}), got {cell}")
@@ -111,6 +112,8 @@ def _check_layer(given: LayerTensors, cell: int, clip: float) -> tuple[int, int,
         raise ValueError(f"clip: expected a finite norm, or 0 for none, got {clip}")
     if lengths is not None:
         _check_lengths(lengths, T, B)
+    if cut is not None:
+        _check_cut(cut, T)
     return T, B, H, R
 
 
@@ -130,3 +133,10 @@ def _check_lengths(lengths: Tensor, T: int, B: int) -> None:
         raise ValueError(f"lengths: expected ({B},), one per sample, got {tuple(lengths.shape)}")
     if int(lengths.max()) > T or int(lengths.min()) < 0 or bool((lengths[1:] > lengths[:-1]).any()):
         raise ValueError(f"lengths: expected 0 to {T}, the longest first, got {lengths.tolist()}")
+
+
+def _check_cut(cut: Tensor, T: int) -> None:
+    if cut.dtype != torch.bool or cut.device.type != "cpu" or cut.layout is not torch.strided:
+        raise RuntimeError(f"cut: expected bool on the CPU, got {cut.dtype} on {cut.device}")
+    if cut.shape != (T,):
+        raise ValueError(f"cut: expected ({T},), one per step, got {tuple(cut.shape)}")

@@ -52,7 +52,7 @@ forward_operator = torch.library.custom_op(
 
 
 @forward_operator.register_fake
-def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, clip, save, closed):
+def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cut, cell, reverse, clip, save, closed):
     T, B, _, H, R = native.sizes(x, w_ih, w_hh, cell)
     layer = native.cell_of(cell)
     kept = native.layout(layer, H, x.dtype)
@@ -73,7 +73,7 @@ def _gradients(*given: Any) -> tuple[Tensor, ...]:
 
 def _backward(*given: Any) -> tuple[Tensor, ...]:
     *tensors, cell, reverse, clip, want_dx = given
-    check_backward(tensors[:3], LayerTensors(*tensors[3:12]), tensors[12:], cell=cell, clip=clip)
+    check_backward(tensors[:3], LayerTensors(*tensors[3:-3]), tensors[-3:], cell=cell, clip=clip)
     return _gradients(*_contiguous(tensors), cell, reverse, clip, want_dx)
 
 
@@ -88,7 +88,7 @@ backward_operator = torch.library.custom_op(
 
 
 @backward_operator.register_fake
-def _(dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, y, gates, cells, cell, reverse, clip, want_dx):
+def _(dy, dh, dc, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cut, y, gates, cells, cell, reverse, clip, want_dx):
     shapes = native.gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, want_dx, False, False)
     return tuple(shapes)
 
@@ -100,16 +100,16 @@ def _contiguous(given: Any) -> list[Tensor | None]:
 def keep(ctx: Any, layer: Sequence[Tensor | None], own: Tensor, gates: Tensor, cells: Tensor) -> None:
     """Save a call's tensors for its backward, but for the biases: torch's layers let them be changed in between, since
     only a graph of the gradients reads them."""
-    *most, b_ih, b_hh, w_hr, lengths = layer
-    ctx.save_for_backward(*most, w_hr, lengths, own, gates, cells)
+    *most, b_ih, b_hh, w_hr, lengths, cut = layer
+    ctx.save_for_backward(*most, w_hr, lengths, cut, own, gates, cells)
     ctx.biases = b_ih, b_hh
     ctx.versions = None if torch_internals.captures_graph() else _versions(ctx.biases)
 
 
 def kept(ctx: Any) -> tuple[Any, ...]:
     """What `keep` saved, in the order of the operators' arguments. Read once: a checkpoint recomputes it."""
-    *most, w_hr, lengths, y, gates, cells = ctx.saved_tensors
-    return (*most, *ctx.biases, w_hr, lengths, y, gates, cells)
+    *most, w_hr, lengths, cut, y, gates, cells = ctx.saved_tensors
+    return (*most, *ctx.biases, w_hr, lengths, cut, y, gates, cells)
 
 
 def check_biases(ctx: Any) -> None:
@@ -145,23 +145,23 @@ def _keep_call(ctx: Any, inputs: tuple[Any, ...], own: Tensor, gates: Tensor, ce
 
 def _autograd(ctx: Any, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None = None, *_: Any) -> tuple[Any, ...]:
     saved = kept(ctx)
-    x, h0, c0, *weights, lengths, _, _, _ = saved
-    nothing = (None,) * 5
+    x, h0, c0, *weights, lengths, cut, _, _, _ = saved
+    nothing = (None,) * 7  # lengths, cut and five numbers
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         check_biases(ctx)
         cell, state = native.cell_of(ctx.cell), (h0,) if c0 is None else (h0, c0)
         clip = ctx.clip or None
         found = reference.gradients(
-            cell, x, state, Weights(*weights), lengths, ctx.reverse, clip, dy, (dh,) if c0 is None else (dh, dc)
+            cell, x, state, Weights(*weights), lengths, ctx.reverse, clip, dy, (dh, dc)[: len(state)], cut
         )
         dx, dh0, *rest = found
         dc0 = None if c0 is None else rest.pop(0)
-        return dx, dh0, dc0, *rest[:5], None, *nothing
+        return dx, dh0, dc0, *rest[:5], *nothing
     want_dx = ctx.needs_input_grad[0]
     direct = ctx.intact and is_direct(dy, dh, dc)
     out = gradients((dy, dh, dc), saved, ctx.cell, ctx.reverse, ctx.clip, want_dx, direct)
     found = [g if like is not None else None for g, like in zip(out, (x, h0, c0, *weights), strict=True)]
-    return (found[0] if want_dx else None, *found[1:], None, *nothing)
+    return (found[0] if want_dx else None, *found[1:], *nothing)
 
 
 def gradients(
@@ -217,11 +217,12 @@ def run(
     lengths: Tensor | None = None,
     reverse: bool = False,
     clip: float | None = None,
+    cut: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """(y, final state) for x `[T, B, I]` that `native.obstacle` admits; see `unvanish.engine.run`."""
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, *state, *w))
     given = sort(x, state, lengths)
-    inputs = native.prepared(given, w)
+    inputs = native.prepared(given, w, cut)
     apply: Any = forward_operator if not is_direct() else _Eager.apply if save else native.forward
     y, *rest = apply(*inputs, native.NUMBER[cell.name], reverse, clip or 0.0, save, 0.0)
     final = tuple(rest[: len(cell.states)])

@@ -12,7 +12,7 @@ from torch import Tensor
 from unvanish import torch_internals
 from unvanish.cells import Cell, State, Weights
 from unvanish.engine import manual, native, native_trace, operators, reference
-from unvanish.engine.checks import check_errors, check_layer, whole_lengths
+from unvanish.engine.checks import check_cut, check_errors, check_layer, whole_lengths
 from unvanish.engine.operator_checks import LayerTensors, check_backward
 from unvanish.engine.sequence import add, sort
 
@@ -89,13 +89,20 @@ class Pass:
         self.statistics = _statistics(mean, saturated, log_carry, self._back)
 
     def back(
-        self, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None, want_dx: bool
+        self,
+        dy: Tensor | None,
+        dfinal: tuple[Tensor | None, ...],
+        clip: float | None,
+        want_dx: bool,
+        cut: Tensor | None = None,
     ) -> tuple[Tensor | None, Norms, Weights]:
         """(∂E/∂x, norms, ∂E/∂W) from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero."""
         check_errors(self.x, self.y, self.final, dy, dfinal)
+        check_cut(cut, self.x)
         order = None if self._back is None else torch.argsort(self._back)
         dh, dc = (*(_contiguous(d, 0, order) for d in dfinal), None)[:2]
-        saved: Any = (*self._inputs, self._y, *self._kept)
+        # A forward pass knows of no cut.
+        saved: Any = (*self._inputs[:-1], None if cut is None else cut.contiguous(), self._y, *self._kept)
         how = _how(self.cell, self.reverse, clip)
         out = native.backward(
             _contiguous(dy, 1, order), dh, dc, *saved, **how, want_dx=want_dx, want_delta=False, want_norms=True
@@ -108,11 +115,15 @@ class Pass:
         )
 
     def recompute(
-        self, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None
+        self,
+        dy: Tensor | None,
+        dfinal: tuple[Tensor | None, ...],
+        clip: float | None,
+        cut: Tensor | None = None,
     ) -> tuple[manual.Trace, Tensor | None, manual.Deltas]:
         """The same pass, every state and δ kept."""
         tr = native_trace.trace(self.cell, self.x, self.state, self.weights, self.lengths, self.reverse)
-        return tr, dy, native_trace.adjoint(tr, dy, dfinal, clip)
+        return tr, dy, native_trace.adjoint(tr, dy, dfinal, clip, cut)
 
 
 class _Recorded(torch.autograd.Function):
@@ -135,7 +146,7 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *errors: Any) -> Any:
         saved = operators.kept(ctx)
-        x, h0, c0, *weights, lengths, _, _, _ = saved
+        x, h0, c0, *weights, lengths, cut, _, _, _ = saved
         given = [*errors, None][:3]
         # Errors that arrive in a batch, or with no memory of their own, are not measured: the operator takes them.
         direct = operators.is_direct(*(None if d is None else torch_internals.materialised(d) for d in given))
@@ -151,14 +162,14 @@ class _Recorded(torch.autograd.Function):
             operators.check_biases(ctx)
             state = (h0,) if c0 is None else (h0, c0)
             dx, dh0, *rest = reference.gradients(
-                ctx.cell, x, state, Weights(*weights), lengths, ctx.reverse, ctx.clip, errors[0], errors[1:]
+                ctx.cell, x, state, Weights(*weights), lengths, ctx.reverse, ctx.clip, errors[0], errors[1:], cut
             )
             dc0 = None if c0 is None else rest.pop(0)
             rest = rest[:5]
         else:
             assert out is not None
             dx, dh0, dc0, *rest = (d if d.numel() else None for d in out)
-        return None, None, None, None, None, dx if want_dx else None, dh0, dc0, *rest, None
+        return None, None, None, None, None, dx if want_dx else None, dh0, dc0, *rest, None, None
 
 
 def _recorded_backward(
@@ -179,7 +190,7 @@ def _measured_backward(
     how = _how(ctx.cell, ctx.reverse, ctx.clip)
     now: Any = [native.arrived(d) for d in errors]
     if not ctx.intact:
-        check_backward(now, LayerTensors(*saved[:9]), saved[9:], cell=how["cell"], clip=how["clip"])
+        check_backward(now, LayerTensors(*saved[:-3]), saved[-3:], cell=how["cell"], clip=how["clip"])
         saved = [None if v is None else v.contiguous() for v in saved]
     first = ctx.errors is None
     out = native.backward(*now, *saved, **how, want_dx=want_dx, want_delta=False, want_norms=awaits_backward and first)
@@ -193,7 +204,7 @@ def _measured_backward(
         norms = native.backward(*total, *saved, **how, want_dx=False, want_delta=False, want_norms=True)[8:]
     # Kept only while autograd keeps the graph: otherwise the next step would have to take fresh pages.
     ctx.errors = total if torch_internals.keeps_graph() else None
-    x, h0, c0, *weights, lengths, _, _, _ = saved
+    x, h0, c0, *weights, lengths, cut, _, _, _ = saved
     w = Weights(*weights)
 
     def recompute() -> tuple[manual.Trace, Tensor | None, manual.Deltas]:
@@ -203,7 +214,7 @@ def _measured_backward(
         )
         in_order = None if lengths is None else _in_order(lengths, 0, ctx.back)
         tr = native_trace.trace(ctx.cell, _in_order(x, 1, ctx.back), state, w, in_order, ctx.reverse)
-        return tr, dy, native_trace.adjoint(tr, dy, tuple(dfinal[: len(state)]), ctx.clip)
+        return tr, dy, native_trace.adjoint(tr, dy, tuple(dfinal[: len(state)]), ctx.clip, cut)
 
     return out[:8], (_norms(norms, ctx.back), _present(out[3:8], w), recompute)
 
@@ -217,10 +228,11 @@ def run_recorded(
     lengths: Tensor | None = None,
     reverse: bool = False,
     clip: float | None = None,
+    cut: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """`native.run`, bit for bit, and `record` is notified of both passes."""
     given = sort(x, state, lengths)
-    y, *final = _Recorded.apply(record, cell, given.back, reverse, clip, *native.prepared(given, w))
+    y, *final = _Recorded.apply(record, cell, given.back, reverse, clip, *native.prepared(given, w, cut))
     return _in_order(y, 1, given.back), tuple(_in_order(s, 0, given.back) for s in final)
 
 

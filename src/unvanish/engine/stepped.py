@@ -170,11 +170,11 @@ def backward(
     arriving = [native.arrived(d) for d in (dy, *dfinal)]
     native.call(
         "step_backward", x.dtype, built, native.forced_isa(), torch.get_num_threads(), **given.named(ran),
-        dy=native.address(arriving[0]), dfinal=_addresses(tuple(arriving[1:])), clip=clip or 0.0,
-        dx=native.address(dx), dw_ih=grads.w_ih.data_ptr(), dw_hh=native.address(grads.w_hh),
-        db_ih=native.address(grads.b_ih), db_hh=native.address(grads.b_hh), dv=native.address(grads.v),
+        dy=native.address(arriving[0]), dfinal=_addresses(tuple(arriving[1:])),
+        clip=clip or 0.0, cut=native.address(cut), dx=native.address(dx),
+        dw_ih=grads.w_ih.data_ptr(), dw_hh=native.address(grads.w_hh), db_ih=native.address(grads.b_ih),
+        db_hh=native.address(grads.b_hh), dv=native.address(grads.v),
         dinitial=_addresses(dinitial), dstate=_addresses(dstate), dp=native.address(dp), dq=native.address(dq),
-        **({} if cut is None else {"cut": cut.data_ptr()}),
     )  # fmt: skip
     return Back(dx, dinitial, grads, dstate if want_deltas else None, dq if summed else dp, dq)  # type: ignore[arg-type]
 

@@ -130,7 +130,8 @@ def adjoint_map(
 
     Returns:
         The map; `norms` and `log_norms` are `[K, T, B]`. A reversed layer reads from the end, so its error travels to
-        t ≥ k. A source at a step where a sample has no input makes no error. The layer's `clip` plays no part.
+        t ≥ k. A source at a step where a sample has no input makes no error. The layer's `clip` and `h_detach` play no
+        part.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.

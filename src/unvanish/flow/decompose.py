@@ -159,7 +159,8 @@ def decompose(
     Raises:
         TypeError, ValueError: an argument does not fit.
 
-    The layer's `clip` plays no part. Norms and shares are right also where the error itself is below the dtype's range.
+    The layer's `clip` and `h_detach` play no part. Norms and shares are right also where the error itself is below the
+    dtype's range.
     """
     stack = run_stack(layer, x, hx, lengths)
     place = stack.index(at)

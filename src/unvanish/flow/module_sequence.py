@@ -100,8 +100,8 @@ class ModuleSequence(Sequence):
         """A pass of each layer and direction: `engine.Pass` where the engine can measure by itself, else a trace."""
         others = [v for state, layer in zip(call.states, call.layers, strict=True) for v in (*state, *layer.weights)]
         rung = engine.explain(call.layers[0].cell, call.inputs.x, others=others).rung
-        native = rung == "native" and not self.want_partial and all(cut is None for cut in call.drawn.cuts)
-        make = engine.Pass if native else partial(engine.trace, adjoint_follows=True)
+        measures = rung == "native" and not self.want_partial
+        make = engine.Pass if measures else partial(engine.trace, adjoint_follows=True)
 
         def run(layer: LayerDirection, x: Tensor, state: State) -> engine.Pass | engine.Trace:
             return make(layer.cell, x, state, layer.weights, call.inputs.lengths, layer.reverse)
@@ -121,9 +121,9 @@ class ModuleSequence(Sequence):
         layer, cut = call.layers[place], call.drawn.cuts[place]
         name, lengths, clip = self._name(layer), self._lengths(call), getattr(self.module, "clip", None)
         if isinstance(ran, engine.Pass):
-            dx, norms, grads = ran.back(dy, ends, clip, want_dx)
+            dx, norms, grads = ran.back(dy, ends, clip, want_dx, cut)
             record = layer_flow(name, layer.cell, lengths, [ran.statistics], [norms])
-            return dx, self._measured(call, layer, record, grads, lambda: ran.recompute(dy, ends, clip))
+            return dx, self._measured(call, layer, record, grads, lambda: ran.recompute(dy, ends, clip, cut))
         flow = engine.adjoint(ran, dy, ends, clip, cut)
         record = summarise(name, ran, flow, self.want_partial, lengths)
         found = self._measured(call, layer, record, engine.weight_gradients(ran, flow), lambda: (ran, dy, flow))

@@ -12,8 +12,8 @@ at hand. *Collapsed*, for many rows: each sample's step formed as one matrix per
 
 which all rows of the sample share; a row then costs H² per pair and no elementwise work on G·H gates.
 
-A layer's `clip` plays no part here: these are derivatives of what the layer computes, whatever its backward pass hands
-on.
+A layer's `clip` and `h_detach` play no part here: these are derivatives of what the layer computes, whatever its
+backward pass hands on.
 """
 
 import math

@@ -117,7 +117,7 @@ class Watch(Flow):
         """Name → why, of recurrent parts that were not recorded, or not at every call."""
         found = {
             name: "a gradient came back to its weights, but no call of it was seen: it ran inside what torch.compile "
-            "made, or something else used its weights; watch the model uncompiled"
+            "made, or another module used its weights; watch the model uncompiled, or the other by its name in states="
             for name, module in self._capture.parts.modules.items()
             if any(f"{name}.{key}".removeprefix(".") in self._reached for key, _ in module.named_parameters())
         }

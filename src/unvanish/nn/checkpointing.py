@@ -14,8 +14,9 @@ from unvanish.cells import State, Weights
 from unvanish.engine import Norms, Recompute, Recorder, Statistics
 from unvanish.engine.sequence import add, transform, vjp
 
-Run = Callable[[Tensor, State, Weights, Tensor | None, Recorder | None], tuple[Tensor, State]]
-"""(input, state before it, weights, remaining steps of each sample, its recorder) → (output, state after it)"""
+Run = Callable[[Tensor, State, Weights, Tensor | None, Tensor | None, Recorder | None], tuple[Tensor, State]]
+"""(input, state before it, weights, remaining steps of each sample, its cut steps, its recorder) → (output, state after
+it)"""
 
 
 class Piece(NamedTuple):
@@ -39,9 +40,17 @@ class Plan(NamedTuple):
     pieces: list[Piece]
     """in reading order"""
     lengths: Tensor | None
+    cut: Tensor | None
+    """[T], as `unvanish.engine.run` takes it"""
     run: Run
     recorder: Callable[[int], Recorder] | None
     """first step of a piece → its recorder"""
+
+    def run_piece(
+        self, piece: Piece, x: Tensor, state: State, w: Weights, recorder: Recorder | None
+    ) -> tuple[Tensor, State]:
+        """Run a piece, whose input is x."""
+        return self.run(x, state, w, piece.lengths(self.lengths), piece.of(self.cut), recorder)
 
     def recorder_for(self, piece: Piece) -> Recorder | None:
         return None if self.recorder is None else self.recorder(piece.start)
@@ -54,13 +63,14 @@ def run_in_pieces(
     w: Weights,
     lengths: Tensor | None,
     reverse: bool,
+    cut: Tensor | None,
     run: Run,
     recorder: Callable[[int], Recorder] | None = None,
 ) -> tuple[Tensor, State]:
     """`run` over x `[T, B, I]` in pieces of `every` steps, each of them checkpointed: (y `[T, B, R]`, final state)."""
     T = len(x)
     pieces = [Piece(start, min(start + every, T)) for start in range(0, T, every)]
-    plan = Plan(pieces[::-1] if reverse else pieces, lengths, run, recorder)
+    plan = Plan(pieces[::-1] if reverse else pieces, lengths, cut, run, recorder)
     if torch.compiler.is_compiling() or transform() is not None:
         # Graphs and transforms can't hold writes into shared memory; they know torch's own checkpoint.
         return _checkpointed(plan, x, state, w)
@@ -75,8 +85,8 @@ def _checkpointed(plan: Plan, x: Tensor, state: State, w: Weights) -> tuple[Tens
     parts = dict(zip(order, x.split([piece.end - piece.start for piece in order]), strict=True))
     found: dict[Piece, Tensor] = {}
     for piece in plan.pieces:
-        given = parts[piece], state, w, piece.lengths(plan.lengths), None
-        y, state = checkpoint(plan.run, *given, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
+        given = piece, parts[piece], state, w, None
+        y, state = checkpoint(plan.run_piece, *given, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
         found[piece] = y
     return torch.cat([found[piece] for piece in order]), state
 
@@ -91,7 +101,7 @@ class _InPieces(torch.autograd.Function):
         whole, kept = x.new_empty(0), []
         for piece in plan.pieces:
             kept += state
-            y, state = plan.run(piece.of(x), state, w, piece.lengths(plan.lengths), plan.recorder_for(piece))
+            y, state = plan.run_piece(piece, piece.of(x), state, w, plan.recorder_for(piece))
             # Not the kernels' pool, which would hold on to as much once the output is let go.
             whole = whole if len(whole) else y.new_empty(len(x), *y.shape[1:])
             piece.of(whole).copy_(y)
@@ -166,7 +176,7 @@ def _piece(
     inputs: list[Any] = [None if v is None else v.detach().requires_grad_(yes) for v, yes in given]
     with torch.enable_grad():
         part, *rest = inputs
-        y, final = plan.run(part, tuple(rest[:n]), Weights(*rest[n:]), piece.lengths(plan.lengths), recorder)
+        y, final = plan.run_piece(piece, part, tuple(rest[:n]), Weights(*rest[n:]), recorder)
     return vjp((y, *final), errors, inputs, wanted, graph=False)
 
 
@@ -179,7 +189,8 @@ def _graph_of_gradients(
     # Views, so that hooks on the tensors themselves do not run twice.
     inputs = [None if v is None else v.view_as(v) for v in (x, *state, *w)]
     part, *rest = inputs
-    y, final = plan.run(part, tuple(rest[:n]), Weights(*rest[n:]), plan.lengths, None)  # type: ignore[arg-type]
+    state_read, w_read = tuple(rest[:n]), Weights(*rest[n:])  # type: ignore[arg-type]
+    y, final = plan.run(part, state_read, w_read, plan.lengths, plan.cut, None)  # type: ignore[arg-type]
     return vjp((y, *final), errors, inputs, needs, graph=True)
 
 

@@ -210,8 +210,6 @@ class SequenceLayer(nn.Module):
         if self.checkpoint_every is None:
             record = None if recorders is None else recorders(inputs, d, 0)
             return engine.run(d.cell, x, state, d.weights, lengths, d.reverse, self.clip, record=record, cut=cut)
-        if cut is not None:
-            raise ValueError("checkpoint_every: a layer with h_detach keeps every state; unset one of the two")
         every = self.checkpoint_every
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"checkpoint_every: expected None or a whole number of steps, at least 1, got {every!r}")
@@ -222,8 +220,9 @@ class SequenceLayer(nn.Module):
             d.weights,
             lengths,
             d.reverse,
-            lambda part, before, w, here, record: engine.run(
-                d.cell, part, before, w, here, d.reverse, self.clip, record=record
+            cut,
+            lambda part, before, w, here, cut_here, record: engine.run(
+                d.cell, part, before, w, here, d.reverse, self.clip, record=record, cut=cut_here
             ),
             None if recorders is None else lambda start: recorders(inputs, d, start),
         )
