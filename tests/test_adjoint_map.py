@@ -1,6 +1,7 @@
 """The adjoint map equals one watched backward pass per source, and stays right where floats end."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import unvanish as uv
 from tests.strategies import ModuleCase, module_cases
+from unvanish.flow import kernel_rows
 from unvanish.flow.exponents import times_power_of_two
 
 
@@ -69,6 +71,37 @@ def test_right_at_ten_to_the_minus_400(dtype: torch.dtype, layers: int) -> None:
     expected = torch.arange(T - 1, -1, -1, dtype=torch.float64) * math.log(0.5)
     torch.testing.assert_close(log, expected, rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-9)
     assert float(log[0]) < -400 * math.log(10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(nn.LSTM, 3, 9), partial(nn.LSTM, 3, 9, proj_size=4), partial(nn.GRU, 3, 9), partial(nn.RNN, 3, 64),
+        partial(nn.RNN, 3, 9, nonlinearity="relu"),
+    ],
+    ids=["lstm", "projected", "gru", "rnn", "relu"],
+)  # fmt: skip
+def test_the_kernels_carry_errors_as_torch_operations_do(
+    make: partial[nn.RNNBase], scale: float, reverse: bool, dtype: torch.dtype
+) -> None:
+    """Over 400 steps that vanish, grow beyond the range or die, in batches of one block of samples and more."""
+    torch.manual_seed(0)
+    layer = make(bidirectional=reverse, dtype=dtype)
+    with torch.no_grad():
+        for name, w in layer.named_parameters():
+            w.mul_(scale if "weight_hh" in name else 1.0)
+    for B in (1, 40):
+        x = torch.randn(400, B, 3, dtype=dtype)
+        found, like = [], "l0.reverse" if reverse else "l0"
+        for few in (kernel_rows.FEW, 0):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(kernel_rows, "FEW", few)
+                found.append(uv.flow.adjoint_map(layer, x, sources=[1, 399], at=like).log_norms)
+        close = 1e-9 if dtype == torch.float64 else 2e-3
+        torch.testing.assert_close(*found, rtol=close, atol=close)
 
 
 def test_sources_add_up_to_the_total_flow() -> None:

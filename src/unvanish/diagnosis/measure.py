@@ -17,6 +17,8 @@ from unvanish.flow.lyapunov import spectrum_of
 from unvanish.flow.stack import Stack, run_stack
 from unvanish.nn.modules import LayerDirection, layer_directions
 
+EXPONENT_STEPS = 4096
+"""the last ones, over which the leading Lyapunov exponent is averaged: more would not make it more certain"""
 SOURCES = 6
 """error sources that are followed, at most"""
 FRACTION = 0.01
@@ -184,7 +186,8 @@ def _evidence(
     if w_hh is not None:
         blocks = w_hh.unflatten(0, (-1, given.layer.hidden_size))
         found["largest_block_norm"] = float(torch.linalg.matrix_norm(blocks, 2).max())
-    exponents = spectrum_of(stack, place.name, 1, warmup=len(x) // 4)
+    followed = min(len(x), EXPONENT_STEPS)
+    exponents = spectrum_of(stack, place.name, 1, warmup=followed // 4, last=followed)
     own = exponents.per_sample[:, 0]
     own = own[own.isfinite()]
     if len(own):

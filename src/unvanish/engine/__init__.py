@@ -8,6 +8,7 @@ Does not: modules and parameters (`nn`), the equations of a cell (`cells`), what
 from unvanish.engine.dispatch import RUNGS, Choice, adjoint, explain, force, run, trace
 from unvanish.engine.manual import Deltas, Trace, weight_gradients
 from unvanish.engine.native import isa
+from unvanish.engine.native_trace import adjoint_of_steps
 from unvanish.engine.recording import SATURATED, Norms, Pass, Recompute, Recorder, Statistics
 from unvanish.engine.sequence import active_steps
 
@@ -24,6 +25,7 @@ __all__ = [
     "Trace",
     "active_steps",
     "adjoint",
+    "adjoint_of_steps",
     "explain",
     "force",
     "isa",

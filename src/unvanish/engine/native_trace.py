@@ -51,11 +51,36 @@ def trace(
     return manual.Trace(cell, w, x, before, tuple(states), final, active, reverse, kept=values, native=left)
 
 
+@torch.no_grad()
+def adjoint_of_steps(tr: manual.Trace, steps: slice, dafter: State) -> tuple[State, State]:
+    """(δs_t at these steps `[n, B, ·]`, ∂E/∂(state before the first read of them)), from dafter = ∂E/∂(state after the
+    last read of them), for a trace of this rung without lengths."""
+    kept, (T, B) = tr.native, tr.x.shape[:2]
+    first_read = steps.stop - 1 if tr.reverse else steps.start
+    h0, c0 = (*(s[first_read].contiguous() for s in tr.before), None)[:2]
+    dh, dc = (*(d.contiguous() for d in dafter), None)[:2]
+    gates, cells = (
+        torch.cat([block[steps].flatten() for block in _blocks(v, T, B)]) if v.numel() else v
+        for v in (kept.gates, kept.cells)
+    )
+    _, _, _, *rest = native.prepared(kept.given, tr.weights)
+    saved: Any = (tr.x[steps].contiguous(), h0, c0, *rest, kept.y[steps].contiguous(), gates, cells)
+    how: Any = {"cell": native.NUMBER[tr.cell.name], "reverse": tr.reverse, "clip": 0.0}
+    out = native.backward(None, dh, dc, *saved, **how, want_dx=False, want_delta=True, want_norms=False)
+    n = len(dafter)
+    return tuple(out[8 : 8 + n]), tuple(out[1 : 1 + n])
+
+
+def _blocks(kept: Tensor, T: int, B: int) -> list[Tensor]:
+    """`[T, samples, ·]` of what the kernels keep, block by block of samples."""
+    rows, width = native.block_rows(B), kept.numel() // (T * B)
+    parts = kept.split(T * rows * width)
+    return [part.view(T, min(rows, B - rows * k), width) for k, part in enumerate(parts)]
+
+
 def _by_step(kept: Tensor, T: int, B: int) -> Tensor:
     """`[T, B, ·]` of what the kernels keep block by block of samples."""
-    rows = native.block_rows(B)
-    blocks = kept.split(T * rows * (kept.numel() // (T * B)))
-    return torch.cat([block.view(T, min(rows, B - rows * k), -1) for k, block in enumerate(blocks)], dim=1)
+    return torch.cat(_blocks(kept, T, B), dim=1)
 
 
 @torch.no_grad()

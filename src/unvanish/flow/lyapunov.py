@@ -122,8 +122,10 @@ def lyapunov(
 
 @torch.no_grad()
 @full_precision()
-def spectrum_of(stack: Stack, at: str | None, n: int | None, warmup: int = 0, seed: int = 0) -> LyapunovSpectrum:
-    """`lyapunov` of a module that has been run."""
+def spectrum_of(
+    stack: Stack, at: str | None, n: int | None, warmup: int = 0, seed: int = 0, last: int | None = None
+) -> LyapunovSpectrum:
+    """`lyapunov` of a module that has been run; over the `last` steps that it reads, None: over all."""
     tr = stack.traces[stack.index(at)]
     T, B = tr.x.shape[:2]
     S = sum(s.shape[-1] for s in tr.final)
@@ -136,7 +138,7 @@ def spectrum_of(stack: Stack, at: str | None, n: int | None, warmup: int = 0, se
     total = torch.zeros(B, n, dtype=torch.float64, device=tr.x.device)
     read = torch.zeros(B, 1, dtype=torch.float64, device=tr.x.device)
     estimates = []
-    for t in reading_order(tr):
+    for t in list(reading_order(tr))[-(last or T) :]:
         q, factor = _orthonormalised(tangents.forward(tr, t, q))
         read = read + (1 if tr.active is None else tr.active[t])
         grown = factor.double().log()

@@ -15,6 +15,8 @@ from unvanish.nn.modules import RecurrentModule
 
 SAMPLES = (12, 13, 11, 14, 10, 15, 9, 16)
 """how many are perturbed; the first number that no other axis has, so that their axis can be told"""
+LONG = 4096
+"""steps"""
 RECURRENT = RecurrentModule
 
 
@@ -55,7 +57,7 @@ class Bench:
         args, named = self.subject.call
         try:
             with torch.no_grad(), self.subject.rng(0):
-                self.subject.twin().eval()(*self.subject.rows(args, index), **self.subject.rows(named, index))
+                self._on_engine()(*self.subject.rows(args, index), **self.subject.rows(named, index))
         except (RuntimeError, ValueError, IndexError, AssertionError):
             return False
         return True
@@ -82,11 +84,10 @@ class Bench:
     @cached_property
     def in_double(self) -> bool:
         """Whether the model runs in float64 at all; some make float32 tensors of their own."""
-        twin = self.subject.twin().eval()
         try:
             args, named = self.subject.call
             with torch.no_grad(), self.subject.rng(0):
-                twin.double()(*double(args), **double(named))
+                self._on_engine().double()(*double(args), **double(named))
         except (RuntimeError, TypeError, ValueError, IndexError):
             return False
         return True
@@ -94,11 +95,16 @@ class Bench:
     @cached_property
     def model(self) -> nn.Module:
         """The copy that passes start from: eval mode, float64 where it can, torch's layers on our engine."""
+        twin = self._on_engine()
+        return twin.double() if self.in_double else twin
+
+    def _on_engine(self) -> nn.Module:
+        """A copy in eval mode, torch's layers on our engine."""
         twin = self.subject.twin().eval()
         for module in list(twin.modules()):
             if isinstance(module, nn.RNNBase) and obstacle(module) is None:
                 accelerate(module)
-        return twin.double() if self.in_double else twin
+        return twin
 
     @property
     def tolerance(self) -> float:
@@ -316,8 +322,10 @@ class Bench:
 
     @cached_property
     def probed(self) -> list[int]:
-        """Steps that are exchanged: all of a short sequence, else the last ones and some of the others."""
+        """Steps that are exchanged: all of a short sequence, else the last ones and some of the others; half as many of
+        a very long one, as each takes a pass over all steps."""
         T = self.steps
         if T <= 24:
             return list(range(T))
-        return sorted({*range(T - 12, T), *(round(i * (T - 1) / 11) for i in range(12))})
+        n = 12 if T <= LONG else 6
+        return sorted({*range(T - n, T), *(round(i * (T - 1) / (n - 1)) for i in range(n))})
