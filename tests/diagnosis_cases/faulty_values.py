@@ -34,6 +34,14 @@ def not_finite(how: str) -> Case:
     return net, (x, v), F.mse_loss
 
 
+def overflowing() -> Case:
+    """Weights between 0 and 1 in a relu RNN: every state is some dozen times the one before."""
+    rnn = nn.RNN(4, 64, nonlinearity="relu", batch_first=True)
+    for p in rnn.parameters():
+        nn.init.uniform_(p, 0, 1)
+    return Net(rnn, out=1), (X, V), F.mse_loss
+
+
 def deep(kind: str, layers: int) -> Case:
     return Net(getattr(nn, kind)(4, H, layers, batch_first=True)), (X, Y), F.cross_entropy
 
@@ -239,6 +247,8 @@ CASES: dict[str, tuple[Callable[[], Case], str]] = {
     "tags flattened in another order": (lambda: order_of_tags("flattened in another order"), "samples_mixed"),
     "batch_first forgotten, tags": (lambda: order_of_tags("batch_first forgotten"), "samples_mixed"),
     "mask the wrong way round": (masked_the_wrong_way, "targets_ignored"),
+    "a step in the middle read": (lambda: (Net(read=lambda y: y[:, 7]), (X, Y), F.cross_entropy), "readout"),
+    "states that overflow": (overflowing, "explodes"),
     "first step read": (lambda: (Net(read=lambda y: y[:, 0]), (X, Y), F.cross_entropy), "readout"),
     "input multiplied by 0": (lambda: (Net(start=lambda x: x * 0), (X, Y), F.cross_entropy), "input_ignored"),
 }  # fmt: skip

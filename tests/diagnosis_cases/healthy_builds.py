@@ -199,6 +199,17 @@ def translated(how: str) -> Case:
     return Module(forward, **parts), batch, lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten())
 
 
+def padded_far_beyond() -> Case:
+    """All samples end long before the batch does: the steps that are dropped hold padding alone."""
+    lengths = torch.randint(3, T // 2, (B,), generator=torch.Generator().manual_seed(3))
+    x = X * (torch.arange(T)[None, :, None] < lengths[:, None, None])
+
+    def forward(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        return m.head(m.rnn(x)[0][torch.arange(len(x)), lengths - 1])
+
+    return Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)), (x, lengths, Y), F.cross_entropy
+
+
 def alignment(scores: bool) -> Case:
     def loss(z: Tensor, y: Tensor) -> Tensor:
         z = z.transpose(0, 1)
@@ -223,6 +234,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "quantiles": quantiles,
     "a state per word": words_of_letters,
     "padded tagger": padded_tagger,
+    "padded far beyond the last sample": padded_far_beyond,
     "packed answers": packed_answers,
     "target network": target_network,
     "radial features": radial_features,

@@ -38,13 +38,17 @@ def input_ignored(bench: Bench) -> list[Finding]:
     ]  # fmt: skip
 
 
-def first_step_read(bench: Bench) -> list[Finding]:
-    """A recurrent module runs over all steps, but the answers move with the first one alone."""
+DROPPED = 0.1
+"""share of the steps, at the end, that a recurrent module reads and no answer moves with, from which it is a fault"""
+
+
+def steps_dropped(bench: Bench) -> list[Finding]:
+    """A recurrent module runs over all steps, but the answers move with the first ones alone."""
     if bench.reach is None or bench.steps < 3:
         return []
-    _, moved = bench.reach
-    later = [t for t in bench.probed if t > 0]
-    if float(moved[:, 0].max()) == 0 or float(moved[:, later].max()) > 0:
+    moves = [t for t in bench.probed if float(bench.reach[1][:, t].max()) > 0]
+    later = [t for t in bench.probed if moves and t > moves[-1] and _differs(bench, t)]
+    if not later or later[-1] < bench.steps - 1 or len(later) < 2 or bench.steps - later[0] < DROPPED * bench.steps:
         return []
     lengths: dict[str, int] = {}
     for call in bench.training.trace.modules:
@@ -55,16 +59,26 @@ def first_step_read(bench: Bench) -> list[Finding]:
     where = next((path for path, steps in lengths.items() if steps >= bench.steps), None)
     if where is None:
         return []
+    first = moves[-1] == 0
+    used = "the first step" if first else f"the first {later[0]} of {bench.steps} steps"
     return [
         Finding(
-            "readout", "error", where,
-            f"The answers use the first step of `{where}` alone: what follows is computed, and dropped.",
-            f"Each of {len(later)} later steps was exchanged for other samples': no answer moved; with step 0 they "
-            "move.",
+            "readout", "error" if first else "warning", where,
+            f"The answers use {used} of `{where}` alone: what follows is computed, and dropped.",
+            f"Each of {len(later)} later steps was exchanged for other samples': no answer moved; with step "
+            f"{moves[-1]} they move.",
             "Read the last step: y[:, -1] with batch_first=True, y[-1] without, h_n[-1] of the final state; or pool "
             "over the steps.",
         )
     ]  # fmt: skip
+
+
+def _differs(bench: Bench, t: int) -> bool:
+    """Whether samples have different inputs at this step; padding is the same for all."""
+    assert bench.sequence is not None
+    which, _, steps = bench.sequence
+    x = tensors(bench.given[0])[which].select(steps, t)
+    return bool((x != x[:1]).any())
 
 
 def _part_ignored(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Finding]:
