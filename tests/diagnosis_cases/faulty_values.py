@@ -42,6 +42,13 @@ def overflowing() -> Case:
     return Net(rnn, out=1), (X, V), F.mse_loss
 
 
+def frozen_at_zero() -> Case:
+    head = nn.Linear(H, C).requires_grad_(False)
+    head.weight.zero_()
+    parts = {"rnn": nn.GRU(4, H, batch_first=True), "head": head, "shift": nn.Parameter(torch.zeros(C))}
+    return Module(lambda m, x: m.head(m.rnn(x)[0][:, -1]) + m.shift, **parts), (X, Y), F.cross_entropy
+
+
 def deep(kind: str, layers: int) -> Case:
     return Net(getattr(nn, kind)(4, H, layers, batch_first=True)), (X, Y), F.cross_entropy
 
@@ -247,6 +254,10 @@ CASES: dict[str, tuple[Callable[[], Case], str]] = {
     "tags flattened in another order": (lambda: order_of_tags("flattened in another order"), "samples_mixed"),
     "batch_first forgotten, tags": (lambda: order_of_tags("batch_first forgotten"), "samples_mixed"),
     "mask the wrong way round": (masked_the_wrong_way, "targets_ignored"),
+    "dropout that eval leaves on": (
+        lambda: (Net(end=lambda z: F.dropout(z, 0.3)), (X, Y), F.cross_entropy), "regularised_away",
+    ),
+    "a head of zeros that is frozen": (frozen_at_zero, "input_ignored"),
     "a step in the middle read": (lambda: (Net(read=lambda y: y[:, 7]), (X, Y), F.cross_entropy), "readout"),
     "states that overflow": (overflowing, "explodes"),
     "first step read": (lambda: (Net(read=lambda y: y[:, 0]), (X, Y), F.cross_entropy), "readout"),

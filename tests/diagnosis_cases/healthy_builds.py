@@ -199,6 +199,21 @@ def translated(how: str) -> Case:
     return Module(forward, **parts), batch, lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten())
 
 
+def functional_dropout() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(F.dropout(F.dropout(m.rnn(x)[0][:, -1], 0.4, m.training), 0.0))
+
+    return Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)), (X, Y), F.cross_entropy
+
+
+def head_at_zero() -> Case:
+    """All answers are the same until the first update."""
+    net = Net()
+    nn.init.zeros_(net.head.weight)
+    nn.init.zeros_(net.head.bias)
+    return net, (X, Y), F.cross_entropy
+
+
 def padded_far_beyond() -> Case:
     """All samples end long before the batch does: the steps that are dropped hold padding alone."""
     lengths = torch.randint(3, T // 2, (B,), generator=torch.Generator().manual_seed(3))
@@ -234,6 +249,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "quantiles": quantiles,
     "a state per word": words_of_letters,
     "padded tagger": padded_tagger,
+    "functional dropout": functional_dropout,
+    "a head that starts at zero": head_at_zero,
     "padded far beyond the last sample": padded_far_beyond,
     "packed answers": packed_answers,
     "target network": target_network,

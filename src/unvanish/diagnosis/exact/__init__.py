@@ -9,6 +9,7 @@ from typing import Any
 
 from unvanish.diagnosis.exact.cuts import state_carried, state_cut
 from unvanish.diagnosis.exact.depth import depth
+from unvanish.diagnosis.exact.dropout import dropout_in_evaluation
 from unvanish.diagnosis.exact.flow import input_ignored, parameters_unmoved, steps_dropped
 from unvanish.diagnosis.exact.growth import explosion
 from unvanish.diagnosis.exact.logits import loss_unbalanced, output_not_logits, targets_ignored
@@ -47,6 +48,7 @@ TESTS: dict[str, Callable[[Bench], list[Finding]]] = {
     "steps that are read": steps_dropped,
     "scale of the targets": target_scale,
     "terms of the loss": loss_unbalanced,
+    "dropout in evaluation": dropout_in_evaluation,
 }
 
 

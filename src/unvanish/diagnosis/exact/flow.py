@@ -1,6 +1,7 @@
 """What gets through: the input to the answers, a gradient to each parameter."""
 
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,14 +29,56 @@ def input_ignored(bench: Bench) -> list[Finding]:
         return _part_ignored(bench, other)
     if lost_by_degrees(bench) is not None:
         return []  # lost on its way, which `depth` says
+    if _moves_after_an_update(bench, other):
+        return []  # as with a last layer that starts at zero
+    where, lost = _lost_at(bench, other)
     return [
         Finding(
-            "input_ignored", "error", "",
+            "input_ignored", "error", where,
             "The answers do not depend on the input: they are the same for every sample.",
-            f"Each of {k} samples was exchanged for another: the answers moved by {apart:.1g} of their size.",
-            "Follow the input through forward: is it overwritten, multiplied by 0, or replaced by a constant?",
+            f"Each of {k} samples was exchanged for another: the answers moved by {apart:.1g} of their size, before "
+            f"and after an update along the gradient.{lost}",
+            "Follow the input through forward: is it overwritten, multiplied by 0, replaced by a constant, or so large "
+            "that an activation is saturated?",
         )
     ]  # fmt: skip
+
+
+UPDATE = 0.01
+"""largest change of a weight in a trial update"""
+
+
+def _moves_after_an_update(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
+    """Whether one step of gradient descent makes the answers depend on the input."""
+    gradients = {n: g for n, g in bench.training.gradients.items() if g is not None}
+    most = max((float(g.abs().max()) for g in gradients.values()), default=0.0)
+    if most == 0 or not math.isfinite(most):
+        return False
+    twin = detached_copy(bench.model)
+    with torch.no_grad():
+        for name, p in twin.named_parameters():
+            if name in gradients:
+                p.sub_(gradients[name] * (UPDATE / most))
+    with torch.no_grad(), bench.subject.rng(0):
+        was, now = (bench.subject.answers(twin, given[0], **given[1]) for given in (bench.given, other))
+    return _apart(was, now) > 1e-9
+
+
+def _lost_at(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[str, str]:
+    """(module that is the last to return something else for other samples, sentence about it)"""
+    calls = []
+    for args, named in (bench.given, other):
+        twin = detached_copy(bench.model)
+        with torch.no_grad(), bench.subject.rng(0), Trace(twin) as trace:
+            twin(*args, **named)
+        calls.append([c for c in trace.modules if c.path and next(c.module.children(), None) is None])
+    pairs = list(zip(*calls, strict=False))
+    moved = [i for i, (a, b) in enumerate(pairs) if _apart(a.outputs, b.outputs) > 0]
+    if not moved or moved[-1] + 1 == len(pairs):
+        return "", ""
+    last, after = pairs[moved[-1]][0].path, pairs[moved[-1] + 1]
+    verb = "is given" if _apart(after[0].inputs, after[1].inputs) <= 0 else "returns"
+    return last, f" What `{last}` returns still differs from sample to sample, what `{after[0].path}` {verb} does not."
 
 
 DROPPED = 0.1

@@ -213,7 +213,8 @@ class _Constant:
                 made = made.index_select(
                     d, torch.arange(like.shape[d], device=made.device).clamp(max=made.shape[d] - 1)
                 )
-        return made.expand(like.shape)
+        # Laid out in memory as the model's own answer is: losses take views of it.
+        return torch.empty_like(like, requires_grad=False).copy_(made.expand(like.shape))
 
 
 @contextmanager

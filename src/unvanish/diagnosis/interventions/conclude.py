@@ -25,8 +25,9 @@ ORDER: tuple[Kind, ...] = ("input", "rate", "clip", "regularisation", "radius", 
 """from the simplest change to the largest"""
 REACHES = 0.01
 """share of the gradient at the first steps from which a short reach is no cause of memorising"""
-SAMPLES, UPDATES, TRIED, EACH = 128, 300, 3, 60
-"""training samples, updates as it is, candidates, and updates of each, below which a failure is thin evidence"""
+SAMPLES, UPDATES, TRIED, EACH, ALL = 128, 300, 2, 60, 240
+"""training samples, updates as it is, candidates, updates of each, and of all together, below which a failure is thin
+evidence"""
 HINT = 2.0
 """standard errors below the bar at which a copy may have begun to learn"""
 
@@ -245,6 +246,7 @@ def _linear(head: Head) -> str:
 def _nothing(race: Race, own: Arm, readout: Readout | None, head: Head | None) -> Concluded:
     everyone = [own, *race.arms, *(() if race.widths is None else race.widths.wide)]
     tried = [arm for arm in race.arms if arm.updates >= EACH]
+    others = sum(arm.updates for arm in race.arms)
     trained_on = own.material.trained_on
     hints = [a.candidate.name for a in everyone if a.best.score.gain > HINT * a.best.score.error and a.best.updates]
     thin = [
@@ -252,7 +254,7 @@ def _nothing(race: Race, own: Arm, readout: Readout | None, head: Head | None) -
         for what, applies in (
             ("no samples could be held out", not own.material.unseen),
             (f"there was time for only {own.updates} updates", own.updates < UPDATES and not own.memorises),
-            (f"only {len(tried)} other candidates were tried", len(tried) < TRIED),
+            (f"other candidates had too few updates ({others} in all)", len(tried) < TRIED or others < ALL),
             (f"the copy stopped, as {own.failed}", bool(own.failed)),
             (f"some copies may have begun to learn ({', '.join(hints)})", bool(hints)),
         )
