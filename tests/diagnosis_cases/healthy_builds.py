@@ -1,6 +1,7 @@
 """Healthy models of unusual build."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -206,6 +207,21 @@ def functional_dropout() -> Case:
     return Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)), (X, Y), F.cross_entropy
 
 
+def flat_language_model(vocabulary: int) -> Case:
+    """Samples and steps in one axis; as many classes as there may be samples that a test looks at."""
+    ids = classes(60, 25, of=vocabulary)
+
+    def forward(m: Any, ids: Tensor) -> Tensor:
+        return m.head(m.rnn(m.embed(ids))[0].reshape(-1, H))
+
+    parts = {"embed": nn.Embedding(vocabulary, 8), "rnn": nn.LSTM(8, H, batch_first=True)}
+    return (
+        Module(forward, **parts, head=nn.Linear(H, vocabulary)),
+        (ids[:, :-1], ids[:, 1:]),
+        lambda z, y: F.cross_entropy(z, y.reshape(-1)),
+    )
+
+
 def head_at_zero() -> Case:
     """All answers are the same until the first update."""
     net = Net()
@@ -251,6 +267,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "padded tagger": padded_tagger,
     "functional dropout": functional_dropout,
     "a head that starts at zero": head_at_zero,
+    **{f"flat answers, {classes} classes": partial(flat_language_model, classes) for classes in (9, 12, 13)},
     "padded far beyond the last sample": padded_far_beyond,
     "packed answers": packed_answers,
     "target network": target_network,
