@@ -258,6 +258,12 @@ CASES: dict[str, tuple[Callable[[], Case], str]] = {
         lambda: (Net(end=lambda z: F.dropout(z, 0.3)), (X, Y), F.cross_entropy), "regularised_away",
     ),
     "a head of zeros that is frozen": (frozen_at_zero, "input_ignored"),
+    "classes first, by view, in the loss": (
+        lambda: (
+            Net(read=lambda y: y), (X, classes(B, T)), lambda z, y: F.cross_entropy(z.reshape(len(z), C, -1), y),
+        ),
+        "axes_mixed",
+    ),
     "a step in the middle read": (lambda: (Net(read=lambda y: y[:, 7]), (X, Y), F.cross_entropy), "readout"),
     "states that overflow": (overflowing, "explodes"),
     "first step read": (lambda: (Net(read=lambda y: y[:, 0]), (X, Y), F.cross_entropy), "readout"),
