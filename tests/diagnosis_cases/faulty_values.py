@@ -42,6 +42,16 @@ def overflowing() -> Case:
     return Net(rnn, out=1), (X, V), F.mse_loss
 
 
+def with_penalty(weight: float) -> Case:
+    parts = {"rnn": nn.GRU(4, H, batch_first=True), "head": nn.Linear(H, C), "other": nn.Linear(H, 2)}
+
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.rnn(x)[0]
+        return m.head(y[:, -1]), m.other(y[:, -1])
+
+    return Module(forward, **parts), (X, Y), lambda z, y: weight * F.cross_entropy(z[0], y) + (z[1] ** 2).mean()
+
+
 def frozen_at_zero() -> Case:
     head = nn.Linear(H, C).requires_grad_(False)
     head.weight.zero_()
@@ -264,6 +274,7 @@ CASES: dict[str, tuple[Callable[[], Case], str]] = {
         ),
         "axes_mixed",
     ),
+    "a weight of 0 for the target's term": (lambda: with_penalty(0.0), "targets_ignored"),
     "a step in the middle read": (lambda: (Net(read=lambda y: y[:, 7]), (X, Y), F.cross_entropy), "readout"),
     "states that overflow": (overflowing, "explodes"),
     "first step read": (lambda: (Net(read=lambda y: y[:, 0]), (X, Y), F.cross_entropy), "readout"),
