@@ -52,6 +52,13 @@ def test_an_optimizer_of_another_model_is_a_finding_of_this_one() -> None:
         uv.diagnose(model, *batch, loss=loss, optimizer=3, budget=0)  # type: ignore[arg-type]
 
 
+def test_a_target_that_is_used_or_that_nothing_asks_for_is_not_ignored() -> None:
+    model, batch, loss = faulty_values.with_penalty(0.5)
+    assert uv.diagnose(model, *batch, loss=loss, budget=0).findings[0].code == "healthy"
+    found = uv.diagnose(model, *batch, loss=lambda z, y: (z[0] ** 2).mean() + (z[1] ** 2).mean(), budget=0)
+    assert found.findings[0].code == "healthy"
+
+
 def test_answers_that_are_nan_do_not_look_like_a_state_that_is_carried() -> None:
     model, batch, loss = not_finite("log")
     found = uv.diagnose(model, *batch, loss=loss, budget=0)

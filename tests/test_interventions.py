@@ -57,6 +57,18 @@ def test_a_plain_rnn_that_forgets_is_replaced_or_made_orthogonal() -> None:
     assert codes(outcome(Last(rnn, 3), *recall(256, 60))) == ["reach_too_short"]
 
 
+def test_a_stack_that_learns_with_fewer_layers_is_too_deep() -> None:
+    torch.manual_seed(0)
+    model = Last(nn.RNN(4, 16, num_layers=12, batch_first=True), 3)
+    with torch.no_grad():
+        for p in model.rnn.parameters():
+            p.mul_(0.3)
+    found = outcome(model, *recall(256, 3))
+    assert codes(found) == ["depth"]
+    assert "with 2 of its 12 layers the loss falls" in found.findings[0].says
+    assert found.plan.apply(copy.deepcopy(model)).rnn.num_layers == 2
+
+
 def test_matrices_that_are_too_large_are_called_exploding() -> None:
     torch.manual_seed(0)
     rnn = uv.cures.spectral_radius_(nn.RNN(4, 16, nonlinearity="relu", batch_first=True), 1.6)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from tests.interventions_subjects import Last, RandomTargets, codes, drawn, gru, outcome, recall, subject
 from unvanish.diagnosis.finding import Finding
-from unvanish.diagnosis.interventions import arm, bar, conclude, race, readout, run
+from unvanish.diagnosis.interventions import arm, bar, conclude, head, race, run
 from unvanish.diagnosis.interventions.material import GROUPS
 
 SETUP = 60
@@ -70,7 +70,7 @@ def test_an_update_that_is_too_slow_for_the_budget_tries_nothing_and_says_what_w
 def test_the_budget_holds_however_long_an_update_takes(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that only the user's loss moves: each evaluation of it takes so many seconds."""
     now = [0.0]
-    for part in (race, arm, bar, readout):
+    for part in (race, arm, bar, head):
         monkeypatch.setattr(part, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def slow(answer: Tensor, y: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def test_the_budget_holds_however_long_an_update_takes(seconds: float, monkeypat
 
 def test_a_first_update_that_only_warms_up_is_not_taken_for_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    for part in (race, arm, bar, readout):
+    for part in (race, arm, bar, head):
         monkeypatch.setattr(part, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def warming(answer: Tensor, y: Tensor) -> Tensor:

@@ -123,6 +123,25 @@ def test_a_loss_that_refuses_an_answer_keeps_the_best_constant_before_it() -> No
     assert 1.0 < found.mean < 10.0
 
 
+@pytest.mark.parametrize("time_first", [False, True])
+def test_a_constant_lies_in_memory_as_the_answer_does_so_that_a_loss_can_view_it(time_first: bool) -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.GRU(4, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.head(self.rnn(x)[0])
+            return z.transpose(0, 1).contiguous().transpose(0, 1) if time_first else z
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        z, y = (z.transpose(0, 1), y.t()) if time_first else (z, y)
+        return cross_entropy(z.view(-1, 3), y.reshape(-1))
+
+    y = torch.randint(3, (200, 5), generator=seeded())
+    assert bar_of(Tagger(), X, y, loss).mean < 1.11
+
+
 def test_the_bar_of_a_step_is_that_of_its_batches() -> None:
     model = Wrapped(3, lambda z: z)
     found, _ = best_constant(Draws(subject(model, step=drawn(5)), 0), 0)

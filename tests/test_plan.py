@@ -17,6 +17,7 @@ from unvanish.diagnosis.interventions.candidates import (
     rates,
     unregularised,
 )
+from unvanish.diagnosis.interventions.fewer_layers import of_depth
 from unvanish.diagnosis.interventions.inputs import Fed
 from unvanish.diagnosis.interventions.optimizers import recipe
 from unvanish.diagnosis.plan import Plan, Prediction
@@ -55,6 +56,7 @@ def rnn_of(kind: str) -> nn.Module:
         "rnn": lambda: nn.RNN(3, 8, **options),
         "relu": lambda: uv.cures.spectral_radius_(nn.RNN(3, 8, nonlinearity="relu", **options), 1.6),
         "ours": lambda: uv.nn.RNN(3, 8, batch_first=True),
+        "deep": lambda: nn.LSTM(3, 8, num_layers=5, dropout=0.1, batch_first=True),
         "mgu": lambda: uv.nn.Recurrent(uv.cells.ZOO["mgu"](), 3, 8, **options),
         "indrnn": lambda: uv.nn.Recurrent(uv.cells.ZOO["indrnn"](), 3, 8, batch_first=True),
     }[kind]()
@@ -65,7 +67,13 @@ def every_candidate(model: nn.Module) -> list[Candidate]:
     entry = Fed()
     entry.add(torch.randn(5, 4, 3) * 100 + 500, 5)
     path = next(p for p, m in model.named_modules() if isinstance(m, nn.RNNBase | uv.nn.Recurrent))
-    found = [*of_reach(model, 20, 0), *of_growth(model), *of_input(model, {path: entry}), *unregularised(model, own)]
+    found = [
+        *of_reach(model, 20, 0),
+        *of_depth(model),
+        *of_growth(model),
+        *of_input(model, {path: entry}),
+        *unregularised(model, own),
+    ]
     return [*found, *rates(own), clipped(), *(c.with_rate(0.01) for c in found)]
 
 
@@ -82,7 +90,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn", "relu", "ours", "mgu"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn", "relu", "ours", "deep", "mgu"])
 @pytest.mark.parametrize("root", [False, True])
 def test_the_code_of_every_candidate_runs_and_does_what_apply_does(kind: str, root: bool) -> None:
     model = rnn_of(kind) if root else Model(rnn_of(kind))
@@ -133,7 +141,7 @@ def test_clipping_in_the_code_bounds_the_gradient_of_every_update() -> None:
     assert float(nn.utils.get_total_norm([p.grad for p in model.parameters()])) == pytest.approx(1.0, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "rnn", "relu", "ours", "mgu", "indrnn"])
+@pytest.mark.parametrize("kind", ["lstm", "rnn", "relu", "ours", "deep", "mgu", "indrnn"])
 @pytest.mark.parametrize("root", [False, True])
 def test_undo_restores_weights_bitwise_and_replaced_modules_themselves(kind: str, root: bool) -> None:
     model = rnn_of(kind) if root else Model(rnn_of(kind))

@@ -34,6 +34,31 @@ def not_finite(how: str) -> Case:
     return net, (x, v), F.mse_loss
 
 
+def overflowing() -> Case:
+    """Weights between 0 and 1 in a relu RNN: every state is some dozen times the one before."""
+    rnn = nn.RNN(4, 64, nonlinearity="relu", batch_first=True)
+    for p in rnn.parameters():
+        nn.init.uniform_(p, 0, 1)
+    return Net(rnn, out=1), (X, V), F.mse_loss
+
+
+def with_penalty(weight: float) -> Case:
+    parts = {"rnn": nn.GRU(4, H, batch_first=True), "head": nn.Linear(H, C), "other": nn.Linear(H, 2)}
+
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.rnn(x)[0]
+        return m.head(y[:, -1]), m.other(y[:, -1])
+
+    return Module(forward, **parts), (X, Y), lambda z, y: weight * F.cross_entropy(z[0], y) + (z[1] ** 2).mean()
+
+
+def frozen_at_zero() -> Case:
+    head = nn.Linear(H, C).requires_grad_(False)
+    head.weight.zero_()
+    parts = {"rnn": nn.GRU(4, H, batch_first=True), "head": head, "shift": nn.Parameter(torch.zeros(C))}
+    return Module(lambda m, x: m.head(m.rnn(x)[0][:, -1]) + m.shift, **parts), (X, Y), F.cross_entropy
+
+
 def deep(kind: str, layers: int) -> Case:
     return Net(getattr(nn, kind)(4, H, layers, batch_first=True)), (X, Y), F.cross_entropy
 
@@ -239,6 +264,19 @@ CASES: dict[str, tuple[Callable[[], Case], str]] = {
     "tags flattened in another order": (lambda: order_of_tags("flattened in another order"), "samples_mixed"),
     "batch_first forgotten, tags": (lambda: order_of_tags("batch_first forgotten"), "samples_mixed"),
     "mask the wrong way round": (masked_the_wrong_way, "targets_ignored"),
+    "dropout that eval leaves on": (
+        lambda: (Net(end=lambda z: F.dropout(z, 0.3)), (X, Y), F.cross_entropy), "regularised_away",
+    ),
+    "a head of zeros that is frozen": (frozen_at_zero, "input_ignored"),
+    "classes first, by view, in the loss": (
+        lambda: (
+            Net(read=lambda y: y), (X, classes(B, T)), lambda z, y: F.cross_entropy(z.reshape(len(z), C, -1), y),
+        ),
+        "axes_mixed",
+    ),
+    "a weight of 0 for the target's term": (lambda: with_penalty(0.0), "targets_ignored"),
+    "a step in the middle read": (lambda: (Net(read=lambda y: y[:, 7]), (X, Y), F.cross_entropy), "readout"),
+    "states that overflow": (overflowing, "explodes"),
     "first step read": (lambda: (Net(read=lambda y: y[:, 0]), (X, Y), F.cross_entropy), "readout"),
     "input multiplied by 0": (lambda: (Net(start=lambda x: x * 0), (X, Y), F.cross_entropy), "input_ignored"),
 }  # fmt: skip

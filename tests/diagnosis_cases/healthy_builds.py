@@ -1,6 +1,7 @@
 """Healthy models of unusual build."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -199,6 +200,47 @@ def translated(how: str) -> Case:
     return Module(forward, **parts), batch, lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten())
 
 
+def functional_dropout() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(F.dropout(F.dropout(m.rnn(x)[0][:, -1], 0.4, m.training), 0.0))
+
+    return Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)), (X, Y), F.cross_entropy
+
+
+def flat_language_model(vocabulary: int) -> Case:
+    """Samples and steps in one axis; as many classes as there may be samples that a test looks at."""
+    ids = classes(60, 25, of=vocabulary)
+
+    def forward(m: Any, ids: Tensor) -> Tensor:
+        return m.head(m.rnn(m.embed(ids))[0].reshape(-1, H))
+
+    parts = {"embed": nn.Embedding(vocabulary, 8), "rnn": nn.LSTM(8, H, batch_first=True)}
+    return (
+        Module(forward, **parts, head=nn.Linear(H, vocabulary)),
+        (ids[:, :-1], ids[:, 1:]),
+        lambda z, y: F.cross_entropy(z, y.reshape(-1)),
+    )
+
+
+def head_at_zero() -> Case:
+    """All answers are the same until the first update."""
+    net = Net()
+    nn.init.zeros_(net.head.weight)
+    nn.init.zeros_(net.head.bias)
+    return net, (X, Y), F.cross_entropy
+
+
+def padded_far_beyond() -> Case:
+    """All samples end long before the batch does: the steps that are dropped hold padding alone."""
+    lengths = torch.randint(3, T // 2, (B,), generator=torch.Generator().manual_seed(3))
+    x = X * (torch.arange(T)[None, :, None] < lengths[:, None, None])
+
+    def forward(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        return m.head(m.rnn(x)[0][torch.arange(len(x)), lengths - 1])
+
+    return Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)), (x, lengths, Y), F.cross_entropy
+
+
 def alignment(scores: bool) -> Case:
     def loss(z: Tensor, y: Tensor) -> Tensor:
         z = z.transpose(0, 1)
@@ -223,6 +265,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "quantiles": quantiles,
     "a state per word": words_of_letters,
     "padded tagger": padded_tagger,
+    "functional dropout": functional_dropout,
+    "a head that starts at zero": head_at_zero,
+    **{f"flat answers, {classes} classes": partial(flat_language_model, classes) for classes in (9, 12, 13)},
+    "padded far beyond the last sample": padded_far_beyond,
     "packed answers": packed_answers,
     "target network": target_network,
     "radial features": radial_features,

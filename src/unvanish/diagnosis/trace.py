@@ -53,13 +53,15 @@ class ModuleCall:
         return tensors(self.output)
 
 
+DROPPING = {"dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d"}
+"""functions of (input, p, training) that set random values to zero"""
 THRESHOLDS = {"gt", "ge", "lt", "le", "__gt__", "__ge__", "__lt__", "__le__", "sign", "round", "heaviside"}
 """functions whose derivative is 0 or does not exist"""
 WATCHED = {
     "cross_entropy", "nll_loss", "log_softmax", "binary_cross_entropy_with_logits", "binary_cross_entropy", "kl_div",
     "ctc_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_nll_loss", "relu", "add", "sub",
     "rsub", "mul", "div", "sum", "mean", "relu_", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__",
-    "__truediv__", "__eq__", "eq", *THRESHOLDS,
+    "__truediv__", "__eq__", "eq", *THRESHOLDS, *DROPPING,
 }  # fmt: skip
 COMPARING = {
     "cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "binary_cross_entropy", "mse_loss", "l1_loss",

@@ -9,7 +9,8 @@ from typing import Any
 
 from unvanish.diagnosis.exact.cuts import state_carried, state_cut
 from unvanish.diagnosis.exact.depth import depth
-from unvanish.diagnosis.exact.flow import first_step_read, input_ignored, parameters_unmoved
+from unvanish.diagnosis.exact.dropout import dropout_in_evaluation
+from unvanish.diagnosis.exact.flow import input_ignored, parameters_unmoved, steps_dropped
 from unvanish.diagnosis.exact.growth import explosion
 from unvanish.diagnosis.exact.logits import loss_unbalanced, output_not_logits, targets_ignored
 from unvanish.diagnosis.exact.nan import nan
@@ -44,9 +45,10 @@ TESTS: dict[str, Callable[[Bench], list[Finding]]] = {
     "depth": depth,
     "growth from step to step": explosion,
     "dependence on the input": input_ignored,
-    "steps that are read": first_step_read,
+    "steps that are read": steps_dropped,
     "scale of the targets": target_scale,
     "terms of the loss": loss_unbalanced,
+    "dropout in evaluation": dropout_in_evaluation,
 }
 
 
@@ -75,7 +77,9 @@ def run(
                 NotImplementedError, ArithmeticError) as error:  # fmt: skip
             first = (str(error).strip().splitlines() or ["no message"])[0][:160]
             bench.notes.append(f"not tested: {name} ({type(error).__name__}: {first})")
-    if any(f.code == "nan" and f.severity == "error" for f in found):
+    finite = bench.training.loss is None or bool(bench.training.loss.isfinite().all())
+    if not finite or any(f.code == "nan" and f.severity == "error" for f in found):
         # Comparisons with NaN prove nothing.
-        found = [f for f in found if f.code in ("nan", "state_carried", "target_mismatch", "parameters_unmoved")]
+        kept = ("nan", "explodes", "state_carried", "target_mismatch", "parameters_unmoved")
+        found = [f for f in found if f.code in kept]
     return ranked(found), tuple(dict.fromkeys(bench.notes))

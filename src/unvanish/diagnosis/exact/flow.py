@@ -1,6 +1,7 @@
 """What gets through: the input to the answers, a gradient to each parameter."""
 
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,23 +29,69 @@ def input_ignored(bench: Bench) -> list[Finding]:
         return _part_ignored(bench, other)
     if lost_by_degrees(bench) is not None:
         return []  # lost on its way, which `depth` says
+    if _moves_after_an_update(bench, other):
+        return []  # as with a last layer that starts at zero
+    where, lost = _lost_at(bench, other)
     return [
         Finding(
-            "input_ignored", "error", "",
+            "input_ignored", "error", where,
             "The answers do not depend on the input: they are the same for every sample.",
-            f"Each of {k} samples was exchanged for another: the answers moved by {apart:.1g} of their size.",
-            "Follow the input through forward: is it overwritten, multiplied by 0, or replaced by a constant?",
+            f"Each of {k} samples was exchanged for another: the answers moved by {apart:.1g} of their size, before "
+            f"and after an update along the gradient.{lost}",
+            "Follow the input through forward: is it overwritten, multiplied by 0, replaced by a constant, or so large "
+            "that an activation is saturated?",
         )
     ]  # fmt: skip
 
 
-def first_step_read(bench: Bench) -> list[Finding]:
-    """A recurrent module runs over all steps, but the answers move with the first one alone."""
+UPDATE = 0.01
+"""largest change of a weight in a trial update"""
+
+
+def _moves_after_an_update(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
+    """Whether one step of gradient descent makes the answers depend on the input."""
+    gradients = {n: g for n, g in bench.training.gradients.items() if g is not None}
+    most = max((float(g.abs().max()) for g in gradients.values()), default=0.0)
+    if most == 0 or not math.isfinite(most):
+        return False
+    twin = detached_copy(bench.model)
+    with torch.no_grad():
+        for name, p in twin.named_parameters():
+            if name in gradients:
+                p.sub_(gradients[name] * (UPDATE / most))
+    with torch.no_grad(), bench.subject.rng(0):
+        was, now = (bench.subject.answers(twin, given[0], **given[1]) for given in (bench.given, other))
+    return _apart(was, now) > 1e-9
+
+
+def _lost_at(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[str, str]:
+    """(module that is the last to return something else for other samples, sentence about it)"""
+    calls = []
+    for args, named in (bench.given, other):
+        twin = detached_copy(bench.model)
+        with torch.no_grad(), bench.subject.rng(0), Trace(twin) as trace:
+            twin(*args, **named)
+        calls.append([c for c in trace.modules if c.path and next(c.module.children(), None) is None])
+    pairs = list(zip(*calls, strict=False))
+    moved = [i for i, (a, b) in enumerate(pairs) if _apart(a.outputs, b.outputs) > 0]
+    if not moved or moved[-1] + 1 == len(pairs):
+        return "", ""
+    last, after = pairs[moved[-1]][0].path, pairs[moved[-1] + 1]
+    verb = "is given" if _apart(after[0].inputs, after[1].inputs) <= 0 else "returns"
+    return last, f" What `{last}` returns still differs from sample to sample, what `{after[0].path}` {verb} does not."
+
+
+DROPPED = 0.1
+"""share of the steps, at the end, that a recurrent module reads and no answer moves with, from which it is a fault"""
+
+
+def steps_dropped(bench: Bench) -> list[Finding]:
+    """A recurrent module runs over all steps, but the answers move with the first ones alone."""
     if bench.reach is None or bench.steps < 3:
         return []
-    _, moved = bench.reach
-    later = [t for t in bench.probed if t > 0]
-    if float(moved[:, 0].max()) == 0 or float(moved[:, later].max()) > 0:
+    moves = [t for t in bench.probed if float(bench.reach[1][:, t].max()) > 0]
+    later = [t for t in bench.probed if moves and t > moves[-1] and _differs(bench, t)]
+    if not later or later[-1] < bench.steps - 1 or len(later) < 2 or bench.steps - later[0] < DROPPED * bench.steps:
         return []
     lengths: dict[str, int] = {}
     for call in bench.training.trace.modules:
@@ -55,16 +102,26 @@ def first_step_read(bench: Bench) -> list[Finding]:
     where = next((path for path, steps in lengths.items() if steps >= bench.steps), None)
     if where is None:
         return []
+    first = moves[-1] == 0
+    used = "the first step" if first else f"the first {later[0]} of {bench.steps} steps"
     return [
         Finding(
-            "readout", "error", where,
-            f"The answers use the first step of `{where}` alone: what follows is computed, and dropped.",
-            f"Each of {len(later)} later steps was exchanged for other samples': no answer moved; with step 0 they "
-            "move.",
+            "readout", "error" if first else "warning", where,
+            f"The answers use {used} of `{where}` alone: what follows is computed, and dropped.",
+            f"Each of {len(later)} later steps was exchanged for other samples': no answer moved; with step "
+            f"{moves[-1]} they move.",
             "Read the last step: y[:, -1] with batch_first=True, y[-1] without, h_n[-1] of the final state; or pool "
             "over the steps.",
         )
     ]  # fmt: skip
+
+
+def _differs(bench: Bench, t: int) -> bool:
+    """Whether samples have different inputs at this step; padding is the same for all."""
+    assert bench.sequence is not None
+    which, _, steps = bench.sequence
+    x = tensors(bench.given[0])[which].select(steps, t)
+    return bool((x != x[:1]).any())
 
 
 def _part_ignored(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Finding]:

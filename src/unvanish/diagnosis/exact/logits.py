@@ -7,6 +7,7 @@ from torch import Tensor
 
 from unvanish.diagnosis.exact.testbench import Bench
 from unvanish.diagnosis.finding import Finding
+from unvanish.diagnosis.structure import tensors
 from unvanish.diagnosis.trace import Called, traced
 
 MANY = 20
@@ -157,7 +158,37 @@ def targets_ignored(bench: Bench) -> list[Finding]:
             return [_left_out(f"ignore_index={ignore}", gone)]
         if ignore >= 0 and not _padded_too(bench, gone) and _scattered(bench, gone):
             return [_left_out(f"ignore_index={ignore}", gone)]
-    return _masked_away(bench)
+    return _without_weight(bench) or _masked_away(bench)
+
+
+def _without_weight(bench: Bench) -> list[Finding]:
+    """The loss is the same for any targets, and one of the answers has a gradient of 0: its term has no weight.
+
+    A target that is handed over and never used, beside answers that all count, is no fault.
+    """
+    subject, samples = bench.subject, bench.subject.samples
+    idle = [number for number, asked in enumerate(bench.asked) if asked is not None and not bool((asked != 0).any())]
+    if not idle or len(idle) == len(bench.asked) or not subject.has_target or samples is None:
+        return []
+    same = subject.rows(subject.target, torch.zeros(samples, dtype=torch.long))
+    if all(torch.equal(a, b) for a, b in zip(tensors(same), tensors(subject.target), strict=True)):
+        return []
+    twin = subject.twin()
+    losses: list[float] = []
+    for target in (subject.target, same):
+        with torch.no_grad(), subject.rng(0):
+            losses.append(float(subject.loss(twin, subject.inputs, target)))
+    if losses[0] != losses[1]:
+        return []
+    return [
+        Finding(
+            "targets_ignored", "error", "loss",
+            "The loss does not depend on the targets: the term that compares answers with them has no weight.",
+            f"With the first sample's target for all {samples} samples the loss is the same, {losses[0]:.6g}, and its "
+            f"gradient at answer {idle[0]}, of shape {tuple(bench.training.answers[idle[0]].shape)}, is exactly 0.",
+            "Give that term a weight above 0.",
+        )
+    ]  # fmt: skip
 
 
 def _masked_away(bench: Bench) -> list[Finding]:

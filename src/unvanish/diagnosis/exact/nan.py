@@ -1,15 +1,17 @@
 """NaN and infinity: in the batch, a parameter, the forward pass, or the backward pass; where each is born."""
 
+import math
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unvanish.diagnosis.exact.testbench import Bench
+from unvanish.diagnosis.exact.testbench import RECURRENT, Bench
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import floating
 from unvanish.diagnosis.trace import ModuleCall
+from unvanish.nn.modules import SequenceModule
 
 
 def nan(bench: Bench) -> list[Finding]:
@@ -34,8 +36,46 @@ def nan(bench: Bench) -> list[Finding]:
                                f"{_count(tensor)} of {what} tensor {number}.",
                                "Fill or leave out missing values before training.")]  # fmt: skip
     if bad_loss:
-        return [_forward(bench)]
+        return [_growing_states(bench) or _forward(bench)]
     return [_backward(bench, bad)]
+
+
+GROWN = 1e6
+"""times its size at the first step, to which a state grows where that growth is what overflows"""
+
+
+def _growing_states(bench: Bench) -> Finding | None:
+    """A recurrent module whose states grow from step to step until a number, theirs or the loss's, is too large."""
+    for path, sizes in _sizes(bench).items():
+        finite = [s for s in sizes if math.isfinite(s)]
+        if len(finite) < 2 or not finite[-1] > GROWN * max(finite[0], 1.0):
+            continue
+        rate = (finite[-1] / max(finite[0], 1e-30)) ** (1 / (len(finite) - 1))
+        return Finding(
+            "explodes", "error", path,
+            f"The states of `{path or 'the model'}` grow from step to step until the numbers overflow.",
+            f"The largest state is {finite[0]:.2g} at the first step and {finite[-1]:.2g} at step {len(finite)} of "
+            f"{len(sizes)}: {rate:.3g}-fold with every step; the loss is not finite.",
+            "Scale the recurrent matrices down to a spectral radius of at most 1, "
+            "`uv.cures.spectral_radius_(layer, 1.0)`, or take a cell whose states are bounded; scale the input to "
+            "about 1.",
+        )  # fmt: skip
+    return None
+
+
+def _sizes(bench: Bench) -> dict[str, list[float]]:
+    """Recurrent module → largest |state| at each step."""
+    found: dict[str, list[float]] = {}
+    for call in bench.training.trace.modules:
+        if not call.outputs or not isinstance(call.module, RECURRENT):
+            continue
+        y = call.outputs[0].detach().abs()
+        if isinstance(call.module, SequenceModule) and y.dim() == 3:
+            y = y.movedim(1, 0) if call.module.batch_first else y
+            found[call.path] = y.flatten(1).amax(1).tolist()
+        elif y.numel():
+            found.setdefault(call.path, []).append(float(y.max()))
+    return found
 
 
 def _forward(bench: Bench) -> Finding:

@@ -48,6 +48,7 @@ class Bench:
         if n is None:
             return None
         sizes = {size for t in tensors(self.subject.call) for a, size in enumerate(t.shape) if a != self._axis_in(t)}
+        sizes |= {size for t in self.training.answers for a, size in enumerate(t.shape) if a != self._axis_in(t)}
         few = next((k for k in SAMPLES if k < n and k not in sizes), n)
         return few if few == n or self._takes(few) else n
 

@@ -188,7 +188,7 @@ def _explained(x: Tensor, y: Tensor, samples: int) -> float:
 
 
 def axes_mixed(bench: Bench) -> list[Finding]:
-    """A recurrent layer's input has the sizes of the transposed input, but the numbers of a view of it."""
+    """What a layer or the loss is given has the sizes of a transposed tensor, but the numbers of a view of it."""
     given = [(t.detach(), "the batch") for t in tensors(bench.subject.call) if t.dim() == 3 and t.is_floating_point()]
     # What convolutions make is [samples, channels, steps] until an operation changes its shape.
     trace = bench.training.trace
@@ -196,30 +196,47 @@ def axes_mixed(bench: Bench) -> list[Finding]:
     made = [(c.outputs[0], f"`{c.path}`") for c in trace.modules if c.path and c.outputs]
     made += [(c.result, f"`{c.name}`") for c in trace.functions if c.inside and isinstance(c.result, Tensor)]
     given += [(t.detach(), by) for t, by in made if t.dim() == 3 and t.shape in channels]
-    for call in trace.modules:
-        if not isinstance(call.module, SequenceModule | nn.Conv1d) or not call.inputs:
+    answers = [(t.detach(), "the model") for t in bench.training.answers if t.dim() == 3]
+    read = [
+        (c.path, f"`{c.path}`", c.inputs[0], given)
+        for c in trace.modules
+        if isinstance(c.module, SequenceModule | nn.Conv1d) and c.inputs
+    ]
+    read += [
+        ("loss", f"The loss, {c.name},", c.argument(0, "input"), answers)
+        for c in trace.functions
+        if not c.inside and c.name in ("cross_entropy", "nll_loss")
+    ]
+    for path, who, tensor, sources in read:
+        if not isinstance(tensor, Tensor):
             continue
-        r = call.inputs[0].detach()
-        for x, source in given:
-            B, a, b = x.shape
-            if a == b or r.numel() != x.numel() or r.dtype != x.dtype or r.dim() != 3:
-                continue
-            if tuple(r.shape) == (B, b, a):
-                wrong, right = x.reshape(B, b, a), x.transpose(1, 2)
-            elif tuple(r.shape) == (b, B, a) and b != B:
-                wrong, right = x.reshape(B, b, a).transpose(0, 1), x.permute(2, 0, 1)
-            else:
-                continue
-            if torch.equal(r, wrong) and not torch.equal(r, right):
-                off = int((wrong != right).sum())
+        for x, source in sources:
+            off = _viewed(tensor.detach(), x)
+            if off:
                 return [
                     Finding(
-                        "axes_mixed", "error", call.path,
-                        f"`{call.path}` is given a view where a transposition was meant: each step holds values of "
-                        "several steps.",
-                        f"Its input of shape {tuple(r.shape)} is what {source} gives, {tuple(x.shape)}, read in the "
-                        f"same order; {off} of {x.numel()} values stand where they would not after a transposition.",
+                        "axes_mixed", "error", path,
+                        f"{who} is given a view where a transposition was meant: each step holds values of several "
+                        "steps.",
+                        f"Its input of shape {tuple(tensor.shape)} is what {source} gives, {tuple(x.shape)}, read in "
+                        f"the same order; {off} of {x.numel()} values stand where they would not after a "
+                        "transposition.",
                         "Exchange axes with `x.transpose(1, 2)` (or permute); view and reshape only regroup.",
                     )
                 ]  # fmt: skip
     return []
+
+
+def _viewed(r: Tensor, x: Tensor) -> int:
+    """How many values of r, which has the sizes of x with axes exchanged, stand elsewhere than they would then, if r is
+    a view of x; 0 if it is not."""
+    B, a, b = x.shape
+    if a == b or r.numel() != x.numel() or r.dtype != x.dtype or r.dim() != 3:
+        return 0
+    if tuple(r.shape) == (B, b, a):
+        wrong, right = x.reshape(B, b, a), x.transpose(1, 2)
+    elif tuple(r.shape) == (b, B, a) and b != B:
+        wrong, right = x.reshape(B, b, a).transpose(0, 1), x.permute(2, 0, 1)
+    else:
+        return 0
+    return int((wrong != right).sum()) if torch.equal(r, wrong) else 0

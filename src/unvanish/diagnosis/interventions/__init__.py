@@ -10,6 +10,7 @@ is the plan. `run` is the way in; each file holds one idea:
 - `arm`, `race` copies in training, and who is trained how long
 - `score`       when a loss counts as below the bar
 - `readout`     whether the states hold the target
+- `head`        whether the model's own head reads it there
 - `chance`      how likely a training is to learn, from a copy's first updates
 - `conclude`    findings and plan
 """

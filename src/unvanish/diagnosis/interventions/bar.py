@@ -102,7 +102,7 @@ def best_constant(
         with material.subject.rng(seed):
             outer = _outermost(twin, material)
             if not outer:
-                return None, ("no best constant answer: the model hands out nothing but its own loss",)
+                return None, ("no best constant answer: the model hands out no tensors, or nothing but its own loss",)
             answers = [_Constant(module.forward, per_step) for module in outer.values()]
             with _standing_in(list(outer.values()), answers):
                 losses = _fit(twin, material, answers, evaluations, until)
@@ -213,7 +213,8 @@ class _Constant:
                 made = made.index_select(
                     d, torch.arange(like.shape[d], device=made.device).clamp(max=made.shape[d] - 1)
                 )
-        return made.expand(like.shape)
+        # Laid out in memory as the model's own answer is: losses take views of it.
+        return torch.empty_like(like, requires_grad=False).copy_(made.expand(like.shape))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,18 +13,18 @@ from unvanish import cures, torch_internals
 from unvanish import nn as layers
 from unvanish.cures.replace import REPLACEABLE
 from unvanish.diagnosis.interventions.inputs import Fed
-from unvanish.diagnosis.interventions.optimizers import Recipe, other_rates
+from unvanish.diagnosis.interventions.optimizers import Recipe, other_rates, usual_rate
 from unvanish.diagnosis.interventions.standardise import standardise_
 from unvanish.diagnosis.plan import Step
 from unvanish.nn.layers import EngineSequence
 from unvanish.nn.modules import RecurrentModule, SequenceModule, cell_of
 
-Kind = Literal["as_is", "rate", "clip", "radius", "reach", "input", "regularisation", "capacity"]
+Kind = Literal["as_is", "rate", "clip", "radius", "depth", "reach", "input", "regularisation", "capacity"]
 
 RADIUS = 1.2
 """spectral radius of W_hh above which a smaller one is tried"""
 DROPOUT, DECAY = 0.6, 0.1
-"""a probability of dropout, and a weight decay, above which regularisation is the first suspect"""
+"""a probability of dropout, and a weight decay, above which regularisation is a suspect"""
 FEATURES = 32
 """of an input whose means and spreads are written into a plan one by one"""
 
@@ -45,6 +45,8 @@ class Candidate:
     """whether the optimizer's weight decay stays"""
     clip: float | None = None
     """bound on the norm of the whole gradient"""
+    suspect: bool = False
+    """whether a setting far from what is common speaks for it before any trial, so that it is tried at length first"""
 
     def recipe(self, own: Recipe) -> Recipe:
         """The optimizer it is trained with."""
@@ -62,9 +64,7 @@ class Candidate:
 
     def with_rate(self, lr: float) -> "Candidate":
         """The same at another learning rate."""
-        return Candidate(
-            f"{self.name}, learning rate {lr:.2g}", self.kind, self.steps, lr, self.adam, self.decay, self.clip
-        )
+        return replace(self, name=f"{self.name}, learning rate {lr:.2g}", lr=lr, suspect=False)
 
     def plan_steps(self, own: Recipe) -> tuple[Step, ...]:
         """Its changes, with the training's as the last."""
@@ -101,9 +101,11 @@ _NO_DROPOUT = """for module in model.modules():
 
 def rates(recipe: Recipe) -> list[Candidate]:
     """Other learning rates, and Adam where the user has another optimizer."""
-    found = [Candidate(f"learning rate {lr:.2g}", "rate", lr=lr) for lr in other_rates(recipe)]
+    usual = usual_rate(recipe)
+    found = [Candidate(f"learning rate {lr:.2g}", "rate", lr=lr, suspect=lr == usual) for lr in other_rates(recipe)]
     if not recipe.name.endswith(("Adam", "AdamW")):
-        found.append(Candidate("Adam, learning rate 0.003", "rate", lr=3e-3, adam=True))
+        adam = Candidate("Adam, learning rate 0.003", "rate", lr=3e-3, adam=True, suspect=usual is not None)
+        found.append(adam)
     return found
 
 
@@ -117,15 +119,12 @@ def unregularised(model: nn.Module, recipe: Recipe) -> list[Candidate]:
     found = []
     if any(_dropouts(m) for m in model.modules()):
         step = Step("switch dropout off", _NO_DROPOUT, _without_dropout)
-        found.append(Candidate("without dropout", "regularisation", (step,)))
+        much = any(_dropouts(m, DROPOUT) for m in model.modules())
+        found.append(Candidate("without dropout", "regularisation", (step,), suspect=much))
     if recipe.weight_decay > 0:
-        found.append(Candidate("without weight decay", "regularisation", decay=False))
+        much = recipe.weight_decay > DECAY
+        found.append(Candidate("without weight decay", "regularisation", decay=False, suspect=much))
     return found
-
-
-def much_regularised(model: nn.Module, recipe: Recipe) -> bool:
-    """Whether dropout or weight decay is far beyond what is common, so that a trial without it comes first."""
-    return recipe.weight_decay > DECAY or any(_dropouts(m, DROPOUT) for m in model.modules())
 
 
 def _dropouts(module: nn.Module, above: float = 0.0) -> list[str]:
@@ -222,10 +221,11 @@ def _paths(model: nn.Module, paths: list[str]) -> list[str]:
 def _replaceable(model: nn.Module) -> bool:
     """Whether every plain RNN of the model can have a gated successor: it is torch's or ours, as it was made."""
     plain = [m for m in _all(model).values() if not cell_of(m).carries]
-    return all(type(m) in REPLACEABLE and not is_parametrized(m) and not _hooked(m) for m in plain)
+    return all(type(m) in REPLACEABLE and not is_parametrized(m) and not hooked(m) for m in plain)
 
 
-def _hooked(m: nn.Module) -> bool:
+def hooked(m: nn.Module) -> bool:
+    """Whether somebody's hooks would be lost with this module."""
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 

@@ -3,8 +3,10 @@
 import math
 
 from unvanish.diagnosis.finding import Finding
+from unvanish.diagnosis.interventions import candidates
 from unvanish.diagnosis.interventions.arm import Arm
 from unvanish.diagnosis.interventions.candidates import Kind
+from unvanish.diagnosis.interventions.head import Head
 from unvanish.diagnosis.interventions.optimizers import Recipe
 from unvanish.diagnosis.interventions.race import Race
 from unvanish.diagnosis.interventions.readout import Readout
@@ -19,23 +21,25 @@ TIMES = 2.0
 """the gain of the model as it is, which a candidate must exceed to name a cause"""
 FAR = 0.4
 """of the bar: a candidate's gain below which a model that learns as it is, if little, is healthy"""
-ORDER: tuple[Kind, ...] = ("input", "rate", "clip", "regularisation", "radius", "reach")
+ORDER: tuple[Kind, ...] = ("input", "rate", "clip", "regularisation", "radius", "depth", "reach")
 """from the simplest change to the largest"""
 REACHES = 0.01
 """share of the gradient at the first steps from which a short reach is no cause of memorising"""
-SAMPLES, UPDATES, TRIED, EACH = 128, 300, 3, 60
-"""training samples, updates as it is, candidates, and updates of each, below which a failure is thin evidence"""
+SAMPLES, UPDATES, TRIED, EACH, ALL = 128, 300, 2, 60, 240
+"""training samples, updates as it is, candidates, updates of each, and of all together, below which a failure is thin
+evidence"""
 HINT = 2.0
 """standard errors below the bar at which a copy may have begun to learn"""
 
 
-def conclude(race: Race, recipe: Recipe, readout: Readout | None, reaching: float) -> Concluded:
+def conclude(race: Race, recipe: Recipe, readout: Readout | None, head: Head | None, reaching: float) -> Concluded:
     """(findings, plan, notes).
 
     Args:
         race: who was trained, and how it ended.
         recipe: the optimizer of the model as it is.
         readout: of the states of the copy as it is, if that does not learn.
+        head: what heads that are trained alone make of these states, if they hold the target.
         reaching: share of the gradient that reaches the first steps by any way, where the copy as it is memorises.
     """
     own = race.as_is
@@ -59,7 +63,13 @@ def conclude(race: Race, recipe: Recipe, readout: Readout | None, reaching: floa
         own = chosen  # no rate was given, so any at which it learns is the model as it is
     if own.learns:
         return (_healthy(own),), Plan(), _overfits(own)
-    return _nothing(race, own, readout)
+    if head is not None and head.fails:
+        return (_unread(own, head),), Plan(), ()
+    if head is not None and head.drowned:
+        chosen = candidates.unregularised(own.model, recipe)[0]
+        plan = Plan(chosen.plan_steps(recipe))
+        return (_drowned(own, head, plan),), plan, ()
+    return _nothing(race, own, readout, head)
 
 
 def _much_better(arm: Arm, own: Arm) -> bool:
@@ -156,6 +166,8 @@ _SAYS: dict[Kind, tuple[str, str, str]] = {
     "clip": ("explodes", "Exploding gradients keep the model from learning", "Exploding gradients slow the model down"),
     "radius": ("explodes", "Recurrent matrices this large keep the model from learning",
                "Recurrent matrices this large slow the model down"),
+    "depth": ("depth", "The number of layers keeps the model from learning",
+              "The number of layers slows the model down"),
     "reach": ("reach_too_short", "The gradient does not reach far enough back in time for the model to learn",
               "A gradient that reaches further back in time would help"),
     "input": ("input_scale", "The scale of the input keeps the model from learning",
@@ -188,22 +200,53 @@ def _narrow(wide: Arm, narrow: tuple[Arm, ...], plan: Plan) -> Finding:
     return Finding("needs_more_capacity", "warning" if learns else "error", "", says, proof, plan.code)
 
 
-def _unread(own: Arm, readout: Readout) -> Finding:
+def _unread(own: Arm, head: Head) -> Finding:
+    tries = ", ".join(f"{arm.best.score.loss:.4g}" for arm in head.own)
+    alone = (
+        "The model's own head, trained alone on the same states without dropout, from the values that it had before "
+        f"and after training, gets to a loss of {tries}; the best constant answer has {own.bar.mean:.4g}."
+        if head.own
+        else "Nothing that can be trained lies between these states and the loss."
+    )
     return Finding(
         "readout",
         "error",
-        readout.where,
-        f"The states of {readout.where or 'the model'} hold the target, but the head or the loss does not use it.",
-        f"{_proof(own)} Yet a linear read-out of the states explains {readout.readable:.0%} (± {readout.error:.0%}) of "
-        "the target's variance on held-out samples.",
+        head.where,
+        f"The states of {head.where or 'the model'} hold the target, but the head or the loss does not use it.",
+        f"{_proof(own)} {_linear(head)} {alone}",
         "Look at what lies between the states and the loss: which step and axis the head reads, its last activation, "
         "the loss's reduction, and the target's shape.",
     )
 
 
-def _nothing(race: Race, own: Arm, readout: Readout | None) -> Concluded:
+def _drowned(own: Arm, head: Head, plan: Plan) -> Finding:
+    """The states are the same, so that nothing but dropout is between the two heads."""
+    assert head.dropout is not None
+    alone, dropped = head.own[-1], head.dropout
+    return Finding(
+        "regularised_away",
+        "error",
+        head.where,
+        "Dropout keeps the model from learning: without it the head learns from the same states, with it it does not.",
+        f"{_proof(own)} {_linear(head)} The model's own head, trained alone on these states, gets to a loss of "
+        f"{alone.best.score.loss:.4g} in {alone.updates} updates without dropout, and to {dropped.best.score.loss:.4g} "
+        f"in {dropped.updates} with it.",
+        plan.code,
+    )
+
+
+def _linear(head: Head) -> str:
+    return (
+        f"A linear layer, trained alone on the states of {head.where or 'the model'}, explains "
+        f"{head.linear.readable:.0%} (± {head.linear.error:.0%}) of the target's variance on held-out samples after "
+        f"{head.linear.updates} updates."
+    )
+
+
+def _nothing(race: Race, own: Arm, readout: Readout | None, head: Head | None) -> Concluded:
     everyone = [own, *race.arms, *(() if race.widths is None else race.widths.wide)]
     tried = [arm for arm in race.arms if arm.updates >= EACH]
+    others = sum(arm.updates for arm in race.arms)
     trained_on = own.material.trained_on
     hints = [a.candidate.name for a in everyone if a.best.score.gain > HINT * a.best.score.error and a.best.updates]
     thin = [
@@ -211,17 +254,21 @@ def _nothing(race: Race, own: Arm, readout: Readout | None) -> Concluded:
         for what, applies in (
             ("no samples could be held out", not own.material.unseen),
             (f"there was time for only {own.updates} updates", own.updates < UPDATES and not own.memorises),
-            (f"only {len(tried)} other candidates were tried", len(tried) < TRIED),
+            (f"other candidates had too few updates ({others} in all)", len(tried) < TRIED or others < ALL),
             (f"the copy stopped, as {own.failed}", bool(own.failed)),
             (f"some copies may have begun to learn ({', '.join(hints)})", bool(hints)),
         )
         if applies
     ]
-    if readout is not None and readout.holds and not readout.used and not (thin and own.updates < UPDATES):
-        return (_unread(own, readout),), Plan(), ()
     if trained_on is not None and trained_on < SAMPLES:
         thin.append(f"there were only {trained_on} samples to train on")
-    if readout is not None and readout.readable > max(0.05, HINT * readout.error):
+    if head is not None:
+        alone = head.own[-1]
+        thin.append(
+            f"its states hold the target, and its head, trained alone on them at a learning rate of "
+            f"{alone.recipe.lr:g}, gets to a loss of {alone.best.score.loss:.4g}: train longer, or at other rates"
+        )
+    elif readout is not None and readout.readable > max(0.05, HINT * readout.error):
         thin.append("a linear read-out does find something in the states")
     if thin:
         why = "; ".join(thin)

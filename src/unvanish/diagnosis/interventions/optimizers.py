@@ -24,6 +24,8 @@ USUAL = {
     "SGD": (1e-2, 1e-1),
 }
 """learning rates at which each optimizer is commonly used"""
+FAR = 5.0
+"""how many times smaller or larger than all of these a rate is suspect"""
 CLOSE = 1.5
 """two rates within this factor count as one"""
 
@@ -176,3 +178,11 @@ def other_rates(recipe: Recipe) -> list[float]:
         if rate > 0 and all(not (1 / CLOSE < rate / other < CLOSE) for other in (own, *rates) if other > 0):
             rates.append(rate)
     return rates
+
+
+def usual_rate(recipe: Recipe) -> float | None:
+    """A common rate of its kind, where the user's own is far from all of them; None where it is not."""
+    usual = USUAL.get(recipe.name, ())
+    if not usual or not recipe.given or min(usual) / FAR < recipe.lr < max(usual) * FAR:
+        return None
+    return usual[len(usual) // 2]

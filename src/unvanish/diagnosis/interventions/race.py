@@ -24,6 +24,8 @@ MOST = 2000
 """updates of the model as it is, at most"""
 OWN = 0.4
 """share of the budget for the model as it is"""
+SUSPECTED = 0.6
+"""share of what is left for the candidates that are suspects, before all others"""
 ROUNDS = (0.4, 0.35, 0.25)
 """shares of what is left, for all candidates, for the better half, for the better half of those"""
 FITTING, LATER = 0.1, 0.1
@@ -102,6 +104,7 @@ def race(
     _run(own, until, min(EARLY, MOST), progress)
     early(own)
     _run(own, until, MOST, progress)
+    _run(own, end, LEAST, progress)  # with fewer updates nothing could be concluded
     widen = None if own.untrainable or not material.unseen else more_units(material.subject.model, seed)
     if own.clear and widen is not None and not done(own):
         again, most = longer(own)
@@ -121,6 +124,8 @@ def race(
     running, whole = list(found.arms), end
     if widen is not None:
         end -= SHARE * (end - time.perf_counter())
+    if _suspects(running, own, end, progress):
+        running = []
     for number, share in enumerate(ROUNDS):
         left = (end - time.perf_counter()) * share / sum(ROUNDS[number:])
         running = running[: int(max(left, 0.0) / (CHUNK * cost))]  # the most promising come first
@@ -140,6 +145,18 @@ def race(
         _run(own, whole, MOST, progress)
     found.arms = [arm for arm in found.arms if arm.judgements]
     return found
+
+
+def _suspects(running: list[Arm], own: Arm, end: float, progress: Progress) -> bool:
+    """Train the suspects for as long as the model as it is, one after the other; whether one of them clearly learns."""
+    suspects = [arm for arm in running if arm.candidate.suspect]
+    until = time.perf_counter() + SUSPECTED * (end - time.perf_counter())
+    for number, arm in enumerate(suspects):
+        now = time.perf_counter()
+        _run(arm, now + (until - now) / (len(suspects) - number), max(own.updates, LEAST), progress)
+        if arm.clear:
+            return True
+    return False
 
 
 def _all_the_same(subject: Subject) -> bool:

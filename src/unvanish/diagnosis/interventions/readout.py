@@ -6,19 +6,18 @@ h is the last state of a recurrent module, or the mean over its steps; with a ta
 """
 
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from unvanish.diagnosis.interventions.arm import CHUNK, Arm
-from unvanish.diagnosis.interventions.candidates import AS_IS
+from unvanish.diagnosis.interventions.arm import Arm
 from unvanish.diagnosis.interventions.material import Rows
-from unvanish.diagnosis.interventions.optimizers import Recipe
 from unvanish.diagnosis.interventions.score import SURE
+from unvanish.diagnosis.structure import mapped, tensors
 from unvanish.nn.modules import RecurrentModule, evaluating
 
 HOLDS = 0.5
@@ -29,8 +28,6 @@ RIDGE = 1e-2
 STEPS, CLASSES = 6, 64
 MOST = 512
 """rows to fit on"""
-HEAD_LR, HEAD_UPDATES = 1e-2, 300
-"""of a head that is trained alone"""
 
 
 class Readout(NamedTuple):
@@ -44,8 +41,6 @@ class Readout(NamedTuple):
     """the module whose states say most"""
     enough: bool
     """whether there were enough rows that a low R means something"""
-    used: bool = False
-    """whether the model's own head, trained alone, reads it too"""
 
     @property
     def holds(self) -> bool:
@@ -53,25 +48,55 @@ class Readout(NamedTuple):
         return self.readable > max(HOLDS, SURE * self.error)
 
 
+class Question(NamedTuple):
+    """States and the answers they are asked for, to fit on and to judge by."""
+
+    x: Tensor
+    """`[N, H]`"""
+    y: Tensor
+    """`[N, K]`"""
+    x_out: Tensor
+    y_out: Tensor
+
+    def read_out(self) -> tuple[float, float]:
+        """(R, its standard error) of ridge regression."""
+        return _judged(*self)
+
+
 def read_out(arm: Arm, seed: int) -> Readout | None:
     """The best read-out over the recurrent modules of a trained copy; None where there is no state or no target."""
+    found: list[Readout] = []
+    for path, question in _asked(arm, seed, _questions):
+        readable, error = question.read_out()
+        enough = len(question.x) >= PER_FEATURE * (question.x.shape[1] + 1)
+        found.append(Readout(readable, error, path, enough))
+    return max(found, key=lambda r: r.readable) if found else None
+
+
+def head_questions(arm: Arm, seed: int) -> dict[str, Question]:
+    """Path → what a head behind this recurrent module could read: its last state or, with a target per step, the
+    states of some steps together. Modules whose output goes into other recurrent modules are left out."""
+    return dict(_asked(arm, seed, _last_or_all))
+
+
+Ask = Callable[[Tensor, Tensor, Tensor, Tensor], Iterator[Question]]
+
+
+def _asked(arm: Arm, seed: int, ask: Ask) -> Iterator[tuple[str, Question]]:
     rows = arm.material
     if not isinstance(rows, Rows):
-        return None
+        return
     held, train = torch.cat(list(rows.groups)), rows.train[:MOST]
     y_train, y_held = (_answers(rows.targets(at), len(at)) for at in (train, held))
     if y_train is None or y_held is None:
-        return None
+        return
     with rows.subject.rng(seed):
         s_train, s_held = _states(arm.model, rows, train), _states(arm.model, rows, held)
-    found: list[Readout] = []
+        last = _last(arm.model, rows, train[:8], list(s_train)) if ask is _last_or_all else s_train
     for path, states in s_train.items():
-        if path not in s_held:
-            continue
-        for x, y, x_out, y_out in _questions(states, y_train, s_held[path], y_held):
-            readable, error = _judged(x, y, x_out, y_out)
-            found.append(Readout(readable, error, path, len(x) >= PER_FEATURE * (x.shape[1] + 1)))
-    return max(found, key=lambda r: r.readable) if found else None
+        if path in s_held and path in last:
+            for question in ask(states, y_train, s_held[path], y_held):
+                yield path, question
 
 
 def _states(model: nn.Module, rows: Rows, at: Tensor) -> dict[str, Tensor]:
@@ -116,21 +141,67 @@ def _answers(target: Any, samples: int) -> Tensor | None:
     return target.detach() if target.shape[0] == samples else None
 
 
-def _questions(x: Tensor, y: Tensor, x_out: Tensor, y_out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(states, answers) to fit on and to judge by, for each way to read."""
+def _last(model: nn.Module, rows: Rows, at: Tensor, paths: list[str]) -> set[str]:
+    """Recurrent modules whose outputs, if they are changed, change what no other one is given."""
+
+    def given(changed: str) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {path: [] for path in paths if path != changed}
+
+        def note(module: nn.Module, args: Any, path: str) -> None:
+            found[path] += tensors(args)
+
+        def change(module: nn.Module, args: Any, out: Any) -> Any:
+            return mapped(out, lambda t: 0.5 * t + 0.1)
+
+        handles = [model.get_submodule(path).register_forward_pre_hook(partial(note, path=path)) for path in found]
+        if changed in paths:
+            handles.append(model.get_submodule(changed).register_forward_hook(change))
+        try:
+            with torch.no_grad(), evaluating(model), rows.subject.rng(0):
+                rows.loss_of(model, at)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def same(was: list[Tensor], now: list[Tensor]) -> bool:
+        return len(was) == len(now) and all(torch.equal(a, b) for a, b in zip(was, now, strict=True))
+
+    before = given("no module")
+    return {path for path in paths if all(same(before[other], now) for other, now in given(path).items())}
+
+
+def _per_step(x: Tensor, y: Tensor, x_out: Tensor, y_out: Tensor) -> list[int]:
+    """Some of the steps, where there is a target for each; none otherwise."""
     T = min(x.shape[1], x_out.shape[1])
     if y.dim() >= 2 and y.shape[1] == T > 1 and y_out.shape[1] == T:
-        for t in sorted({round(j * (T - 1) / (STEPS - 1)) for j in range(STEPS)}):
+        return sorted({round(j * (T - 1) / (STEPS - 1)) for j in range(STEPS)})
+    return []
+
+
+def _last_or_all(x: Tensor, y: Tensor, x_out: Tensor, y_out: Tensor) -> Iterator[Question]:
+    steps = _per_step(x, y, x_out, y_out)
+    if steps:
+        yield from _fitting(*(t[:, steps].flatten(0, 1) for t in (x, y, x_out, y_out)))
+    else:
+        yield from _fitting(x[:, -1], y, x_out[:, -1], y_out)
+
+
+def _questions(x: Tensor, y: Tensor, x_out: Tensor, y_out: Tensor) -> Iterator[Question]:
+    """For each way to read."""
+    steps = _per_step(x, y, x_out, y_out)
+    if steps:
+        for t in steps:
             yield from _fitting(x[:, t], y[:, t], x_out[:, t], y_out[:, t])
         return
     yield from _fitting(x[:, -1], y, x_out[:, -1], y_out)
     yield from _fitting(x.mean(1), y, x_out.mean(1), y_out)
 
 
-def _fitting(x: Tensor, y: Tensor, x_out: Tensor, y_out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _fitting(x: Tensor, y: Tensor, x_out: Tensor, y_out: Tensor) -> Iterator[Question]:
     """Classes as one-hot rows, of many the most frequent; samples with a class below 0, which losses ignore, go."""
     if y.is_floating_point():
-        yield x, y.double().reshape(len(y), -1), x_out, y_out.double().reshape(len(y_out), -1)
+        yield Question(x, y.double().reshape(len(y), -1), x_out, y_out.double().reshape(len(y_out), -1))
         return
     y, y_out = y.reshape(len(y), -1), y_out.reshape(len(y_out), -1)
     keep, keep_out = (y >= 0).all(-1), (y_out >= 0).all(-1)
@@ -138,7 +209,7 @@ def _fitting(x: Tensor, y: Tensor, x_out: Tensor, y_out: Tensor) -> Iterator[tup
         return
     values, counts = y[keep].unique(return_counts=True)
     values = values[counts.argsort(descending=True)[:CLASSES]]
-    yield (
+    yield Question(
         x[keep],
         (y[keep][..., None] == values).double().flatten(1),
         x_out[keep_out],
@@ -153,30 +224,13 @@ def _judged(x: Tensor, y: Tensor, x_out: Tensor, y_out: Tensor) -> tuple[float, 
     x, x_out, centre = (x - mean) / spread, (x_out - mean) / spread, y.mean(0)
     gram = x.mT @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     fit = torch.linalg.solve(gram, x.mT @ (y - centre))
-    gains = (y_out - centre).square().sum(1) - (y_out - centre - x_out @ fit).square().sum(1)
-    total = float((y_out - centre).square().sum(1).mean())
+    return explained(x_out @ fit, y_out - centre)
+
+
+def explained(answers: Tensor, y: Tensor) -> tuple[float, float]:
+    """(R, its standard error) of answers `[N, K]` to y `[N, K]`, against 0."""
+    gains = y.square().sum(1) - (y - answers).square().sum(1)
+    total = float(y.square().sum(1).mean())
     if total == 0:
         return 0.0, 0.0
     return float(gains.mean()) / total, float(gains.std()) / math.sqrt(len(gains)) / total
-
-
-def head_reads(arm: Arm, recipe: Recipe, seed: int, until: float) -> bool:
-    """Whether the model's own head and loss can read the states of a trained copy, if only they are trained.
-
-    Where a linear read-out finds the target and this does not, something lies between the states and the loss.
-    """
-    inside = {
-        f"{path}.{name}".removeprefix(".")
-        for path, module in arm.model.named_modules()
-        if isinstance(module, RecurrentModule)
-        for name, _ in module.named_parameters()
-    }
-    outside = tuple(name for name, _ in arm.model.named_parameters() if name not in inside)
-    if not outside:
-        return False
-    alone = Recipe(torch.optim.Adam, ((outside, {"lr": HEAD_LR}),), recipe.known, given=True)
-    head = Arm(AS_IS, arm.material, alone, arm.bar, seed, start=arm.model)
-    while head.updates < HEAD_UPDATES and not head.failed and not head.learns and time.perf_counter() < until:
-        head.train(CHUNK, until)
-        head.judge()
-    return head.learns

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,12 +13,14 @@ from unvanish.diagnosis.interventions import candidates as candidates_of
 from unvanish.diagnosis.interventions.arm import Arm
 from unvanish.diagnosis.interventions.candidates import Candidate
 from unvanish.diagnosis.interventions.chance import Features, features
-from unvanish.diagnosis.interventions.conclude import conclude
+from unvanish.diagnosis.interventions.conclude import REACHES, conclude
+from unvanish.diagnosis.interventions.fewer_layers import of_depth
+from unvanish.diagnosis.interventions.head import head
 from unvanish.diagnosis.interventions.inputs import Fed, fed, reaching
 from unvanish.diagnosis.interventions.material import material
 from unvanish.diagnosis.interventions.optimizers import Recipe, recipe
 from unvanish.diagnosis.interventions.race import Race, race
-from unvanish.diagnosis.interventions.readout import head_reads, read_out
+from unvanish.diagnosis.interventions.readout import read_out
 from unvanish.diagnosis.plan import Plan
 from unvanish.diagnosis.subject import Subject
 from unvanish.extras import extra
@@ -134,15 +136,15 @@ def run(
 
     raced = race(data, own, entered, early, budget, seed, say)
     finished = raced.as_is
-    reading = None
+    reading = heads = None
     if finished is not None and finished.updates and not finished.learns and not finished.failed:
         say("a linear read-out of the states")
         reading = read_out(finished, seed)
         if reading is not None and reading.holds:
             say("the head alone")
-            reading = reading._replace(used=head_reads(finished, own, seed, raced.end))
+            heads = head(finished, own, seed, raced.end)
     reach = reaching(data, seed) if finished is not None and finished.memorises else 0.0
-    findings, plan, concluded = conclude(raced, own, reading, reach)
+    findings, plan, concluded = conclude(raced, own, reading, heads, reach)
     known = None if finished is None or not finished.updates else features(finished, readable, layers or {})
     return Outcome(findings, plan, (*notes, *raced.notes, *concluded), _table(raced), known)
 
@@ -150,24 +152,27 @@ def run(
 def _candidates(
     arm: Arm, own: Recipe, inputs: dict[str, Fed], layers: Mapping[str, Any], lag: int | None, seed: int
 ) -> list[Candidate]:
-    """The most promising first: they get what the budget leaves over."""
+    """Suspects first, then the most promising: they get what the budget leaves over."""
     model = arm.material.subject.model
     if lag is None:
         lag = max([int(d.lag) for d in layers.values()], default=0) or max(
             [f.steps for f in inputs.values()], default=0
         )
     regularisation = candidates_of.unregularised(model, own)
-    suspected = candidates_of.much_regularised(model, own)
-    found = candidates_of.of_input(model, inputs) + (regularisation if suspected else [])
+    found = candidates_of.of_input(model, inputs) + regularisation
+    growth = candidates_of.of_growth(model)
     if arm.spikes:
-        found += [*candidates_of.of_growth(model), candidates_of.clipped()]
+        found += [*growth, candidates_of.clipped()]
     found += candidates_of.rates(own)
+    found += of_depth(model)
     if lag > 1:
-        found += candidates_of.of_reach(model, lag, seed)
-    found += [] if suspected else regularisation
+        reach = candidates_of.of_reach(model, lag, seed)
+        faint = bool(reach) and reaching(arm.material, seed) < REACHES
+        found += [replace(c, suspect=faint and number == 0) for number, c in enumerate(reach)]
     if not arm.spikes:
-        found += candidates_of.of_growth(model)
-    return found
+        found += growth
+    last = [c for c in regularisation if not c.suspect]
+    return sorted(found, key=lambda c: 0 if c.suspect else 2 if c in last else 1)
 
 
 def _table(raced: Race) -> tuple[Tried, ...]:

@@ -1,0 +1,34 @@
+"""Dropout that evaluation does not switch off."""
+
+import torch
+
+from unvanish.diagnosis.exact.testbench import Bench
+from unvanish.diagnosis.finding import Finding
+from unvanish.diagnosis.structure import detached_copy
+from unvanish.diagnosis.trace import DROPPING, Trace
+
+
+def dropout_in_evaluation(bench: Bench) -> list[Finding]:
+    """Functional dropout in eval mode: its default is training=True."""
+    twin = detached_copy(bench.model)
+    args, named = bench.given
+    with torch.no_grad(), bench.subject.rng(0), Trace(twin) as trace:
+        twin(*args, **named)
+    calls = [
+        (call, float(p))
+        for call in trace.functions
+        if call.name in DROPPING and call.argument(2, "training", True) and (p := call.argument(1, "p", 0.5)) > 0
+    ]
+    if not calls:
+        return []
+    call, p = max(calls, key=lambda found: found[1])
+    where = f"`{call.path}`" if call.path else "the model's forward"
+    return [
+        Finding(
+            "regularised_away", "warning", call.path,
+            "Dropout stays on in evaluation: the answers to the same input are random.",
+            f"In eval mode {where} calls {call.name} with p={p:g} and training=True.",
+            f"Say when it applies, `torch.nn.functional.{call.name}(x, {p:g}, self.training)`, or use nn.Dropout. If "
+            "the randomness is meant (Monte Carlo dropout), nothing.",
+        )
+    ]  # fmt: skip
