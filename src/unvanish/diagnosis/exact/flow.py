@@ -43,8 +43,9 @@ def first_step_read(bench: Bench) -> list[Finding]:
     if bench.reach is None or bench.steps < 3:
         return []
     _, moved = bench.reach
-    later = [t for t in bench.probed if t > 0]
-    if float(moved[:, 0].max()) == 0 or float(moved[:, later].max()) > 0:
+    # A step at which all samples have the same input, such as a pause, stays as it is when they are exchanged.
+    later = [t for t in bench.probed if t > 0 and bench.differs_at(t)]
+    if not later or float(moved[:, 0].max()) == 0 or float(moved[:, later].max()) > 0:
         return []
     lengths: dict[str, int] = {}
     for call in bench.training.trace.modules:
