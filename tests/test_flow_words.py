@@ -34,7 +34,7 @@ WITH_CELL = record([1e-9, 1e-3, 1.0], dc=torch.tensor([[0.5], [0.7], [1.0]], dty
 SAYS = "reach {}, peak {}; {} at the end of its way"
 # the record, in print, verdict, (reach, at the far end) in the notebook, headline of the page, large type of the card
 COURSES = {
-    "one step": (record([2.0]), "2 at the only step", "one step", ("–", "–"), ONE, "one step"),
+    "one step": (record([2.0]), "2 at the only step", "travels no step", ("–", "–"), ONE, "one step"),
     "one step without gradient": (record([0.0]), "no gradient arrived", "no gradient", ("–", "–"), NONE, "no gradient"),
     "no gradient": (record([0.0] * 5), "no gradient arrived", "no gradient", ("–", "–"), NONE, "no gradient"),
     "no steps": (record([]), "no gradient arrived", "no gradient", ("–", "–"), NONE, "no gradient"),
@@ -77,6 +77,14 @@ COURSES = {
         "arrives",
         ("–", "its peak"),
         END.format("l0", 0),
+        "fades in no layer",
+    ),
+    "at the end of its way alone": (
+        record([0.0, 0.0, 3.0], "l0.reverse"),
+        "3 at t=2 alone, where its way ends",
+        "travels no step",
+        ("–", "–"),
+        END.format("l0.reverse", 2),
         "fades in no layer",
     ),
     "grows": (

@@ -61,7 +61,7 @@ def flow_page(flow: Flow) -> str:
         section("Layers", _table(courses), name="layers"),
         section("Not recorded, or not to be trusted", listed(notes, kind="note"), name="notes"),
         paragraph(
-            "Norms: median over the samples. Residual: ‖Σ_t g_t − autograd's ∂E/∂W‖ / ‖autograd's‖, the record's own "
+            "Norms: median over the samples. Residual: ‖Σₜ gₜ − autograd's ∂E/∂W‖ / ‖autograd's‖, the record's own "
             "checksum.",
             "note",
         ),
@@ -160,13 +160,18 @@ def _pictures(courses: list[_LayerNorms], of: int) -> str:
 def _strip(c: _LayerNorms) -> Strip:
     kinds = {"h": "main", "c": "second"}
     curves = [
-        Curve(f"‖∂E/∂{symbol}_t‖", kinds[symbol], range(len(values)), [v - c.peak for v in values])  # type: ignore[arg-type]
+        Curve(f"‖∂E/∂{symbol}ₜ‖", kinds[symbol], range(len(values)), [v - c.peak for v in values])  # type: ignore[arg-type]
         for symbol, values in c.states.items()
     ]
     backwards = " (read in reverse)" if c.record.name.endswith(".reverse") else ""
     says = f"{c.record.name}: the gradient's norm is largest at step {c.at}, {10**c.peak:.2g}"
     if len(c.record.dh) == 1:
         value, says = "one step", f"{c.record.name}: one step, at which the gradient's norm is {10**c.peak:.2g}."
+    elif all(v == -math.inf for values in c.states.values() for t, v in enumerate(values) if t != c.end):
+        value, says = (
+            "travels no step",
+            f"{c.record.name}: a gradient arrives at step {c.end} alone, the end of its way.",
+        )
     elif c.at == c.end:
         value, says = "largest at its end", f"{says}, which is the end of its way."
     else:

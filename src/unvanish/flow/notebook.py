@@ -23,7 +23,7 @@ _TABLE = "border-collapse:collapse;white-space:nowrap;font-variant-numeric:tabul
 _CELL = "padding:.15rem .9rem .15rem 0;text-align:left;border:0"
 _SMALL = "opacity:.75;font-size:.8rem"
 
-Verdict = Literal["fades", "arrives", "grows", "no gradient", "not finite", "one step", "not judged"]
+Verdict = Literal["fades", "arrives", "grows", "no gradient", "not finite", "travels no step", "not judged"]
 
 
 class Course(NamedTuple):
@@ -53,6 +53,11 @@ class Course(NamedTuple):
     def lags(self) -> int:
         """Steps that the gradient travels on from its peak; 0 where the peak lies at the end of its way."""
         return max(0, len(self.way) - 1)
+
+    @property
+    def still(self) -> bool:
+        """Whether it arrives at the end of its way alone, as at the only step, and so travels over none."""
+        return bool(self.way) and not self.lags and self.grown == 0
 
 
 def course(record: LayerFlow) -> Course:
@@ -88,8 +93,8 @@ def verdict(record: LayerFlow, found: Course) -> Verdict:
         return "not judged"
     if not found.way:
         return "no gradient"
-    if len(record.dh) == 1:
-        return "one step"
+    if found.still:
+        return "travels no step"
     if found.grown > GROWN:
         return "grows"
     return "arrives" if found.above == found.lags else "fades"
@@ -102,6 +107,8 @@ def in_words(record: LayerFlow) -> str:
         return found.missing
     if len(record.dh) == 1:
         return f"{found.peak:.2g} at the only step"
+    if found.still:
+        return f"{found.peak:.2g} at t={found.at} alone, where its way ends"
     if not found.lags:
         return f"does not fade on its way; peak {found.peak:.2g} at t={found.at}, where it ends"
     return f"reach {_reach(found)}, peak {found.peak:.2g} at t={found.at}; {_rest(found)} remains at the end of its way"
@@ -131,7 +138,7 @@ def _row(record: LayerFlow, found: Course) -> str:
         f"{escape(short(record.name))} ({escape(record.cell)})",
         _curve(record, found),
         _reach(found) if found.lags else "–",
-        "–" if found.missing or len(record.dh) == 1 else _rest(found),
+        "–" if found.missing or found.still else _rest(found),
         verdict(record, found),
         "yes" if record.valid else escape(f"no: {short(record.problem or '', 60)}"),
     )
