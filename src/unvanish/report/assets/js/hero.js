@@ -29,7 +29,7 @@ hero.draw = () => {
   for (const [v, text] of [[REACHED, "1 %: reach"], [FLOAT32, "float32’s smallest number"]]) {
     f.g.append("line").attr("class", "bound").attr("x2", f.w).attr("y1", y(v)).attr("y2", y(v));
     const room = (part) => Math.min(...runs.map((run) => Math.abs(y(run.before[Math.round(task.lag * (1 - part))] ?? LOWEST) - y(v) - 11)));
-    const free = (narrow ? [0.5, 0.25, 0.75] : [0.36, 0.2, 0.52, 0.68, 0.84]).filter((part) => !narrow || v === REACHED || part === 0.5).reduce((best, part) => (room(part) > room(best) ? part : best));
+    const free = (v === FLOAT32 ? [0.5] : [0.36, 0.2, 0.52, 0.68, 0.84]).reduce((best, part) => (room(part) > room(best) ? part : best));
     f.g.append("text").attr("class", "soft halo").attr("x", f.w * free).attr("y", y(v) + 15).attr("text-anchor", "middle").text(text);
   }
   const axis = d3.axisBottom(x).ticks(narrow ? 4 : 8).tickSizeOuter(0).tickFormat((v) => (v ? "−" + v : "0"));
