@@ -100,7 +100,18 @@ def test_before_and_after_stand_on_the_page(was: Diagnosis, now: Diagnosis) -> N
     assert "0.5 after 10 updates 0.03 after 30 updates" in said
     assert "lowest 0.02, after 20 updates" in said
     assert "unvanish diagnose FOLDER --out diagnosis.html" in said
-    assert "unvanish diagnose FOLDER --data FILE --out" in words(training_page(config(kind="regression"), was, now))
+    worse = {"better": False, "says": "No better than guessing: accuracy 0.5; look at the data."}
+    for other, command in (
+        ({"kind": "regression", "assessment": worse}, "unvanish diagnose FOLDER --data FILE --out diagnosis.html"),
+        ({"kind": "regression"}, "unvanish predict FOLDER --data FILE"),
+        ({"kind": "language"}, "unvanish predict FOLDER --prompt TEXT"),
+    ):
+        assert command in words(training_page(config(**other), was, now))
+    healthy = training_page(config(), was, now)
+    assert 'class="card good"' in healthy
+    assert "No exact test found a fault in the trained model." in healthy
+    assert "not proved" not in healthy
+    assert 'class="card good"' not in training_page(config(assessment=worse), was, now)
     assert training_preview(config(), was, now).result == "reach 9 → 59"
     assert reaches(was, now) == {"recurrent.l0": {"lag": 59, "reach": [9, 59], "half_life": [1.5, 1.5]}}
 

@@ -12,7 +12,8 @@ from unvanish.diagnosis.diagnosis_page import (
     notes_and_words,
     pictures,
 )
-from unvanish.draw.html_parts import Tone, code, page, paragraph, section, table, top
+from unvanish.diagnosis.finding import Finding
+from unvanish.draw.html_parts import Tone, card, code, page, paragraph, section, table, top
 from unvanish.draw.preview import Preview
 from unvanish.draw.strips import Axes, Curve, Strip, strips
 from unvanish.train.models import RECIPES
@@ -43,23 +44,34 @@ def training_page(config: dict[str, Any], was: Diagnosis, now: Diagnosis) -> str
         change(was, now, *_errors(config)),
         section("Learning", _learning(config), name="learning"),
         section("Test", _test(config["test"]), name="test"),
-        section("Findings after training", *(finding_card(f, now) for f in now.findings), name="findings"),
-        section(
-            "Next",
-            paragraph(
-                "Nothing was tried out to make this page. To see which change makes the loss fall, and to get it as "
-                "code: put the folder of this page in place of FOLDER"
-                + ("." if config["kind"] == "task" else ", and the file of the data in place of FILE.")
-            ),
-            code(
-                "unvanish diagnose FOLDER"
-                + ("" if config["kind"] == "task" else " --data FILE")
-                + " --out diagnosis.html"
-            ),
-            name="next",
-        ),
+        section("Findings after training", *(_finding(f, now, found["better"]) for f in now.findings), name="findings"),
+        section("Next", *_next(config), name="next"),
         layer_tables(now.layers),
         notes_and_words(now),
+    )
+
+
+def _finding(finding: Finding, now: Diagnosis, better: bool) -> str:
+    """As on a diagnosis's page; but that no copy was trained says nothing of a model that was."""
+    if finding.code != "healthy":
+        return finding_card(finding, now)
+    says = "No exact test found a fault in the trained model."
+    return card("no fault found", "", says, [("Proof", finding.proof)], "good" if better else "")
+
+
+def _next(config: dict[str, Any]) -> tuple[str, str]:
+    """What to do with the folder that the page lies in."""
+    kind, data = config["kind"], {"task": "", "language": " --prompt TEXT"}.get(config["kind"], " --data FILE")
+    if config["assessment"]["better"] and kind != "task":
+        return paragraph("Apply the model; FOLDER is the one that this page lies in."), code(
+            f"unvanish predict FOLDER{data}"
+        )
+    return (
+        paragraph(
+            "Nothing was tried out to make this page. A diagnosis tries changes on copies of the model and gives the "
+            "one that makes the loss fall as code to copy; FOLDER is the one that this page lies in."
+        ),
+        code(f"unvanish diagnose FOLDER{'' if kind == 'task' else ' --data FILE'} --out diagnosis.html"),
     )
 
 
