@@ -342,7 +342,7 @@ def test_unknown_terms_are_named() -> None:
 def test_terms_are_called_by_what_they_are(kind: Any, titles: dict[str, str]) -> None:
     terms = uv.flow.decompose(kind(2, 3), torch.randn(4, 2, 2))
     assert {name: terms.terms[name].title for name in titles} == titles
-    assert {text.get_text() for text in terms.plot().get_legend().get_texts()} >= set(titles.values())
+    assert {text.get_text() for text in terms.plot().texts} >= set(titles.values())
 
 
 def test_terms_of_any_cell_are_called_by_what_they_are() -> None:

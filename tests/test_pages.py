@@ -297,6 +297,8 @@ def test_pages_in_a_browser(browser: Any, measured: Diagnosis, tmp_path: Path, w
             ".map(t => t.getBoundingClientRect()).map(b => [b.top, b.bottom]))"
         )
         assert all(below[0] >= above[1] - 1 for plot in ticks for above, below in pairwise(plot))
+        focusable = "a[href], button, input, select, [tabindex]"
+        assert page.locator(focusable).count() <= 40, name
         if "<pre" in text:
             page.locator("#plan pre").click()
             assert page.evaluate("getSelection().toString().trim()") == full(measured).plan.code.strip()
@@ -306,3 +308,13 @@ def test_pages_in_a_browser(browser: Any, measured: Diagnosis, tmp_path: Path, w
     assert said == []
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
     context.close()
+
+
+def test_contents_lead_to_every_section(measured: Diagnosis) -> None:
+    page = diagnosis_page(full(measured))
+    links = re.findall(r'<li><a href="#(\w+)">(.*?)</a></li>', page)
+    assert links == re.findall(r'<section id="(\w+)">\n<h2>(.*?)</h2>', page)
+    assert len(links) > 4
+    assert page.index("<h1>") < page.index("<nav") < page.index("<figure>")
+    fake = replace(measured, findings=(finding("depth", '<section id="x">\n<h2>fake</h2>'),))
+    assert 'href="#x"' not in diagnosis_page(fake)

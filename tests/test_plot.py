@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import unvanish as uv
+from tests.report_records import comparison, run
 from unvanish.draw import short
 from unvanish.flow import LayerFlow
 from unvanish.flow.notebook import card, course, verdict
@@ -142,11 +144,11 @@ def test_a_layers_card_counts_the_steps_on_the_gradients_way() -> None:
     for record, at in ((forward, 4), (back, 0)):
         found = course(record)
         assert (found.at, found.above) == (at, 1)
-        assert found.end == pytest.approx(-9)
-        assert f"reach 1 of 4 steps, peak 1 at t={at}; 10^-9 of it remains" in repr(record)
+        assert found.way[-1] == pytest.approx(-9)
+        assert f"reach 1 of 4 steps, peak 1 at t={at}; 10⁻⁹ of the peak remains" in repr(record)
     half = dataclasses.replace(forward, dh=torch.zeros(5, 2, dtype=torch.float64))
     assert "no gradient arrived" in repr(half)
-    assert "nothing remains" in half._repr_html_()
+    assert "no gradient arrived" in half._repr_html_()
     broken = dataclasses.replace(forward, problem="weights changed")
     assert "<td" in broken._repr_html_()
     assert "no: weights changed" in broken._repr_html_()
@@ -181,3 +183,65 @@ def test_a_card_is_layer_by_lag_on_one_axis() -> None:
     assert float(curves[0].split(",")[0]) == 120
     assert float(curves[1].split(",")[0]) == 0
     assert "read in reverse, from the first step to the last" in html
+
+
+def test_gradients_over_the_lag_share_a_few_axes() -> None:
+    found = comparison(run("lstm", -0.5, 0.1, after=-0.001), run("gru", -0.02, 0.1))
+    before, after = (uv.plot.reach(found.tasks[0], moment=moment) for moment in ("before", "after"))
+    assert before.get_ylim() == after.get_ylim() == (-60, 2)
+    for slope, low in ((0.0, -8), (-0.18, -8), (-0.3, -20), (-1.0, -60), (-9.0, -60), (-math.inf, -60)):
+        curve = torch.tensor([0.0, *(slope * lag for lag in range(1, 101))])
+        assert uv.plot.decay({"a": curve}).get_ylim() == (low, 2)
+    grows = uv.plot.decay({"a": torch.arange(20.0)})
+    assert grows.get_ylim() == (-8, 9)
+    for ax in (before, grows, RECORDS["diagnosis"].plot()):
+        assert -2 in [line.get_ydata()[0] for line in ax.lines if len(set(line.get_ydata())) == 1]
+        assert " 1 %" in [text.get_text() for text in ax.texts]
+
+
+@pytest.mark.parametrize("steps", [5, 30, 2000])
+def test_time_constants_lie_on_an_axis_that_the_length_alone_decides(steps: int) -> None:
+    for layer in (nn.LSTM(3, 8), uv.cures.chrono_(nn.GRU(3, 8), 30)):
+        ax = uv.flow.gate_statistics(layer, torch.randn(steps, 1, 3)).plot()
+        assert ax.get_xlim() == (1, max(100, 10 * steps))
+        assert ax.get_xscale() == "log"
+        assert steps in ax.lines[0].get_xdata()
+
+
+def test_every_line_is_named_at_its_end() -> None:
+    many = uv.flow.lyapunov(nn.LSTM(3, 16), torch.randn(8, 2, 3), n=30)
+    drawn = {"flow": 2, "few sources": 2, "terms": 5, "sources": 3, "lyapunov": 2, "diagnosis": 1, "verification": 2}
+    pictures = {name: (RECORDS[name].plot(), number) for name, number in drawn.items()}
+    pictures["subgradients"] = uv.plot.subgradients(RECORDS["layer"]), 2
+    pictures["many"] = many.plot(), 17
+    for name, (ax, number) in pictures.items():
+        ax.figure.canvas.draw()
+        ends = [text for text in ax.texts if text.get_gid() == "unvanish-line-end"]
+        assert len(ends) == number, name
+        assert ax.get_legend() is None
+        boxes = sorted((text.get_window_extent() for text in ends), key=lambda box: box.y0)
+        assert all(ax.bbox.y0 <= (box.y0 + box.y1) / 2 <= ax.bbox.y1 for box in boxes), name
+        assert all(below.y1 <= above.y0 + 3 for below, above in pairwise(boxes)), name
+        assert all(box.x1 <= ax.figure.bbox.x1 for box in boxes), name
+        colours = {line.get_label(): line.get_color() for line in ax.lines}
+        assert all(colours[text.get_text()] == text.get_color() for text in ends)
+    names = [text.get_text() for text in pictures["many"][0].texts]
+    assert {"λ1", "λ30"} <= set(names)
+
+
+def test_a_layer_alone_has_a_line_at_one_percent_of_its_largest_norm() -> None:
+    layer = RECORDS["layer"]
+    largest = max(float(v.median(1).values.max()) for v in (layer.dh, layer.dc))
+    levels = [line.get_ydata()[0] for line in layer.plot().lines if len(line.get_xdata()) == 2]
+    assert levels == [pytest.approx(0.01 * largest, rel=0.05)]
+
+
+def test_colours_of_a_map_mean_the_same_on_every_map() -> None:
+    spans = set()
+    for scale in (1.0, 60.0):
+        found = dataclasses.replace(RECORDS["map"], log_norms=RECORDS["map"].log_norms * scale)
+        (mesh,) = found.plot().collections
+        low, high = mesh.get_clim()
+        spans.add(high - low)
+        assert high >= mesh.get_array().max() > high - 1
+    assert spans == {16}

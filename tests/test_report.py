@@ -87,11 +87,11 @@ def test_plots_take_and_return_axes() -> None:
     with uv.watch(lstm) as flow:
         lstm(torch.randn(5, 2, 2))[0][-1].sum().backward()
     ax = flow.plot()
-    assert len(ax.lines) == 2
+    assert len(ax.lines) == 3, "h, c and 1 % of the largest"
     expected = flow["l0"].dh.quantile(0.5, dim=1)
     assert ax.lines[0].get_ydata() == pytest.approx(expected.tolist())
     assert uv.plot.flow(flow["l0"], ax) is ax
-    assert len(ax.lines) == 4
+    assert len(ax.lines) == 6
 
 
 def test_names_that_would_leave_the_folder_are_refused() -> None:

@@ -226,3 +226,63 @@ def test_a_table_that_is_too_wide_says_so(browser, path: Path) -> None:
         table = page.locator("#learns .scroll:visible")
         assert "wider" in table.get_attribute("class").split()
         assert "scroll sideways" in table.evaluate("(e) => getComputedStyle(e, '::after').content")
+
+
+CONTRAST = """() => {
+  const luminance = (c) => {
+    const [r, g, b] = c.map((v) => (v / 255 <= 0.03928 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const numbers = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
+  const found = {};
+  const lines = ".curve, .bound, .thread, .cell-edge, .playhead, .head, .bar, .domain";
+  for (const e of document.querySelectorAll(`svg :is(${lines})`)) {
+    if (!e.checkVisibility()) continue;
+    const style = getComputedStyle(e), colour = numbers(e.classList.contains("bar") ? style.fill : style.stroke);
+    let solid = colour[3] ?? 1, behind = null;
+    for (let n = e; n && n.tagName !== "HTML"; n = n.parentElement) {
+      solid *= Number(getComputedStyle(n).opacity);
+      const paint = numbers(getComputedStyle(n).backgroundColor);
+      if (!behind && paint.length && (paint[3] ?? 1) > 0) behind = paint.slice(0, 3);
+    }
+    const seen = colour.slice(0, 3).map((v, i) => solid * v + (1 - solid) * behind[i]);
+    const [low, high] = [luminance(seen), luminance(behind)].sort((a, b) => a - b);
+    const name = `${e.getAttribute("class")} in ${e.closest("[id]").id}`, ratio = (high + 0.05) / (low + 0.05);
+    found[name] = Math.min(ratio, found[name] ?? Infinity);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_drawn_line_stands_out(browser, path: Path, scheme: str) -> None:
+    with Page(browser, path, color_scheme=scheme, **STILL) as page:
+        page.wait_for_selector("#rescue-plot svg")
+        found = page.evaluate(CONTRAST)
+        assert len(found) > 20
+        assert {name: ratio for name, ratio in found.items() if ratio < 3} == {}
+
+
+def test_the_paths_stand_in_the_order_of_the_equation(browser, path: Path) -> None:
+    with Page(browser, path, **STILL) as page:
+        page.select_option("#model", "2")
+        buttons = [text[0] for text in page.locator("#terms span").all_inner_texts()]
+        terms = page.locator("#cell math .term").evaluate_all("(terms) => terms.map((t) => t.dataset.term)")
+        assert terms == ["B", "A", "C", "D", "O"]
+        assert buttons == [term for term in terms if term in buttons]
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_words_in_the_first_picture_do_not_meet(browser, path: Path, width: int) -> None:
+    with Page(browser, path, viewport={"width": width, "height": 900}, **STILL) as page:
+        boxes = page.locator("#hero svg text").evaluate_all(
+            "(texts) => texts.filter((t) => t.textContent).map((t) => [t.textContent, t.getBoundingClientRect()])"
+            ".map(([text, b]) => [text, b.left, b.right, b.top, b.bottom])"
+        )
+        frame = page.locator("#hero").bounding_box()
+        for place, (text, left, right, top, bottom) in enumerate(boxes):
+            assert left >= frame["x"] - 1, text
+            assert right <= frame["x"] + frame["width"] + 1, text
+            for other, left2, right2, top2, bottom2 in boxes[place + 1 :]:
+                apart = right <= left2 or right2 <= left or bottom <= top2 + 4 or bottom2 <= top + 4
+                assert apart, (text, other)

@@ -89,7 +89,7 @@ def test_the_command_that_follows_is_named_and_runs(
         ("noise.csv", "1", "No better than guessing", "diagnose"),
     ):
         assert call([*given, "--data", file, "--epochs", epochs, "--out", f"of-{file}"], monkeypatch) == 0
-        *_, said, _, follows = capsys.readouterr().out.strip().splitlines()
+        *_, said, _, _, follows = capsys.readouterr().out.strip().splitlines()
         assert says in said
         words = shlex.split(follows.removeprefix("Next: "))
         assert words == ["unvanish", command, f"of-{file}", "--data", file]

@@ -240,6 +240,12 @@ def truncated_between_batches() -> Case:
     return model, (X[:, :-1], X[:, 1:]), F.mse_loss
 
 
+def recall() -> Case:
+    """Symbols at the first step, and for the rest of the time the same for all samples."""
+    x = torch.cat([X[:, :1], torch.zeros(B, T - 1, 4)], 1)
+    return Net(), (x, Y), F.cross_entropy
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "mean pool": lambda: pooled("mean"),
     "max pool": lambda: pooled("max"),
@@ -254,6 +260,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "contrastive, states": lambda: contrastive(False),
     "contrastive, pairs": lambda: contrastive(True),
     "class imbalance": imbalanced,
+    "recall after a pause": recall,
     "token prediction": lambda: tokens("dense"),
     "token prediction, folded": lambda: tokens("folded"),
     "token prediction, padded": lambda: tokens("padded"),

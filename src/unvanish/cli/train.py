@@ -150,6 +150,9 @@ def _follows(trained: "Trained", out: Path, source: list[str]) -> list[str]:
 
 
 def _print(trained: "Trained", out: Path, console: Console) -> None:
+    from unvanish.draw import steps
+    from unvanish.train.run_folder import PAGE
+
     config = trained.config
     if "split_rule" in config:
         console.print(f"Split: {config['split_rule']} ({', '.join(f'{n} {k}' for k, n in config['split'].items())}).")
@@ -162,11 +165,12 @@ def _print(trained: "Trained", out: Path, console: Console) -> None:
         if max(counts.values()) > 1.5 * min(counts.values()):
             ratio = max(counts.values()) / min(counts.values())
             console.print(f"The classes are imbalanced, {ratio:.3g} to 1; look at the balanced accuracy.")
-    for name, found in config["gradient_flow"].items():
-        half = "" if found["half_life"] is None else f", half-life {found['half_life']:.3g} steps"
-        rate = "no error comes in" if found["rate"] is None else f"{found['rate']:+.3g} nats per step"
+    for name, found in config["reach"].items():
+        (was, now), half_lives = found["reach"], found["half_life"]
+        half = " → ".join("none, it does not fade" if v is None else f"{v:.3g} steps" for v in half_lives)
         console.print(
-            f"gradient in {escape(name.removeprefix('model.'))}: {rate}{half}, reach {found['reach']:.0f} steps"
+            f"gradient in {escape(name)}, before → after training: reach {was} → {now} of {steps(found['lag'])}; "
+            f"half-life {half}"
         )
     for who, figures in config["test"].items():
         shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
@@ -174,6 +178,7 @@ def _print(trained: "Trained", out: Path, console: Console) -> None:
     found = config["assessment"]
     console.print(f"[bold {'green' if found['better'] else 'yellow'}]{escape(found['says'])}[/]")
     console.print(f"Model: [bold]{escape(str(out.absolute()))}[/bold]")
+    console.print(f"Page: [bold]{escape(str(out.absolute() / PAGE))}[/bold]")
 
 
 def predict(

@@ -40,12 +40,12 @@ def diagnosis_page(found: "Diagnosis") -> str:
     return page(
         f"{found.model}: diagnosis by unvanish",
         top(f"Diagnosis of {found.model}", found.headline, tag, tone),
-        _pictures(found.layers),
-        section("Findings", *(_finding(f, found) for f in found.findings), name="findings"),
+        pictures(found.layers),
+        section("Findings", *(finding_card(f, found) for f in found.findings), name="findings"),
         _plan(found),
         _tried(found),
-        _layers(found.layers),
-        _rest(found),
+        layer_tables(found.layers),
+        notes_and_words(found),
     )
 
 
@@ -53,7 +53,26 @@ def verification_page(proved: "Verification") -> str:
     """The page of a diagnosis before and after: the later one, with the earlier one drawn behind it."""
     was, now = proved.earlier, proved.later
     tag, tone = ("cured", "good") if proved.cured else ("not cured", "bad")
-    codes = [", ".join(dict.fromkeys(f.code for f in d.findings)) for d in (was, now)]
+    return page(
+        f"{now.model}: before and after, by unvanish",
+        top(f"Diagnosis of {now.model}, before and after", f"After the change: {now.headline}", tag, tone),
+        paragraph(f"Before the change: {was.headline}"),
+        pictures(now.layers, was.layers),
+        change(was, now, *_losses(was, now)),
+        section("Findings now", *(finding_card(f, now) for f in now.findings), name="findings"),
+        _plan(now),
+        _tried(now),
+        layer_tables(now.layers),
+        notes_and_words(now),
+    )
+
+
+def change(was: "Diagnosis", now: "Diagnosis", *facts: list[str]) -> str:
+    """The section that compares two diagnoses: what was found, further facts (name, before, after), each layer."""
+    codes = [
+        ", ".join(dict.fromkeys(_status(d)[0] if f.code == "healthy" else f.code for f in d.findings))
+        for d in (was, now)
+    ]
     rows = [
         [
             name,
@@ -64,22 +83,11 @@ def verification_page(proved: "Verification") -> str:
         ]
         for name, d in now.layers.items()
     ]
-    return page(
-        f"{now.model}: before and after, by unvanish",
-        top(f"Diagnosis of {now.model}, before and after", f"After the change: {now.headline}", tag, tone),
-        paragraph(f"Before the change: {was.headline}"),
-        _pictures(now.layers, was.layers),
-        section(
-            "Before and after",
-            table(("", "before", "after"), [["findings", *codes], *_losses(was, now)], text=True),
-            table(("layer", "reach before", "reach after", "verdict before", "verdict after"), rows),
-            name="change",
-        ),
-        section("Findings now", *(_finding(f, now) for f in now.findings), name="findings"),
-        _plan(now),
-        _tried(now),
-        _layers(now.layers),
-        _rest(now),
+    return section(
+        "Before and after",
+        table(("", "before", "after"), [["findings", *codes], *facts], text=True),
+        table(("layer", "reach before", "reach after", "verdict before", "verdict after"), rows),
+        name="change",
     )
 
 
@@ -97,11 +105,17 @@ def diagnosis_preview(found: "Diagnosis") -> Preview:
 
 def verification_preview(proved: "Verification") -> Preview:
     """The card of the page: of the layer whose gradient reached least before the change, what it was and what it is."""
-    was, now = proved.earlier, proved.later
-    about, says = f"{now.model}, before and after", f"After the change: {now.headline.replace('`', '')}"
+    about, says = f"{proved.later.model}, before and after", f"After the change: {proved.later.headline}"
+    return change_preview(about, proved.earlier, proved.later, "cured" if proved.cured else "not cured", says)
+
+
+def change_preview(about: str, was: "Diagnosis", now: "Diagnosis", otherwise: str, says: str) -> Preview:
+    """The card of two diagnoses: the reach of the layer whose gradient reached least in the first, then and now;
+    `otherwise`, where no layer was measured in both."""
+    says = says.replace("`", "")
     drawn = [d for d in _shortest_first(was.layers) if d.name in now.layers and len(now.layers[d.name].curve) > 1]
     if not drawn:
-        return Preview(about, "cured" if proved.cured else "not cured", says, ())
+        return Preview(about, otherwise, says, ())
     d = drawn[0]
     later = now.layers[d.name]
     curves = (PreviewCurve("before", _decades(d.curve), pale=True), PreviewCurve(d.name, _decades(later.curve)))
@@ -129,7 +143,8 @@ def _status(found: "Diagnosis") -> tuple[str, Tone]:
     return ("learns", "good") if any(row.learns for row in found.tried) else ("no fault found", "")
 
 
-def _finding(finding: "Finding", found: "Diagnosis") -> str:
+def finding_card(finding: "Finding", found: "Diagnosis") -> str:
+    """One finding with its proof and what to do."""
     healthy = finding.code == "healthy" and any(row.learns for row in found.tried)
     do = "Follow the plan below." if found.plan and finding.do == found.plan.code else finding.do
     tag = finding.code if finding.severity == "note" else f"{finding.severity}: {finding.code}"
@@ -137,7 +152,8 @@ def _finding(finding: "Finding", found: "Diagnosis") -> str:
     return card(tag, finding.where, finding.says, facts, "good" if healthy else TONES[finding.severity])
 
 
-def _pictures(layers: "Mapping[str, LayerDiagnosis]", before: "Mapping[str, LayerDiagnosis] | None" = None) -> str:
+def pictures(layers: "Mapping[str, LayerDiagnosis]", before: "Mapping[str, LayerDiagnosis] | None" = None) -> str:
+    """The gradient of each layer over the lag, with the curve that it had before behind it."""
     drawn = [d for d in layers.values() if len(d.curve) > 1]
     if not drawn:
         return ""
@@ -174,7 +190,7 @@ def _pictures(layers: "Mapping[str, LayerDiagnosis]", before: "Mapping[str, Laye
 def _strip(d: "LayerDiagnosis", was: "LayerDiagnosis | None") -> Strip:
     curves = [Curve("fraction of the gradient remaining", "main", range(len(d.curve)), _decades(d.curve))]
     if was is not None and len(was.curve) > 1:
-        curves.insert(0, Curve("before the change", "ghost", range(len(was.curve)), _decades(was.curve)))
+        curves.insert(0, Curve("before", "ghost", range(len(was.curve)), _decades(was.curve)))
     reach = _reach(d) if was is None else f"{was.reach} → {_reach(d)}"
     end = fraction(_decades(d.curve)[-1])
     says = f"{d.name}: at least 1 % of the gradient remains over {d.reach} of {d.lag} steps, {end} at the last."
@@ -218,7 +234,8 @@ def _tried(found: "Diagnosis") -> str:
     return section("Copies that were trained", picture, chance, name="tried") if rows else ""
 
 
-def _layers(layers: "Mapping[str, LayerDiagnosis]") -> str:
+def layer_tables(layers: "Mapping[str, LayerDiagnosis]") -> str:
+    """The section with what was measured of each layer, in numbers and in words."""
     rows = [
         [name, d.cell, d.verdict, _reach(d), "" if d.half_life is None else f"{d.half_life:.3g} steps", _rate(d)]
         for name, d in layers.items()
@@ -235,7 +252,8 @@ def _rate(d: "LayerDiagnosis") -> str:
     return d.rate_in_words.replace(" nats per step", "")
 
 
-def _rest(found: "Diagnosis") -> str:
+def notes_and_words(found: "Diagnosis") -> str:
+    """The sections at the end: what could not be tested, and what the page's words mean."""
     words = listed((f"{name}: {text}" for name, text in MEANS.items()), kind="note") if found.layers else ""
     return section("Notes", listed(_joined(found.notes), kind="note"), name="notes") + section(
         "What the words mean", words, name="words"

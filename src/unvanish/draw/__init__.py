@@ -6,7 +6,7 @@ Does not: anything that knows a record, a layer or a model; whoever has measured
 
 from unvanish.draw.axes import figure_of, label, new_axes
 from unvanish.draw.card import card
-from unvanish.draw.pictures import heat_map, histogram, lines, norms_over_time, over_lag, per_step
+from unvanish.draw.pictures import heat_map, histogram, lines, lowest, norms_over_time, over_lag, per_step
 from unvanish.draw.style import LINES, LN10, Line, decades, fraction, line, short, steps
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "label",
     "line",
     "lines",
+    "lowest",
     "new_axes",
     "norms_over_time",
     "over_lag",

@@ -1,6 +1,7 @@
 """Axes, their ticks and their words."""
 
 import math
+import re
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -42,7 +43,8 @@ def finish(ax: Axes, x: str, y: str, legend: bool = True) -> Axes:
 
 def label_ends(ax: Axes, apart: float = 0.055) -> Axes:
     """Names every labelled line at its right end, in its colour, in place of a legend; the x axis makes room inside the
-    axes, and names that would overlap move apart by a fraction of the axes' height."""
+    axes, and names that would overlap move apart by a fraction of the axes' height. Of more lines than have room some
+    are named, from the first to the last."""
     for old in [text for text in ax.texts if text.get_gid() == _END]:
         old.remove()
     named = []
@@ -53,21 +55,26 @@ def label_ends(ax: Axes, apart: float = 0.055) -> Axes:
             named.append((found, x[present[-1]], y[present[-1]]))
     if not named:
         return ax
-    longest = max(len(str(found.get_label())) for found, _, _ in named)
+    most = int(0.96 / apart)
+    if len(named) > most:
+        named = [named[round(k * (len(named) - 1) / (most - 1))] for k in range(most)]
+    longest = max(_letters(str(found.get_label())) for found, _, _ in named)
     start, end = min(found.get_xdata()[0] for found, _, _ in named), max(x for _, x, _ in named)
-    ax.set_xlim(start, end + (end - start) * min(0.5, 0.03 + 0.017 * longest))
+    ax.set_xlim(start, end + ((end - start) or 1.0) * min(0.5, 0.03 + 0.017 * longest))
     to_axes = ax.transData + ax.transAxes.inverted()
     heights = [float(np.clip(to_axes.transform((x, y))[1], 0.02, 0.98)) for _, x, y in named]
     order = sorted(range(len(named)), key=heights.__getitem__)
-    places, last = dict.fromkeys(order, 0.0), -1.0
+    places, last, limit = dict.fromkeys(order, 0.0), -1.0, 0.98
     for index in order:
         places[index] = last = max(heights[index], last + apart)
-    over = max(0.0, last - 0.98)
+    for index in reversed(order):
+        places[index] = min(places[index], limit)
+        limit = places[index] - apart
     x_text = to_axes.transform((end, 0.0 if ax.get_yscale() == "linear" else 1.0))[0] + 0.012
     for index, (found, _, _) in enumerate(named):
         ax.text(
             x_text,
-            places[index] - over,
+            places[index],
             str(found.get_label()),
             color=found.get_color(),
             fontsize=8,
@@ -76,6 +83,11 @@ def label_ends(ax: Axes, apart: float = 0.055) -> Axes:
             gid=_END,
         )
     return ax
+
+
+def _letters(label: str) -> int:
+    """How many letters of a label are seen, of formulas too."""
+    return len(re.sub(r"\\[a-zA-Z]+|\\\|", "x", label).translate(str.maketrans("", "", "${}_^\\")))
 
 
 def power(value: float, position: float | None = None) -> str:

@@ -11,9 +11,14 @@ Tone = Literal["good", "some", "bad", ""]
 
 
 def page(title: str, *parts: str) -> str:
-    """A whole HTML document around parts that are HTML already; parts that are "" are left out."""
+    """A whole HTML document around parts that are HTML already; parts that are "" are left out. After the first, the
+    head, comes a table of contents of its sections."""
     style = (files("unvanish.draw") / "page.css").read_text("utf-8")
-    body = "\n".join(part for part in parts if part)
+    head, *rest = (part for part in parts if part)
+    named = re.findall(r'<section id="(\w+)">\n<h2>(.*?)</h2>', "\n".join(rest))
+    links = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading in named)
+    contents = f'<nav aria-label="Contents"><ol>{links}</ol></nav>' if len(named) > 1 else ""
+    body = "\n".join(part for part in (head, contents, *rest) if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
 from unvanish.draw.axes import power
-from unvanish.draw.style import line
+from unvanish.draw.style import Line, line
 
 WIDTH, HEIGHT = 1200, 630
 """pixels, the size that link previews are made for"""
@@ -27,6 +27,8 @@ CURVES = 4
 """at most, beginning with the first"""
 LETTERS = 400
 """more than any line has room for; what is longer need not be laid out"""
+PALE = Line("#767676", "none", "-")
+"""what the other curves are compared with"""
 _DPI = 96
 """SVG's pixels per inch, so that both formats have the same size"""
 
@@ -137,15 +139,14 @@ def _draw(figure: Figure, curves: Sequence[PreviewCurve]) -> None:
     ax.tick_params(labelsize=11)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    heights = []
-    for index, curve in enumerate(curves):
-        style = line(index)
+    heights, coloured = [], [curve for curve in curves if not curve.pale]
+    for curve in curves:
+        style = PALE if curve.pale else line(coloured.index(curve))
         values = np.array([np.nan if p is None or p == -np.inf else p for p in curve.powers], dtype=float)
-        colour = "#767676" if curve.pale else style.colour
-        ax.plot(values, color=colour, linestyle=style.dashes, linewidth=2 if curve.pale else 4, clip_on=True)
+        ax.plot(values, color=style.colour, linestyle=style.dashes, linewidth=2 if curve.pale else 4, clip_on=True)
         seen = np.flatnonzero(np.isfinite(values))
         last = float(np.clip(values[seen[-1]], *SCALE)) if len(seen) else SCALE[0]
-        heights.append((last, curve.name, colour))
+        heights.append((last, curve.name, style.colour))
     _names(ax, heights, room)
 
 

@@ -55,9 +55,14 @@ def steps(number: int) -> str:
 
 
 def fraction(power: float) -> str:
-    """A power of ten in words: "1", "1 %", "10⁻⁸", "exactly 0"."""
-    if power == -math.inf:
-        return "exactly 0"
-    if -3 < power <= 0:
-        return "1" if power == 0 else f"{100 * 10**power:.2g} %"
+    """A power of ten in words: "1", "33 %", "0.31 %", "10⁻⁸", "exactly 0", "infinite", "unknown"."""
+    if math.isnan(power):
+        return "unknown"
+    if math.isinf(power):
+        return "exactly 0" if power < 0 else "infinite"
+    if power == 0:
+        return "1"
+    if -3 < power < 1:
+        percent = 100 * 10**power
+        return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
     return f"10{str(round(power)).translate(_SUPERSCRIPTS)}"

@@ -33,6 +33,8 @@ class GateStatistics(Record):
     log_carry: Tensor | None
     """[H] mean ln|∂m_t/∂m_{t−1}| of the memory m at fixed shares, nats per step: ln f of the LSTM, ln z of the GRU;
     None for a cell that carries nothing, as the plain RNN"""
+    steps: int
+    """T"""
 
     def _draw(self, ax: Any) -> Any:
         if self.log_carry is None:
@@ -40,7 +42,7 @@ class GateStatistics(Record):
         from unvanish import draw
 
         counts, edges = self.histogram()
-        return draw.histogram(counts.numpy(), edges.numpy(), ax)
+        return draw.histogram(counts.numpy(), edges.numpy(), self.steps, ax)
 
     @property
     def half_life(self) -> Tensor:
@@ -123,4 +125,5 @@ def gates_of(stack: Stack, at: str | None) -> GateStatistics:
     values, closed = read(tr.gates).double(), read(tr.cell.sensitivity(tr)) < SATURATED
     carry = tr.cell.carry(tr)
     log_carry = None if carry is None else read(carry).double().abs().log().mean(0).cpu()
-    return GateStatistics(tr.cell.name, tr.cell.gates, values.mean(0).cpu(), closed.double().mean(0).cpu(), log_carry)
+    saturation = closed.double().mean(0).cpu()
+    return GateStatistics(tr.cell.name, tr.cell.gates, values.mean(0).cpu(), saturation, log_carry, tr.x.shape[0])

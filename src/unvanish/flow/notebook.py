@@ -23,7 +23,7 @@ _TABLE = "border-collapse:collapse;white-space:nowrap;font-variant-numeric:tabul
 _CELL = "padding:.15rem .9rem .15rem 0;text-align:left;border:0"
 _SMALL = "opacity:.75;font-size:.8rem"
 
-Verdict = Literal["fades", "arrives", "grows", "no gradient", "not judged"]
+Verdict = Literal["fades", "arrives", "grows", "no gradient", "not finite", "travels no step", "not judged"]
 
 
 class Course(NamedTuple):
@@ -31,7 +31,7 @@ class Course(NamedTuple):
 
     way: list[float]
     """log10 of the norm relative to the peak over the lag: steps from the peak, in the direction in which the gradient
-    travels; −∞ where it is 0; empty where no gradient arrived"""
+    travels; −∞ where it is 0; empty where no gradient arrived, or not a finite one"""
     peak: float
     at: int
     """step of the peak"""
@@ -39,11 +39,25 @@ class Course(NamedTuple):
     """the reach: steps from the peak over which the norm stays above 1 % of it"""
     grown: float
     """log10 of the peak relative to the first step that a gradient reached"""
+    broken: int | None = None
+    """the first step on its way at which some sample's norm is NaN or infinite"""
 
     @property
-    def end(self) -> float:
-        """log10 of what remains at the step that the gradient reaches last."""
-        return self.way[-1] if self.way else -math.inf
+    def missing(self) -> str:
+        """Why there is nothing to say about its way, in words; "" where there is something."""
+        if self.broken is not None:
+            return f"the gradient is NaN or infinite at t={self.broken}"
+        return "" if self.way else "no gradient arrived"
+
+    @property
+    def lags(self) -> int:
+        """Steps that the gradient travels on from its peak; 0 where the peak lies at the end of its way."""
+        return max(0, len(self.way) - 1)
+
+    @property
+    def still(self) -> bool:
+        """Whether it arrives at the end of its way alone, as at the only step, and so travels over none."""
+        return bool(self.way) and not self.lags and self.grown == 0
 
 
 def course(record: LayerFlow) -> Course:
@@ -52,13 +66,17 @@ def course(record: LayerFlow) -> Course:
     present = torch.arange(len(norms))[:, None] < record.lengths[None, :]
     if not norms.numel():
         return Course([], 0.0, 0, 0, 0.0)
-    middle = torch.where(present, norms, torch.nan).nanmedian(1).values.nan_to_num(0.0)
     backwards = record.name.endswith(".reverse")
+    broken = (present & ~norms.isfinite()).any(1).nonzero().flatten().tolist()
+    if broken:
+        at = broken[0 if backwards else -1]
+        return Course([], math.nan, at, 0, 0.0, at)
+    middle = torch.where(present, norms, torch.nan).nanmedian(1).values.nan_to_num(0.0)
     from_source = middle if backwards else middle.flip(0)
     start = int(from_source.argmax())
     at = start if backwards else len(middle) - 1 - start
     peak = float(middle[at])
-    if not 0 < peak < math.inf:
+    if peak == 0:
         return Course([], peak, at, 0, 0.0)
     powers = (from_source / peak).log10()
     source = int(powers.isfinite().nonzero()[0])
@@ -69,21 +87,31 @@ def course(record: LayerFlow) -> Course:
 
 def verdict(record: LayerFlow, found: Course) -> Verdict:
     """What happens to the gradient on its way, from its norm alone."""
+    if found.broken is not None:
+        return "not finite"
     if not record.valid:
         return "not judged"
     if not found.way:
         return "no gradient"
+    if found.still:
+        return "travels no step"
     if found.grown > GROWN:
         return "grows"
-    return "arrives" if found.above == len(found.way) - 1 else "fades"
+    return "arrives" if found.above == found.lags else "fades"
 
 
 def in_words(record: LayerFlow) -> str:
     """Reach and peak in a line."""
     found = course(record)
-    if not found.way:
-        return "no gradient arrived"
-    return f"reach {_reach(found)}, peak {found.peak:.2g} at t={found.at}; {_rest(found)}"
+    if found.missing:
+        return found.missing
+    if len(record.dh) == 1:
+        return f"{found.peak:.2g} at the only step"
+    if found.still:
+        return f"{found.peak:.2g} at t={found.at} alone, where its way ends"
+    if not found.lags:
+        return f"does not fade on its way; peak {found.peak:.2g} at t={found.at}, where it ends"
+    return f"reach {_reach(found)}, peak {found.peak:.2g} at t={found.at}; {_rest(found)} remains at the end of its way"
 
 
 def card(layers: Mapping[str, LayerFlow], skipped: Mapping[str, str]) -> str:
@@ -109,8 +137,8 @@ def _row(record: LayerFlow, found: Course) -> str:
     cells = (
         f"{escape(short(record.name))} ({escape(record.cell)})",
         _curve(record, found),
-        _reach(found) if found.way else "–",
-        _rest(found),
+        _reach(found) if found.lags else "–",
+        "–" if found.missing or found.still else _rest(found),
         verdict(record, found),
         "yes" if record.valid else escape(f"no: {short(record.problem or '', 60)}"),
     )
@@ -127,8 +155,9 @@ def _curve(record: LayerFlow, found: Course) -> str:
         for lag in lags
     )
     way = "read in reverse, from the first step to the last" if backwards else "from the last step to the first"
+    says = found.missing or f"{_rest(found)} at the end of its way, {way}"
     return (
-        f'<svg width="{LINE}" height="22" role="img" aria-label="{_rest(found)}, {way}" style="display:block">'
+        f'<svg width="{LINE}" height="22" role="img" aria-label="{says}" style="display:block">'
         f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"/></svg>'
     )
 
@@ -162,8 +191,9 @@ def _strip(found: Course, most: int) -> str:
         f'fill-opacity="{0.9 * _lightness(found.way[lag]):.2f}"/>'
         for i, lag in enumerate(places)
     )
+    says = f"reach {_reach(found)}" if found.lags else "largest at the end of its way"
     return (
-        f'<svg width="{STRIP}" height="16" role="img" aria-label="reach {_reach(found)}" fill="currentColor" '
+        f'<svg width="{STRIP}" height="16" role="img" aria-label="{says}" fill="currentColor" '
         f'style="display:block">{boxes}<rect x=".5" y=".5" width="{own - 1:.1f}" height="14" fill="none" '
         f'stroke="currentColor" stroke-opacity=".5"/></svg>'
     )
@@ -179,11 +209,14 @@ def _places(length: int, most: int) -> Sequence[int]:
 
 
 def _reach(found: Course) -> str:
-    return f"{found.above} of {steps(max(0, len(found.way) - 1))}"
+    return f"{found.above} of {steps(found.lags)}"
 
 
 def _rest(found: Course) -> str:
-    if found.end == -math.inf:
-        return "nothing remains"
-    kept = 10**found.end
-    return f"{kept:.2g} of it remains" if found.end > -3 else f"10^{found.end:.0f} of it remains"
+    """What there is at the step that the gradient reaches last."""
+    if not found.lags:
+        return "its peak"
+    end = found.way[-1]
+    if end == -math.inf:
+        return "nothing"
+    return "all of the peak" if end == 0 else f"{fraction(end)} of the peak"

@@ -1,6 +1,8 @@
 """The pictures for papers: matplotlib, on Axes that are given or made; each function returns its Axes.
 
-Colour-blind-safe, told apart by dash too; norms on a logarithmic axis; medians over samples, bands from 10 % to 90 %.
+Colour-blind-safe, told apart by dash too, named at their ends; norms on a logarithmic axis; medians over samples, bands
+from 10 % to 90 %. Gradients over the lag have one of three axes, down to 10⁻⁸, 10⁻²⁰ or 10⁻⁶⁰, so that models and
+moments can be compared.
 Of a record of `uv.flow` or of a diagnosis each is the record's own `plot`.
 """
 
@@ -38,7 +40,8 @@ Moment = Literal["before", "after"]
 def reach(task: TaskResult, ax: Axes | None = None, moment: Moment = "before") -> Axes:
     """‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0 over the lag ℓ, in powers of ten: median over samples, band from 10 % to 90
     %."""
-    ax = draw.over_lag({run.title: _band(getattr(run, moment)) for run in task.runs}, ax)
+    low = draw.lowest(_band(found) for run in task.runs for found in (run.before, run.after))
+    ax = draw.over_lag({run.title: _band(getattr(run, moment)) for run in task.runs}, ax, low=low)
     when = "before training" if moment == "before" else "after training"
     ax.set_title(f"{draw.label(task.title)}: the gradient over the lag, {when}", loc="left", fontsize=10)
     return ax
@@ -80,7 +83,9 @@ def learning(task: TaskResult, ax: Axes | None = None) -> Axes:
             )
     for level, words in ((task.chance, "chance"), (task.solved_below, "solved below")):
         ax.axhline(level, color="0.4", linewidth=0.9, linestyle=":")
-        ax.text(0, level, f" {words}", color="0.35", fontsize=7, va="bottom")
+        ax.text(
+            0.01, level, words, color="0.35", fontsize=7, va="bottom", transform=ax.get_yaxis_transform(), clip_on=True
+        )
     if spans_decades(task):
         ax.set_yscale("log")
     else:
@@ -142,15 +147,16 @@ def terms(record: StateTerms | GradientBreakdown, ax: Axes | None = None) -> Axe
 
 
 def memory(record: GateStatistics | GradientBreakdown, bins: int = 20, ax: Axes | None = None) -> Axes:
-    """How many units forget by 1/e in how many steps: the time constants that the carry implies.
+    """How many units forget by 1/e in how many steps: the time constants that the carry implies, on an axis from 1 step
+    to 10·T.
 
     Raises:
         ValueError: the cell carries nothing.
     """
     if isinstance(record, GateStatistics):
         counts, edges = record.histogram(bins)
-        return draw.histogram(np.asarray(counts), np.asarray(edges), ax)
-    return draw.histogram(*_time_constants(record, bins), ax, longest=max(100.0, 10.0 * (record.steps[-1] + 1)))
+        return draw.histogram(np.asarray(counts), np.asarray(edges), record.steps, ax)
+    return draw.histogram(*_time_constants(record, bins), record.steps[-1] + 1, ax)
 
 
 def _time_constants(record: GradientBreakdown, bins: int) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +175,7 @@ def subgradients(record: LayerFlow | GradientBreakdown, ax: Axes | None = None) 
     Raises:
         ValueError: the record has none: it is of marked states.
     """
-    names, y = (r"$\|g_t\|$", r"$\|\sum_{s \geq t} g_s\|$"), "norm of the weight's gradient"
+    names, y = (r"$\|g_t\|$", r"$\|\Sigma_{s \geq t} g_s\|$"), "norm of the weight's gradient"
     if not isinstance(record, LayerFlow):
         both = (record.subgradient, record.partial_sums)
         curves = {

@@ -34,7 +34,7 @@ def still(task: TaskResult) -> Markup:
         for power in range(LOWEST, HIGHEST, 10)
     ]
     parts += [
-        _level(power, "bound") + _text(WIDTH - RIGHT - 4, _y(power) - 5, words, "end", "soft")
+        _level(power, "bound") + _text(LEFT + 6, _y(power) + 14, words, "start", "soft halo")
         for power, words in ((REACHED, "1 %: reach"), (FLOAT32, "float32’s smallest number"))
     ]
     parts += [_curve(run, index) for index, run in enumerate(task.runs)]

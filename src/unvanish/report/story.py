@@ -119,7 +119,8 @@ def _ends(task: TaskResult, run: Run) -> str:
 
 def update(found: GradientBreakdown, when: str) -> str:
     """The last steps that the weight's gradient consists of."""
-    return f"{when} training, 99 % of the update comes from the last {steps(found.last_steps)}."
+    last = "the last step alone" if found.last_steps == 1 else f"the last {found.last_steps} steps"
+    return f"{when} training, 99 % of the update comes from {last}."
 
 
 def rescue(run: Run) -> str:
@@ -133,8 +134,8 @@ def rescue(run: Run) -> str:
     middle = median(sorted(map(abs, change)))
     rest = " and leaves the others nearly as they were" if middle < 0.1 else ""
     return (
-        f"The smallest change of b_{found.gate} (2-norm {norm:.3g}) after which a gradient survives {found.lag} steps "
-        f"with S = {found.target:g} opens {opened} of {len(change)} units{rest}. "
+        f"The smallest change of the biases of gate {found.gate} (2-norm {norm:.3g}) after which a gradient survives "
+        f"{found.lag} steps with S = {found.target:g} opens {opened} of {len(change)} units{rest}. "
         f"Reach {run.before.reach} → {found.reach.reach} steps, without any training."
     )
 

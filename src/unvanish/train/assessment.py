@@ -43,12 +43,23 @@ class Assessment:
     says: str
 
 
-def assess(problem: DataProblem, model: SequenceModel, figures: Judgement, seed: int) -> Assessment:
+def examine(problem: DataProblem, model: SequenceModel, seed: int) -> Diagnosis:
+    """A diagnosis on samples of the training split that trains no copy: exact tests, and how far the gradient reaches
+    in each layer."""
+    few = problem.examples("train", max(FEW, min(ENOUGH, FOLLOWED // problem.length)))
+    subject = _subject(problem, model, few)
+    return diagnose(model, *subject.inputs, subject.target, loss=problem.loss, budget=0, seed=seed)
+
+
+def assess(
+    problem: DataProblem, model: SequenceModel, diagnosis: Diagnosis, figures: Judgement, seed: int
+) -> Assessment:
     """Judge a trained model on the test split, or where there is none on the validation split.
 
     Args:
         problem: what was learnt.
         model: as trained.
+        diagnosis: of the model, by `examine`.
         figures: of the model and the baselines on the test split; empty where there is none.
         seed: of random numbers.
     """
@@ -76,7 +87,7 @@ def assess(problem: DataProblem, model: SequenceModel, figures: Judgement, seed:
         first = f"No better than guessing by more than chance, on {len(held)} unseen samples: {figure}"
     else:
         first = f"No better than guessing: {figure}"
-    return Assessment(False, f"{first}; {_where_to_look(problem, model, rows, seed)}")
+    return Assessment(False, f"{first}; {_where_to_look(diagnosis, model, rows, seed)}")
 
 
 @dataclass(frozen=True)
@@ -97,11 +108,8 @@ def _against(figures: Judgement) -> _Against | None:
     return _Against(sign * own > sign * best, f"{metric} {own:.3g} against {best:.3g} ({who})")
 
 
-def _where_to_look(problem: DataProblem, model: SequenceModel, rows: Rows, seed: int) -> str:
-    """What a diagnosis without any training finds; otherwise how far the gradient reaches, and what follows."""
-    few = problem.examples("train", max(FEW, min(ENOUGH, FOLLOWED // problem.length)))
-    subject = _subject(problem, model, few)
-    found = diagnose(model, *subject.inputs, subject.target, loss=problem.loss, budget=0, seed=seed)
+def _where_to_look(found: Diagnosis, model: SequenceModel, rows: Rows, seed: int) -> str:
+    """What exact tests found; otherwise how far the gradient reaches, and what follows."""
     if not found.healthy:
         return f"{found.headline[0].lower()}{found.headline[1:].removesuffix('.')}."
     return _reach(found, reaching(rows, seed), every_step=model.read == "all")

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from unvanish.extras import extra
 from unvanish.flow.callback import GradientFlow
-from unvanish.train.assessment import assess
+from unvanish.train.assessment import assess, examine
 from unvanish.train.configuration import Machines, TrainingConfiguration
 from unvanish.train.fit import JUDGED, fit
 from unvanish.train.memory import estimated, require
@@ -21,6 +22,7 @@ from unvanish.train.problems import DataProblem
 from unvanish.train.run_folder import RunFolder, fingerprint
 from unvanish.train.settings import Settings
 from unvanish.train.trained import SCHEMA, Trained
+from unvanish.train.training_page import reaches, training_page, training_preview
 
 with extra("lab"):
     import lightning
@@ -51,7 +53,8 @@ def train_on(
     Args:
         problem: what is learnt.
         settings: the model and the training.
-        out: folder for checkpoints, one per round, and for the model in the end; None: nothing is written.
+        out: folder for checkpoints, one per round, and in the end for the model and a page about the training
+            (`report.html`, and its card as PNG and SVG); None: nothing is written.
         resume: go on from the newest checkpoint in `out`, to the same weights as without the interruption (on the CPU
             bit for bit); begin where there is none.
         flow_every: updates between two measurements of the gradient's reach (`flow.GradientFlow`); None: none.
@@ -59,7 +62,8 @@ def train_on(
         machines: where it runs; None: in this process.
         callbacks: Lightning's, further ones.
         tell: called after every update.
-        assessed: whether to say in `config["assessment"]` what the training came to, which takes some seconds.
+        assessed: whether to say in `config["assessment"]` what the training came to, in `config["reach"]` how far the
+            gradient reached before it and after, and to write the page; takes some seconds.
 
     Raises:
         ValueError: the settings don't fit the problem, or need more memory than there is; `out` holds something else,
@@ -77,6 +81,7 @@ def train_on(
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = shape.build(problem.length)
+    untrained = deepcopy(model)
     # Fewer samples of very long sequences: measuring keeps every state of them.
     samples = max(1, min(8, FLOW_STEPS // problem.length))
     flow = None if flow_every is None else GradientFlow(flow_every, samples=samples)
@@ -115,11 +120,15 @@ def train_on(
             **problem.keep(),
             "test": problem.judge(model),
         }
+        page = None
         if assessed:
-            config["assessment"] = asdict(assess(problem, model, config["test"], settings.seed))
+            was, now = (examine(problem, m, settings.seed) for m in (untrained, model))
+            config["reach"] = reaches(was, now)
+            config["assessment"] = asdict(assess(problem, model, now, config["test"], settings.seed))
+            page = training_page(config, was, now), training_preview(config, was, now)
         trained = Trained(model, config)
         if folder is not None:
-            folder.finish(trained)
+            folder.finish(trained, page)
     return trained
 
 

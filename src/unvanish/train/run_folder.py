@@ -1,4 +1,4 @@
-"""The folder of a training: what it is of, its checkpoints, in the end its model."""
+"""The folder of a training: what it is of, its checkpoints, in the end its model and a page about it."""
 
 import hashlib
 import json
@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from unvanish.flow.files import write_atomically
+from unvanish.draw.preview import Preview, preview_paths
+from unvanish.flow.files import write_atomically, write_page
 from unvanish.train.checkpoints import newest
 from unvanish.train.trained import CONFIG, WEIGHTS, Trained
 
-RUN, CHECKPOINTS = "run.json", "checkpoints"
+RUN, CHECKPOINTS, PAGE = "run.json", "checkpoints", "report.html"
 
 
 class RunFolder:
@@ -67,13 +68,15 @@ class RunFolder:
         """Whether the model is there."""
         return (self.path / CONFIG).is_file()
 
-    def finish(self, trained: Trained) -> None:
-        """Write the model; its checkpoints have done their work.
+    def finish(self, trained: Trained, page: tuple[str, Preview] | None = None) -> None:
+        """Write the page and its card, if there is one, then the model; its checkpoints have done their work.
 
         Raises:
             OSError: it can't be written.
         """
         if self.first:
+            if page is not None:
+                write_page(self.path / PAGE, *page)
             trained.save(self.path)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
@@ -96,7 +99,8 @@ class RunFolder:
 
     def _half_written(self) -> list[Path]:
         """What a kill left behind of files that were being written."""
-        names = [self.path.glob(f".{name}.*") for name in (RUN, CONFIG, WEIGHTS)]
+        cards = (path.name for path in preview_paths(PAGE))
+        names = [self.path.glob(f".{name}.*") for name in (RUN, CONFIG, WEIGHTS, PAGE, *cards)]
         return [half for found in (*names, self.checkpoints.glob(".*.ckpt.*")) for half in found]
 
     def _kept(self) -> str:

@@ -90,7 +90,7 @@ def steps_dropped(bench: Bench) -> list[Finding]:
     if bench.reach is None or bench.steps < 3:
         return []
     moves = [t for t in bench.probed if float(bench.reach[1][:, t].max()) > 0]
-    later = [t for t in bench.probed if moves and t > moves[-1] and _differs(bench, t)]
+    later = [t for t in bench.probed if moves and t > moves[-1] and bench.differs_at(t)]
     if not later or later[-1] < bench.steps - 1 or len(later) < 2 or bench.steps - later[0] < DROPPED * bench.steps:
         return []
     lengths: dict[str, int] = {}
@@ -114,14 +114,6 @@ def steps_dropped(bench: Bench) -> list[Finding]:
             "over the steps.",
         )
     ]  # fmt: skip
-
-
-def _differs(bench: Bench, t: int) -> bool:
-    """Whether samples have different inputs at this step; padding is the same for all."""
-    assert bench.sequence is not None
-    which, _, steps = bench.sequence
-    x = tensors(bench.given[0])[which].select(steps, t)
-    return bool((x != x[:1]).any())
 
 
 def _part_ignored(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Finding]:

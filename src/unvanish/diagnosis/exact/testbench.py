@@ -243,6 +243,13 @@ class Bench:
 
         return mapped(self.given[0], change), self.given[1]
 
+    def differs_at(self, t: int) -> bool:
+        """Whether the samples' inputs differ at step t of the main sequence."""
+        assert self.sequence is not None
+        which, samples, steps = self.sequence
+        at = tensors(self.given[0])[which].select(steps, t).movedim(samples - (steps < samples), 0)
+        return bool((at != at[:1]).any())
+
     def at_step(self, tensor: Tensor, t: int, steps: int | None = None) -> Tensor | None:
         """The answers at this step, where an output has an axis of steps, the main sequence's or so many; else None."""
         if self.sequence is None or tensor.dim() < 2:

@@ -1,5 +1,6 @@
 /* The paths through a cell: drawing, formula and curve of one light up together. */
 const TERMS = { A: 4, B: 2, C: 1, D: 3, O: 6 };
+const EQUATION = ["B", "A", "C", "D", "O"]; /* in the order of its terms */
 const letterOf = (name) => (/^[A-DO] · /.test(name) ? name[0] : name);
 
 function light() {
@@ -11,7 +12,7 @@ function light() {
 }
 
 function drawCell() {
-  const run = theRun(), found = run.breakdown[0], names = Object.keys(found.kept), lettered = names.every((name) => letterOf(name).length === 1);
+  const run = theRun(), found = run.breakdown[0], place = (name) => Math.max(0, EQUATION.indexOf(letterOf(name))), names = Object.keys(found.kept).sort((a, b) => place(a) - place(b)), lettered = names.every((name) => letterOf(name).length === 1);
   byId("cell-drawing").hidden = !lettered;
   document.querySelector("#cell .formula").hidden = !lettered;
   byId("cell-note").textContent = lettered ? `${run.title} before training, median over samples.` : `${run.title} before training, median over samples. Drawing and letters are the LSTM's: choose one of its kind to see them; this cell's own paths are named beside its curves.`;

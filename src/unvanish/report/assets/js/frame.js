@@ -56,6 +56,12 @@ function bound(f, y, value, text, side = "start", below = false) {
   f.g.append("text").attr("class", "soft halo").attr("x", side === "start" ? 4 : f.w - 4).attr("y", y(value) + (below ? 14 : -5)).attr("text-anchor", side).text(text);
 }
 
+/* The names of two lines that end at the left: above the upper line and below the lower one. */
+function leftEnds(f, found) {
+  const [upper, lower] = [...found].sort((a, b) => a.y - b.y);
+  labels(f, [{ ...upper, y: Math.max(8, upper.y - 11) }, { ...lower, y: lower.y + 11 }], 8, "start", 18);
+}
+
 /* Labels at the ends of lines, moved apart where they would overlap. */
 function labels(f, found, x, anchor = "start", gap = 15) {
   const placed = found.map((v) => ({ ...v })).sort((a, b) => a.y - b.y);

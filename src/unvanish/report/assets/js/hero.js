@@ -5,11 +5,11 @@ const hero = { draw: () => {}, show: () => {} };
 hero.draw = () => {
   const task = theTask(), runs = task.runs, narrow = byId("hero").clientWidth < 620;
   const rowHeight = narrow ? 30 : 32, top = 34 + rowHeight * runs.length, chart = narrow ? 210 : 250;
-  const f = frame("hero", top + chart + 46, { l: narrow ? 132 : 176, r: 22, t: 0, b: 0 }, task.alt.hero);
+  const f = frame("hero", top + chart + 46, { l: narrow ? 132 : 176, r: 46, t: 0, b: 0 }, task.alt.hero);
   const x = d3.scaleLinear([0, task.lag], [f.w, 0]), y = d3.scaleLinear([LOWEST, HIGHEST], [top + chart, top + 26]);
   const count = Math.min(task.lag + 1, Math.max(10, Math.floor(f.w / 17))), radius = Math.min(6, f.w / count / 2.7);
   const cells = Array.from({ length: count }, (_, i) => (i * task.lag) / (count - 1));
-  f.g.append("text").attr("class", "soft").attr("x", f.w).attr("y", 18).attr("text-anchor", "end").text("error at the last step ↓");
+  f.g.append("text").attr("class", "soft").attr("x", f.w).attr("y", 18).attr("text-anchor", "end").text(narrow ? "error ↓" : "error at the last step ↓");
   f.g.append("text").attr("class", "soft").attr("x", 0).attr("y", 18).text("← first step");
   const rows = runs.map((run, r) => {
     const row = f.g.append("g").attr("transform", `translate(0,${34 + rowHeight * (r + 0.5)})`);
@@ -24,11 +24,13 @@ hero.draw = () => {
     return { run, number, lights };
   });
   for (const v of [0, -10, -20, -30, -40, -50]) {
-    f.g.append("g").attr("class", "tick").attr("transform", `translate(0,${y(v)})`).call((g) => { g.append("line").attr("x2", f.w); g.append("text").attr("x", f.w + 2).attr("y", 12).attr("text-anchor", "end").text(tens(v)); });
+    f.g.append("g").attr("class", "tick").attr("transform", `translate(0,${y(v)})`).call((g) => { g.append("line").attr("x2", f.w); g.append("text").attr("x", f.w + 8).attr("y", 4).text(tens(v)); });
   }
   for (const [v, text] of [[REACHED, "1 %: reach"], [FLOAT32, "float32’s smallest number"]]) {
     f.g.append("line").attr("class", "bound").attr("x2", f.w).attr("y1", y(v)).attr("y2", y(v));
-    f.g.append("text").attr("class", "soft halo").attr("x", f.w * (v === REACHED ? 0.42 : 0.9)).attr("y", y(v) + 15).attr("text-anchor", "end").text(text);
+    const room = (part) => Math.min(...runs.map((run) => Math.abs(y(run.before[Math.round(task.lag * (1 - part))] ?? LOWEST) - y(v) - 11)));
+    const free = (v === FLOAT32 ? [0.5] : [0.36, 0.2, 0.52, 0.68, 0.84]).reduce((best, part) => (room(part) > room(best) ? part : best));
+    f.g.append("text").attr("class", "soft halo").attr("x", f.w * free).attr("y", y(v) + 15).attr("text-anchor", "middle").text(text);
   }
   const axis = d3.axisBottom(x).ticks(narrow ? 4 : 8).tickSizeOuter(0).tickFormat((v) => (v ? "−" + v : "0"));
   f.g.append("g").attr("transform", `translate(0,${top + chart})`).call(axis);

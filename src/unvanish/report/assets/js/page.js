@@ -12,7 +12,7 @@ function drawAll() {
   drawLearning();
   drawBias();
   drawRun();
-  for (const box of document.querySelectorAll(".scroll")) box.classList.toggle("wider", box.scrollWidth > box.clientWidth + 1);
+  for (const box of document.querySelectorAll(".scroll, .formula")) box.classList.toggle("wider", box.scrollWidth > box.clientWidth + 1);
 }
 
 function chooseTask(index) {

@@ -9,6 +9,7 @@ function drawLearning() {
   bound(f, y, task.chance, "chance");
   bound(f, y, task.solvedBelow, "solved below");
   for (const run of task.runs) run.curves.forEach((c, i) => curve(f, c.update, c.error, x, y, colour(run), i ? "faint" : "", run.dash));
+  f.g.selectAll("text.halo").raise();
   labels(f, task.runs.map((run) => ({ y: y(run.first.error.at(-1)), style: colour(run), text: run.title })), f.w + 6);
 }
 
@@ -49,7 +50,8 @@ function drawBias() {
     slider.value = Math.max(0, task.bias.findIndex((v) => v.bias === 0));
   }
   const f = overLag("bias-plot", 300, "A fresh LSTM's gradient over the lag: " + task.bias.filter((_, i) => i % 4 === 0).map((v) => `forget bias ${v.bias}: reach ${v.reach}`).join("; "), 14);
-  task.bias.forEach((v) => curve(f, v.lag, v.middle, f.x, f.y, "--c:var(--edge)", "faint dim"));
+  task.bias.forEach((v) => curve(f, v.lag, v.middle, f.x, f.y, "--c:var(--edge)", "faint"));
+  f.g.selectAll("text.halo").raise();
   const mine = f.g.append("g");
   bias.show = () => {
     const found = task.bias[Number(slider.value)], open = 1 / (1 + Math.exp(-found.bias)), log = Math.log10(open);
@@ -57,7 +59,7 @@ function drawBias() {
     mine.selectAll("*").remove();
     curve(g, found.lag, closed, f.x, f.y, "--c:var(--s0)", "", "7 4");
     curve(g, found.lag, found.middle, f.x, f.y, "--c:var(--s2)");
-    labels(g, [{ y: clamp(f.y(end), 0, f.h), style: "--c:var(--s0)", text: `closed form  ${factor(end)}` }, { y: clamp(f.y(found.middle.at(-1) ?? LOWEST), 0, f.h), style: "--c:var(--s2)", text: `measured  ${factor(found.middle.at(-1))}` }], 8, "start", 18);
+    leftEnds(g, [{ y: clamp(f.y(end), 0, f.h), style: "--c:var(--s0)", text: `closed form  ${factor(end)}` }, { y: clamp(f.y(found.middle.at(-1) ?? LOWEST), 0, f.h), style: "--c:var(--s2)", text: `measured  ${factor(found.middle.at(-1))}` }]);
     byId("bias-out").textContent = `b = ${found.bias}`;
     byId("bias-live").textContent = `σ(${found.bias}) = ${open.toPrecision(2)};  σ(${found.bias})${raised(task.lag)} = ${factor(end)};  measured ${factor(found.middle.at(-1))};  reach ${found.reach} of ${task.lag} steps`;
   };
