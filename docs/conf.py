@@ -57,7 +57,10 @@ assert _mathjax.origin is not None
 mathjax_path = "mathjax/tex-chtml.js"
 html_static_path = ["_static", str(Path(_mathjax.origin).parent / "static")]
 html_css_files = ["unvanish.css"]
-html_copy_source = False
+# The search reads its excerpts from the copied sources; the pages do not link to them.
+html_copy_source = True
+html_show_sourcelink = False
+html_show_search_summary = True
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0072B2", "color-brand-content": "#0072B2"},
     "dark_css_variables": {"color-brand-primary": "#56B4E9", "color-brand-content": "#56B4E9"},

@@ -8,6 +8,7 @@ import torch
 from unvanish.diagnosis.measure import FRACTION, Measured
 
 Verdict = Literal["vanishes", "healthy", "explodes", "chaotic", "saturated", "dead", "undecided"]
+"""what a layer's measurement says about its gradient"""
 
 MOST = 0.5
 """a share of units or steps that counts as most of them"""

@@ -132,6 +132,7 @@ RECIPES: dict[str, Recipe] = {
     "lstm-forget1": Recipe("forget-bias-1 LSTM", layers.LSTM, lambda layer, length: cures.forget_bias_(layer, 1.0)),
     "lstm-chrono": Recipe("chrono LSTM", layers.LSTM, lambda layer, length: cures.chrono_(layer, max_lag=length)),
 }
+"""Every model that `compare` and `train_on` can build, by name: a cell, and how it is initialised."""
 
 
 def _of_the_zoo() -> dict[str, Recipe]:
