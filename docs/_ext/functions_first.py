@@ -13,8 +13,8 @@ from sphinx.util.docutils import SphinxDirective
 
 
 class Api(SphinxDirective):
-    """`.. api:: unvanish.flow`. `:without:` names what the page documents itself; the content is directives for functions
-    from elsewhere, which go after the package's own functions and before its classes."""
+    """`.. api:: unvanish.flow`. `:without:` names what the page documents itself; the content is directives for
+    functions from elsewhere, which go after the package's own functions and before its classes."""
 
     required_arguments = 1
     has_content = True
