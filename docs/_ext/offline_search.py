@@ -1,7 +1,8 @@
 """Excerpts in the search results when the pages are opened as files.
 
-Sphinx's search fetches each page that it found to show an excerpt, and a browser refuses to fetch from a `file:` page. So
-the text of all pages is written into one script, which only the search page loads and which answers in place of `fetch`.
+Sphinx's search fetches each page that it found to show an excerpt, and a browser refuses to fetch from a `file:` page.
+So the text of all pages is written into one script, which only the search page loads and which answers in place of
+`fetch`.
 """
 
 import json
@@ -20,7 +21,7 @@ VOID = {"br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 
 
 class _Text(HTMLParser):
-    """The text of a page's article, in one nested `<section id=...>` per section, which is what the search looks for."""
+    """The text of a page's article, with a `<section id=...>` per section, which is what the search looks for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +34,9 @@ class _Text(HTMLParser):
             return
         found = dict(attrs)
         hidden = tag in ("script", "style", "button", "svg") or "headerlink" in (found.get("class") or "")
-        kind = "article" if found.get("role") == "main" else "hidden" if hidden else "section" if tag == "section" else ""
+        kind = (
+            "article" if found.get("role") == "main" else "hidden" if hidden else "section" if tag == "section" else ""
+        )
         self._open.append(kind)
         self._article += kind == "article"
         self._hidden += kind == "hidden"
