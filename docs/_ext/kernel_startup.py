@@ -3,12 +3,15 @@
 IPython's own `!` goes on after a failure, and runs commands in a terminal, so that progress bars fill the page.
 """
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-import traceback
+import tempfile
+from functools import cache
+from pathlib import Path
 
 from IPython.core.getipython import get_ipython
 
@@ -23,9 +26,18 @@ def system(line: str) -> None:
     line = shell.var_expand(line, depth=1).strip()
     ours = COMMAND.fullmatch(line)
     if ours is None:
-        printed, code = _in_shell(line)
+        done = subprocess.run(
+            line,
+            shell=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            env=_environment(),
+        )
+        printed, code = done.stdout, done.returncode
     else:
-        printed, code = _in_fork([ours[1], *shlex.split(ours[2])])
+        printed, code = _ours([ours[1], *shlex.split(ours[2])])
         if ours[3]:
             printed, code = f"{printed}exit code {code}\n", 0
     print(printed, end="")
@@ -33,52 +45,26 @@ def system(line: str) -> None:
         raise RuntimeError(f"exit code {code}: {line}")
 
 
-def _in_shell(line: str) -> tuple[str, int]:
+def _ours(arguments: list[str]) -> tuple[str, int]:
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.NamedTemporaryFile() as output:
+        asked = {"arguments": arguments, "folder": os.getcwd(), "output": output.name}
+        print(json.dumps(asked), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        return Path(output.name).read_text(encoding="utf-8"), code
+
+
+@cache
+def _server() -> "subprocess.Popen[str]":
+    program = [sys.executable, str(Path(os.environ["PYTHONSTARTUP"]).with_name("command_server.py"))]
+    return subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment())
+
+
+def _environment() -> dict[str, str]:
     # The kernel sets it; a program that obeys it fills the page with its progress bars in a pipe too.
-    env = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}
-    done = subprocess.run(
-        line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=env
-    )
-    return done.stdout, done.returncode
-
-
-def _in_fork(arguments: list[str]) -> tuple[str, int]:
-    """A command in a copy of this process: five seconds of imports are then paid once per page and not per command."""
-    import unvanish.train  # noqa: F401 (for the copies)
-
-    reading, writing = os.pipe()
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        _become(arguments, writing)
-    os.close(writing)
-    with open(reading, encoding="utf-8") as pipe:
-        printed = pipe.read()
-    return printed, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def _become(arguments: list[str], output: int) -> None:
-    """Be the command `unvanish`; never returns, so that nothing of the kernel runs twice."""
-    code = 1
-    try:
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        os.environ.pop("FORCE_COLOR", None)
-        sys.argv = ["unvanish", *arguments]
-        from unvanish.cli import main
-
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    return {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}
 
 
 _shell = get_ipython()
