@@ -1,4 +1,4 @@
-"""Where a NaN or an infinity was born: the layer, the step, the sample and the gate; forward first, then backward."""
+"""The origin of a NaN or an infinity: layer, step, sample and gate; first in the forward pass, then in the backward."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from unvanish.flow.summary import by_gate
 
 
 class NonFiniteOrigin(NamedTuple):
-    """Where a NaN or an infinity was born."""
+    """The origin of a NaN or an infinity."""
 
     forward: bool
     """or on the way back"""
