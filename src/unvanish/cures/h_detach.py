@@ -30,16 +30,16 @@ def h_detach_(module: M, p: float | None) -> M:
     Args:
         module: nn.LSTM, nn.GRU, nn.LSTMCell, `unvanish.nn.Recurrent` of a cell with a carry and a matrix, or any module
             whose recurrent layers are all of these.
-        p: from 0 to 1; the paper uses 0.25 to 0.5, and 1 hands the error back by the carry alone. None takes it off
+        p: from 0 to 1; the paper uses 0.25 to 0.5; with 1 the gradient passes the carry alone. None removes it
             (layers stay `unvanish.nn`; see `restore`).
 
     Returns:
         module, changed in place; no weight is touched.
 
     Raises:
-        TypeError: module is no module, or p no number; a cell carries nothing, or has no recurrent matrix, or is an
+        TypeError: module is not a module, or p not a number; a cell has no carry or no recurrent matrix, or is an
             nn.GRUCell, whose carry and matrices read the same tensor.
-        ValueError: there is no recurrent layer, p is no probability, or a layer cannot be accelerated; nothing is
+        ValueError: there is no recurrent layer, p is not a probability, or a layer cannot be accelerated; nothing is
             changed then.
 
     Source: Kanuparthi, Arpit, Kerr, Ke, Mitliagkas & Bengio 2019, "h-detach: modifying the LSTM gradient towards better

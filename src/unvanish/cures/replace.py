@@ -42,7 +42,7 @@ def replace_(model: nn.Module, by: str | Cell) -> nn.Module:
         start with `chrono_` or `forget_bias_`, and make the optimizer anew. Other LSTMs and GRUs in the model stay.
 
     Raises:
-        TypeError: model is no module, or `by` neither name nor cell.
+        TypeError: model is not a module, or `by` neither name nor cell.
         ValueError: `by` names no cell; there is no plain RNN; one is of a subclass (its own behaviour would be lost;
             for unvanish.nn call `restore` first), is parametrized or has hooks.
 

@@ -29,7 +29,7 @@ def widen_(model: nn.Module, hidden_size: int) -> nn.Module:
 
     Args:
         model: any module with torch's RNN, LSTM, GRU, their cells, those of `unvanish.nn` or `Recurrent` in it,
-            changed in place; or such a layer itself, which is left alone.
+            changed in place; or such a layer itself, which stays as it is.
         hidden_size: K; layers that have as many units or more stay.
 
     Returns:
@@ -38,9 +38,9 @@ def widen_(model: nn.Module, hidden_size: int) -> nn.Module:
         can be handed back; of one from elsewhere the first H units are set, and the others start anew.
 
     Raises:
-        TypeError, ValueError: hidden_size is no positive whole number; no layer is narrower; one is of a subclass (its
-            own behaviour would be lost), is parametrized, has hooks or a projection (`proj_size`), or a cell that is
-            `given` shares.
+        TypeError, ValueError: hidden_size is not a positive whole number; no layer is narrower; one is of a subclass
+            (its own behaviour would be lost), is parametrized, has hooks or a projection (`proj_size`), or a cell that
+            is `given` shares.
 
     >>> import torch
     >>> model = nn.ModuleDict({"rnn": nn.LSTM(3, 2, batch_first=True)})

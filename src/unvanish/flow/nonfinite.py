@@ -17,7 +17,7 @@ class NonFiniteOrigin(NamedTuple):
     name: str
     """of the record"""
     says: str
-    """what was born, or all there is to say where no step is known"""
+    """what first appeared, or all there is to say where no step is known"""
     step: int | None = None
     sample: int | None = None
     place: str = ""
@@ -37,8 +37,7 @@ class NonFiniteOrigin(NamedTuple):
 
 
 def first_origin(origins: Iterable[NonFiniteOrigin | None]) -> NonFiniteOrigin | None:
-    """Of several in the order of computation, the one that the others follow from: what was born on the way forward is
-    carried on, and so is what was born on the way back."""
+    """The origin from which the others follow: the first one in the order of computation, forward before backward."""
     found = [origin for origin in origins if origin is not None]
     return next((origin for origin in found if origin.forward), found[-1] if found else None)
 

@@ -44,7 +44,7 @@ class Measured:
     gradients: dict[Hashable, Tensor] = field(default_factory=dict)
     """weight key → Σ_t g_t"""
     nonfinite: NonFiniteOrigin | None = None
-    """where a NaN or infinity was born"""
+    """where a NaN or infinity first appeared"""
 
 
 class Sequence(ABC):

@@ -163,7 +163,7 @@ class Watch(Flow):
 
         Raises:
             NoBackwardError: no error has come back to any layer.
-            NonFiniteError: a NaN or infinity turned up; the message says where it was born.
+            NonFiniteError: a NaN or infinity turned up; the message says where it first appeared.
         """
         latest = self._passes.latest()
         if not latest:

@@ -83,7 +83,7 @@ def compare_speed(
         tell: is called with each result.
 
     Raises:
-        ValueError: seconds is no positive number.
+        ValueError: seconds is not a positive number.
     """
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"seconds: expected a positive number, got {seconds}")

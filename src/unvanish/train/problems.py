@@ -239,7 +239,7 @@ class Regression(Labelled):
         test: whether a part is kept back to judge the model on.
 
     Raises:
-        DataError: a target is no finite number, no targets, or too few sequences.
+        DataError: a target is not a finite number, no targets, or too few sequences.
     """
 
     kind = "regression"
@@ -264,7 +264,7 @@ class Regression(Labelled):
         """y of sequences, as in training.
 
         Raises:
-            DataError: no targets, or one that is no finite number.
+            DataError: no targets, or one that is not a finite number.
         """
         mean, deviation = config["target_scale"]
         return list(((torch.tensor(data.numbers(), dtype=torch.float64) - mean) / deviation).float())

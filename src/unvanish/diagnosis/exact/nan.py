@@ -1,4 +1,4 @@
-"""NaN and infinity: in the batch, a parameter, the forward pass, or the backward pass; where each is born."""
+"""NaN and infinity: in the batch, a parameter, the forward pass, or the backward pass; where each first appears."""
 
 import warnings
 from typing import Any
