@@ -59,7 +59,9 @@ def _ours(arguments: list[str]) -> tuple[str, int]:
 @cache
 def _server() -> "subprocess.Popen[str]":
     program = [sys.executable, str(Path(os.environ["PYTHONSTARTUP"]).with_name("command_server.py"))]
-    return subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment())
+    return subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment(), start_new_session=True
+    )
 
 
 def _environment() -> dict[str, str]:

@@ -42,7 +42,7 @@ def _root() -> None:
 @app.command()
 def compare(
     task: Annotated[
-        list[str] | None, typer.Option(help="Task to train on; repeat the option for several. [adding, digits-padded]")
+        list[str] | None, typer.Option(help="Task; repeat the option for several. By default adding and digits-padded.")
     ] = None,
     length: Annotated[
         int | None,
