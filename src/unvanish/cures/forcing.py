@@ -68,7 +68,7 @@ def forced(
     Source: Mikhaeil, Monfared & Durstewitz 2022, "On the difficulty of learning chaotic dynamics with RNNs" (there
     B⁺ y alone takes the place of h).
 
-    Limits: h of the last layer is forced; the LSTM's c and lower layers run on as they were. B⁺ is computed anew in
+    Limits: h of the last layer is forced; the LSTM's c and lower layers run on as they were. B⁺ is recomputed in
     each call and taken as given. What has to be remembered for longer than τ is out of the loss's reach unless `keep`
     is set.
 

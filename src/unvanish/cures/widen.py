@@ -34,7 +34,7 @@ def widen_(model: nn.Module, hidden_size: int) -> nn.Module:
 
     Returns:
         model; the wider layer if model was the layer itself. The new units' weights are drawn as the layer draws them;
-        make the optimizer anew. A state that is returned has the width H and carries the K units inside, so that it
+        create the optimizer again. A state that is returned has the width H and carries the K units inside, so that it
         can be handed back; of one from elsewhere the first H units are set, and the others start anew.
 
     Raises:

@@ -94,7 +94,7 @@ def preview_files(card: Preview) -> tuple[bytes, bytes]:
 def _words(
     figure: Figure, text: str, lines: int, top: float, points: float, colour: str, weight: str = "normal"
 ) -> None:
-    """Text from the left edge, broken between words into at most so many lines; what is too long ends in "…"."""
+    """Text from the left edge, broken between words into at most this many lines; longer text ends in "…"."""
     drawn = figure.text(
         EDGE / WIDTH, 1 - top / HEIGHT, "", fontsize=points, color=colour, weight=weight, va="top", parse_math=False
     )
@@ -107,7 +107,7 @@ def _words(
 
 
 def fitted(text: str, lines: int, fits: Callable[[str], bool]) -> str:
-    """Text in at most so many lines, each of which `fits`: broken between words, shortened by "…" where it must be."""
+    """Text in at most this many lines, each of which `fits`: broken between words, shortened by "…" if necessary."""
     words, done = text.split(), []
     while words and len(done) < lines:
         taken = _most(len(words), lambda n: fits(" ".join(words[:n])))  # noqa: B023

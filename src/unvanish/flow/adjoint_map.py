@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MANY = 32
-"""From so many sources on, one step's matrices are collapsed into one for all of them."""
+"""Number of sources from which on a step's matrices are collapsed into one for all of them."""
 
 
 @dataclass(frozen=True, repr=False)

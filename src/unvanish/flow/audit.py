@@ -104,7 +104,7 @@ def audit(model: nn.Module, *batch: Any, loss: Loss) -> Audit:
             skipped[f"{name}.x"] = "it lies inside a compiled graph, where only the weights' gradients can be seen"
         for call in seen.calls or seen.inner:
             missing = [w for w, v in call.weights.items() if _is_parametrized(seen.module, w) and not v.requires_grad]
-            skipped |= {f"{name}.{w}": "it is parametrized: each call computes it anew" for w in missing}
+            skipped |= {f"{name}.{w}": "it is parametrized: each call recomputes it" for w in missing}
     # What arrives at a layer inside a compiled graph has been rounded by the others too.
     rounding = sum(found.explained for found in layers.values())
     layers |= {name: replace(layers[name], explained=rounding) for name in compiled if name in layers}

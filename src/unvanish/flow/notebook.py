@@ -174,7 +174,7 @@ def _lightness(power: float) -> float:
 
 
 def _places(length: int, most: int) -> Sequence[int]:
-    """At most so many of the lags, the first and the last included."""
+    """At most this many of the lags, including the first and the last."""
     return range(length) if length <= most else [round(i * (length - 1) / (most - 1)) for i in range(most)]
 
 

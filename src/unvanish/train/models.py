@@ -191,7 +191,7 @@ class Shape:
     """how many there are, where x holds symbols"""
     tbptt: int | None = None
     checkpoint_every: int | None = None
-    """states kept by the backward pass: one in so many; None: all"""
+    """the backward pass keeps one state in this many; None: all"""
     clip_recurrence: float | None = None
 
     def build(self, length: int) -> SequenceModel:

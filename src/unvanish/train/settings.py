@@ -48,7 +48,7 @@ class Settings:
     tbptt: int | None = None
     """truncated backpropagation: no error passes from step n·tbptt to the step before, the state does"""
     checkpoint_every: int | None = None
-    """keep one state in so many for the backward pass, and compute the others again"""
+    """keep one state in this many for the backward pass, and recompute the others"""
     seed: int = 0
     """of split, weights, order and dropout"""
 

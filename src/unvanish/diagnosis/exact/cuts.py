@@ -1,4 +1,4 @@
-"""States that are cut from their graph, start anew at every step, or hang on an earlier graph."""
+"""States that are cut from their graph, are reset at every step, or belong to an earlier graph."""
 
 import torch
 from torch import Tensor, nn

@@ -55,7 +55,7 @@ def input_scale(bench: Bench) -> list[Finding]:
                     f"{share:.0%} of the pre-activations W_ih x + b lie where the slope is below 5 % of its maximum, "
                     f"{after:.0%} with standardised inputs; standard deviation of the weights: "
                     f"{float(weight.std()):.3g}.",
-                    "Initialise the weights anew, torch's default is uniform in ±1/sqrt(units).",
+                    "Re-initialise the weights; torch's default is uniform in ±1/sqrt(units).",
                 )
             )  # fmt: skip
     return found[:1]
@@ -146,7 +146,7 @@ def dead(bench: Bench) -> list[Finding]:
                     "dead", "error", path,
                     "All relu units are off for every sample and step: nothing passes them, forward or backward.",
                     f"{sum(v.numel() for v in values)} of as many outputs are exactly 0.",
-                    "Initialise the weights and biases before them anew, with smaller inputs or a smaller learning "
+                    "Re-initialise the weights and biases before them, with smaller inputs or a smaller learning "
                     "rate; or use leaky_relu.",
                 )
             ]  # fmt: skip

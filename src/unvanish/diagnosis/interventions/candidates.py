@@ -75,7 +75,7 @@ class Candidate:
             steps.append(Step(says + ("" if self.decay else ", without weight decay"), made.code()))
         elif steps:
             made = self.recipe(own)
-            steps.append(Step("make the optimizer anew, from the changed model's parameters", made.code()))
+            steps.append(Step("create the optimizer again, from the changed model's parameters", made.code()))
         if self.clip is not None:
             if not steps:
                 steps.append(Step("the optimizer stays unchanged", own.code()))
