@@ -121,7 +121,7 @@ def train(
     of_data = {name: given[name] for name in OF_DATA if given[name] is not None}
     if task is not None:
         for name in of_data:
-            raise UserError(f"--{name}: a task has no use for it; leave it out")
+            raise UserError(f"--{name}: not used by a task; leave it out")
         problem = training.TaskProblem(training.make_task(task, length, seed))
     else:
         if length is not None:
@@ -222,7 +222,7 @@ def predict(
     unused = (columns | {"data": data}) if kind == "language" else writing | {"prompt": prompt}
     for name, value in unused.items():
         if value is not None:
-            raise UserError(f"--{name}: a model of kind {kind} has no use for it; leave it out")
+            raise UserError(f"--{name}: not used by a model of kind {kind}; leave it out")
     if kind == "language":
         if prompt is None:
             raise UserError("--prompt: expected the text that the model continues")

@@ -166,8 +166,7 @@ def _pictures(layers: "Mapping[str, LayerDiagnosis]", before: "Mapping[str, Laye
         axes,
         "Fraction of the gradient remaining on its way back through time. Dotted line: 1 %; vertical line: the reach, "
         "the last step above 1 %. A short reach is a measurement, not a fault: it matters if the answer needs earlier "
-        "steps and no other path (pooling, attention, skip connections) carries the gradient."
-        + "".join(left_out),
+        "steps and no other path (pooling, attention, skip connections) carries the gradient." + "".join(left_out),
     )
 
 

@@ -1,4 +1,4 @@
-"""The main job: the same tasks for several recurrent models, whose gradient survives and who learns."""
+"""Train several recurrent models on the same tasks: whose gradient survives, and which ones learn."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""What is learnt from sequences with one answer each: classes, or numbers; how it is split, judged, and applied."""
+"""Problems with one answer per sequence, a class or a number: how the data is split, the model judged, and applied."""
 
 from abc import ABC, abstractmethod
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A task of the suite, with the same face as the user's data."""
+"""A task of the suite, with the same interface as the user's data."""
 
 from collections.abc import Iterator
 from typing import Any

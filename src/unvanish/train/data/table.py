@@ -232,5 +232,5 @@ def check_header(path: Path, header: list[str]) -> None:
                 f"{path}: row 1, column {place}: the column has no name; give it one, or leave the column out"
             )
         if name in seen:
-            raise DataError(f"{path}: row 1, column {place}: {name!r} is there twice")
+            raise DataError(f"{path}: row 1, column {place}: {name!r} occurs twice")
         seen.add(name)
