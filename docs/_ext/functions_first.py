@@ -14,7 +14,7 @@ from sphinx.util.docutils import SphinxDirective
 
 class Api(SphinxDirective):
     """`.. api:: unvanish.flow`. `:without:` names what the page documents itself; the content is directives for
-    functions from elsewhere, which go after the package's own functions and before its classes."""
+    what comes from elsewhere, and goes between the package's own functions and its classes."""
 
     required_arguments = 1
     has_content = True
@@ -34,7 +34,8 @@ class Api(SphinxDirective):
         lines += [*self.content, ""]
         lines += _directives("autoclass", name, classes)
         for e in others:
-            lines += [f".. py:data:: {name}.{e}", "", *("   " + line for line in convert(_comment(package, e))), ""]
+            lines += [f".. py:data:: {e}", f"   :module: {name}", ""]
+            lines += [*("   " + line for line in convert(_comment(package, e))), ""]
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
