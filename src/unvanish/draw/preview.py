@@ -67,7 +67,8 @@ def preview_paths(page: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 def preview_figure(card: Preview) -> Figure:
     """The card as a figure; every text is shortened until it fits."""
-    figure = Figure(figsize=(WIDTH / _DPI, HEIGHT / _DPI), dpi=_DPI, facecolor="white", layout="none")
+    figure = Figure(figsize=(WIDTH / _DPI, HEIGHT / _DPI), dpi=_DPI, facecolor="white")
+    figure.set_layout_engine("none")  # every place is given; a user's constrained layout would warn
     FigureCanvasAgg(figure)
     _words(figure, card.about, 1, 52, 20, "0.35")
     _words(figure, card.result, 1, 92, 60, "black", weight="bold")
