@@ -236,7 +236,9 @@ def test_a_gradient_where_there_is_no_input_is_refused() -> None:
 def test_a_nan_is_located() -> None:
     x = X.copy()
     x[2, 1, 0] = np.nan
-    with pytest.raises(uv.flow.NonFiniteError, match="lstm: NaN born forward at step 2, sample 1, in the input x"):
+    with pytest.raises(
+        uv.flow.NonFiniteError, match="lstm: NaN first appears in the forward pass at step 2, sample 1, in the input x"
+    ):
         from_arrays("lstm", LSTM, x, DY)
 
 

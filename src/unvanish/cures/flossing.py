@@ -72,8 +72,8 @@ class GradientFlossing:
         for name, value in found.items():
             if bool(value.isnan().any()):
                 raise ArithmeticError(
-                    f"{name}: an exponent is NaN, since input, weights or states are not finite; find where that was "
-                    "born with uv.watch"
+                    f"{name}: an exponent is NaN, since input, weights or states are not finite; find where that "
+                    "first appears with uv.watch"
                 )
             if not bool(value.isfinite().all()):
                 i = int((~value.isfinite()).any(0).nonzero()[0])
