@@ -55,8 +55,8 @@ def origin_of_nonfinite(
     """The first non-finite value of a layer's pass, which has one.
 
     Forward, in the layer's reading order, a step is searched in the order of computation: input, previous state,
-    gates, state. Backward, from the last step read to the first: the gradient that arrives at h_t, then δ of the states,
-    then δ of each gate.
+    gates, state. Backward, from the last step read to the first: the gradient that arrives at h_t, then δ of the
+    states, then δ of each gate.
     `first_step` is the number of the trace's first step, `order` `[B]` the user's number of each of its samples.
     """
     for label, weight in zip(tr.weights._fields, tr.weights, strict=True):
