@@ -229,7 +229,7 @@ def test_errors_name_the_argument(error: type[Exception], says: str, arguments: 
 
 
 def test_a_gradient_where_there_is_no_input_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"dy: expected 0 where .* got 1 at step 3 of sample 1, which has 3 steps"):
+    with pytest.raises(ValueError, match=r"dy: expected 0 where .* got 1 at step 3 of sample 1, whose length is 3"):
         from_arrays("lstm", LSTM, X, DY, lengths=[5, 3])
 
 

@@ -141,7 +141,7 @@ REFUSED = [
     (["--task", "adding", "--target", "y"], "--target: not used by a task"),
     (["--task", "adding", "--horizon", "2"], "--horizon: not used by a task"),
     (["--task", "adding", "--epochs", "2"], "epochs: the samples of adding are drawn without end"),
-    (["--task", "copy", "--read", "mean"], "read, bidirectional: copy is answered at the last"),
+    (["--task", "copy", "--read", "mean"], "read, bidirectional: copy is answered at the end"),
     (["--length", "9", *line(DATA)], "--length: data has its own"),
     (["--time", "t", *line(DATA)], "--time is for tables of a step per row"),
     (["--season", "2", *line(DATA)], "--season: not used by classification"),

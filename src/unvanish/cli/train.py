@@ -176,7 +176,8 @@ def _print(trained: "Trained", out: Path, console: Console) -> None:
         half = "" if found["half_life"] is None else f", half-life {found['half_life']:.3g} steps"
         rate = "no gradient arrives" if found["rate"] is None else f"{found['rate']:+.3g} nats per step"
         console.print(
-            f"gradient in {escape(name.removeprefix('model.'))}: {rate}{half}, reach {found['reach']:.0f} steps"
+            f"gradient in {escape(name.removeprefix('model.'))}: {rate}{half}, reach {found['reach']:.0f} "
+            f"step{'s' * (round(found['reach']) != 1)}"
         )
     for who, figures in config["test"].items():
         shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())

@@ -128,7 +128,7 @@ def _fades(m: Measured) -> tuple[Verdict, str]:
     if e["constant_tail"] > MOST and reach < e["constant_tail"] * lag:
         return "vanishes", (
             f"padding: the last {e['constant_tail']:.0%} of the steps repeat one input, and the gradient vanishes "
-            f"within them, after {reach} steps; pack the sequences, or read each sample's state at its own last step"
+            f"within them (reach {reach}); pack the sequences, or read each sample's state at its own last step"
         )
     if e["saturated"] > MOST and "carry_half_life" not in e and e["spectral_norm"] >= 1:
         return "saturated", f"activations saturated: {e['saturated']:.0%} of φ' are below 5 % of their maximum"

@@ -44,8 +44,8 @@ def _by_value(bench: Bench) -> list[Finding]:
     return [
         Finding(
             "state_cut", severity, where,
-            f"The state is cut from its graph: no gradient reaches the {first} steps before step {first}, "
-            "so nothing can be learnt from them.",
+            f"The state is cut from its graph: no gradient reaches any step before step {first}, so nothing can be "
+            "learnt from them.",
             f"Step {latest} exchanged moves the answers by {float(moved[:, latest].max()):.2g} of their size, but "
             f"∂answer/∂x is exactly 0 there and up to step {first - 1}; at step {first} it is "
             f"{float(gradients[:, first].max()):.2g}. Uninterrupted: {left} of {T} steps.",
