@@ -31,7 +31,7 @@ lint: $(VENV)/installed
 	$(BIN)/lint-imports
 
 docs: $(VENV)/installed
-	$(BIN)/sphinx-build -W --keep-going -q -j 2 docs docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -q -j 4 docs docs/_build/html
 
 # A wheel, tried in an empty environment: the core alone has to watch and diagnose.
 wheel: $(VENV)/installed

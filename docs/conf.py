@@ -16,7 +16,7 @@ copyright = "The unvanish maintainers, Apache-2.0"  # noqa: A001 (its name in Sp
 version = release = unvanish.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx_copybutton"]
-extensions += ["docstrings", "functions_first"]
+extensions += ["balanced", "docstrings", "functions_first", "offline_search"]
 exclude_patterns = ["_build", "_ext", "jupyter_execute", "**.ipynb_checkpoints"]
 default_role = "py:obj"
 
@@ -58,6 +58,7 @@ mathjax_path = "mathjax/tex-chtml.js"
 html_static_path = ["_static", str(Path(_mathjax.origin).parent / "static")]
 html_css_files = ["unvanish.css"]
 html_copy_source = False
+html_show_search_summary = True
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0072B2", "color-brand-content": "#0072B2"},
     "dark_css_variables": {"color-brand-primary": "#56B4E9", "color-brand-content": "#56B4E9"},

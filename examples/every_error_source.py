@@ -1,8 +1,8 @@
 """My model answers at every step, and the gradient per step looks flat and healthy.
 
-Does each error reach far? With an error at every step new error enters all the time and
-hides that each one dies. The adjoint map keeps them apart: row k is the error made at
-step k, column t how much of it has come back to step t.
+Does the gradient of each error reach far? With an error at every step, new gradient enters
+all the time and hides that each one vanishes. The adjoint map keeps them apart: row k is
+the error at step k, and column t the size of its gradient at step t.
 """
 
 import matplotlib.pyplot as plt
@@ -28,7 +28,7 @@ print(f"one error at a time: 1 % of the gradient remains after {min(reaches)} to
 figure, ax = plt.subplots(figsize=(5, 4), layout="constrained")
 decades = found.log_norms.median(dim=2).values / torch.tensor(10.0).log()
 image = ax.imshow(decades.masked_fill(decades.isinf(), torch.nan).numpy(), vmin=-6, vmax=0, cmap="viridis")
-ax.set(xlabel="step t that the error comes back to", ylabel="step k where the error is made")
+ax.set(xlabel="step t at which the gradient arrives", ylabel="step k of the error")
 figure.colorbar(image, label=r"$\log_{10}\|\partial E_k/\partial h_t\|$")
 figure.savefig("adjoint-map.png", dpi=150)
 print("adjoint-map.png shows all of them.")

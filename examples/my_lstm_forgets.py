@@ -1,7 +1,7 @@
-"""My LSTM does well on short sequences and forgets what is long ago.
+"""My LSTM does well on short sequences and forgets early steps of long ones.
 
-Does its gradient get that far at all? The summed gradient `weight_hh_l0.grad` cannot
-tell: it is large as long as any step contributes. So look at every step.
+Does its gradient reach that far at all? The gradient of the weights, `weight_hh_l0.grad`,
+can't tell: it is large as long as any step contributes. So look at every step.
 """
 
 import torch
@@ -11,7 +11,7 @@ import unvanish as uv
 
 
 class Classifier(nn.Module):
-    """The usual model: embed, read, answer from the last state."""
+    """The usual model: an embedding, an LSTM, and an answer from the last state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,11 +33,11 @@ with uv.watch(model) as flow:
     nn.functional.cross_entropy(model(tokens), labels).backward()
 
 layer = flow["lstm.l0"]
-left = (layer.dc / layer.dc[-1]).median(dim=1).values  # of the last step's error, at each step
+left = (layer.dc / layer.dc[-1]).median(dim=1).values  # fraction of the last step's gradient, at each step
 for lag in (0, 10, 50, 100, 299):
-    print(f"{lag:4d} steps back: {left[-1 - lag]:.1e} of the error remains")
+    print(f"{lag:4d} steps back: {left[-1 - lag]:.1e} of the gradient remains")
 
 half_life = torch.log(torch.tensor(2.0)) / -layer.log_carry
-print(f"A unit's error halves every {half_life.min():.1f} to {half_life.max():.1f} steps, by its forget gate alone.")
-print(f"The gradient as a whole looks healthy: ‖W_hh.grad‖ = {model.lstm.weight_hh_l0.grad.norm():.1e}.")
-print(f"These figures agree with autograd's own gradient to {layer.residual:.0e}.")
+print(f"The forget gates alone halve a unit's gradient every {half_life.min():.1f} to {half_life.max():.1f} steps.")
+print(f"The gradient of the weights looks healthy: ‖W_hh.grad‖ = {model.lstm.weight_hh_l0.grad.norm():.1e}.")
+print(f"The record agrees with autograd's own gradient to {layer.residual:.0e}.")

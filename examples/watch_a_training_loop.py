@@ -1,4 +1,4 @@
-"""I train, and the loss stands still. Is the gradient's reach growing, or stuck?
+"""I train, and the loss does not fall. Does the reach of the gradient grow?
 
 Watch every 50th update, and act.
 The task: a symbol at the first step, noise for 29 steps, then name the symbol.
@@ -37,7 +37,7 @@ for update in range(301):
         print(f"update {update:3d}  loss {loss:.3f}  rate {fade.rate:+.3f} nats per step  reach {fade.reach:2d} steps")
         if update == 100 and fade.reach < task.length - 1:
             print(
-                "The symbol lies beyond the reach, and training does not move it: open the gate that carries the state."
+                "The gradient does not reach the symbol, and training does not change that: open the gate that carries."
             )
             uv.cures.forget_bias_(gru, 3.0)
     else:

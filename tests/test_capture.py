@@ -147,7 +147,7 @@ def test_nans_of_marked_states_and_of_parameters() -> None:
         for t in range(4):
             h = uv.mark(w(h) + (torch.nan if t == 2 else 0.0), "mine")
         h.sum().backward()
-    with pytest.raises(NonFiniteError, match="mine: NaN born forward at step 2"):
+    with pytest.raises(NonFiniteError, match="mine: NaN first appears in the forward pass at step 2"):
         flow["mine"]
 
     class Net(nn.Module):

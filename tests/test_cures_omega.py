@@ -270,7 +270,7 @@ def test_omega_errors():
         cures.Omega(nn.ModuleList([rnn, unn.Recurrent(ZOO["indrnn"](), 2, 3)]))
     with cures.Omega(rnn) as omega:
         rnn(torch.zeros(3, 1, 2))
-    with pytest.raises(RuntimeError, match="no error came back"):
+    with pytest.raises(RuntimeError, match="no gradient reached"):
         omega.penalty()
     assert not rnn._forward_hooks
     assert not rnn._forward_pre_hooks

@@ -24,8 +24,8 @@ WIDE = [
     (b"\n1,2\n", "row 1: empty"),
     (b"a,y\n", "row 2: there are no rows"),
     (b"a,,y\n1,2,x\n", "row 1, column 2: the column has no name"),
-    (b"a,a,y\n1,2,x\n", "row 1, column 2: 'a' is there twice"),
-    (b"a, a,y\n1,2,x\n", "row 1, column 2: 'a' is there twice"),
+    (b"a,a,y\n1,2,x\n", "row 1, column 2: 'a' occurs twice"),
+    (b"a, a,y\n1,2,x\n", "row 1, column 2: 'a' occurs twice"),
     (b"a,b\n1,2\n", "row 1: no column 'y'"),
     (b"A,Y\n1,2\n", "row 1: no column 'y'"),
     (b"a;y\n1;2\n", "row 1: no column 'y' (--target); there are a;y; separate columns by commas"),
@@ -343,7 +343,7 @@ def test_a_text_may_say_null_but_not_nothing(tmp_path: Path) -> None:
         sequences(read_table(path), target="y", text="text")
     with pytest.raises(DataError, match="exclude each other"):
         sequences(read_table(path), target=None, text="text", id="y")
-    with pytest.raises(DataError, match="--missing: nothing can stand for a missing text; leave it out"):
+    with pytest.raises(DataError, match="--missing: a missing text can't be replaced; leave it out"):
         sequences(read_table(path), target="y", text="text", missing="mean")
 
 

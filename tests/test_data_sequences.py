@@ -71,11 +71,15 @@ def test_series_stand_apart_and_in_order(tmp_path: Path) -> None:
         ("t,v\n,2\n", {"time": "t"}, "row 2, column 't': the time is missing"),
         ("t,v\n1,2\n2,\n", {"time": "t"}, "row 3, column 'v': the value is missing"),
         ("v\n2\n\n", {"missing": "mean", "time": "v"}, "row 1: --target 'v', --time 'v' must be different columns"),
-        ("t,v\n1,2\n2,\n", {"missing": "mean"}, "row 3, column 'v': what is forecast is missing; mend it, or choose"),
+        (
+            "t,v\n1,2\n2,\n",
+            {"missing": "mean"},
+            "row 3, column 'v': the value to forecast is missing; fill it in, or choose",
+        ),
         (
             "t,v\n1,\n2,1\n",
             {"missing": "previous"},
-            "row 2, column 'v': what is forecast is missing; mend it: no",
+            "row 2, column 'v': the value to forecast is missing; fill it in: no",
         ),
     ],
 )

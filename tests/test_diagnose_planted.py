@@ -129,7 +129,7 @@ def test_an_error_that_some_samples_lose_and_others_keep_arrives(scale: float, s
     assert arriving < 1
     assert found.evidence["survival"] == pytest.approx(float(own[own > 0].median()) * arriving**0.5, rel=1e-6)
     assert found.verdict == "healthy"
-    assert f"for {1 - arriving:.0%} of the errors followed exactly nothing remains" in found.cause
+    assert f"for {100 * (1 - arriving):.3g} % of the errors followed, the gradient becomes exactly 0" in found.cause
 
 
 def test_an_error_that_every_sample_loses_vanishes_with_the_units_off() -> None:
@@ -140,7 +140,7 @@ def test_an_error_that_every_sample_loses_vanishes_with_the_units_off() -> None:
     found = uv.diagnose(model, x, torch.randn(8, 1), budget=0, loss=mse_loss)["rnn.l0"]
     assert found.verdict == "vanishes"
     assert found.cause.startswith("relu units off")
-    assert "for 100% of the errors followed exactly nothing remains" in found.cause
+    assert "for 100 % of the errors followed, the gradient becomes exactly 0" in found.cause
     assert found.evidence["half_arriving"] <= 29
 
 

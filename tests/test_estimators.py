@@ -180,7 +180,10 @@ NAN = np.array([[1.0, np.nan, 3.0], [1, 2, 3]])
         (lambda: SequenceRegressor().fit(np.eye(20), [1.0, 1e200] * 10), r"y\[1\]: expected a magnitude below 1e\+150"),
         (lambda: Forecaster().fit(wave(), wave()), "y: expected None"),
         (lambda: Forecaster().fit(wave(40)), "too few for a window of 48"),
-        (lambda: Forecaster(missing="mean").fit([1.0, np.nan] * 50), r"X\[0\], step 1: what is forecast is missing"),
+        (
+            lambda: Forecaster(missing="mean").fit([1.0, np.nan] * 50),
+            r"X\[0\], step 1: the value to forecast is missing",
+        ),
         (lambda: Forecaster(season=99).fit(wave()), "season: expected at most the window"),
         (lambda: Forecaster().predict(wave()), "not fitted"),
     ],

@@ -34,11 +34,11 @@ def test_my_lstm_forgets(run: Any) -> None:
     assert float(found["left"][-1]) == 1.0
     assert float(found["left"][-101]) < 1e-15
     assert found["layer"].residual < 1e-5
-    assert printed.count("of the error remains") == 5
+    assert printed.count("of the gradient remains") == 5
 
 
-def test_where_does_the_error_die(run: Any) -> None:
-    found, _ = run("where_does_the_error_die.py")
+def test_where_does_the_gradient_vanish(run: Any) -> None:
+    found, _ = run("where_does_the_gradient_vanish.py")
     assert sum(found["shares"].values()) == pytest.approx(1, abs=0.1)
     assert max(found["shares"], key=found["shares"].get) == "carry"
 
@@ -67,7 +67,7 @@ def test_every_error_source(run: Any, tmp_path: Path) -> None:
 
 def test_hunt_a_nan(run: Any) -> None:
     _, printed = run("hunt_a_nan.py")
-    assert re.search(r"l1: infinity born forward at step \d+, sample \d+, in gate h", printed)
+    assert re.search(r"l1: infinity first appears in the forward pass at step \d+, sample \d+, in gate h", printed)
 
 
 def test_every_example_is_tested() -> None:

@@ -229,14 +229,16 @@ def test_errors_name_the_argument(error: type[Exception], says: str, arguments: 
 
 
 def test_a_gradient_where_there_is_no_input_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"dy: expected 0 where .* got 1 at step 3 of sample 1, which has 3 steps"):
+    with pytest.raises(ValueError, match=r"dy: expected 0 where .* got 1 at step 3 of sample 1, whose length is 3"):
         from_arrays("lstm", LSTM, X, DY, lengths=[5, 3])
 
 
 def test_a_nan_is_located() -> None:
     x = X.copy()
     x[2, 1, 0] = np.nan
-    with pytest.raises(uv.flow.NonFiniteError, match="lstm: NaN born forward at step 2, sample 1, in the input x"):
+    with pytest.raises(
+        uv.flow.NonFiniteError, match="lstm: NaN first appears in the forward pass at step 2, sample 1, in the input x"
+    ):
         from_arrays("lstm", LSTM, x, DY)
 
 

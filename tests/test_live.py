@@ -89,7 +89,7 @@ def test_a_loss_that_stays_with_a_short_reach_is_warned_of(tmp_path: Path) -> No
 
     assert said(1.0, 4) == said(2.0, 40) == []
     (warning,) = said(2.0, 4)
-    assert warning.startswith("The loss has not fallen (2 → 2) and the gradient at rnn.l0 reaches over 4 steps")
+    assert warning.startswith("The loss has not fallen (2 → 2), and the gradient at rnn.l0 has reach 4;")
 
 
 def test_only_the_token_opens_it_and_only_on_this_machine(tmp_path: Path) -> None:

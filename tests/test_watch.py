@@ -356,13 +356,16 @@ def test_non_finite_values_are_traced_to_their_birth() -> None:
     bad[3, 2, 1] = math.nan
     with uv.watch(lstm) as flow:
         lstm(bad)[0].sum().backward()
-    with pytest.raises(NonFiniteError, match="l0: NaN born forward at step 3, sample 2, in the input x"):
+    with pytest.raises(
+        NonFiniteError, match="l0: NaN first appears in the forward pass at step 3, sample 2, in the input x"
+    ):
         flow["l0"]
     with uv.watch(lstm) as flow:
         y, _ = lstm(x)
         (y * torch.where(torch.arange(6) == 4, math.inf, 1.0)[:, None, None]).sum().backward()
     with pytest.raises(
-        NonFiniteError, match="l1: infinity born backward at step 4, sample 0, in the error arriving at h from outside"
+        NonFiniteError,
+        match="l1: infinity first appears in the backward pass at step 4, sample 0, in the gradient arriving at h from",
     ):
         flow["l1"]
 

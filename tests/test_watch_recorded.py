@@ -157,7 +157,9 @@ def test_a_birth_is_traced_to_step_and_sample(every: int | None) -> None:
     x[5, 2, 0] = torch.nan
     with uv.watch(lstm) as flow:
         lstm(x)[0].sum().backward()
-    with pytest.raises(NonFiniteError, match=r"NaN born forward at step 5, sample 2, in the input x"):
+    with pytest.raises(
+        NonFiniteError, match=r"NaN first appears in the forward pass at step 5, sample 2, in the input x"
+    ):
         flow.layers  # noqa: B018
 
     def explode(gradient: Tensor) -> Tensor:
@@ -171,7 +173,10 @@ def test_a_birth_is_traced_to_step_and_sample(every: int | None) -> None:
         padded, _ = nn.utils.rnn.pad_packed_sequence(y)
         padded.register_hook(explode)
         padded.sum().backward()
-    with pytest.raises(NonFiniteError, match=r"infinity born backward at step 3, sample 1, in the error arriving at h"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"infinity first appears in the backward pass at step 3, sample 1, in the gradient arriving at h",
+    ):
         flow.layers  # noqa: B018
 
 

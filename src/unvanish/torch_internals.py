@@ -223,7 +223,7 @@ _ORDINARY_KEYS = _ordinary_keys()
 def odd_one(given: Iterable[Tensor | None]) -> Tensor | None:
     """The first tensor that is not ordinary, or None if all are.
 
-    An ordinary tensor is dense, and its values are what lies in the CPU's memory: it is no subclass, no wrapper of a
+    An ordinary tensor is dense, and its values are what lies in the CPU's memory: it is not a subclass, no wrapper of a
     transform, not sparse, and has no negation or conjugation pending. Instead of dispatch keys: test `device`,
     `layout`, `is_neg`, `is_conj` and `_is_zerotensor`, and call the kernels as operators under transforms.
     """

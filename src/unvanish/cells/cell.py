@@ -7,7 +7,7 @@
 A new cell is a class with the names of its gates and states and a `step`; everything else in the library follows from
 these (`unvanish.cells.calculus`).
 
-Shapes carry any leading dimensions `...`: `[B]` for one step, `[T, B]` for a whole sequence whose states are known.
+Shapes have any leading dimensions `...`: `[B]` for one step, `[T, B]` for a whole sequence whose states are known.
 Symbols: `I` input size, `H` hidden size, `G` gates, `R` size of h (`P` with a projection, else `H`).
 """
 

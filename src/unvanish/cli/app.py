@@ -42,30 +42,30 @@ def _root() -> None:
 @app.command()
 def compare(
     task: Annotated[
-        list[str] | None, typer.Option(help="Task; repeat for several; by default adding and digits-padded.")
+        list[str] | None, typer.Option(help="Task; repeat the option for several. By default adding and digits-padded.")
     ] = None,
     length: Annotated[
         int | None,
-        typer.Option(help="Steps of the sequences; by default the task's own. Beside others, images keep theirs."),
+        typer.Option(help="Steps per sequence; by default the task's own. Tasks of images have a fixed length."),
     ] = None,
     cells: Annotated[
-        str, typer.Option(help="Models, separated by commas.")
+        str, typer.Option(help="Models to train, separated by commas.")
     ] = "rnn,gru,lstm,lstm-chrono,janet-chrono,ur_lstm",
     hidden: Annotated[int, typer.Option(help="Hidden units.")] = 32,
     steps: Annotated[int | None, typer.Option(help="Optimizer updates; by default the task's own.")] = None,
     batch: Annotated[int, typer.Option(help="Samples per update.")] = 32,
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-2,
-    seed: Annotated[int, typer.Option(help="First seed of data, weights and order.")] = 0,
-    seeds: Annotated[int, typer.Option(help="Trainings of each model on each task, from seeds in a row.")] = 3,
-    out: Annotated[
-        Path, typer.Option(help="Folder for report, figures and data; must be new, empty, or of an earlier run.")
-    ] = Path("unvanish-compare"),
+    seed: Annotated[int, typer.Option(help="First seed; it fixes data, weights and their order.")] = 0,
+    seeds: Annotated[int, typer.Option(help="Trainings per model and task, from consecutive seeds.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder to write to: new, empty, or the folder of an earlier run.")] = Path(
+        "unvanish-compare"
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of tables.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Train plain, cured and newer cells on long-lag tasks: whose gradient survives, and who learns.
+    """Train cells, with and without cures, on tasks with long lags, and report which ones learn.
 
-    Ends with a table and a folder: report.html (opens offline), figures, results.json, flow records.
+    Prints a table and writes a folder with report.html (which opens offline), figures, results.json and flow records.
     """
     folder = OutputFolder(out)
     from unvanish import report, train
@@ -110,7 +110,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `unvanish compare` wrote.")],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Make report.html and the figures again from a folder's results.json."""
+    """Rebuild report.html and the figures from the results.json of a comparison."""
     path = folder / MARKER
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -132,7 +132,7 @@ def report(
 
 @app.command()
 def tasks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
-    """List the tasks: what they ask, their length, their chance level, their paper."""
+    """List the tasks, each with its length, chance level and source."""
     from rich.table import Table
 
     from unvanish import train
@@ -152,7 +152,7 @@ def tasks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inste
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False) -> None:
-    """Say what runs here: versions, optional parts, processor, which engine rung and why."""
+    """Show versions, installed extras, the processor, and which engine rung runs here and why."""
     import torch
 
     from unvanish import engine, train

@@ -10,10 +10,10 @@ from rich.table import Table
 
 
 def bench(
-    seconds: Annotated[float, typer.Option(help="Time for all rows together.")] = 120.0,
+    seconds: Annotated[float, typer.Option(help="Seconds for the whole benchmark.")] = 120.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print every row as JSON instead of tables.")] = False,
 ) -> None:
-    """Time our layers beside torch's on this machine, and say what `accelerate` gains."""
+    """Time unvanish's layers against torch's on this machine, and report what `accelerate` gains."""
     from unvanish import engine
     from unvanish.nn.speed import compare_speed, geometric_mean, rows
 

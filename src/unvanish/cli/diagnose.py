@@ -23,44 +23,43 @@ def diagnose(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="FILE.py:FACTORY. Runs this file; FACTORY() returns (model, batch, loss), or (model, step), or "
-            "(LightningModule, batch). Or a folder that `unvanish train` wrote, with --data unless it learnt a task.",
+            help="FILE.py:FACTORY, where FACTORY() returns (model, batch, loss), (model, step) or (LightningModule, "
+            "batch); or a folder written by `unvanish train`, with --data unless it was trained on a task.",
         ),
     ],
     data: Annotated[
-        Path | None, typer.Option(help="A file as `unvanish train` reads it; 512 of its sequences at most.")
+        Path | None, typer.Option(help="Data file in a format of `unvanish train`; at most 512 sequences are used.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="With --data: column of the answers; by default as the model was trained.")
+        str | None, typer.Option(help="With --data: column of the answers; by default the one used in training.")
     ] = None,
-    id: Annotated[str | None, typer.Option(help="With --data: column that tells sequences apart, likewise.")] = None,
-    time: Annotated[str | None, typer.Option(help="With --data: column of times, likewise.")] = None,
-    text: Annotated[str | None, typer.Option(help="With --data: column of texts, likewise.")] = None,
-    missing: Annotated[str | None, typer.Option(help="With --data: as in `unvanish train`.")] = None,
+    id: Annotated[str | None, typer.Option(help="With --data: column of sequence ids; by default as above.")] = None,
+    time: Annotated[str | None, typer.Option(help="With --data: column of times; by default as above.")] = None,
+    text: Annotated[str | None, typer.Option(help="With --data: column of texts; by default as above.")] = None,
+    missing: Annotated[
+        str | None, typer.Option(help="With --data: what to do with missing values, as in `unvanish train`.")
+    ] = None,
     lag: Annotated[
-        int | None, typer.Option(help="Steps that the task needs; by default what the batch offers.")
+        int | None, typer.Option(help="Longest lag that the task needs, in steps; by default the longest in the batch.")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights to load into the model first: safetensors, or a state_dict of torch.")
+        Path | None, typer.Option(help="Weights to load into the model first: safetensors or a torch state_dict.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Samples of the batch that are followed.")] = 16,
+    samples: Annotated[int, typer.Option(help="Samples of the batch whose gradients are measured.")] = 16,
     budget: Annotated[
-        float, typer.Option(help="Seconds for training copies, each with one change; 0 leaves that out.")
+        float, typer.Option(help="Seconds for training copies of the model, each with one change; 0: none.")
     ] = 60.0,
-    seed: Annotated[int, typer.Option(help="Seed of dropout, of drawn cures and of the copies' training.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="A file to write the diagnosis to as a page, which opens offline.")
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of dropout, random cures and the training of copies.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="HTML file to write the diagnosis to; it opens offline.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Say why a model does not learn, with proofs, and what to change.
+    """Find out why a model does not learn, with proofs, and what to change.
 
-    FACTORY returns the model, the batch as a tuple or list (input, …, target), and the loss (output, target) → scalar;
-    or the model and a step, model → loss; or a LightningModule and a batch for its training_step. Your file is
-    executed; nothing else is.
+    The batch is a tuple or list (input, …, target), the loss a function of (output, target), the step one of the model.
+    Your file is executed; no other file is.
 
-    Exit status: 0 if nothing that keeps the model from learning was found, 1 if something was, 2 for an error.
+    Exit status: 0 if nothing was found that keeps the model from learning, 1 if something was, 2 for an error.
     """
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"--out: expected a file in a folder that exists, got {out}")

@@ -9,16 +9,17 @@ from rich.markup import escape
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="A folder that `unvanish train` finished, of your own data.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a model that `unvanish train` trained on your own data.")],
     out: Annotated[Path, typer.Argument(help="File to write: .onnx, or .pt2 for torch.export.")],
     steps: Annotated[
         int | None,
-        typer.Option(help="For .pt2: of torch's own operators alone, for sequences padded to so many steps."),
+        typer.Option(help="For .pt2: use torch's own operators only, for sequences padded to this many steps."),
     ] = None,
 ) -> None:
-    """Write a saved model for other programs, and check that it answers there as it does here.
+    """Export a trained model to ONNX or torch.export, and check that its answers stay the same.
 
-    Inputs `x` and `lengths`; scales are part of the file, the vocabulary of a text model is in its config.json.
+    Its inputs are `x` and `lengths`. It scales the channels itself.
+    The vocabulary of a text model stays in its config.json.
     """
     from unvanish import train
 

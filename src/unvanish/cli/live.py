@@ -12,14 +12,14 @@ from unvanish.cli.output import UserError
 def live(
     folder: Annotated[
         Path,
-        typer.Argument(help="A folder of `uv.watch(..., stream=FOLDER)`, or one that `unvanish train` writes."),
+        typer.Argument(help="Folder written by `uv.watch(..., stream=FOLDER)` or by `unvanish train`."),
     ],
-    port: Annotated[int, typer.Option(help="Port on this machine; 0: a free one.")] = 0,
+    port: Annotated[int, typer.Option(help="Port on this machine; 0: any free port.")] = 0,
 ) -> None:
-    """Follow a running training in the browser: reach and loss, every layer's gradient over time, warnings.
+    """Follow a running training in the browser: reach, loss, gradient of every layer over time, warnings.
 
-    Serves on 127.0.0.1 alone, and only to who has the printed address. It reads the folder and nothing else; it goes on
-    when the trainer dies. Ctrl-C ends it.
+    Serves on 127.0.0.1 only, to whoever has the printed address. Reads nothing but the folder.
+    Stays up when the training process ends; stop it with Ctrl-C.
     """
     from unvanish.report.following import Following
     from unvanish.report.live import LiveServer
@@ -31,9 +31,9 @@ def live(
     except (OSError, OverflowError) as error:
         raise UserError(f"--port: {port} can't be used: {error}") from error
     console = Console(emoji=False, highlight=False, soft_wrap=True)
-    console.print(f"Follows {folder} at [bold]{server.url}[/bold]")
-    console.print("Ctrl-C ends it.")
+    console.print(f"Following {folder} at [bold]{server.url}[/bold]")
+    console.print("Stop with Ctrl-C.")
     try:
         server.serve()
     except KeyboardInterrupt:
-        console.print("ended")
+        console.print("stopped")

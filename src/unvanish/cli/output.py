@@ -18,7 +18,7 @@ ASIDE = ".old"
 
 
 class UserError(Exception):
-    """What the user can mend; printed without a traceback."""
+    """An error that the user can fix; printed without a traceback."""
 
 
 class OutputFolder:

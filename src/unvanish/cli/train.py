@@ -21,17 +21,17 @@ OF_DATA = ("kind", "target", "id", "time", "text", "missing", "horizon", "window
 DATA, MODEL, TRAINING, RUN = "What is learnt", "Model", "Training", "Run"
 DataFile = Annotated[
     Path | None,
-    typer.Option(help="CSV, Parquet, UCR/UEA .ts, or for a language model a text.", rich_help_panel=DATA),
+    typer.Option(help="Data file: CSV, Parquet, UCR/UEA .ts, or plain text (language).", rich_help_panel=DATA),
 ]
 IdColumn = Annotated[
-    str | None, typer.Option(help="Column that tells sequences, or series, apart.", rich_help_panel=DATA)
+    str | None, typer.Option(help="Column of the ids that tell sequences (or series) apart.", rich_help_panel=DATA)
 ]
-TimeColumn = Annotated[str | None, typer.Option(help="Column of times, checked to increase.", rich_help_panel=DATA)]
+TimeColumn = Annotated[str | None, typer.Option(help="Column of times; they must increase.", rich_help_panel=DATA)]
 TextColumn = Annotated[str | None, typer.Option(help="Column of texts.", rich_help_panel=DATA)]
 MissingPolicy = Annotated[
     str | None,
     typer.Option(
-        help="A missing value is an error, or the channel's mean, or its previous value; in training by default error.",
+        help="What to do with missing values: error (the default in training), mean (of the channel) or previous.",
         rich_help_panel=DATA,
     ),
 ]
@@ -42,62 +42,72 @@ def _option(panel: str, help: str, *names: str) -> Any:
 
 
 def train(
-    task: Annotated[str | None, _option(DATA, "A task, see `unvanish tasks`; or:")] = None,
+    task: Annotated[str | None, _option(DATA, "Task to train on (see `unvanish tasks`), instead of --data.")] = None,
     data: DataFile = None,
     kind: Annotated[
         str | None,
-        _option(DATA, "classification, regression, forecasting or language; by default classification."),
+        _option(DATA, "classification (the default), regression, forecasting or language."),
     ] = None,
     target: Annotated[str | None, _option(DATA, "Column of the answers, or of the series to forecast.")] = None,
     id: IdColumn = None,
     time: TimeColumn = None,
     text: TextColumn = None,
     missing: MissingPolicy = None,
-    horizon: Annotated[int | None, _option(DATA, "Steps to forecast; by default 1.")] = None,
-    window: Annotated[int | None, _option(DATA, "Steps a forecast looks back on; by default 48.")] = None,
-    season: Annotated[int | None, _option(DATA, "Steps of a season, for the seasonal-naive baseline.")] = None,
-    length: Annotated[int | None, _option(DATA, "Steps of a task's sequences; by default the task's own.")] = None,
-    cell: Annotated[str, _option(MODEL, "Cell and start, as in `unvanish compare --cells`.")] = "lstm-chrono",
+    horizon: Annotated[int | None, _option(DATA, "Number of steps to forecast; by default 1.")] = None,
+    window: Annotated[int | None, _option(DATA, "Number of past steps that a forecast reads; by default 48.")] = None,
+    season: Annotated[int | None, _option(DATA, "Steps per season, for the seasonal naive baseline.")] = None,
+    length: Annotated[int | None, _option(DATA, "With --task: steps per sequence; by default the task's own.")] = None,
+    cell: Annotated[
+        str, _option(MODEL, "Cell and initialisation, a name as in `unvanish compare --cells`.")
+    ] = "lstm-chrono",
     hidden: Annotated[int, _option(MODEL, "Hidden units.")] = 48,
     layers: Annotated[int, _option(MODEL, "Recurrent layers.")] = 1,
     bidirectional: Annotated[bool, _option(MODEL, "Read in both directions.", "--bidirectional")] = False,
-    dropout: Annotated[float, _option(MODEL, "Share dropped between layers and before the answer.")] = 0.0,
-    read: Annotated[str | None, _option(MODEL, "What is read of the states: last or mean.")] = None,
-    epochs: Annotated[int | None, _option(TRAINING, "Passes over the data, at most; by default 50.")] = None,
-    steps: Annotated[int | None, _option(TRAINING, "Updates, instead of epochs; by default 600 for a task.")] = None,
+    dropout: Annotated[float, _option(MODEL, "Dropout between layers and before the output.")] = 0.0,
+    read: Annotated[
+        str | None, _option(MODEL, "State that the output is computed from: last, or mean over the steps.")
+    ] = None,
+    epochs: Annotated[int | None, _option(TRAINING, "Maximum number of passes over the data; by default 50.")] = None,
+    steps: Annotated[
+        int | None, _option(TRAINING, "Maximum number of updates, instead of --epochs; by default 600 with --task.")
+    ] = None,
     batch: Annotated[int, _option(TRAINING, "Samples per update, over all processes.")] = 32,
     lr: Annotated[float, _option(TRAINING, "Learning rate.")] = 1e-2,
-    optimizer: Annotated[str, _option(TRAINING, "adam, adamw, sgd or rmsprop (decay 0.9).")] = "adam",
-    weight_decay: Annotated[float, _option(TRAINING, "The optimizer's.")] = 0.0,
-    schedule: Annotated[str, _option(TRAINING, "Of the learning rate: constant or cosine.")] = "constant",
-    clip: Annotated[float, _option(TRAINING, "Global gradient norm, at most.")] = 1.0,
-    clip_recurrence: Annotated[float | None, _option(TRAINING, "Error handed from step to step, at most.")] = None,
-    omega: Annotated[float, _option(TRAINING, "Weight of Pascanu's Ω.")] = 0.0,
-    tbptt: Annotated[int | None, _option(TRAINING, "Truncate the error every N steps; the state goes on.")] = None,
+    optimizer: Annotated[str, _option(TRAINING, "adam, adamw, sgd, or rmsprop with decay 0.9.")] = "adam",
+    weight_decay: Annotated[float, _option(TRAINING, "Weight decay of the optimizer.")] = 0.0,
+    schedule: Annotated[str, _option(TRAINING, "Learning-rate schedule: constant or cosine.")] = "constant",
+    clip: Annotated[float, _option(TRAINING, "Clip the global gradient norm to this value.")] = 1.0,
+    clip_recurrence: Annotated[float | None, _option(TRAINING, "Clip the gradient passed from step to step.")] = None,
+    omega: Annotated[float, _option(TRAINING, "Weight of the penalty Ω of Pascanu et al.")] = 0.0,
+    tbptt: Annotated[
+        int | None, _option(TRAINING, "Truncated BPTT: cut the gradient every N steps, keep the state.")
+    ] = None,
     checkpoint_every: Annotated[
-        int | None, _option(TRAINING, "Keep one state in N and compute the others again: for very long sequences.")
+        int | None, _option(TRAINING, "Store one state in N and recompute the others, for very long sequences.")
     ] = None,
     patience: Annotated[
         int | None,
-        _option(TRAINING, "Rounds without improvement before it stops; 0: never. By default 10, for a task 0."),
+        _option(TRAINING, "Stop after this many rounds without improvement; 0: never. By default 10; 0 with --task."),
     ] = None,
     every: Annotated[
-        int | None, _option(TRAINING, "Updates per round: validation and checkpoint; by default a pass over the data.")
+        int | None,
+        _option(TRAINING, "Updates between two validations and checkpoints; by default a pass over the data."),
     ] = None,
     seed: Annotated[int, _option(TRAINING, "Seed of split, weights, order and dropout.")] = 0,
-    out: Annotated[Path, _option(RUN, "Folder for checkpoints and model.")] = Path("unvanish-model"),
-    resume: Annotated[bool, _option(RUN, "Go on from the newest checkpoint in --out.", "--resume")] = False,
-    logger: Annotated[str, _option(RUN, "csv, tensorboard, wandb or none; kept in OUT/logs.")] = "csv",
-    flow_every: Annotated[int, _option(RUN, "Updates between two looks at the gradient's reach; 0: none.")] = 100,
+    out: Annotated[Path, _option(RUN, "Folder for checkpoints and the trained model.")] = Path("unvanish-model"),
+    resume: Annotated[bool, _option(RUN, "Continue from the newest checkpoint in --out.", "--resume")] = False,
+    logger: Annotated[str, _option(RUN, "csv, tensorboard, wandb or none; logs go to OUT/logs.")] = "csv",
+    flow_every: Annotated[int, _option(RUN, "Updates between two measurements of the gradient; 0: none.")] = 100,
     devices: Annotated[int, _option(RUN, "Processes per machine.")] = 1,
-    nodes: Annotated[int, _option(RUN, "Machines.")] = 1,
-    accelerator: Annotated[str, _option(RUN, "cpu, gpu, or another of Lightning's.")] = "cpu",
+    nodes: Annotated[int, _option(RUN, "Number of machines.")] = 1,
+    accelerator: Annotated[str, _option(RUN, "cpu, gpu, or another accelerator of Lightning.")] = "cpu",
     as_json: Annotated[bool, _option(RUN, "Print the model's config.json instead of a summary.", "--json")] = False,
     quiet: Annotated[bool, _option(RUN, "Print nothing but errors.", "--quiet", "-q")] = False,
 ) -> None:
     """Train a model on a task, or on your own data.
 
-    Every round ends with a checkpoint; after a crash the same command with --resume goes on to the same weights.
+    Every round ends with a checkpoint. After a crash, run the same command with --resume:
+    it ends with the weights of an uninterrupted training.
     """
     given = locals()  # each option is called what it sets
     if (task is None) == (data is None):
@@ -111,7 +121,7 @@ def train(
     of_data = {name: given[name] for name in OF_DATA if given[name] is not None}
     if task is not None:
         for name in of_data:
-            raise UserError(f"--{name}: a task has no use for it; leave it out")
+            raise UserError(f"--{name}: not used by a task; leave it out")
         problem = training.TaskProblem(training.make_task(task, length, seed))
     else:
         if length is not None:
@@ -161,7 +171,7 @@ def _print(trained: "Trained", out: Path, console: Console) -> None:
         for label, count in list(counts.items())[:CLASSES]:
             console.print(f"class {escape(label)}: {count} of {sum(counts.values())}")
         if len(counts) > CLASSES:
-            console.print(f"… and {len(counts) - CLASSES} classes more, see config.json")
+            console.print(f"… and {len(counts) - CLASSES} more, see config.json")
         if max(counts.values()) > 1.5 * min(counts.values()):
             ratio = max(counts.values()) / min(counts.values())
             console.print(f"The classes are imbalanced, {ratio:.3g} to 1; look at the balanced accuracy.")
@@ -182,21 +192,25 @@ def _print(trained: "Trained", out: Path, console: Console) -> None:
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(help="A folder that `unvanish train` finished.")],
+    model: Annotated[Path, typer.Argument(help="Folder of a model that `unvanish train` trained.")],
     data: DataFile = None,
-    target: Annotated[str | None, _option(DATA, "Column of the answers, left out; of the series to forecast.")] = None,
+    target: Annotated[
+        str | None, _option(DATA, "Column of the answers (not read), or of the series to forecast.")
+    ] = None,
     id: IdColumn = None,
     time: TimeColumn = None,
     text: TextColumn = None,
     missing: MissingPolicy = None,
-    prompt: Annotated[str | None, _option(DATA, "What a language model continues.")] = None,
-    length: Annotated[int | None, _option(DATA, "Characters it writes; by default 200.")] = None,
-    temperature: Annotated[float | None, _option(DATA, "Below 1: it dares less; by default 1.")] = None,
-    seed: Annotated[int | None, _option(DATA, "Seed of what it writes; by default 0.")] = None,
+    prompt: Annotated[str | None, _option(DATA, "Text that a language model continues.")] = None,
+    length: Annotated[int | None, _option(DATA, "Number of characters to generate; by default 200.")] = None,
+    temperature: Annotated[
+        float | None, _option(DATA, "Sampling temperature; below 1: less random. By default 1.")
+    ] = None,
+    seed: Annotated[int | None, _option(DATA, "Seed of the generated text; by default 0.")] = None,
 ) -> None:
-    """Apply a saved model: CSV on the terminal, one line per sequence or forecast step; or a text.
+    """Apply a trained model: print CSV with a row per sequence or forecast step, or generated text.
 
-    Columns and the policy for missing values are those of the training, where no other are named.
+    Columns and the treatment of missing values are by default those of the training.
     """
     import csv
     import sys
@@ -213,7 +227,7 @@ def predict(
     unused = (columns | {"data": data}) if kind == "language" else writing | {"prompt": prompt}
     for name, value in unused.items():
         if value is not None:
-            raise UserError(f"--{name}: a model of kind {kind} has no use for it; leave it out")
+            raise UserError(f"--{name}: not used by a model of kind {kind}; leave it out")
     if kind == "language":
         if prompt is None:
             raise UserError("--prompt: expected the text that the model continues")

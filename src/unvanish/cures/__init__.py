@@ -6,10 +6,10 @@ Does not: proving that one helps (`diagnosis`), comparing them (`train.compare`)
 
 - initialise: `forget_bias_`, `chrono_`, `uniform_gate_`, `orthogonal_`, `identity_`, `spectral_radius_`,
   `critical_`
-- learn: `CarryRate` (a learning rate of their own for the carries)
+- learn: `CarryRate` (a separate learning rate for the carry gates)
 - clip: `GradientClipper` (global norm, threshold from what was observed), `clip_recurrence_` (δ inside the recurrence)
-- cut: `h_detach_` (the error passes some steps through the carry alone), `TruncatedBPTT`,
-  `forced` (back on the data before an error has doubled; Mikhaeil et al. 2022)
+- cut: `h_detach_` (at some steps the gradient passes through the carry alone), `TruncatedBPTT`,
+  `forced` (the state is reset from the data before an error has doubled; Mikhaeil et al. 2022)
 - help: `Reconstruction` (an auxiliary loss with short paths; Trinh et al. 2018)
 - penalise: `Omega` (Pascanu et al. 2013), `GradientFlossing` (Engelken 2023), `LocalStability` (Herranz-Celotti &
   Rouat 2023)

@@ -1,7 +1,7 @@
 """The bias of the gate that carries the state: how long a unit remembers before it has learnt anything.
 
-With no input a carry gate (the LSTM's f, the GRU's z) is σ(b): over a lag ℓ a unit keeps σ(b)^ℓ of its error, and
-forgets by 1/e in about τ = 1 / (1 − σ(b)) = 1 + eᵇ steps.
+With no input a carry gate (the LSTM's f, the GRU's z) is σ(b): over a lag ℓ a unit's gradient is multiplied by σ(b)^ℓ,
+and the unit forgets by 1/e in about τ = 1 / (1 − σ(b)) = 1 + eᵇ steps.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ def forget_bias_(module: M, value: float = 1.0) -> M:
     """Set the forget bias: b_f = value, so that f = σ(value) without input.
 
     For other cells it is the bias of the gate that carries the memory (`Cell.carry_gate`): z of the GRU; −value for a
-    gate whose complement carries, as f of the minimal gated unit. torch adds two biases; their sum becomes the value
-    (all of it in `bias_ih`, the gate's block of `bias_hh` is zeroed). Other gates keep theirs.
+    gate whose complement carries, like f of the minimal gated unit. torch adds two biases; their sum becomes the value
+    (all of it in `bias_ih`, the gate's block of `bias_hh` is set to 0). The other gates are not changed.
 
     Args:
         module: nn.LSTM, nn.GRU, their cells, `unvanish.nn.Recurrent` with a carry gate, or any module whose recurrent
@@ -29,7 +29,7 @@ def forget_bias_(module: M, value: float = 1.0) -> M:
         module, changed in place.
 
     Raises:
-        TypeError: module is no module, or a cell in it has no carry gate, as the plain RNN; value is no number.
+        TypeError: module is not a module, value not a number, or a cell has no carry gate, like the plain RNN.
         ValueError: there is no recurrent layer, a layer has bias=False or a parametrized bias, or value is not finite.
 
     Source: Gers, Schmidhuber & Cummins 2000; Jozefowicz, Zaremba & Sutskever 2015, section 2.2.
@@ -69,7 +69,7 @@ def chrono_(module: M, max_lag: float, generator: torch.Generator | None = None)
         module, changed in place.
 
     Raises:
-        TypeError: module is no module, or a cell in it has no carry gate, as the plain RNN; max_lag is no number.
+        TypeError: module is not a module, max_lag not a number, or a cell has no carry gate, like the plain RNN.
         ValueError: there is no recurrent layer, a layer has bias=False or a parametrized bias, or max_lag is below 2.
 
     Source: Tallec & Ollivier 2018, "Can recurrent neural networks warp time?", equation 16.
@@ -104,7 +104,7 @@ def uniform_gate_(module: M, generator: torch.Generator | None = None) -> M:
         module, changed in place.
 
     Raises:
-        TypeError: module is no module, or a cell in it has no carry gate, as the plain RNN.
+        TypeError: module is not a module, or a cell in it has no carry gate, like the plain RNN.
         ValueError: there is no recurrent layer, a layer has bias=False, a parametrized bias, or a single unit.
 
     Source: Gu, Gülçehre, Paine, Hoffman & Pascanu 2020, "Improving the gating mechanism of recurrent neural networks",

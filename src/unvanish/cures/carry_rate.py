@@ -10,28 +10,29 @@ from unvanish.cures.layer_weights import finite
 
 
 class CarryRate:
-    """Scale the updates of the carry gates' biases, whatever the optimizer:
+    """Scale the updates of the carry gates' biases, with any optimizer:
 
         b_f ← b_f + scale · Δb_f,  Δb_f the optimizer's own update
 
-    That is a learning rate of scale · lr for these biases (the LSTM's f, the GRU's z; `Cell.carry_gate`), also where
-    the optimizer divides by the gradient's size, as Adam does, so that a factor on the gradient would do nothing. A
-    parameter group can't do it: torch stacks all gates in one bias.
+    This is a learning rate of scale · lr for these biases (the LSTM's f, the GRU's z; `Cell.carry_gate`). It also works
+    with optimizers that divide by the size of the gradient, like Adam, where scaling the gradient would have no effect.
+    A parameter group can't do this, because torch stacks all gates in one bias.
 
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         slow = CarryRate(optimizer, model, scale=0.1)
 
-    Scale below 1 holds time constants still while the rest learns: the longer a unit remembers, the more sharply the
-    loss answers to its carry. Above 1 lets them move where they start far from the lags.
+    A scale below 1 keeps the time constants nearly fixed while the rest learns: the longer a unit remembers, the more
+    sensitive the loss is to its carry. A scale above 1 helps if the time constants start far from the lags.
 
     Args:
         optimizer: any torch.optim.Optimizer that has the biases among its parameters.
         model: nn.LSTM, nn.GRU, their cells, `unvanish.nn.Recurrent` with a carry gate, or any module whose recurrent
             layers are all of these.
-        scale: at least 0; may be set anew at any time, e.g. by a schedule.
+        scale: at least 0; can be changed at any time, e.g. by a schedule.
 
     Raises:
-        TypeError: optimizer is none, model is no module or has a cell without a carry gate, or scale is no number.
+        TypeError: optimizer is not an optimizer, model is not a module or has a cell without a carry gate, or scale is
+            not a number.
         ValueError: a layer has bias=False or a parametrized bias, the optimizer does not hold a bias, or scale is
             negative or not finite.
 

@@ -3,7 +3,7 @@
     norm clipping       g ← g · min(1, θ / ‖g‖),  ‖g‖ over all parameters; θ from the norms observed so far
     in the recurrence   δ handed from step t+1 to step t  ←  δ · min(1, θ / ‖δ‖),  per sample and state
 
-The first bounds the update, the second the error itself, before it has grown over the rest of the sequence.
+The first bounds the update, the second the gradient at each step, before it grows over the rest of the sequence.
 
 Source: Pascanu, Mikolov & Bengio 2013, section 3.2 (norm clipping, and its threshold from statistics of the norm over a
 number of updates); clipping of δ inside the recurrence as in Graves 2013, per sample instead of per component.
@@ -115,7 +115,7 @@ class GradientClipper:
             bad = [i for i, p in enumerate(self.parameters) if p.grad is not None and not bool(p.grad.isfinite().all())]
             raise ArithmeticError(
                 f"the gradient's norm is {norm}: NaN or infinity in parameters {bad[:8]} (by position); "
-                "skip this update, or find where it was born with uv.watch"
+                "skip this update, or find where it first appeared with uv.watch"
             )
         threshold = self.threshold
         self.norms.append(norm)
@@ -137,7 +137,7 @@ class GradientClipper:
 
 
 def clip_recurrence_(module: M, limit: float | None) -> M:
-    """Bound the error inside the recurrence: what step t+1 hands to step t never exceeds 2-norm `limit` per sample.
+    """Bound the gradient inside the recurrence: its 2-norm from step t+1 to step t is at most `limit` per sample.
 
         δh_t = ∂E_t/∂h_t + clip(W_hhᵀ δa_{t+1})          (LSTM: also δc_t, each state clipped by its own norm)
 
@@ -152,7 +152,7 @@ def clip_recurrence_(module: M, limit: float | None) -> M:
         module, changed in place; no weight is touched.
 
     Raises:
-        TypeError: module is no module, or limit no number.
+        TypeError: module is not a module, or limit not a number.
         ValueError: there is no recurrent layer, one cannot be accelerated (a subclass with its own forward), or limit
             is not finite and positive; nothing is changed then.
 
@@ -173,7 +173,7 @@ def clip_recurrence_(module: M, limit: float | None) -> M:
 
 
 class _ClipRead(StateRead):
-    """The state is read through a view whose error is clipped, so that its other uses are not."""
+    """The state is read through a view whose gradient is clipped, so that its other uses are not affected."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit

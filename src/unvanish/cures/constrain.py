@@ -88,16 +88,16 @@ def constrain_(module: M, kind: Literal["orthogonal", "spectral"] = "orthogonal"
         deepcopy work; pickling the whole module does not, as for every torch parametrization.
 
     Raises:
-        TypeError: module is no module, or scale no number.
+        TypeError: module is not a module, or scale not a number.
         ValueError: there is no recurrent layer, `kind` is neither, scale is not positive, or a W_hh is already
             parametrized, not finite, or (spectral) zero.
 
     Source: torch.nn.utils.parametrize; Arjovsky, Shah & Bengio 2016 and Vorontsov et al. 2017 for what it does to
     recurrent nets.
 
-    Limits: an orthogonal RNN's error still shrinks wherever φ' < 1, and in a gated cell only the share through W_hh is
-    held. torch's recurrent modules read a parametrized weight four times per forward call: H³ work each, small beside
-    long sequences.
+    Limits: the gradient of an orthogonal RNN still shrinks wherever φ' < 1, and in a gated cell only the path through
+    W_hh is constrained. torch's recurrent modules read a parametrized weight four times per forward call: H³ work each,
+    little compared with long sequences.
 
     >>> rnn = constrain_(nn.RNN(3, 4).double())
     >>> torch.allclose(rnn.weight_hh_l0.mT @ rnn.weight_hh_l0, torch.eye(4, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Gradient flossing: push Lyapunov exponents to zero, where an error neither vanishes nor explodes."""
+"""Gradient flossing: push Lyapunov exponents to zero, where gradients neither vanish nor explode."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ class GradientFlossing:
         seed: of the first Q.
 
     Raises:
-        TypeError: model is no module, or holds cells, which have no sequence of their own.
+        TypeError: model is not a module, or holds cells, which have no sequence of their own.
         ValueError: there is no recurrent layer, or a number does not fit.
 
     Source: Engelken 2023, "Gradient flossing: improving gradient descent through dynamic control of Jacobians",
@@ -72,8 +72,8 @@ class GradientFlossing:
         for name, value in found.items():
             if bool(value.isnan().any()):
                 raise ArithmeticError(
-                    f"{name}: an exponent is NaN, since input, weights or states are not finite; find where that was "
-                    "born with uv.watch"
+                    f"{name}: an exponent is NaN, since input, weights or states are not finite; find where that "
+                    "first appears with uv.watch"
                 )
             if not bool(value.isfinite().all()):
                 i = int((~value.isfinite()).any(0).nonzero()[0])

@@ -18,7 +18,7 @@ def forcing_interval(exponent: float) -> int:
         exponent: λ > 0, the largest Lyapunov exponent of the data, in nats per step.
 
     Raises:
-        TypeError: exponent is no number.
+        TypeError: exponent is not a number.
         ValueError: it is not positive: what is not chaotic needs no forcing.
 
     Source: Mikhaeil, Monfared & Durstewitz 2022 (their predictability time).
@@ -39,24 +39,24 @@ def forced(
     *,
     keep: bool = False,
 ) -> Tensor:
-    """Predictions ŷ_t = B h_t + b of a run whose state is put on the data after every `interval` steps:
+    """Predictions ŷ_t = B h_t + b of a run whose state is set from the data after every `interval` steps:
 
         h_t ← h_t + B⁺ (y_t − ŷ_t)      so that B h_t + b = y_t, where the readout can
 
-    It is the smallest such change; ŷ_t itself, from before it, enters the loss. On data from a chaotic system every
-    network that fits has a largest exponent λ > 0, and ∂h_t/∂h_s grows like e^{λ(t − s)}, which no cell and no
-    initialisation prevents. With a forcing after every τ = ln 2/λ steps (`forcing_interval`) the gradient stays
-    bounded, and the trajectory near the one to be learnt.
+    This is the smallest such change; the loss uses ŷ_t from before it. Every network that fits data from a chaotic
+    system has a largest exponent λ > 0, and ∂h_t/∂h_s grows like e^{λ(t − s)}; no cell and no initialisation prevents
+    this. With a forcing after every τ = ln 2/λ steps (`forcing_interval`) the gradient stays bounded, and the
+    trajectory stays near the one to be learnt.
 
     Args:
         layer: nn.RNN, nn.LSTM, nn.GRU or `unvanish.nn.Recurrent`, of one direction; `layer(x, hx)` is what runs.
-        x: `[T, B, I]` (or `[B, T, I]` with batch_first) what it reads: nothing of y_t for t beyond its own step.
-        target: `[T, B, N]` y, what the readout is to say at each step, in the layout of x.
+        x: `[T, B, I]` (or `[B, T, I]` with batch_first) its input, which must not contain y of later steps.
+        target: `[T, B, N]` y, the target of the readout at each step, in the layout of x.
         readout: nn.Linear from h of the last layer to N values.
         interval: τ, in steps.
         hx: the initial state; None: the layer's own.
-        keep: whether what the readout does not see, (I − B⁺B) h and every other state, keeps its graph. By default it
-            keeps its value alone, so that no error passes a forcing, as in the paper.
+        keep: whether the part that the readout does not see, (I − B⁺B) h, and all other states keep their graph. By
+            default they keep only their value, so that no gradient passes a forcing, as in the paper.
 
     Returns:
         ŷ, in the layout of x.
@@ -68,7 +68,7 @@ def forced(
     Source: Mikhaeil, Monfared & Durstewitz 2022, "On the difficulty of learning chaotic dynamics with RNNs" (there
     B⁺ y alone takes the place of h).
 
-    Limits: h of the last layer is forced; the LSTM's c and lower layers run on as they were. B⁺ is computed anew in
+    Limits: h of the last layer is forced; the LSTM's c and lower layers run on as they were. B⁺ is recomputed in
     each call and taken as given. What has to be remembered for longer than τ is out of the loss's reach unless `keep`
     is set.
 

@@ -34,7 +34,7 @@ def h_detach_(module: M, p: float | None) -> M:
     Args:
         module: nn.LSTM, nn.GRU, their cells, `unvanish.nn.Recurrent` of a cell with a carry and a matrix, or any module
             whose recurrent layers are all of these.
-        p: from 0 to 1; the paper uses 0.25 to 0.5, and 1 hands the error back by the carry alone. None takes it off
+        p: from 0 to 1; the paper uses 0.25 to 0.5; with 1 the gradient passes the carry alone. None removes it
             (layers stay `unvanish.nn`; see `restore`).
 
     Returns:

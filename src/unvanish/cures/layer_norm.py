@@ -21,12 +21,11 @@ def layer_norm_(model: nn.Module, gain: float = 1.0, eps: float = 1e-5) -> nn.Mo
         p_t^γ = α_γ ⊙ LN(W_ih^γ x_t) + b_ih^γ        q_t^γ = β_γ ⊙ LN(W_hh^γ s_{t-1}) + b_hh^γ
         LN(a) = (a − mean_u a) / √(var_u a + ε)
 
-    α and β `[G·H]` are learnt and start at `gain`. The size of W_ih and W_hh has no influence any more, nor that of the
-    input: a gate can't be driven into saturation by either, and the error that comes back through a matrix is divided
-    by the size that its share had.
+    α and β `[G·H]` are learnt and start at `gain`. The sizes of W_ih, W_hh and the input no longer matter: none of them
+    can saturate a gate, and the gradient through a matrix is divided by the size of what the matrix contributed.
 
-    Layers become `NormalisedLayers` around the layer of before, whose weights it reads, with two parameters more for
-    each layer and direction, `gain_ih_l0` and `gain_hh_l0`: make the optimizer anew.
+    Layers become `NormalisedLayers` around the original layer, whose weights they use, with two more parameters for
+    each layer and direction, `gain_ih_l0` and `gain_hh_l0`: create the optimizer afterwards.
 
     Args:
         model: any module with nn.RNN, nn.LSTM, nn.GRU or `unvanish.nn.Recurrent` in it, changed in place; or such a
@@ -38,8 +37,8 @@ def layer_norm_(model: nn.Module, gain: float = 1.0, eps: float = 1e-5) -> nn.Mo
         model; the new layer if model was a layer itself.
 
     Raises:
-        TypeError: model is no module, a cell in it is one of torch's single cells or has no recurrent matrix, or gain
-            is no number.
+        TypeError: model is not a module, gain is not a number, or a cell in it is one of torch's single cells or has no
+            recurrent matrix.
         ValueError: there is no recurrent layer; one is of a subclass, parametrized, has hooks, a projection, or an
             option of `unvanish.nn`'s; gain or eps is not positive.
 

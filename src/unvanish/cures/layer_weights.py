@@ -106,7 +106,7 @@ def recurrent_modules(model: nn.Module, cure: str, *, called: bool = False) -> d
         called: whether the cure acts on how a layer runs, and not on its weights alone.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
         ValueError: there is none in it; with `called`, one is never called.
     """
     if not isinstance(model, nn.Module):
@@ -142,7 +142,7 @@ def recurrent_layers(
     """Every layer and direction in the model; all of them must be of a cell that the cure fits.
 
     Raises:
-        TypeError: model is no module, or the cure does not fit a cell.
+        TypeError: model is not a module, or the cure does not fit a cell.
         ValueError: there is no recurrent layer.
     """
     found = [layer for path, m in recurrent_modules(model, cure).items() for layer in layers_of(m, path)]
@@ -158,7 +158,7 @@ def with_matrices(model: nn.Module, cure: str) -> list[tuple[Layer, nn.Parameter
     """Every layer and direction with its W_hh, all checked before the first is written.
 
     Raises:
-        TypeError: model is no module, or a cell has no recurrent matrix.
+        TypeError: model is not a module, or a cell has no recurrent matrix.
         ValueError: there is no recurrent layer, or a W_hh is parametrized.
     """
     layers = recurrent_layers(model, cure, lambda cell: bool(cell.sources), "it has no recurrent matrix")
@@ -174,7 +174,7 @@ def finite(name: str, value: float, above: float = -math.inf) -> float:
     """The number, checked: finite and > above.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is not a number.
         ValueError: it is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):

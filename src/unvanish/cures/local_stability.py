@@ -36,7 +36,7 @@ class LocalStability:
         samples: how many samples of the batch are.
 
     Raises:
-        TypeError: model is no module, or holds cells, which have no sequence of their own; target is no number.
+        TypeError: model is not a module, or holds cells, which have no sequence of their own; target is not a number.
         ValueError: there is no recurrent layer, or a number does not fit.
 
     Source: Herranz-Celotti & Rouat 2023, "Stabilizing RNN gradients through pre-training" (local stability condition).

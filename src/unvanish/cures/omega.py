@@ -1,4 +1,4 @@
-"""Ω, the vanishing-gradient regulariser: an error should keep its length from one step to the one before."""
+"""Ω, the vanishing-gradient regulariser: the gradient should keep its length from one step to the step before."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ from unvanish.nn.modules import (
 
 @dataclass
 class _ObservedCall:
-    """One call of a recurrent module, detached, and the error that came back to its outputs."""
+    """One call of a recurrent module, detached, and the gradient that arrived at its outputs."""
 
     call: Call
     attached: bool
@@ -55,7 +55,7 @@ class _ObservedCall:
 
 
 class Omega:
-    """Ω = Σ_t ( ‖J_tᵀ δ_t‖ / ‖δ_t‖ − 1 )²,  J_t = ∂s_t/∂s_{t-1},  δ_t = ∂E/∂s_t: the error keeps its length.
+    """Ω = Σ_t ( ‖J_tᵀ δ_t‖ / ‖δ_t‖ − 1 )²,  J_t = ∂s_t/∂s_{t-1},  δ_t = ∂E/∂s_t: the gradient keeps its length.
 
         norms="plain"    Ω_t = ( ‖J_tᵀ δ_t‖ / ‖δ_t‖ − 1 )²       equation 9
         norms="squared"  Ω_t = ( ‖J_tᵀ δ_t‖² / ‖δ_t‖² − 1 )²     equation 10
@@ -85,14 +85,14 @@ class Omega:
         norms: "plain" or "squared".
 
     Raises:
-        TypeError: model is no module, or has a cell without a recurrent matrix, as the IndRNN.
+        TypeError: model is not a module, or has a cell without a recurrent matrix, as the IndRNN.
         ValueError: there is no recurrent layer, or `norms` is neither.
 
     Source: Pascanu, Mikolov & Bengio 2013, section 3.3, equations 9 and 10. The paper's state is a_t, with h = φ(a);
     here it is h_t, the same recurrence half a step later.
 
-    Limits: δ is the summed error of all steps, so Ω keeps the *sum* alive, not each source's part. It takes an error at
-    every step seriously, however small. With clipping in the recurrence, δ are the clipped ones.
+    Limits: δ is the gradient of the sum over all errors, so Ω preserves the *sum*, not the part of each source. Every
+    step with an error counts, however small the error. With clipping in the recurrence, δ is the clipped gradient.
 
     >>> rnn, x = nn.RNN(2, 3), torch.randn(5, 1, 2)
     >>> with Omega(rnn) as omega:
@@ -136,7 +136,7 @@ class Omega:
         observed = [call for call in self._calls if call.errors]
         if not observed:
             raise RuntimeError(
-                "Omega: no error came back to a recurrent layer; call the model and loss.backward() inside the `with`"
+                "Omega: no gradient reached a recurrent layer; call the model and loss.backward() inside the `with`"
             )
         # The sum of many small numbers: in float64, then in the weights' own dtype.
         with full_precision():
@@ -211,7 +211,7 @@ class Omega:
         immediate = Weights(w.w_ih.detach(), w.w_hh, None, None, w.w_hr, w.v)
         norm = torch.stack([torch.linalg.vector_norm(s, dim=-1, dtype=torch.float64) for s in d]).norm(dim=0)
         present = norm > 0 if counted is None else counted & (norm > 0)
-        # A unit vector: the ratio's numerator is then of order 1, however far the error has vanished.
+        # A unit vector: the ratio's numerator is then of order 1, however far the gradient has vanished.
         safe = torch.where(norm > 0, norm, 1.0).unsqueeze(-1)
         unit = tuple((s.double() / safe).to(s.dtype) for s in d)
         with torch.no_grad():

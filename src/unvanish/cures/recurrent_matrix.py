@@ -1,6 +1,6 @@
-"""Initialising W_hh: what one step does to the length of the error.
+"""Initialising W_hh: what one step does to the length of the gradient.
 
-∂h_t/∂h_{t-1} = diag(φ'(a_t)) W_hh, so the error's length changes per step by at most max|φ'| σ_max(W_hh), and over
+∂h_t/∂h_{t-1} = diag(φ'(a_t)) W_hh, so the gradient's length changes per step by at most max|φ'| σ_max(W_hh), and over
 many steps, where φ' ≈ 1, by the spectral radius.
 """
 
@@ -25,13 +25,14 @@ def orthogonal_(module: M, gain: float = 1.0, generator: torch.Generator | None 
         module, changed in place. Input weights, biases and projections keep their values.
 
     Raises:
-        TypeError: module is no module, or gain no number.
+        TypeError: module is not a module, or gain not a number.
         ValueError: there is no recurrent layer, a W_hh is parametrized, or gain is not finite and positive.
 
     Source: Saxe, McClelland & Ganguli 2014; per gate as in Henaff, Szlam & LeCun 2016.
 
-    Limits: an initialisation: training moves W_hh away (`constrain_` holds it). In a gated cell orthogonal blocks keep
-    the error's way through h alive; the state's own survival is the carry gate's (`forget_bias_`, `chrono_`).
+    Limits: this is an initialisation: training moves W_hh away from it (`constrain_` prevents that). In a gated cell
+    orthogonal blocks preserve the gradient's path through h; the path along the state depends on the carry gate
+    (`forget_bias_`, `chrono_`).
 
     >>> rnn = orthogonal_(torch.nn.RNN(3, 4).double())
     >>> torch.allclose(rnn.weight_hh_l0.mT @ rnn.weight_hh_l0, torch.eye(4, dtype=torch.float64))
@@ -60,14 +61,14 @@ def identity_(module: M, scale: float = 1.0) -> M:
         module, changed in place. Input weights keep their values.
 
     Raises:
-        TypeError: module is no module, or contains an LSTM or GRU; scale is no number.
+        TypeError: module is not a module, or contains an LSTM or GRU; scale is not a number.
         ValueError: there is no recurrent layer, a weight is parametrized, or scale is not finite.
 
     Source: Le, Jaitly & Hinton 2015, "A simple way to initialize recurrent networks of rectified linear units".
 
-    Limits: meant for nonlinearity="relu". tanh shrinks the state and its error wherever h is not near 0; relu has no
-    bound, so a learning rate that is too large makes it explode. The paper starts the input weights small; here
-    they stay unchanged.
+    Limits: meant for nonlinearity="relu". tanh shrinks the state and its gradient wherever h is not near 0; relu is
+    unbounded, so a learning rate that is too large makes it explode. In the paper the input weights start small; here
+    they are not changed.
 
     >>> identity_(torch.nn.RNN(3, 2, nonlinearity="relu"), 0.5).weight_hh_l0.tolist()
     [[0.5, 0.0], [0.0, 0.5]]
@@ -99,7 +100,7 @@ def spectral_radius_(module: M, radius: float = 1.0) -> M:
         module, changed in place.
 
     Raises:
-        TypeError: module is no module, or radius no number.
+        TypeError: module is not a module, or radius no number.
         ValueError: there is no recurrent layer, a W_hh is parametrized, not finite or nilpotent (radius 0, which no
             factor changes), or radius is not finite and positive.
 

@@ -37,24 +37,24 @@ def zoneout_(model: nn.Module, p: float | Mapping[str, float]) -> nn.Module:
 
         s_t = s_{t-1} + m_t ⊙ (s̃_t − s_{t-1}),  m_t = 0 with probability p, else 1;  in evaluation m_t = 1 − p
 
-    s̃_t is what the cell computes. A unit that is zoned out passes its state, and the error at it, on unchanged:
-    ∂s_t/∂s_{t-1} = 1. So other than dropout of the state it regularises and lengthens the memory at once: over a lag ℓ
-    the carry's expectation is (p + (1 − p) f)^ℓ.
+    s̃_t is what the cell computes. A unit that is zoned out passes on its state and its gradient unchanged:
+    ∂s_t/∂s_{t-1} = 1. So unlike dropout of the state, zoneout both regularises and lengthens the memory: over a lag ℓ
+    the expectation of the carry is (p + (1 − p) f)^ℓ.
 
-    Layers become `NoisyLayers` of `unvanish.nn.Recurrent` with the very same parameters; an nn.RNNCell, LSTMCell or
-    GRUCell gets a hook. Masks are drawn for every sample, unit, step, state and layer. `layer.draw(x)` returns them and
-    `layer(x, masks=…)` runs with given ones; without, `torch.manual_seed` replays them.
+    Layers become `NoisyLayers` of `unvanish.nn.Recurrent` with the same parameters; an nn.RNNCell, LSTMCell or
+    GRUCell gets a hook. Masks are drawn for every sample, unit, step, state and layer. `layer.draw(x)` returns masks,
+    and `layer(x, masks=…)` runs with them; otherwise `torch.manual_seed` makes them reproducible.
 
     Args:
-        model: any module with recurrent layers, changed in place; or such a layer itself, which is left alone.
+        model: any module with recurrent layers, changed in place; or such a layer itself, which stays as it is.
         p: a probability below 1, of every state; or state → probability, {"h": 0.05, "c": 0.5} for an LSTM as in the
-            paper. 0 everywhere takes it off.
+            paper. 0 everywhere removes it.
 
     Returns:
         model; the new layer if model was a layer over sequences itself. Call it again to change p.
 
     Raises:
-        TypeError: model is no module, or p is none.
+        TypeError: model is not a module, or p is none.
         ValueError: p is out of range or names a state that a cell does not have; there is no recurrent layer; one is
             of a subclass, parametrized, has hooks or a projection.
 
@@ -84,29 +84,29 @@ def zoneout_(model: nn.Module, p: float | Mapping[str, float]) -> nn.Module:
 
 
 def recurrent_dropout_(model: nn.Module, p: float) -> nn.Module:
-    """In training, hide a random share p of the units from the recurrent matrices, the same for a whole sequence:
+    """In training, hide a random share p of the units from the recurrent matrices, the same units for a whole sequence:
 
         q_t = W (d ⊙ h_{t-1}) + b,  d = 0 with probability p, else 1/(1 − p);  in evaluation d = 1
 
-    The carry is untouched, so that memory is not lost: dropping h itself, anew in each step, would shorten it to about
-    1/p steps. Layers become `NoisyLayers`, see `zoneout_`, with which it can be combined.
+    The carry is not affected, so the memory stays long: dropping units of h itself, other ones at each step, would
+    shorten it to about 1/p steps. Layers become `NoisyLayers`, see `zoneout_`, with which it can be combined.
 
     Args:
-        model: any module with recurrent layers, changed in place; or such a layer itself, which is left alone.
-        p: a probability below 1; 0 takes it off.
+        model: any module with recurrent layers, changed in place; or such a layer itself, which stays as it is.
+        p: a probability below 1; 0 removes it.
 
     Returns:
         model; the new layer if model was a layer over sequences itself.
 
     Raises:
-        TypeError: model is no module, p no number, or a cell has no recurrent matrix or is one of torch's single cells,
-            which does not know where a sequence begins.
+        TypeError: model is not a module, p not a number, or a cell has no recurrent matrix or is one of torch's single
+            cells, which do not know where a sequence begins.
         ValueError: as `zoneout_`.
 
     Source: Gal & Ghahramani 2016, "A theoretically grounded application of dropout in recurrent neural networks".
 
-    Limits: a plain RNN has no carry, so that a dropped unit's error ends. Masks on the candidate alone (Semeniuta,
-    Severyn & Barth 2016) are not offered. Dropout of the input is nn.Dropout's.
+    Limits: a plain RNN has no carry, so the gradient of a dropped unit ends. Masks on the candidate alone (Semeniuta,
+    Severyn & Barth 2016) are not available. For dropout of the input use nn.Dropout.
 
     >>> layer = recurrent_dropout_(nn.GRU(3, 4), 0.25)
     >>> [mask.shape for mask in layer.draw(torch.zeros(5, 2, 3))]

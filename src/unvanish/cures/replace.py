@@ -29,7 +29,7 @@ def replace_(model: nn.Module, by: str | Cell) -> nn.Module:
     or whatever `by` computes. Sizes, layers, directions, dropout, batch_first, bias, dtype, device and training mode
     are kept, and so is the interface: a cell with several states returns h alone, which carries the others with it, so
     that `y, h = rnn(x, h)`, `h[-1]` and `h.detach()` between pieces of truncated BPTT work as before. (With an h that
-    the caller computed anew the others start as in an initial state.)
+    the caller recomputed the others start as in an initial state.)
 
     Args:
         model: any module with nn.RNN, nn.RNNCell, or `unvanish.nn.Recurrent` of such a cell in it, changed in place; or
@@ -39,10 +39,10 @@ def replace_(model: nn.Module, by: str | Cell) -> nn.Module:
 
     Returns:
         model; the new layer if model was the RNN itself. Weights are new, drawn as the layer draws them: give them a
-        start with `chrono_` or `forget_bias_`, and make the optimizer anew. Other LSTMs and GRUs in the model stay.
+        start with `chrono_` or `forget_bias_`, and create the optimizer again. Other LSTMs and GRUs in the model stay.
 
     Raises:
-        TypeError: model is no module, or `by` neither name nor cell.
+        TypeError: model is not a module, or `by` neither name nor cell.
         ValueError: `by` names no cell; there is no plain RNN; one is of a subclass (its own behaviour would be lost;
             for unvanish.nn call `restore` first), is parametrized or has hooks.
 

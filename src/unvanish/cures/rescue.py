@@ -1,4 +1,4 @@
-"""Rescue: the smallest change of the forget biases after which an error survives a given lag.
+"""Rescue: the smallest change of the forget biases with which the gradient survives a given lag.
 
 Source: the forget-gate update of the article "Solving the vanishing gradient problem with LSTM" ("an update of the
 forget gate at step k+1 so that the gradient does not vanish"), made exact.
@@ -37,15 +37,15 @@ def rescue_(
 
         Δb_f = μ ∂S²/∂b_f       with one multiplier μ ≥ 0 for all units.
 
-    Since the error needs *some* units to survive in, and those cost least whose gates are already most open, the
-    smallest change opens a share of about target² of the units and leaves the others nearly alone: a division into
-    long and short memory, where a uniform shift would make all units slow. States react to the biases; so the layer is
-    run again and the problem solved again until the measured S is within 0.1 % of the target. Where that goes round in
-    circles among solutions that cost nearly the same, one of them is kept and scaled until S holds. Where the gate
-    reads the memory itself, as with peepholes, the carry is more than f: then the change is the smallest for f alone,
-    and scaled likewise.
+    The gradient needs only *some* units in which to survive, and the cheapest are those whose gates are already the
+    most open. So the smallest change opens a share of about target² of the units and hardly changes the others: it
+    divides them into long and short memory, whereas a uniform shift would make all units slow. The states react to the
+    biases, so the layer is run and the problem solved again until the measured S is within 0.1 % of the target. If this
+    cycles among solutions that cost nearly the same, one of them is kept and scaled until S holds. If the gate reads
+    the memory itself, as with peepholes, the carry is more than f: then the change is the smallest for f alone, and
+    scaled in the same way.
 
-    Layers are rescued from the first to the last, each under the input that the rescued layers below give it. The
+    Layers are rescued from the first to the last, each with the input that the rescued layers below produce. The
     change is added to `bias_ih`. For the GRU read h for c, z for f.
 
     Args:
@@ -53,27 +53,27 @@ def rescue_(
             biases.
         x: an input in the layer's own layout, typical for the data, with at least `lag` steps; what S is measured on.
             Or a record of `uv.watch` (or one LayerFlow of it): then each unit's gate is taken as constant at its
-            recorded mean `log_carry`, `lag` may exceed the recorded steps, and nothing is measured again: a
-            prediction, not a promise.
+            recorded mean `log_carry`, `lag` may exceed the recorded steps, and the result is a prediction that is not
+            measured again.
         lag: ℓ, in steps.
         target: S afterwards, in (0, 1).
         hx: the initial state; None: zeros.
 
     Returns:
-        lstm, changed in place. A layer that survives as well as stated stays unchanged: the smallest change is none.
+        lstm, changed in place. A layer that already reaches the target is not changed.
 
     Raises:
-        TypeError: lstm is no layer with a carry gate; x is neither input nor record; a number is none.
+        TypeError: lstm is not a layer with a carry gate; x is neither input nor record; an argument is not a number.
         ValueError: target is not in (0, 1), as f < 1 keeps every S below 1; lag exceeds the steps of x; bias=False or
             a parametrized bias; a record does not fit.
         ArithmeticError: the states' reaction to the biases kept S from the target; the biases are as before.
 
-    Limits: this is the carry alone. The whole derivative also runs through the gates and h, and can keep less or much
-    more: `survival(..., paths="exact")` has it. The change is the smallest at the gates' trajectories it leads to; how
-    the trajectories depend on it is measured, not differentiated. S is about errors of all directions at c_k alike: an
-    open unit that goes on writing drives c up until tanh c_k is flat, and then an error at h_k hardly enters it;
-    `chrono_` closes the input gate along with it. A surviving error can still be too sharp to use (Zucchet & Orvieto
-    2024).
+    Limits: this concerns the carry alone. The whole derivative also passes through the gates and h, and can keep less
+    or much more: `survival(..., paths="exact")` measures it. The change is the smallest for the trajectories of the
+    gates that result from it; their dependence on the change is measured, not differentiated. S averages over gradients
+    of all directions at c_k. An open unit that keeps writing drives c up until tanh c_k is flat, and then hardly any
+    gradient at h_k enters it; `chrono_` also closes the input gate. A gradient that survives can still be too sharp to
+    use (Zucchet & Orvieto 2024).
 
     >>> lstm, x = nn.LSTM(2, 8), torch.randn(60, 4, 2)
     >>> from unvanish.flow import survival
@@ -145,7 +145,7 @@ def _rescue_layer(
         size = 0.5 * (low + high) if high < math.inf else 1.25 * size
     raise ArithmeticError(
         f"rescue_: after {2 * ROUNDS} rounds layer {place} keeps {math.exp(measured):.4g}, not {target}, because the "
-        "states answer to every change of the biases; try another target, or chrono_"
+        "states react to every change of the biases; try another target, or chrono_"
     )
 
 

@@ -29,7 +29,7 @@ class TracedModel:
     all weights that shape them.
 
     Raises:
-        TypeError: model is no module, or holds cells, which have no sequence of their own.
+        TypeError: model is not a module, or holds cells, which have no sequence of their own.
         ValueError: there is no recurrent layer.
     """
 

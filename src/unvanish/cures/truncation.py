@@ -27,7 +27,7 @@ class Piece:
 
 
 class TruncatedBPTT:
-    """Walk a long sequence in pieces of `steps`, a backward pass for each, with the state handed on and its graph cut:
+    """Process a long sequence in pieces of `steps`, with a backward pass for each, and pass on the state without graph:
 
         ∂E_t/∂s_k is kept for k in the piece of t and is 0 for every earlier k
 
@@ -39,27 +39,27 @@ class TruncatedBPTT:
             optimizer.step(); optimizer.zero_grad()
             walk.hand_on(state)
 
-    What is cut is known: `kept(lag)` says which share of all pairs of steps at a lag lies within one piece, and after
-    the walk `discarded` holds the gradient that arrived at each cut and went no further.
+    `kept(lag)` returns the share of all pairs of steps at a lag that are within one piece; after the loop, `discarded`
+    has the gradient that arrived at each cut and was dropped.
 
     Args:
         x: `[T, B, I]`, or `[B, T, I]` with batch_first, or `[T, I]`.
         steps: the length of a piece; the last may be shorter.
-        policy: "detach" hands the state's value on; "reset" begins every piece with the layer's initial state, as if
-            the pieces were sequences of their own.
+        policy: "detach" passes on the value of the state; "reset" starts every piece from the layer's initial state, as
+            if the pieces were separate sequences.
         batch_first: whether time is the second axis of x.
 
     Raises:
-        TypeError: x is no tensor.
-        ValueError: x has no steps or no such axes, `steps` is below 1, or the policy is neither.
-        RuntimeError: in the loop, where `hand_on` was not called for the piece before.
+        TypeError: x is not a tensor.
+        ValueError: x has no steps or too few axes, `steps` is below 1, or the policy is unknown.
+        RuntimeError: in the loop, if `hand_on` was not called for the piece before.
 
     Works with any layer whose state is a tensor, a tuple of tensors, or what `replace_` returns.
 
     Source: Williams & Peng 1990; Tallec & Ollivier 2017 for its bias.
 
-    Limits: a dependency longer than a piece is not learnt but by way of what the state happens to keep. Within a piece
-    the steps near its start have few steps to look back on: of all pairs at lag ℓ about 1 − ℓ/steps are kept.
+    Limits: a dependency longer than a piece is learnt only if the state happens to keep the information. Steps near the
+    start of a piece have few earlier steps in it: of all pairs at lag ℓ about 1 − ℓ/steps are kept.
 
     >>> import torch
     >>> walk = TruncatedBPTT(torch.zeros(10, 1, 2), steps=4)
@@ -99,14 +99,14 @@ class TruncatedBPTT:
         """Cut the state's graph here; its value begins the next piece.
 
         Raises:
-            TypeError: it is no tensor and no tuple of tensors.
+            TypeError: it is neither a tensor nor a tuple of tensors.
         """
         leaves: list[Tensor] = []
         self._handed.append((_cut(state, leaves), leaves))
 
     @property
     def cuts(self) -> list[int]:
-        """The steps between which and the one before no error passes."""
+        """The steps at which a piece begins: no gradient passes from them to the step before."""
         return [start for start, _ in self._spans[1:]]
 
     def kept(self, lag: int) -> float:
@@ -122,7 +122,7 @@ class TruncatedBPTT:
 
     @property
     def mean_steps(self) -> float:
-        """How many steps the error of a step goes back, averaged over the steps."""
+        """How many steps back the gradient of a step reaches, averaged over the steps."""
         lengths = [end - start for start, end in self._spans]
         return sum(n * (n - 1) / 2 for n in lengths) / sum(lengths)
 

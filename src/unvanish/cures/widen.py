@@ -29,18 +29,18 @@ def widen_(model: nn.Module, hidden_size: int) -> nn.Module:
 
     Args:
         model: any module with torch's RNN, LSTM, GRU, their cells, those of `unvanish.nn` or `Recurrent` in it,
-            changed in place; or such a layer itself, which is left alone.
+            changed in place; or such a layer itself, which stays as it is.
         hidden_size: K; layers that have as many units or more stay.
 
     Returns:
         model; the wider layer if model was the layer itself. The new units' weights are drawn as the layer draws them;
-        make the optimizer anew. A state that is returned has the width H and carries the K units inside, so that it
+        create the optimizer again. A state that is returned has the width H and carries the K units inside, so that it
         can be handed back; of one from elsewhere the first H units are set, and the others start anew.
 
     Raises:
-        TypeError, ValueError: hidden_size is no positive whole number; no layer is narrower; one is of a subclass (its
-            own behaviour would be lost), is parametrized, has hooks or a projection (`proj_size`), or a cell that is
-            `given` shares.
+        TypeError, ValueError: hidden_size is not a positive whole number; no layer is narrower; one is of a subclass
+            (its own behaviour would be lost), is parametrized, has hooks or a projection (`proj_size`), or a cell that
+            is `given` shares.
 
     >>> import torch
     >>> model = nn.ModuleDict({"rnn": nn.LSTM(3, 2, batch_first=True)})

@@ -42,7 +42,7 @@ def diagnose(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Diagnosis:
-    """Why a model does not learn, proved, and what to change.
+    """Find out why a model does not learn, with proofs, and what to change.
 
         d = uv.diagnose(model, x, y, loss=loss_fn)     # loss_fn(model(x), y)
         d = uv.diagnose(model, step=step)              # step(model) → loss
@@ -53,10 +53,10 @@ def diagnose(
 
     - Exact tests: a few passes each, without any training. An error among them comes first and ends the diagnosis.
     - The measurement: ‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0 in every recurrent layer, s = c for the LSTM, h for the others.
-      `d.layers` says how far the gradient reaches. A short reach is no illness by itself: it matters if the answer
-      needs more steps, and if no other way (pooling, attention, skip connections) carries the gradient.
-    - Interventions: copies trained on the model's own loss, each with one change, judged on samples held out of their
-      training against the best constant answer. What makes the loss fall names the cause, and is the plan.
+      `d.layers` says how far the gradient reaches. A short reach is not a fault by itself: it matters if the answer
+      needs more steps and no other path (pooling, attention, skip connections) carries the gradient.
+    - Interventions: copies trained on the model's own loss, each with one change, judged on held-out samples against
+      the best constant answer. The change that makes the loss fall names the cause, and becomes the plan.
 
     The model, its gradients, its mode and the random numbers stay as they are.
 
@@ -65,23 +65,23 @@ def diagnose(
         batch: the model's inputs, then the target; a single item is the input, and `loss` takes the output alone.
         loss: (output, target) → scalar.
         step: model → scalar, in place of batch and loss; may draw a fresh batch per call.
-        optimizer: the one that the model is trained with, or a function parameters → optimizer; None: Adam. Of an
-            instance it is also tested whether it holds the model's parameters.
-        budget: seconds for interventions; 0 leaves them out.
-        lag: steps that the task needs; None: the longest that the batch offers.
-        samples: of the batch that the measurement follows.
-        states: module name → where its state is, as in `unvanish.watch`: modules of other libraries that are called
-            once per step, of which rate, reach and verdict are measured by autograd alone. So are states that
-            `unvanish.mark` shows.
-        seed: of dropout, drawn cures and the copies' training.
-        progress: is called with a sentence on what is being done; None: a line on stderr after two seconds, if that is
-            a terminal.
+        optimizer: the one that trains the model, or a function parameters → optimizer; None: Adam. An instance is also
+            checked for missing parameters.
+        budget: seconds for interventions; 0: none.
+        lag: longest lag that the task needs, in steps; None: the longest in the batch.
+        samples: number of samples in the measurement.
+        states: module name → where its state is, as in `unvanish.watch`, for modules of other libraries that are called
+            once per step. Their rate, reach and verdict are measured by autograd alone, as are those of states shown
+            by `unvanish.mark`.
+        seed: seed of dropout, random cures and the training of copies.
+        progress: called with a sentence on what is being done; None: a line on stderr after two seconds, if that is a
+            terminal.
 
     Raises:
-        TypeError: model is no module or can't be copied, loss, step or optimizer is no function.
-        ValueError: neither or both of loss and step are given; the batch is empty; lag, samples or budget is out of
+        TypeError: the model is not a module or can't be copied, or loss, step or optimizer is not a function.
+        ValueError: neither or both of loss and step are given, the batch is empty, or lag, samples or budget is out of
             range.
-        RuntimeError: within torch.inference_mode.
+        RuntimeError: it is called within torch.inference_mode.
     """
     _check(model, batch, loss, step, budget, lag, samples)
     if optimizer is not None and not isinstance(optimizer, Optimizer) and not callable(optimizer):
@@ -144,7 +144,7 @@ def _diagnosed(
     except (RuntimeError, IndexError, NotImplementedError) as error:
         outcome = Outcome(notes=(f"no intervention could be tried: {type(error).__name__}: {error}",))
     if any(f.severity == "error" for f in proved):
-        outcome = Outcome(notes=("nothing was trained: an exact test has proved a fault, which comes first",))
+        outcome = Outcome(notes=("no copy was trained: an exact test proved a fault; repair it first",))
     elif budget == 0:
         outcome = Outcome()
     findings = _together(proved, outcome, notes)
@@ -164,7 +164,7 @@ def _unset(model: nn.Module) -> Diagnosis:
 
 
 def _together(proved: tuple[Finding, ...], outcome: Outcome, notes: tuple[str, ...]) -> tuple[Finding, ...]:
-    """Ranked. A model that was seen to learn is healthy first, and what else was found are remarks."""
+    """All findings, ranked. If the model was seen to learn, `healthy` comes first and the others become notes."""
     learnt = [f for f in outcome.findings if f.code == "healthy"]
     if learnt:
         # That the loss falls says nothing against a target that is read off the input: it is what follows from it.
@@ -180,10 +180,10 @@ def _together(proved: tuple[Finding, ...], outcome: Outcome, notes: tuple[str, .
         return (
             Finding(
                 "healthy", "note", "",
-                "No exact test found a fault, and in this budget no copy learnt, with or without a change: nothing is "
-                "proved.",
+                "No exact test found a fault, and no copy learnt within the budget, with or without a change: nothing "
+                "is proved.",
                 f"{len(outcome.tried)} {'copy was' if len(outcome.tried) == 1 else 'copies were'} trained.",
-                "Give a longer budget and more samples.",
+                "Pass a longer budget and more samples.",
             ),
             *everything,
         )  # fmt: skip
@@ -191,9 +191,9 @@ def _together(proved: tuple[Finding, ...], outcome: Outcome, notes: tuple[str, .
     return (
         Finding(
             "healthy", "note", "",
-            "No exact test found a fault. Nothing was trained, so it is not proved that the model learns.",
+            "No exact test found a fault. No copy was trained, so it is not proved that the model learns.",
             f"{len(exact.TESTS) + 1 - untested} exact tests passed, {untested} could not be run.",
-            "Give a budget of some seconds for interventions to see whether the loss falls.",
+            "Pass a budget of some seconds, so that copies are trained and show whether the loss falls.",
         ),
         *everything,
     )  # fmt: skip
@@ -215,12 +215,12 @@ def _check(model: Any, batch: tuple[Any, ...], loss: Any, step: Any, budget: Any
     if not (math.isfinite(budget) and budget >= 0):
         raise ValueError(f"budget: expected a finite number of seconds, 0 or more, got {budget}")
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("diagnose: expected gradients to be possible, got torch.inference_mode; call it outside")
+        raise RuntimeError("diagnose: can't compute gradients within torch.inference_mode; call it outside")
     for name, given in (("loss", loss), ("step", step)):
         if given is not None and not callable(given):
             raise TypeError(f"{name}: expected a function, got {type(given).__name__}")
     if step is not None and (loss is not None or batch):
-        raise ValueError("step: takes the place of the batch and the loss; give either step= alone, or both of those")
+        raise ValueError("step: replaces the batch and the loss; pass either step= alone or both of those")
     if step is None and not batch:
         raise ValueError("batch: expected the model's input and its target")
     for number, item in enumerate(batch):

@@ -26,7 +26,7 @@ VERDICTS: dict[str, Tone] = {
     "undecided": "",
 }  # fmt: skip
 MEANS = {
-    "fraction remaining": "‖∂E/∂s‖ so many steps before the error, divided by its value at the error's own step; "
+    "fraction remaining": "‖∂E/∂s‖ this many steps before the error, divided by its value at the step of the error; "
     "s is the state that the cell remembers by (c for the LSTM).",
     "reach": "the largest number of steps over which at least 1 % of the gradient remains.",
     "half-life": "the number of steps in which the gradient halves.",
@@ -180,10 +180,9 @@ def pictures(layers: "Mapping[str, LayerDiagnosis]", before: "Mapping[str, Layer
     return strips(
         rows,
         axes,
-        "How much of the gradient remains on its way back through time. Dotted line: 1 %; upright line: the reach, the "
-        "last step above 1 %. A short reach is a measurement and no fault by itself: it matters if the answer needs "
-        "earlier steps and no other path (pooling, attention, skip connections) carries the gradient."
-        + "".join(left_out),
+        "Fraction of the gradient remaining on its way back through time. Dotted line: 1 %; vertical line: the reach, "
+        "the last step above 1 %. A short reach is a measurement, not a fault: it matters if the answer needs earlier "
+        "steps and no other path (pooling, attention, skip connections) carries the gradient." + "".join(left_out),
     )
 
 
@@ -226,8 +225,8 @@ def _tried(found: "Diagnosis") -> str:
         rows.append(Bar(row.name, result, row.loss, row.bar, "good" if row.learns else ""))
     picture = bars(
         rows,
-        "Lowest loss that each copy reached on the samples it was judged on. The upright line is the best answer that "
-        "does not look at the input; a copy learns if its loss is lower by more than chance.",
+        "Lowest loss of each copy on the samples on which it was judged. The vertical line is the best answer that "
+        "ignores the input; a copy learns if its loss is lower by more than chance.",
     )
     words = found.chance_in_words
     chance = paragraph(f"{words[0].upper()}{words[1:]}.") if words else ""

@@ -94,7 +94,7 @@ def capture(model: nn.Module, loss: Callable[[nn.Module], Tensor], seed: int) ->
         What was found, and notes on what recurs and could not be followed.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
         ValueError: there is no recurrent layer, a weight or a layer's input is not finite, the loss is no finite
             scalar or depends on no recurrent layer.
     """

@@ -87,7 +87,7 @@ def _candidates(module: nn.Module, given: Given, worst: LayerDiagnosis, seed: in
     if worst.cause.startswith("padding"):
         yield _Candidate(
             "pack the sequences", "torch.nn.utils.rnn.pack_padded_sequence, or `lengths=` of unvanish.nn layers: the "
-            "error then starts at each sample's own last step", None
+            "gradient then starts at each sample's own last step", None
         )  # fmt: skip
     scale = worst.evidence.get("input_scale", 0.0)
     if worst.verdict == "saturated" and scale > 1 and not is_parametrized(module):

@@ -95,7 +95,7 @@ class Prescription:
 
     @property
     def limit(self) -> str:
-        """What the change does not cure, to be appended to its reason; "" if it heals, or nothing was decided."""
+        """What the change does not cure, to append to its reason; "" if it cures all layers, or none has a verdict."""
         if self.heals or not self.told:
             return ""
         if self.cures_its_module:

@@ -1,6 +1,6 @@
-"""How far the gradient reaches through states that are no torch layer's: named by their module, or marked.
+"""How far the gradient reaches through states outside torch's layers: named by their module, or marked.
 
-Nothing is known of them but autograd's graph, so that there is a rate, a reach and a verdict, but no cause.
+Only autograd's graph is known of them, so there is a rate, a reach and a verdict, but no cause.
 """
 
 import math
@@ -58,7 +58,7 @@ def of_states(subject: Subject, states: Mapping[str, Getter], lag: int | None, s
 
 def _unusable(seen: list[Tensor]) -> str | None:
     if len(seen) < 3:
-        return f"seen {len(seen)} times in one pass; at least 3 steps are needed to tell a rate"
+        return f"its calls in one pass: {len(seen)}; a rate needs at least 3"
     if not seen[-1].requires_grad:
         return (
             f"seen {len(seen)} times, and the last one requires no gradient: a non-differentiable step, detach() or "
@@ -92,6 +92,6 @@ def _judged(reach: int, end: float, wanted: int, lag: int | None, offered: int) 
     if reach >= wanted:
         return "healthy", f"over {wanted} steps a fraction of {math.exp(min(end, 0.0)):.2g} of the gradient remains"
     return "vanishes", (
-        f"after {reach} of {wanted} steps 1 % of the gradient remains; the cell's equations are not known, so that no "
-        "cause can be told: write its step as an unvanish.Cell for that"
+        f"after {reach} of {wanted} steps 1 % of the gradient remains; the cell's equations are not known, so the "
+        "cause stays open: write its step as an unvanish.Cell to learn it"
     )

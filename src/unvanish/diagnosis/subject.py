@@ -60,7 +60,7 @@ class Subject:
         """The loss of this copy, on the subject's own batch or on another; a scalar.
 
         Raises:
-            ValueError: what the loss or the step returned is no single number.
+            ValueError: what the loss or the step returned is not a single number.
         """
         if self.step is not None:
             value: Any = self.step(model)

@@ -8,6 +8,7 @@ import torch
 from unvanish.diagnosis.measure import FRACTION, Measured
 
 Verdict = Literal["vanishes", "healthy", "explodes", "chaotic", "saturated", "dead", "undecided"]
+"""what a layer's measurement says about its gradient"""
 
 MOST = 0.5
 """a share of units or steps that counts as most of them"""
@@ -20,14 +21,14 @@ def judge(m: Measured) -> tuple[Verdict, str]:
     e, lag = m.evidence, m.lag
     if e["offered"] < 2 and m.place.reverse and e["steps"] > 2:
         where = (
-            "the loss reads this direction at the step that it processes first, so there is no way back"
+            "the loss reads this direction at the step that it processes first, so no gradient travels through it"
             if not m.above
             else "the error arises at the step that this direction processes first, and reaches its others through "
             "the layer above alone, whose verdict covers that path"
         )
         return "undecided", f"{where}; read the reverse direction at the first step, as torch's final state does"
     if e["offered"] < 2:
-        return "undecided", f"the gradient travels back {e['offered']:.0f} steps; at least 2 are needed for a rate"
+        return "undecided", f"the longest lag in the batch is {e['offered']:.0f}; a rate needs at least 2 steps"
     if len(m.slopes) < 2:
         return "undecided", "a single sample gives no interval; pass at least two"
     if not m.asked:
@@ -49,7 +50,7 @@ def judge(m: Measured) -> tuple[Verdict, str]:
         arrives = f"the gradient reaches back all {lag} steps: {_left(e)}{_lost(m)}{_handed_down(m)}{_held(e, lag)}"
         if e["step_change"] > TOO_SENSITIVE:
             return "healthy", (
-                f"{arrives}; but the state is too sensitive: one step of Adam changes it by up to "
+                f"{arrives}, but the state is too sensitive: one step of Adam changes it by up to "
                 f"{e['step_change']:.2g} times its size; take a smaller learning rate, or shorter memories"
             )
         return "healthy", arrives
@@ -81,8 +82,8 @@ def _lost(m: Measured) -> str:
     lost = 1 - m.evidence["arriving"]
     if lost == 0:
         return ""
-    why = ", since every relu unit on their way was off at some step" if m.place.cell.rectifies else ""
-    return f"; for {lost:.0%} of the errors followed exactly nothing remains{why}"
+    why = ", because at some step every relu unit was off" if m.place.cell.rectifies else ""
+    return f"; for {100 * lost:.3g} % of the errors followed, the gradient becomes exactly 0{why}"
 
 
 def _handed_down(m: Measured) -> str:
@@ -116,18 +117,18 @@ def _fades(m: Measured) -> tuple[Verdict, str]:
     cell = m.place.cell
     if e["detached"] and e["uninterrupted"] < lag:
         earlier = (
-            "" if reach >= e["uninterrupted"] - 1 else f"; even within those the gradient reaches back only {reach}"
+            "" if reach >= e["uninterrupted"] - 1 else f"; even between two cuts the gradient reaches back only {reach}"
         )
         return "vanishes", (
             f"detached: the state is detached {e['detached']:.0f} times (truncated BPTT), and no gradient passes that; "
             f"the lag is {lag} steps, of which {e['uninterrupted']:.0f} lie between two cuts{earlier}"
         )
     if cell.rectifies and not bool((m.curve[1:] > -math.inf).any()):
-        return "dead", "no relu unit is on: φ' is 0 everywhere, so no gradient passes a single step"
+        return "dead", "no relu unit is on: φ' is 0 everywhere, so no gradient passes even one step"
     if e["constant_tail"] > MOST and reach < e["constant_tail"] * lag:
         return "vanishes", (
             f"padding: the last {e['constant_tail']:.0%} of the steps repeat one input, and the gradient vanishes "
-            f"within them, after {reach} steps; pack the sequences, or read each sample's state at its own last step"
+            f"within them (reach {reach}); pack the sequences, or read each sample's state at its own last step"
         )
     if e["saturated"] > MOST and "carry_half_life" not in e and e["spectral_norm"] >= 1:
         return "saturated", f"activations saturated: {e['saturated']:.0%} of φ' are below 5 % of their maximum"
@@ -146,7 +147,7 @@ def _fades(m: Measured) -> tuple[Verdict, str]:
     if cell.rectifies and radius >= 1:
         return "vanishes", (
             f"relu units off: W_hh alone preserves a gradient (spectral radius {radius:.2f}), but over {lag} steps "
-            f"{_left(e)}{_lost(m)}; for half of the errors something remains over {e['half_arriving']:.0f} steps. "
+            f"{_left(e)}{_lost(m)}; for half of the errors it stays above 0 over {e['half_arriving']:.0f} steps. "
             f"{e['saturated']:.0%} of the units are off.{last}"
         )
     if radius >= 1:

@@ -70,6 +70,7 @@ def preview_paths(page: str | os.PathLike[str]) -> tuple[Path, Path]:
 def preview_figure(card: Preview) -> Figure:
     """The card as a figure; every text is shortened until it fits."""
     figure = Figure(figsize=(WIDTH / _DPI, HEIGHT / _DPI), dpi=_DPI, facecolor="white")
+    figure.set_layout_engine("none")  # every place is given; a user's constrained layout would warn
     FigureCanvasAgg(figure)
     _words(figure, card.about, 1, 52, 20, "0.35")
     _words(figure, card.result, 1, 92, 60, "black", weight="bold")
@@ -96,7 +97,7 @@ def preview_files(card: Preview) -> tuple[bytes, bytes]:
 def _words(
     figure: Figure, text: str, lines: int, top: float, points: float, colour: str, weight: str = "normal"
 ) -> None:
-    """Text from the left edge, broken between words into at most so many lines; what is too long ends in "…"."""
+    """Text from the left edge, broken between words into at most this many lines; longer text ends in "…"."""
     drawn = figure.text(
         EDGE / WIDTH, 1 - top / HEIGHT, "", fontsize=points, color=colour, weight=weight, va="top", parse_math=False
     )
@@ -109,7 +110,7 @@ def _words(
 
 
 def fitted(text: str, lines: int, fits: Callable[[str], bool]) -> str:
-    """Text in at most so many lines, each of which `fits`: broken between words, shortened by "…" where it must be."""
+    """Text in at most this many lines, each of which `fits`: broken between words, shortened by "…" if necessary."""
     words, done = text.split(), []
     while words and len(done) < lines:
         taken = _most(len(words), lambda n: fits(" ".join(words[:n])))  # noqa: B023

@@ -60,7 +60,7 @@ def check_cut(cut: Tensor | None, x: Tensor) -> None:
     """`cut` says of each step of x `[T, B, I]` whether it is one.
 
     Raises:
-        ValueError: it is no bool tensor `[T]` on the CPU.
+        ValueError: it is not a bool tensor `[T]` on the CPU.
     """
     if cut is not None and (cut.dtype != torch.bool or cut.shape != x.shape[:1] or cut.device.type != "cpu"):
         found = f"{tuple(cut.shape)} of {cut.dtype} on {cut.device}"

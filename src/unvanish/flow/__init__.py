@@ -5,12 +5,12 @@ Does not: verdicts and causes (`diagnosis`), anything that changes a model (`cur
 
 - `watch(model)`: dh, dc, dgates, dweight, gates, saturation and residual of a whole model
 - `adjoint_map(layer, x, sources=...)`: ‖∂E_k/∂s_t‖, one error source at a time
-- `decompose(layer, x)`: which path carries the error: forget gate, carry, input gate, candidate, output gate
+- `decompose(layer, x)`: which path carries the gradient: forget gate, carry, input gate, candidate, output gate
 - `source_gradients(layer, x, error=error)`: ‖∂E_k/∂W‖ of each source and of their partial sums
 - `lyapunov(layer, x, n=8)`: exponents of the full state; also `jacobian`, `singular_values`
-- `survival(layer, x, lag=100)`: how much of an error remains a lag earlier
-- `from_arrays("lstm", weights, x, dy)`: the record of a layer that Keras, JAX or any other framework ran
-- `audit(model, x, y, loss=...)`: the backend's gradients against a float64 reference, layer by layer
+- `survival(layer, x, lag=100)`: the fraction of the gradient that remains a lag earlier
+- `from_arrays("lstm", weights, x, dy)`: the record of a layer of Keras, JAX or any other framework
+- `audit(model, x, y, loss=...)`: compares the backend's gradients with a float64 reference, layer by layer
 - `gate_statistics(layer, x)`: how open the gates are and how long each unit remembers
 - `GradientFlow(every=100)`: a Lightning callback that logs rate, half-life and reach of every layer
 - `read_stream(folder)`: the records of a training watched with `watch(model, every=100, stream=folder)`

@@ -1,9 +1,9 @@
-"""The adjoint map: how each error source alone travels back, ‖∂E_k/∂s_t‖ for every source k and step t.
+"""The adjoint map: the gradient of each error source alone, ‖∂E_k/∂s_t‖ for every source k and step t.
 
-Only separate sources show how far an error reaches: in the summed flow new error enters at every step and hides that
-each one dies.
+Only separate sources show how far a gradient reaches: in the sum over all sources, new error enters at every step and
+hides that the gradient of each one vanishes.
 
-All sources are rows of one matrix product per step. Each row carries its own exponent, so that `log_norms` stays right
+All sources are rows of one matrix product per step. Each row has its own exponent, so that `log_norms` stays right
 where the norm itself has left the range of floating point numbers.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MANY = 32
-"""From so many sources on, one step's matrices are collapsed into one for all of them."""
+"""Number of sources from which on a step's matrices are collapsed into one for all of them."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,7 +38,7 @@ class AdjointMap(Record):
     """‖∂E_k/∂s_t‖₂ of each source, step and sample."""
 
     log_norms: Tensor
-    """[K, T, B] float64, natural logarithm; −inf where no error arrives (t > k)"""
+    """[K, T, B] float64, natural logarithm; −inf where no gradient arrives (t > k)"""
     sources: tuple[int, ...]
     """k of each row: the step at whose output the error is made"""
     state: str
@@ -58,7 +58,7 @@ class AdjointMap(Record):
         return self.log_norms[source, k:] if self.at.endswith(".reverse") else self.log_norms[source, : k + 1].flip(0)
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row per source, step that its error reaches, and sample: source, t, lag, sample, log_norm, norm."""
+        """One row per source, step that its gradient reaches, and sample: source, t, lag, sample, log_norm, norm."""
         with extra("report"):
             import pandas as pd
 
@@ -110,9 +110,9 @@ def adjoint_map(
     state: str | None = None,
     seed: int = 0,
 ) -> AdjointMap:
-    """‖∂E_k/∂s_t‖₂, t ≤ k: the error made at the output h_k of the last layer, measured at state s of one layer.
+    """‖∂E_k/∂s_t‖₂, t ≤ k: the gradient of an error at the output h_k of the last layer, at state s of one layer.
 
-        ∂E_k/∂s_t = (∂s_{t+1}/∂s_t)ᵀ ∂E_k/∂s_{t+1},  starting from the error ∂E_k/∂h_k
+        ∂E_k/∂s_t = (∂s_{t+1}/∂s_t)ᵀ ∂E_k/∂s_{t+1},  starting from ∂E_k/∂h_k
 
     Args:
         layer: nn.RNN, nn.LSTM or nn.GRU of torch or unvanish, or `unvanish.nn.Recurrent`. Dropout between layers is
@@ -123,11 +123,11 @@ def adjoint_map(
             of `at`'s direction. None: one random unit vector per direction, from `seed`, the same for all sources and
             samples.
         lengths: `[B]` steps of each sample of a padded x.
-        at: "l0", "l1.reverse", …: whose state is measured; by default the last layer's, forward.
-        sources: steps k, negative ones from the end; a count, spread evenly with the last step among them; or "all".
-        state: its name; by default the one that carries the error over time (`Cell.memory`: c of the LSTM, h of the
+        at: layer and direction whose state is measured: "l0", "l1.reverse", …; by default the last layer, forward.
+        sources: steps k, negative ones from the end; a count, spread evenly and including the last step; or "all".
+        state: its name; by default the one that carries the gradient over time (`Cell.memory`: c of the LSTM, h of the
             RNN and the GRU).
-        seed: of the random errors.
+        seed: seed of the random errors.
 
     Returns:
         The map; `norms` and `log_norms` are `[K, T, B]`. A reversed layer reads from the end, so its error travels to

@@ -34,10 +34,10 @@ def audit(model: nn.Module, *batch: Any, loss: Loss) -> Audit:
 
         uv.audit(model, x, y, loss=nn.functional.mse_loss)
 
-    Use it for a backend you do not trust: MPS, torch.compile, a kernel or an autograd.Function of a third party, mixed
-    precision. torch's layers and cells, those of `unvanish.nn` and their subclasses are compared, in the device, dtype,
-    autocast and training mode that they run in. A subclass with a forward of its own is compared as a whole where it
-    computes what its base class computes; else the call of torch's forward inside it is.
+    Use it for a backend that you do not trust: MPS, torch.compile, a third party's kernel or autograd.Function, mixed
+    precision. It compares torch's layers and cells, those of `unvanish.nn`, and their subclasses, in the device, dtype,
+    autocast and training mode in which they run. A subclass with its own forward is compared as a whole if it computes
+    the same as its base class; otherwise the call of torch's forward inside it is compared.
 
     The pass runs on a copy: the model, its gradients and buffers and the random number generators stay as they are.
 
@@ -104,7 +104,7 @@ def audit(model: nn.Module, *batch: Any, loss: Loss) -> Audit:
             skipped[f"{name}.x"] = "it lies inside a compiled graph, where only the weights' gradients can be seen"
         for call in seen.calls or seen.inner:
             missing = [w for w, v in call.weights.items() if _is_parametrized(seen.module, w) and not v.requires_grad]
-            skipped |= {f"{name}.{w}": "it is parametrized: each call computes it anew" for w in missing}
+            skipped |= {f"{name}.{w}": "it is parametrized: each call recomputes it" for w in missing}
     # What arrives at a layer inside a compiled graph has been rounded by the others too.
     rounding = sum(found.explained for found in layers.values())
     layers |= {name: replace(layers[name], explained=rounding) for name in compiled if name in layers}

@@ -1,4 +1,4 @@
-"""One layer's gradients as the backend gave them, held against those computed again in float64."""
+"""One layer's gradients as the backend computes them, compared with those recomputed in float64."""
 
 from typing import Any, NamedTuple
 

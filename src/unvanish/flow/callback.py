@@ -39,37 +39,38 @@ SHORT, FALLEN = 0.25, 0.95
 class GradientFlow(lightning.Callback):
     """Rate, reach and saturation of every recurrent layer, at every `every`-th optimizer step.
 
-    The error is one made at the layer's last step alone, a random unit vector: of the flow summed over all steps
-    reach is not defined, since new error enters everywhere. Measured is ‖∂E_T/∂s_{T−ℓ}‖ of the samples that
-    the layer has just been given, s the state that the cell remembers by (c for the LSTM), with the weights of the
-    moment. A cell, or a layer that the model calls step after step, is measured through autograd's graph, before the
-    backward pass; the error is then one at s itself, and saturation is not known.
+    It measures ‖∂E_T/∂s_{T−ℓ}‖ on the samples that the layer has just received, with the present weights; s is the
+    state that serves as the cell's memory (c for the LSTM). E_T is a single error at the layer's last step, a random
+    unit vector, because the reach of a gradient summed over errors at all steps is not defined. A cell, or a layer
+    that the model calls step by step, is measured through autograd's graph, before the backward pass; the error is then
+    at s itself, and saturation is not known.
 
         lightning.Trainer(callbacks=[uv.flow.GradientFlow(every=100)])
 
     Logged to all of the trainer's loggers, per layer and direction:
 
     - `gradient_flow/encoder.lstm.l0/reach`, steps: the largest lag at which a `fraction` of the gradient remains;
-    - `…/rate`, nats per step; −∞ where the layer is dead and lets no error in;
-    - `…/saturation`, the share of gates and steps that are saturated;
-    - a picture of the curves, where a logger takes pictures (TensorBoard, W&B).
+    - `…/rate`, nats per step; −∞ if the layer is dead, so that no gradient enters it;
+    - `…/saturation`, the share of gate values that are saturated;
+    - a picture of the curves, if a logger accepts pictures (TensorBoard, W&B).
 
-    The progress bar shows the shortest reach and the steps there are, `reach 7/39`. Once in a training it warns that
-    the loss has not fallen while a gradient reaches over less than a quarter of the steps.
+    The progress bar shows the shortest reach and the number of steps, `reach 7/39`. If the loss has not fallen and a
+    gradient reaches over less than a quarter of the steps, it warns once per training.
 
-    In a distributed run every process measures its own samples, and the median is taken over those of all.
-    `latest` holds what was logged last.
+    In a distributed run each process measures its own samples, and the median is taken over all processes.
+    `latest` has what was logged last.
 
     Args:
         every: optimizer steps between two measurements; the first is measured.
-        fraction: of the error at lag 0 that still counts as reached.
-        samples: measured per process and step.
-        states: module name → where its state is, as in `watch`: measured by autograd alone, before the backward pass.
-        pictures: whether to draw.
-        seed: of the random error.
+        fraction: fraction of the gradient at lag 0 above which a lag counts as reached.
+        samples: number of samples measured per process and step.
+        states: module name → where its state is, as in `watch`; measured by autograd alone, before the backward pass.
+        pictures: whether to draw pictures.
+        seed: seed of the random error.
 
     Raises:
-        ValueError: an option is out of range; on fitting, the model has no recurrent layer and no state is named.
+        ValueError: an option is out of range; or, when training starts, the model has no recurrent layer and no state
+            is named.
     """
 
     def __init__(

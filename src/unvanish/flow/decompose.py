@@ -1,4 +1,4 @@
-"""Which path carries the error one step back: the exact terms of δm_{t−1}, m the state that remembers.
+"""Which path carries the gradient one step back: the exact terms of δm_{t−1}, m the state that is the cell's memory.
 
 With the symbols of `unvanish.cells.calculus`, what comes back to the states at t − 1 from step t is one part per carry
 and one per gate,
@@ -48,7 +48,7 @@ LETTERS = {"forget_gate": "A", "carry": "B", "input_gate": "C", "candidate": "D"
 
 @dataclass(frozen=True, repr=False)
 class Term(Record):
-    """One path of the error from step t + 1 (as the layer reads) back to the state at t."""
+    """One path of the gradient from step t + 1 (in the layer's reading order) back to the state at t."""
 
     name: str
     title: str
@@ -92,7 +92,7 @@ class StateTerms(Record):
     """the layer and direction: "l0", "l1.reverse" """
     terms: dict[str, Term]
     log_total: Tensor
-    """[T, B] float64 ln‖Σ terms‖₂: the error that came back from later steps"""
+    """[T, B] float64 ln‖Σ terms‖₂: the gradient that arrived from later steps"""
     textbook: TextbookProduct | None = None
 
     @property
@@ -139,8 +139,9 @@ def decompose(
     probes: int | None = None,
     seed: int = 0,
 ) -> StateTerms:
-    """Split the error that reaches each state into the paths it came by (the equations stand in this module's
-    docstring).
+    """Split the gradient that arrives at each state into the paths along which it arrives.
+
+    The equations are in the docstring of the module `unvanish.flow.decompose`.
 
     Args:
         layer: nn.RNN, nn.LSTM or nn.GRU of torch or unvanish, or `unvanish.nn.Recurrent`.
@@ -153,8 +154,8 @@ def decompose(
         matrices: also each term's H × H matrix per step and sample; memory T·B·H² per term.
         textbook: for a cell whose output is made from its memory (LSTM), also the textbook product Π ∂c_t/∂c_{t−1}
             against the exact derivative; H³ work per step and sample.
-        probes: estimate the norms of `textbook` from so many random vectors, H² work each; None: exact.
-        seed: of the random error and probes.
+        probes: estimate the norms of `textbook` from this many random vectors, H² work each; None: exact.
+        seed: seed of the random error and probes.
 
     Raises:
         TypeError, ValueError: an argument does not fit.

@@ -153,7 +153,7 @@ def _pictures(courses: list[_LayerNorms], of: int) -> str:
     return strips(
         [_strip(c) for c in courses],
         axes,
-        f"Norms relative to the layer's largest, which is at the upright line.{more}",
+        f"Norms relative to the layer's largest, which is at the vertical line.{more}",
     )
 
 

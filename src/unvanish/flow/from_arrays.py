@@ -130,6 +130,6 @@ def _check_padding(dy: Tensor, active: Tensor) -> None:
         t, b = (int(i) for i in stray.nonzero()[0])
         raise ValueError(
             f"dy: expected 0 where a sample has no input, got {float(dy[t, b].abs().max()):.2g} at step {t} of sample "
-            f"{b}, which has {int(active[:, b].sum())} steps; where a framework repeats the last output there, add "
+            f"{b}, whose length is {int(active[:, b].sum())}; if a framework repeats the last output there, add "
             "these gradients to the sample's last step"
         )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class GateStatistics(Record):
-    """Of one layer and direction, over all steps and samples with input."""
+    """Gate statistics of one layer and direction, over all steps and samples with input."""
 
     cell: str
     gate_names: tuple[str, ...]
@@ -46,7 +46,8 @@ class GateStatistics(Record):
 
     @property
     def half_life(self) -> Tensor:
-        """[H] steps until the carry alone has halved a unit's error: ln 2 / −mean ln f; inf where f rounds to 1."""
+        """[H] steps after which the carry alone has halved a unit's gradient: ln 2 / −mean ln f; inf where f rounds to
+        1."""
         return math.log(2) * self.time_constant
 
     @property

@@ -1,4 +1,4 @@
-"""Where a NaN or an infinity was born: the layer, the step, the sample and the gate; forward first, then backward."""
+"""The origin of a NaN or an infinity: layer, step, sample and gate; first in the forward pass, then in the backward."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from unvanish.flow.summary import by_gate
 
 
 class NonFiniteOrigin(NamedTuple):
-    """Where a NaN or an infinity was born."""
+    """The origin of a NaN or an infinity."""
 
     forward: bool
-    """or on the way back"""
+    """whether it is in the forward pass; otherwise it is in the backward pass"""
     name: str
     """of the record"""
     says: str
-    """what was born, or all there is to say where no step is known"""
+    """NaN or infinity; or the whole sentence, if no step is known"""
     step: int | None = None
     sample: int | None = None
     place: str = ""
@@ -27,9 +27,11 @@ class NonFiniteOrigin(NamedTuple):
         """For a person."""
         if self.step is None:
             return f"{self.name}: {self.says}"
-        way = "forward" if self.forward else "backward"
+        which = "forward" if self.forward else "backward"
         sample = "" if self.sample is None else f", sample {self.sample}"
-        return f"{self.name}: {self.says} born {way} at step {self.step}{sample}, in {self.place}"
+        return (
+            f"{self.name}: {self.says} first appears in the {which} pass at step {self.step}{sample}, in {self.place}"
+        )
 
     def later(self, steps: Tensor) -> "NonFiniteOrigin":
         """The same, where the call came after so many steps of each sample, `[B]`."""
@@ -37,8 +39,7 @@ class NonFiniteOrigin(NamedTuple):
 
 
 def first_origin(origins: Iterable[NonFiniteOrigin | None]) -> NonFiniteOrigin | None:
-    """Of several in the order of computation, the one that the others follow from: what was born on the way forward is
-    carried on, and so is what was born on the way back."""
+    """The origin from which the others follow: the first one in the order of computation, forward before backward."""
     found = [origin for origin in origins if origin is not None]
     return next((origin for origin in found if origin.forward), found[-1] if found else None)
 
@@ -54,8 +55,8 @@ def origin_of_nonfinite(
     """The first non-finite value of a layer's pass, which has one.
 
     Forward, in the layer's reading order, a step is searched in the order of computation: input, previous state,
-    gates, state. Backward, from the last step read to the first: the error that arrives at h_t, then δ of the states,
-    then δ of each gate.
+    gates, state. Backward, from the last step read to the first: the gradient that arrives at h_t, then δ of the
+    states, then δ of each gate.
     `first_step` is the number of the trace's first step, `order` `[B]` the user's number of each of its samples.
     """
     for label, weight in zip(tr.weights._fields, tr.weights, strict=True):
@@ -70,13 +71,13 @@ def origin_of_nonfinite(
     if found is not None:
         return _origin(True, name, found, first_step, order)
     da = by_gate(tr.cell, flow.da, flow.da_hh)
-    backward = [] if dy is None else [("the error arriving at h from outside", dy)]
+    backward = [] if dy is None else [("the gradient arriving at h from outside", dy)]
     backward += [(f"δ{state}", d) for state, d in zip(tr.cell.states, flow.dstate, strict=True)]
     backward += [(f"δ of gate {gate}", da[..., i, :]) for i, gate in enumerate(tr.cell.gates)]
     found = _first(backward, tr.active, not tr.reverse)
     if found is not None:
         return _origin(False, name, found, first_step, order)
-    return NonFiniteOrigin(False, name, "the error at the final or initial state is not finite")
+    return NonFiniteOrigin(False, name, "the gradient at the final or initial state is not finite")
 
 
 def _origin(

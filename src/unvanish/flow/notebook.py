@@ -128,7 +128,7 @@ def card(layers: Mapping[str, LayerFlow], skipped: Mapping[str, str]) -> str:
         f'<div style="{_FRAME}"><table style="{_TABLE}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
         f"{_strips(layers, courses)}{notes}"
         f'<div style="{_SMALL}">Median over samples. Reach: steps back from the peak over which the norm stays above '
-        "1 % of it. Where an error enters at every step the norm is the sum of all, and says nothing about reach.</div>"
+        "1 % of it. With an error at every step, the norm is that of a sum and says nothing about reach.</div>"
         "</div>"
     )
 
@@ -204,7 +204,7 @@ def _lightness(power: float) -> float:
 
 
 def _places(length: int, most: int) -> Sequence[int]:
-    """At most so many of the lags, the first and the last included."""
+    """At most this many of the lags, including the first and the last."""
     return range(length) if length <= most else [round(i * (length - 1) / (most - 1)) for i in range(most)]
 
 

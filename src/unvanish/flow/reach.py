@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 class Decay(NamedTuple):
-    """Of ‖∂E_k/∂s_{k−ℓ}‖ over the lag ℓ. All three are unchanged when the error is multiplied by a constant."""
+    """Rate, half-life and reach of ‖∂E_k/∂s_{k−ℓ}‖ over the lag ℓ. None changes if the error is multiplied by a
+    constant."""
 
     rate: float
     """nats per step: least-squares slope of the log norm over ℓ; < 0 vanishes, > 0 explodes; −inf where it is exactly
@@ -22,8 +23,8 @@ class Decay(NamedTuple):
 def decay(log_norm: Tensor, fraction: float = 0.01) -> Decay:
     """Rate, half-life and reach of `log_norm` `[T]` = ln‖∂E_k/∂s_{k−ℓ}‖, ℓ = 0 … T−1.
 
-    Lags where the error is exactly zero (−inf: a unit switched off, or no path) bound the reach and are left out of
-    the slope.
+    Lags at which the gradient is exactly zero (−inf: a unit is off, or there is no path) bound the reach and are left
+    out of the slope.
 
     Raises:
         ValueError: log_norm is not a vector of at least one lag, its lag 0 is not finite, a value is NaN or +inf, or

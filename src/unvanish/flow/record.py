@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class NoBackwardError(RuntimeError):
-    """A flow was asked for before any error had flowed."""
+    """A record was accessed before any backward pass."""
 
 
 class NonFiniteError(ArithmeticError):
-    """A NaN or an infinity turned up in a watched pass; the message says where it first appeared."""
+    """A watched pass contained a NaN or an infinity; the message says where it first appeared."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,20 +63,20 @@ class LayerFlow(Record):
     """[H] mean over steps and samples of ln f (LSTM) or ln z (GRU), nats per step: what a unit keeps of its state"""
     residual: float = math.nan
     """‖Σ_t g_t − autograd's ∂E/∂W‖ / ‖autograd's‖ of a replayed layer or cell; NaN when autograd computed none (weights
-    frozen), and for layers of `unvanish.nn`, which measure while they run: there is nothing else to hold them against,
-    but `uv.audit`"""
+    frozen), and for layers of `unvanish.nn`, which measure while they run: use `uv.audit` to check
+    them"""
     step: int = 0
     """the training step: how many times the watched model had been called"""
     detached: tuple[int, ...] = ()
-    """steps whose incoming state came from the step before, but cut off from its graph"""
+    """steps whose incoming state came from the step before, but without its graph"""
     resets: Tensor | None = None
-    """[T, B] True where a sample's state was set to zero before the step, as between episodes; None where none was"""
+    """[T, B] True where a sample's state was set to zero before the step, as between episodes; None if none was"""
     problem: str | None = None
-    """what speaks against the record; None: nothing does"""
+    """why the record can't be trusted; None if it can"""
 
     @property
     def valid(self) -> bool:
-        """Whether nothing speaks against the record. No verdict should be built on one that is not."""
+        """Whether the record can be trusted. Draw no conclusion from one that is not valid."""
         return self.problem is None
 
     def pieces(self, sample: int) -> list[range]:

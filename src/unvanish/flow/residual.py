@@ -1,4 +1,4 @@
-"""A record's own ∂E/∂W held against autograd's."""
+"""A record's own ∂E/∂W compared with autograd's."""
 
 import math
 from collections.abc import Hashable, Mapping

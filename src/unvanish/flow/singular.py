@@ -48,15 +48,16 @@ def singular_values(
     iterations: int = 100,
     seed: int = 0,
 ) -> Tensor:
-    """ln σ_i(∂s_k/∂s_j), i = 1 … n, `[B, n]` float64, largest first: how much the error at k can be stretched or
-    shrunk by the time it is at j.
+    """ln σ_i(∂s_k/∂s_j), i = 1 … n, `[B, n]` float64, largest first: by how much the gradient at k can be stretched or
+    shrunk until it arrives at j.
 
     Args:
         layer, x, hx, lengths, at: as in `adjoint_map`.
-        j, k: steps; the layer reads j before k. Where a sample has no input its state is held.
-        n: how many singular values; NaN for a sample whose states are not finite.
-        iterations: turns there and back, at most; it stops where the values stand still, to 1e-9 (float32: 1e-4).
-        seed: of the first V.
+        j, k: steps; the layer reads j before k. After the end of a sample its state is constant.
+        n: number of singular values; NaN for a sample whose states are not finite.
+        iterations: maximum number of iterations back and forth; stops once the values change by less than 1e-9
+            (float32: 1e-4).
+        seed: seed of the first V.
 
     Raises:
         TypeError, ValueError: an argument does not fit.

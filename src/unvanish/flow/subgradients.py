@@ -85,7 +85,7 @@ class SourceGradients(Record):
     log_norms: Tensor
     """[K] float64 ln‖∂E_k/∂W‖_F"""
     log_partial_sums: Tensor
-    """[K] float64 ln‖S_n‖_F, S_n = Σ_{k ≤ n} ∂E_k/∂W: it vanishes only if every source's share does"""
+    """[K] float64 ln‖S_n‖_F, S_n = Σ_{k ≤ n} ∂E_k/∂W; S_n vanishes only if every ∂E_k/∂W does"""
     log_longest_path: Tensor
     """[K] float64 ln‖δa_{k,1}ᵀ [h_0, x_1]‖_F: the first step's term alone, the one the textbook derivation keeps"""
     sources: tuple[int, ...]

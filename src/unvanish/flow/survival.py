@@ -1,4 +1,4 @@
-"""Survival: how much of an error at the last step remains a lag earlier."""
+"""Survival: the fraction of the last step's gradient that remains a lag earlier."""
 
 import math
 from collections.abc import Sequence
@@ -74,8 +74,8 @@ def survival(
         paths="carry"   ∂m_k/∂m_{k−ℓ} = diag(Π_t C_t), C_t = f_t or z_t: the constant error carousel alone
         paths="exact"   the whole derivative, through every gate and every other state
 
-    k is the last step a sample reads. For an error whose direction is uniformly distributed, S² is the expected share
-    of its square that remains; S = 1 means kept. Computed in float64.
+    k is the last step that a sample reads. For a gradient of uniformly distributed direction, S² is the expected
+    fraction of its squared norm that remains. Computed in float64.
 
     Args:
         layer: nn.LSTM, nn.GRU or `unvanish.nn.Recurrent` with a cell that carries its memory. Dropout between layers is
@@ -84,14 +84,14 @@ def survival(
         hx: the initial state; None: zeros.
         lag: ℓ ≥ 1, at most the steps of the shortest sample.
         lengths: `[B]` steps of each sample of a padded x.
-        at: "l0", "l1.reverse", …: whose; by default the last layer's, forward.
+        at: layer and direction: "l0", "l1.reverse", …; by default the last layer, forward.
         paths: "carry" or "exact".
 
     Raises:
-        TypeError: layer's cell carries nothing, as a plain RNN's.
+        TypeError: the layer's cell has no carry, like a plain RNN.
         ValueError: an argument does not fit; the message names it.
 
-    Cost: one pass forward; "exact" also carries H errors per sample back over the lag.
+    Cost: one forward pass; "exact" also sends H gradients per sample back over the lag.
 
     >>> lstm = torch.nn.LSTM(2, 4).double()
     >>> _ = [torch.nn.init.zeros_(p) for p in lstm.parameters()]          # f = σ(0) = 1/2 everywhere

@@ -172,7 +172,7 @@ def _own_weights(module: Any) -> tuple[dict[str, Tensor], Callable[[], None]]:
         if kept is not None and len(views) == len(names):
             module._flat_weights, module._flat_weight_refs = kept
         elif flat:
-            module._init_flat_weights()  # some are parametrized, and computed anew whenever they are read
+            module._init_flat_weights()  # some are parametrized, and recomputed whenever they are read
 
     return views, undo
 

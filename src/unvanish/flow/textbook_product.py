@@ -1,12 +1,12 @@
-"""The textbook's derivative of the LSTM's state, held against the exact one.
+"""The textbook's derivative of the LSTM's state, compared with the exact one.
 
 The textbook takes ∂c_T/∂c_t = Π (A + B + C + D) for the whole. Both are the same step back, from a row q = (δh, δc),
 
     δc_{t−1} = f_t ⊙ δc_t + u_{t−1} ⊙ δh_{t−1},   δh_{t−1} = W_hhᵀ δa_t
 
-but the textbook forgets δh once it has been counted into δc: it takes h_{t−1} for a function of c_{t−1} alone. So it
-loses the path c_{t−2} → h_{t−2} → o_{t−1} → h_{t−1} → c_t, which skips c_{t−1}. The same can be asked of every cell
-whose output is made from its memory in the same step.
+but the textbook drops δh once it has been added to δc: it treats h_{t−1} as a function of c_{t−1} alone. So it
+misses the path c_{t−2} → h_{t−2} → o_{t−1} → h_{t−1} → c_t, which skips c_{t−1}. The same comparison is possible for
+every cell whose output is computed from its memory in the same step.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class TextbookProduct(Record):
-    """The textbook product Π (A + B + C + D) held against the exact ∂c_T/∂c_t of the full state.
+    """The textbook product Π (A + B + C + D) compared with the exact ∂c_T/∂c_t of the full state.
 
     T stands for a sample's last step read; NaN where a sample has no input.
     """

@@ -44,7 +44,7 @@ class Measured:
     gradients: dict[Hashable, Tensor] = field(default_factory=dict)
     """weight key → Σ_t g_t"""
     nonfinite: NonFiniteOrigin | None = None
-    """where a NaN or infinity was born"""
+    """where a NaN or infinity first appeared"""
 
 
 class Sequence(ABC):
@@ -263,7 +263,7 @@ def rounding(v: Tensor) -> float:
 def observable_weights(module: RecurrentModule) -> dict[str, tuple[Hashable, Tensor]]:
     """Name → (key, tensor) of the weights that the last forward pass used and whose ∂E/∂W can be observed.
 
-    A cell computes a parametrised weight anew at each step, where no hook can be set: the residual leaves it out.
+    A cell recomputes a parametrised weight at each step, where no hook can be set: the residual leaves it out.
     """
     if isinstance(module, nn.RNNBase):
         found = zip(module._flat_weights_names, module._flat_weights, strict=True)

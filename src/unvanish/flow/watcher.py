@@ -1,8 +1,8 @@
 """Watch the gradient travel back through the recurrent layers of any model, without touching the model's own numbers.
 
-Forward and backward run as always. A layer of `unvanish.nn` measures as it runs. Of any other, a watch keeps what went
-in and, through hooks on what came out, ∂E/∂h_t as it arrives from outside; from these it replays the layer's own
-backpropagation through time. So outputs and gradients stay bitwise what they were, and the record can be held against
+Forward and backward run as always. A layer of `unvanish.nn` measures while it runs. For any other layer, a watch keeps
+its input and, through hooks on its output, ∂E/∂h_t as it arrives from outside; from these it replays the layer's
+backpropagation through time. So outputs and gradients stay bitwise the same, and the record can be compared with
 autograd's ∂E/∂W (`residual`).
 """
 
@@ -62,7 +62,7 @@ def marks_go_to(show: Callable[[str, Any], None]) -> Iterator[None]:
 
 
 class Watch(Flow):
-    """A flow that fills as errors come back; see `watch`."""
+    """A flow that fills with records during backward passes; see `watch`."""
 
     _active: ClassVar[list[Watch | MarkObserver]] = []
 
@@ -163,7 +163,7 @@ class Watch(Flow):
 
         Raises:
             NoBackwardError: no error has come back to any layer.
-            NonFiniteError: a NaN or infinity turned up; the message says where it was born.
+            NonFiniteError: a NaN or infinity turned up; the message says where it first appeared.
         """
         latest = self._passes.latest()
         if not latest:
@@ -201,7 +201,7 @@ class Watch(Flow):
         return [measured.flow for measured in found]
 
     def __repr__(self) -> str:
-        nothing = f"Watch of {type(self._model).__name__}: no gradient has come back yet"
+        nothing = f"Watch of {type(self._model).__name__}: no gradient has arrived yet"
         text = super().__repr__() if self._passes else nothing
         return "\n".join([text, *(f"not recorded: {name or 'the model'}: {why}" for name, why in self.skipped.items())])
 
@@ -217,7 +217,7 @@ class Watch(Flow):
             )
         if not self._passes and not self._cut:
             return f"{what}: no backward pass ran inside the watch; call loss.backward() in the with block"
-        return f"{what}: a backward pass ran, but no error came back to it: the loss does not depend on it"
+        return f"{what}: a backward pass ran, but no gradient reached it: the loss does not depend on it"
 
     def _unreached(self, name: str) -> str:
         return (

@@ -1,4 +1,4 @@
-"""A long sequence run piece by piece: one state in so many is kept, the rest computed again in the backward."""
+"""A long sequence run piece by piece: one state in n is kept, the others are recomputed in the backward pass."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -1,12 +1,12 @@
-"""torch.nn.RNN, LSTM and GRU, run by the engine: every option, error, weight and state_dict is torch's; only the
-sequence runs otherwise.
+"""torch.nn.RNN, LSTM and GRU, run by the engine: options, errors, weights and state_dict are torch's; only the way in
+which a sequence runs differs.
 
-A subclass adds four things to how a sequence is run:
+They add four options:
 
     layer(x, hx, lengths=[...])     samples of different length without packing; zero is allowed
-    layer.clip = c                  the error handed from one step to the one before never exceeds 2-norm c per sample
-    layer.checkpoint_every = n      keep one state in n, recompute the rest in the backward: memory for 10⁶ steps
-    layer.h_detach = p              in training the error skips the recurrent matrices of a step with probability p
+    layer.clip = c                  the gradient passed from a step to the step before has at most 2-norm c per sample
+    layer.checkpoint_every = n      store one state in n and recompute the others in the backward: memory for 10⁶ steps
+    layer.h_detach = p              in training the gradient skips the recurrent matrices of a step with probability p
 
 `layer.states(x)` returns every h_t, c_t and gate of every layer.
 """

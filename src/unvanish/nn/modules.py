@@ -124,7 +124,7 @@ def cell_of(module: RecurrentModule) -> Cell:
 
 
 def used_weights(module: SequenceModule) -> list[Tensor] | None:
-    """The weights of its last forward pass, in torch's order; parametrized ones are not computed anew. None of a layer
+    """The weights of its last forward pass, in torch's order; parametrized ones are not recomputed. None of a layer
     that keeps no such list."""
     return [w for w in module._flat_weights if w is not None] if isinstance(module, nn.RNNBase) else None
 

@@ -110,7 +110,7 @@ class Recurrent(SequenceLayer, CellModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all weights anew: U(−1/√H, 1/√H), then `Cell.initialise_`."""
+        """Draw all weights again: U(−1/√H, 1/√H), then `Cell.initialise_`."""
         bound = 1 / math.sqrt(self.hidden_size)
         for weight in self.parameters():
             nn.init.uniform_(weight, -bound, bound)

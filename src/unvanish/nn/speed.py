@@ -1,4 +1,4 @@
-"""How fast our layers are beside torch's on this machine: everyday shapes, timed alternately in one process."""
+"""How fast unvanish's layers are compared with torch's on this machine: everyday shapes, interleaved in one process."""
 
 import math
 import statistics
@@ -75,15 +75,15 @@ def rows() -> list[Row]:
 def compare_speed(
     rows: Iterable[Row], seconds: float = 120.0, tell: Callable[[Timing], None] | None = None
 ) -> list[Timing]:
-    """Torch's time over ours for each row, of layers with the same weights, run alternately.
+    """Torch's time divided by ours for each row, for layers with the same weights, run alternately.
 
     Args:
-        rows: what is timed, see `rows`.
-        seconds: for all rows together; a row takes three pairs at least, however slow it is.
-        tell: is called with each result.
+        rows: what to time, see `rows`.
+        seconds: time for all rows together; at least three pairs are measured per row, however slow it is.
+        tell: called with each result.
 
     Raises:
-        ValueError: seconds is no positive number.
+        ValueError: seconds is not a positive number.
     """
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"seconds: expected a positive number, got {seconds}")

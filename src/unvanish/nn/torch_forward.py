@@ -18,8 +18,8 @@ from unvanish.nn.modules import as_states, layer_directions, time_major
 
 
 def explain(layer: Any, x: Tensor | PackedSequence, hx: Any = None, lengths: Any = None) -> Choice:
-    """What runs a call of one of our RNN, LSTM or GRU: "torch", its own forward, or the rung of the engine that takes
-    the layer's first direction; and why not a faster one.
+    """What runs a call of one of our RNN, LSTM or GRU layers: "torch", for torch's own forward, or the rung of the
+    engine that runs the layer's first direction; and why not a faster one.
 
     >>> print(explain(unvanish.nn.GRU(3, 4), torch.zeros(1, 2, 3)))  # doctest: +SKIP
     native: not used, torch's layer is faster for so short a call

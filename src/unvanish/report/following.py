@@ -154,7 +154,7 @@ def warnings(records: list[dict[str, Any]], figures: dict[str, list[list[float]]
         reach = figures[short[0]][-1][1]
         layer = short[0].removeprefix("gradient_flow/").removesuffix("/reach")
         said.append(
-            f"The loss has not fallen ({losses[0]:.3g} → {losses[-1]:.3g}) and the gradient at {layer} reaches over "
-            f"{reach:.0f} steps; uv.diagnose tells whether that is the reason."
+            f"The loss has not fallen ({losses[0]:.3g} → {losses[-1]:.3g}), and the gradient at {layer} has "
+            f"reach {reach:.0f}; uv.diagnose finds out whether that is the reason."
         )
     return said

@@ -1,4 +1,4 @@
-"""The main job: the same tasks for several recurrent models, whose gradient survives and who learns."""
+"""Train several recurrent models on the same tasks: whose gradient survives, and which ones learn."""
 
 import os
 import platform
@@ -26,7 +26,9 @@ from unvanish.train.tasks.digits import PixelDigits
 from unvanish.train.untrained import cured, forget_bias_series, rescued
 
 DEFAULT_TASKS = ("adding", "digits-padded")
+"""the tasks of a comparison that names none"""
 DEFAULT_CELLS = ("rnn", "gru", "lstm", "lstm-chrono", "janet-chrono", "ur_lstm")
+"""the cells of a comparison that names none"""
 DEFAULT_STEPS = {"adding": 800, "digits-padded": 800}
 STEPS = 600
 """updates for a task without a default of its own"""

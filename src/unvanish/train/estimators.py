@@ -1,4 +1,4 @@
-"""The trainer with scikit-learn's face: estimators to clone, pickle, search over and put into a pipeline."""
+"""The trainer with scikit-learn's interface: estimators to clone, pickle, search over and put into a pipeline."""
 
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, Self
@@ -215,7 +215,9 @@ class Forecaster(_Estimator):
         found = _arrays(X if several else [X], self.missing)
         for i, values in enumerate(found):
             for step in np.flatnonzero(np.isnan(values[:, 0]))[:1]:
-                raise ValueError(f"X[{i}], step {step}: what is forecast is missing; mend it, or missing='previous'")
+                raise ValueError(
+                    f"X[{i}], step {step}: the value to forecast is missing; fill it in, or pass missing='previous'"
+                )
         return found
 
     def _forecasts(self, windows: list[np.ndarray]) -> np.ndarray:

@@ -146,7 +146,7 @@ def export(trained: Trained, path: str | os.PathLike[str], *, steps: int | None 
     """Write `Exported` to a file: .onnx (ONNX), or .pt2 (torch.export).
 
     Batch and time are open. In a .pt2 they are by an operator of unvanish's, so that the program that loads it imports
-    unvanish first; with `steps` it is of torch's own operators, for x of exactly so many steps (pad, and say the
+    unvanish first; with `steps` it is of torch's own operators, for x of exactly this many steps (pad, and pass the
     lengths). What has been written is read back and compared with the model on random sequences.
 
     Returns:

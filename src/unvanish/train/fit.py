@@ -1,4 +1,4 @@
-"""Train a model for so many updates, on Lightning: measured in rounds, resumable, on one process or many."""
+"""Train a model for a number of updates, on Lightning: in rounds, resumable, on one process or many."""
 
 import logging
 import signal

@@ -130,5 +130,5 @@ def _given(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in USED[kind]:
-            raise ValueError(f"--{name}: {kind} has no use for it; leave it out")
+            raise ValueError(f"--{name}: not used by {kind}; leave it out")
     return given

@@ -1,4 +1,4 @@
-"""Why the error survives or dies in a trained model: what the report's pictures of it are drawn from."""
+"""Why the gradient survives or vanishes in a trained model: the data of the report's pictures."""
 
 from copy import deepcopy
 

@@ -1,4 +1,4 @@
-"""How far one gradient reaches: the norm of the last step's error source over the lag, at one moment of training."""
+"""How far a gradient reaches: the norm of the last step's gradient over the lag, at one moment of training."""
 
 from copy import deepcopy
 

@@ -1,5 +1,5 @@
-"""What a training, or a file that is read, will hold in memory, estimated before it begins: a machine that swaps tells
-nobody why."""
+"""Estimates of the memory that a training or a data file needs, made before it starts, because a machine that swaps
+gives no reason."""
 
 from pathlib import Path
 

@@ -132,6 +132,7 @@ RECIPES: dict[str, Recipe] = {
     "lstm-forget1": Recipe("forget-bias-1 LSTM", layers.LSTM, lambda layer, length: cures.forget_bias_(layer, 1.0)),
     "lstm-chrono": Recipe("chrono LSTM", layers.LSTM, lambda layer, length: cures.chrono_(layer, max_lag=length)),
 }
+"""Every model that `compare` and `train_on` can build, by name: a cell, and how it is initialised."""
 
 
 def _of_the_zoo() -> dict[str, Recipe]:
@@ -190,7 +191,7 @@ class Shape:
     """how many there are, where x holds symbols"""
     tbptt: int | None = None
     checkpoint_every: int | None = None
-    """states kept by the backward pass: one in so many; None: all"""
+    """the backward pass keeps one state in this many; None: all"""
     clip_recurrence: float | None = None
 
     def build(self, length: int) -> SequenceModel:

@@ -1,4 +1,4 @@
-"""What is learnt from sequences with one answer each: classes, or numbers; how it is split, judged, and applied."""
+"""Problems with one answer per sequence, a class or a number: how the data is split, the model judged, and applied."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -239,7 +239,7 @@ class Regression(Labelled):
         test: whether a part is kept back to judge the model on.
 
     Raises:
-        DataError: a target is no finite number, no targets, or too few sequences.
+        DataError: a target is not a finite number, no targets, or too few sequences.
     """
 
     kind = "regression"
@@ -264,7 +264,7 @@ class Regression(Labelled):
         """y of sequences, as in training.
 
         Raises:
-            DataError: no targets, or one that is no finite number.
+            DataError: no targets, or one that is not a finite number.
         """
         mean, deviation = config["target_scale"]
         return list(((torch.tensor(data.numbers(), dtype=torch.float64) - mean) / deviation).float())

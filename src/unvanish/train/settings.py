@@ -1,4 +1,4 @@
-"""How to train: everything `unvanish train` has an option for, but the data and the machines."""
+"""How to train: everything for which `unvanish train` has an option, except the data and the machines."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ class Settings:
     dropout: float = 0.0
     """between layers, on embedded symbols, and on what is read"""
     read: Read | None = None
-    """what is read of the states: the "last", their "mean", or "all"; None: what suits the problem"""
+    """states that the output is computed from: the "last", their "mean", or "all"; None: what suits the problem"""
     epochs: int | None = None
     """passes over the training samples; None, if `steps` is None too: 50 of the user's data, 600 updates of a task"""
     steps: int | None = None
@@ -44,11 +44,11 @@ class Settings:
     omega: float = 0.0
     """weight of `cures.Omega`"""
     clip_recurrence: float | None = None
-    """bound of the error inside the recurrence, see `cures.clip_recurrence_`"""
+    """bound of the gradient inside the recurrence, see `cures.clip_recurrence_`"""
     tbptt: int | None = None
-    """truncated backpropagation: no error passes from step n·tbptt to the step before, the state does"""
+    """truncated backpropagation: from step n·tbptt to the step before passes no gradient, only the state"""
     checkpoint_every: int | None = None
-    """keep one state in so many for the backward pass, and compute the others again"""
+    """keep one state in this many for the backward pass, and recompute the others"""
     seed: int = 0
     """of split, weights, order and dropout"""
 

@@ -1,4 +1,4 @@
-"""A task of the suite, with the same face as the user's data."""
+"""A task of the suite, with the same interface as the user's data."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +31,7 @@ class TaskProblem(DataProblem):
             raise ValueError(f"epochs: the samples of {task.name} are drawn without end; expected steps instead")
         if settings.read == "all" or (task.answers > 1 and (settings.bidirectional or settings.read == "mean")):
             raise ValueError(
-                f"read, bidirectional: {task.name} is answered at the last {task.answers} steps, got "
+                f"read, bidirectional: {task.name} is answered at the end (steps answered: {task.answers}), got "
                 f"read={settings.read!r} and bidirectional={settings.bidirectional}"
             )
         read = settings.read or "last"

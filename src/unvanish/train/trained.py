@@ -38,8 +38,8 @@ class Trained:
     """kind, settings, shape, split rule, what the inputs were scaled by, figures on the test split, …"""
 
     def predict(self, data: Any, **options: Any) -> Any:
-        """What the model answers to data of the kind that it was trained on: a class or a number per sequence, the
-        next steps of each series, or how a text goes on.
+        """The model's answers to data of the kind that it was trained on: a class or a number per sequence, the next
+        steps of each series, or the continuation of a text.
 
         Args:
             data: `Sequences`, `Series`, or a text.

@@ -2,8 +2,8 @@
 
 h_t = h_{t-1} + ε tanh(W_x x_t + b + (W − Wᵀ − γ I) h_{t-1})
 
-The eigenvalues of W − Wᵀ are imaginary: in continuous time an error turns and keeps its length. Euler's steps let it
-grow by |1 + iελ| each, which the diffusion γ takes back.
+The eigenvalues of W − Wᵀ are imaginary: in continuous time the gradient rotates and keeps its length. Each Euler step
+lets it grow by |1 + iελ|, which the diffusion γ compensates.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
-"""Bistable recurrent cell (Vecoven, Ernst & Drion 2021): memory in each unit alone, as in IndRNN.
+"""Bistable recurrent cell (Vecoven, Ernst & Drion 2021): memory within each unit, as in IndRNN.
 
 a = 1 + tanh(p + w_a ⊙ h_{t-1})      c = σ(p + w_c ⊙ h_{t-1})      h_t = c ⊙ h_{t-1} + (1 − c) ⊙ tanh(p_h + a ⊙ h_{t-1})
 
-Where a > 1 a unit has two stable states and keeps either for ever, but at both of them ∂h_t/∂h_{t-1} < 1: it remembers
-a bit for any time, while the gradient about it vanishes.
+If a > 1, a unit has two stable states and keeps either of them for ever, but at both ∂h_t/∂h_{t-1} < 1: it remembers a
+bit for any time, although the gradient vanishes.
 """
 
 from typing import Any

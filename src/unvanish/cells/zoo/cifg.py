@@ -2,7 +2,7 @@
 
 f, o = σ(p + q)      g = tanh(p + q)      c_t = f ⊙ c_{t-1} + (1 − f) ⊙ g      h_t = o ⊙ tanh(c_t)
 
-The carry is f as in the LSTM; c is a running mean of g and stays in (−1, 1), so that tanh'(c_t) never closes the way
+The carry is f as in the LSTM; c is a running mean of g and stays in (−1, 1), so tanh'(c_t) never blocks the gradient
 from h_t to c_t.
 """
 

@@ -2,8 +2,8 @@
 
 h_t = relu(W x_t + b + u ⊙ h_{t-1})
 
-There is no recurrent matrix: the Jacobian is diag(u φ'), so that over a lag ℓ an error that stays on the relu's upper
-side is multiplied by exactly u^ℓ. Reach is bounded by |u|, which starts in [0, 1]. Units are mixed by the next layer.
+There is no recurrent matrix: the Jacobian is diag(u φ'), so over a lag ℓ the gradient of a unit whose relu stays on is
+multiplied by exactly u^ℓ. Reach is bounded by |u|, which starts in [0, 1]. Units are mixed by the next layer.
 """
 
 from typing import Any

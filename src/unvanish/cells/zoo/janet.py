@@ -1,9 +1,9 @@
-"""Just another network (van der Westhuizen & Lasenby 2018): an LSTM of which only the forget gate is left.
+"""Just another network (van der Westhuizen & Lasenby 2018): an LSTM with a forget gate only.
 
 f = σ(p + q)      g = tanh(p + q)      h_t = f ⊙ h_{t-1} + (1 − σ(a_f − β)) ⊙ g,  a_f = p_f + q_f
 
-The carry is f; β > 0 lets a unit write while it hardly forgets. With no output gate and no tanh between memory and
-output the error enters the memory undamped.
+The carry is f; β > 0 lets a unit write while it hardly forgets. Without an output gate and tanh between memory and
+output, the gradient enters the memory undamped.
 """
 
 from typing import Any

@@ -3,8 +3,8 @@ units.
 
 h_t = (1 − α) h_{t-1} + α tanh(W_x x_t + b + W h_{t-1}),   α = Δt/τ
 
-The carry is the constant 1 − α: alone it keeps e^(−α ℓ) of an error over a lag ℓ. Slow enough for the lag means slow to
-react as well.
+The carry is the constant 1 − α: alone it keeps e^(−α ℓ) of the gradient over a lag ℓ. A unit that is slow enough for
+the lag is also slow to react.
 """
 
 from typing import Any

@@ -4,8 +4,8 @@
 z_t = (1 − Δ) ⊙ z_{t-1} + Δ ⊙ tanh(p + W_z y_{t-1} + b)
 y_t = (1 − Δ̄) ⊙ y_{t-1} + Δ̄ ⊙ tanh(p + W_y z_t + b)                         reads z of the same step
 
-Both carries are 1 − O(Δt), so that for small Δt the gradient lives for about 1/Δt steps, and bounds on it hold for
-every length (propositions 4.1 and 4.2).
+Both carries are 1 − O(Δt), so for small Δt the gradient survives about 1/Δt steps, and there are bounds on it for every
+length (propositions 4.1 and 4.2).
 """
 
 from typing import Any

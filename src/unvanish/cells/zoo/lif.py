@@ -2,8 +2,8 @@
 
 u_t = β u_{t-1} (1 − s_{t-1}) + W_x x_t + b + W s_{t-1}      s_t = [u_t > 1]
 
-A spike resets the membrane. s_t has no useful derivative; the backward pass takes 1 / (1 + k |u_t − 1|)² in its place
-(the fast sigmoid of Zenke & Ganguli 2018). The membrane carries β: with no spike an error keeps β^ℓ over a lag ℓ.
+A spike resets the membrane. s_t has no useful derivative; the backward pass uses 1 / (1 + k |u_t − 1|)² instead (the
+fast sigmoid of Zenke & Ganguli 2018). The membrane carries β: without a spike, β^ℓ of it remains after ℓ steps.
 """
 
 from typing import Any

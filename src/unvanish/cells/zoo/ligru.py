@@ -2,8 +2,8 @@
 
 z = σ(p + q)      n = relu(p + q)      h_t = z ⊙ h_{t-1} + (1 − z) ⊙ n
 
-The carry is z. relu does not saturate, so nothing bounds the state but the gate: with a large W_hn state and gradient
-can grow.
+The carry is z. relu does not saturate, so only the gate bounds the state: with a large W_hn, state and gradient can
+grow.
 """
 
 from typing import Any

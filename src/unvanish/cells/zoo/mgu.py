@@ -2,8 +2,8 @@
 
 f = σ(p + q)      n = tanh(p_n + f ⊙ q_n)      h_t = (1 − f) ⊙ h_{t-1} + f ⊙ n
 
-The carry is 1 − f, and the same gate lets the recurrent product in: where a unit keeps its state, it hardly listens to
-the others.
+The carry is 1 − f, and the same gate scales the recurrent product: a unit that keeps its state is hardly affected by
+the other units.
 """
 
 from typing import Any

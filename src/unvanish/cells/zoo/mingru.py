@@ -2,8 +2,8 @@
 
 z = σ(p)      h_t = (1 − z) ⊙ h_{t-1} + z ⊙ g(p_h),   g(a) = a + 1/2 for a ≥ 0, σ(a) below
 
-There is no recurrent matrix: the Jacobian is diag(1 − z_t), the carry alone, so that the gradient can vanish but never
-explode, and A, C and D of the LSTM's terms do not exist.
+There is no recurrent matrix: the Jacobian is diag(1 − z_t), the carry alone, so the gradient can vanish but never
+explode, and the LSTM's terms A, C and D do not exist.
 """
 
 from typing import Any

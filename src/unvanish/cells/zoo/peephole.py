@@ -3,8 +3,8 @@
 i, f = σ(p + q + w ⊙ c_{t-1})      g = tanh(p + q)      c_t = f ⊙ c_{t-1} + i ⊙ g
 o = σ(p + q + w_o ⊙ c_t)           h_t = o ⊙ tanh(c_t)
 
-The gradient keeps the LSTM's carousel f; the peepholes add the diagonal c_{t-1} f' w_f + g i' w_i to it, so that a
-unit's own content moves how long it is kept.
+The gradient keeps the LSTM's carousel f; the peepholes add the diagonal c_{t-1} f' w_f + g i' w_i to it, so the content
+of a unit influences how long it is kept.
 """
 
 from typing import Any

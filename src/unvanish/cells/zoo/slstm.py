@@ -5,7 +5,7 @@ it.
 c_t = f ⊙ c_{t-1} + i ⊙ tanh(z̃)      n_t = f ⊙ n_{t-1} + i      h_t = σ(õ) ⊙ c_t / n_t
 
 h is a weighted mean of what was written, with weights that only later gates decide. It does not change with m, which
-keeps numbers in range: c and n are scaled by e^(−m), and so are the errors at them. No error flows through m itself.
+keeps numbers in range: c and n are scaled by e^(−m), and so are their gradients. No gradient flows through m itself.
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
 z = tanh(W_z x_t + b)      k = σ(W_k x_t + b + W h_{t-1})      h_t = tanh((1 − k) ⊙ h_{t-1} + k ⊙ z)
 
-The carry is (1 − k) tanh': the outer tanh takes something off it at every step, and the more the further h is from 0.
+The carry is (1 − k) tanh': the outer tanh reduces it at every step, the more the further h is from 0.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""States that are cut from their graph, start anew at every step, or hang on an earlier graph."""
+"""States that are cut from their graph, are reset at every step, or belong to an earlier graph."""
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,8 @@ def _by_value(bench: Bench) -> list[Finding]:
     return [
         Finding(
             "state_cut", severity, where,
-            f"The state is cut from its graph: no gradient passes to the {first} steps before step {first}, "
-            "and what they hold can't be learned.",
+            f"The state is cut from its graph: no gradient reaches any step before step {first}, so nothing can be "
+            "learnt from them.",
             f"Step {latest} exchanged moves the answers by {float(moved[:, latest].max()):.2g} of their size, but "
             f"∂answer/∂x is exactly 0 there and up to step {first - 1}; at step {first} it is "
             f"{float(gradients[:, first].max()):.2g}. Uninterrupted: {left} of {T} steps.",
@@ -133,9 +133,9 @@ def _rebuilt(bench: Bench) -> list[Finding]:
 def _started_anew(path: str, proof: str) -> Finding:
     return Finding(
         "state_cut", "error", path,
-        f"`{path}` starts from a new state at every step: the steps before the last have no part in the answer.",
+        f"`{path}` starts from a new state at every step: only the last step affects the answer.",
         f"{proof}; no step before the last moves an answer.",
-        "Keep the state that a step makes, and give it to the next.",
+        "Pass the state that a step returns on to the next step.",
     )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def state_carried(bench: Bench) -> list[Finding]:
         return [
             Finding(
                 "state_carried", "error", where,
-                "The state kept from one batch to the next hangs on the earlier batch's graph, so that the second "
+                "The state kept from one batch to the next belongs to the earlier batch's graph, so the second "
                 "backward pass fails.",
                 f"Two training passes of a copy in a row: backward of pass 2 raised “{raised}”.{also}{kept}",
                 "Detach every kept state before it is used: `self.state = tuple(s.detach() for s in self.state)`; "
@@ -219,7 +219,7 @@ def _leaks(bench: Bench) -> list[Finding]:
         Finding(
             # Harm is not proved by it: consecutive pieces of long sequences are trained so (truncated BPTT).
             "state_carried", "note", "",
-            "The model carries something from one batch to the next: its answers depend on what was run before. With "
+            "The model carries a state from one batch to the next: its answers depend on what was run before. With "
             "shuffled batches that belongs to other samples.",
             f"The same batch was run twice through one copy in eval mode: answers differ by {max(apart):.2g} of their "
             "size.",

@@ -42,7 +42,7 @@ def _recurrent_stack(bench: Bench) -> list[Finding]:
     return [
         Finding(
             "depth", "error", spreads[-1][0],
-            f"The input's trace is lost in the depth: {len(spreads)} stacked layers shrink the differences "
+            f"The signal is lost in the depth: {len(spreads)} stacked layers shrink the differences "
             "between samples until all answers are the same.",
             f"Standard deviation of the final states over samples, layer by layer: {listed}; of the answers "
             f"{answers:.1g}.{weights}",
@@ -72,7 +72,7 @@ def _any_stack(bench: Bench) -> list[Finding]:
     return [
         Finding(
             "depth", "error", chain[-1][0],
-            f"The input's trace is lost in the depth: {len(chain)} modules one after the other shrink the differences "
+            f"The signal is lost in the depth: {len(chain)} modules one after the other shrink the differences "
             "between samples until all answers are the same.",
             f"Standard deviation of their outputs over samples, in order: {listed}.",
             "Use fewer layers, or a skip connection or normalisation around each; relu and gelu shrink less than "

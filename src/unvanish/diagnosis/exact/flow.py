@@ -137,7 +137,7 @@ def _part_ignored(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -
         return [
             Finding(
                 "input_ignored", "error", unmoved[0],
-                f"One of the inputs has no part in the answers: what `{unmoved[0]}` makes of the batch is dropped.",
+                f"One of the inputs is not used in the answers: what `{unmoved[0]}` makes of the batch is dropped.",
                 f"Input tensor {number}, of shape {tuple(tensor.shape)}, was exchanged for other samples': no answer "
                 f"moved, and no gradient reaches `{unmoved[0]}`.",
                 f"Hand on what `{unmoved[0]}` returns: an encoder's final state starts the decoder, for instance.",
@@ -226,7 +226,7 @@ def _unreached(bench: Bench) -> list[Finding]:
     return [
         Finding(
             "parameters_unmoved", "note", sorted(unused)[0],
-            "Some parameters have no part in this loss.", proof, "Nothing, if they are left over or trained elsewhere.",
+            "Some parameters are not used in this loss.", proof, "Nothing, if they are unused or trained elsewhere.",
         )
     ]  # fmt: skip
 
@@ -314,7 +314,7 @@ def _not_optimized(bench: Bench, optimizer: Any) -> list[Finding]:
         return [
             Finding(
                 "parameters_unmoved", "error", missing[0].rpartition(".")[0],
-                "The optimizer does not hold all of the model's parameters: these stay as they were initialised.",
+                "Some of the model's parameters are missing from the optimizer: they stay as they were initialised.",
                 f"The optimizer lacks {len(missing)} of {len(named)} parameters that require a gradient "
                 f"({_listed(missing)}){also}.",
                 "Build the optimizer after the model is complete and on its device: torch.optim.Adam("

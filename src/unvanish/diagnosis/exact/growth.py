@@ -1,4 +1,4 @@
-"""Gradients that grow on their way back: from the measurement of each layer, or by ∂answer/∂x_t over all ways."""
+"""Gradients that grow on their way back: from the measurement of each layer, or by ∂answer/∂x_t along all paths."""
 
 import math
 from collections.abc import Mapping

@@ -62,7 +62,7 @@ def output_not_logits(bench: Bench) -> list[Finding]:
             return [
                 Finding(
                     "output_not_logits", "error", "loss",
-                    f"`{call.name}` takes scores and applies the sigmoid itself, but is given probabilities.",
+                    f"`{call.name}` expects scores and applies the sigmoid itself, but receives probabilities.",
                     f"Its input comes from {made.lower()} and lies in [{float(values.min()):.3g}, "
                     f"{float(values.max()):.3g}]; no probability leaves [0.5, 0.731], so that the loss of a positive "
                     f"can't fall below {floor:.3g}.",
@@ -76,7 +76,7 @@ def output_not_logits(bench: Bench) -> list[Finding]:
                 return [
                     Finding(
                         "output_not_logits", "error", "loss",
-                        f"`{call.name}` takes log-probabilities, but is given {kind}: the loss can fall without end "
+                        f"`{call.name}` expects log-probabilities, but receives {kind}: the loss can fall without end "
                         "and says nothing about the classes.",
                         f"exp of its input sums to between {float(sums.min()):.3g} and {float(sums.max()):.3g} over "
                         "the classes; log-probabilities give 1.",
@@ -89,7 +89,7 @@ def output_not_logits(bench: Bench) -> list[Finding]:
             return [
                 Finding(
                     "output_not_logits", "error", "loss",
-                    "`kl_div` takes log-probabilities as its input, but is given probabilities.",
+                    "`kl_div` expects log-probabilities as its input, but receives probabilities.",
                     f"Its input lies in [{float(values.min()):.3g}, {float(values.max()):.3g}]; logarithms of "
                     "probabilities are not positive.",
                     "Give it log_softmax of the scores.",
@@ -107,8 +107,8 @@ def _softmax_twice(name: str, made: str, classes: int, off: float) -> Finding:
     floor = math.log1p((classes - 1) * math.exp(-1.0))
     return Finding(
         "output_not_logits", "error", "loss",
-        f"`{name}` takes scores and applies the softmax itself, but is given probabilities: two softmaxes leave hardly "
-        "any gradient.",
+        f"`{name}` expects scores and applies the softmax itself, but receives probabilities: two softmaxes leave "
+        "hardly any gradient.",
         f"Its input comes from {made.lower() or 'an operation that normalises'}, is nowhere negative, and its "
         f"sums over the {classes} classes differ from 1 by at most {off:.1g}. With probabilities as scores the "
         f"loss can't fall below {floor:.3g} (guessing: {math.log(classes):.3g}).",
@@ -120,7 +120,7 @@ def _bounded(name: str, kind: str, classes: int) -> Finding:
     floor = math.log1p((classes - 1) * math.exp(-1.0))
     return Finding(
         "output_not_logits", "error", "loss",
-        f"`{name}` takes scores of any size, but is given the output of a {kind}.",
+        f"`{name}` expects scores of any size, but receives the output of a {kind}.",
         f"With scores in [0, 1] and {classes} classes the loss can't fall below {floor:.3g} (guessing: "
         f"{math.log(classes):.3g}).",
         f"Leave out the model's last {kind}.",
@@ -321,7 +321,7 @@ def loss_unbalanced(bench: Bench) -> list[Finding]:
     return [
         Finding(
             "loss_unbalanced", severity, "loss",
-            "One term of the loss drowns the others: the weights hardly feel them.",
+            "One term of the loss drowns the others: they hardly affect the weights.",
             f"terms: {listed}; gradients differ by a factor of {ratio:.3g}.",
             "Weight the terms so that their gradients are of one size, or standardise what the larger one compares.",
         )

@@ -1,4 +1,4 @@
-"""NaN and infinity: in the batch, a parameter, the forward pass, or the backward pass; where each is born."""
+"""NaN and infinity: in the batch, a parameter, the forward pass, or the backward pass; where each first appears."""
 
 import math
 import warnings
@@ -19,7 +19,7 @@ def nan(bench: Bench) -> list[Finding]:
     subject = bench.subject
     for name, parameter in subject.model.named_parameters():
         if not bool(parameter.isfinite().all()):
-            return [_found(name, "A parameter holds NaN or infinity: an earlier update destroyed it.",
+            return [_found(name, "A parameter contains NaN or infinity: an earlier update destroyed it.",
                            f"{_count(parameter)} of `{name}`.", "Start again from finite weights, with clipping or a "
                            "smaller learning rate.")]  # fmt: skip
     done = bench.training
@@ -32,7 +32,7 @@ def nan(bench: Bench) -> list[Finding]:
     for what, items in (("input", subject.call), ("target", subject.goals)):
         for number, tensor in enumerate(floating(items)):
             if not bool(tensor.isfinite().all()):
-                return [_found(f"{what} {number}", f"The {what} holds NaN or infinity.",
+                return [_found(f"{what} {number}", f"The {what} contains NaN or infinity.",
                                f"{_count(tensor)} of {what} tensor {number}.",
                                "Fill or leave out missing values before training.")]  # fmt: skip
     if bad_loss:

@@ -61,7 +61,7 @@ def compared_with_others(bench: Bench) -> list[Finding]:
     return [
         Finding(
             "samples_mixed", "error", "loss",
-            "The answers for one sample are compared with the targets of others: the two are in a different order.",
+            "The answers for a sample are compared with the targets of other samples: their order differs.",
             f"The targets of single samples were exchanged, and the inputs: of {compared} values of the answers whose "
             f"gradient ∂E/∂answer the targets changed, the same samples' inputs move {answered}, and "
             f"{elsewhere} others.",

@@ -37,13 +37,13 @@ def samples_mixed(bench: Bench) -> list[Finding]:
         bench.notes.append("the model returns a matrix of all pairs of samples, as contrastive losses need")
     if most == 0:
         return []
-    proof = f"One of {k} samples was exchanged for another, {asked} times: the answers of up to {most} others changed."
+    proof = f"One of {k} samples was exchanged for another, {asked} times: up to {most} of the other answers changed."
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in bench.model.modules()):
         bench.notes.append(f"batch norm without running statistics makes answers depend on other samples. {proof}")
         return []
     where, do = _culprit(bench)
     says = (
-        "The answer for a sample depends on the other samples of the batch: samples and steps, or layers, are mixed up."
+        "The answer for a sample depends on the other samples of the batch: samples are mixed up with steps or layers."
     )
     return [Finding("samples_mixed", "error", where, says, proof, do)]
 

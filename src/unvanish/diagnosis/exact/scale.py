@@ -51,11 +51,11 @@ def input_scale(bench: Bench) -> list[Finding]:
             found.append(
                 Finding(
                     "saturated", "error" if share > 0.9 else "warning", call.path,
-                    f"Units of `{call.path}` are saturated by its own weights: no gradient passes them.",
+                    f"Units of `{call.path}` are saturated by its own weights: no gradient passes through them.",
                     f"{share:.0%} of the pre-activations W_ih x + b lie where the slope is below 5 % of its maximum, "
                     f"{after:.0%} with standardised inputs; standard deviation of the weights: "
                     f"{float(weight.std()):.3g}.",
-                    "Initialise the weights anew, torch's default is uniform in ±1/sqrt(units).",
+                    "Re-initialise the weights; torch's default is uniform in ±1/sqrt(units).",
                 )
             )  # fmt: skip
     return found[:1]
@@ -117,7 +117,7 @@ def ids_as_numbers(bench: Bench) -> list[Finding]:
                     Finding(
                         # Several whole numbers per step may well be counts.
                         "ids_as_numbers", "error" if given.dim() < 3 or given.shape[-1] == 1 else "warning", call.path,
-                        f"`{call.path}` is given ids as if they were quantities: id 7 is not between 6 and 8 in "
+                        f"`{call.path}` receives ids as if they were quantities: id 7 is not between 6 and 8 in "
                         "meaning.",
                         f"Its input holds the {len(given.unique())} different ids of an integer input, from "
                         f"{int(given.min())} to {int(given.max())}, as numbers.",
@@ -144,9 +144,9 @@ def dead(bench: Bench) -> list[Finding]:
             return [
                 Finding(
                     "dead", "error", path,
-                    "All relu units are off, for every sample and step: nothing passes them, forward or backward.",
+                    "All relu units are off for every sample and step: nothing passes them, forward or backward.",
                     f"{sum(v.numel() for v in values)} of as many outputs are exactly 0.",
-                    "Initialise the weights and biases before them anew, with smaller inputs or a smaller learning "
+                    "Re-initialise the weights and biases before them, with smaller inputs or a smaller learning "
                     "rate; or use leaky_relu.",
                 )
             ]  # fmt: skip

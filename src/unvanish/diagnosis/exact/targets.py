@@ -115,7 +115,7 @@ def target_scale(bench: Bench) -> list[Finding]:
             return [
                 Finding(
                     "target_scale", "error" if rms > 100 else "warning", "target",
-                    "Targets are far larger than anything the fresh model answers, so that training spends its updates "
+                    "The targets are far larger than the answers of the fresh model, so training spends its updates "
                     "on getting there.",
                     f"root mean square of the targets: {rms:.3g} (mean {float(goal.mean()):.3g}, standard deviation "
                     f"{spread:.3g}); mean size of the answers: {size:.3g}.",
@@ -127,7 +127,7 @@ def target_scale(bench: Bench) -> list[Finding]:
             return [
                 Finding(
                     "target_scale", "warning", "target",
-                    "Targets differ far less from each other than the answers from the targets.",
+                    "The targets differ far less from each other than they differ from the answers.",
                     f"standard deviation of the targets: {spread:.3g}; root mean square error of the fresh model: "
                     f"{float((answers.detach().double() - goal).square().mean().sqrt()):.3g}.",
                     "Standardise the targets by the training set's mean and standard deviation.",
@@ -156,7 +156,7 @@ def output_range(bench: Bench) -> list[Finding]:
                     f"Answers come from {made.lower() if made in ranges else 'a recurrent state'} and lie in [{low:g}, "
                     f"{high:g}]; targets range from {float(goal.min()):.4g} to {float(goal.max()):.4g}, "
                     f"{float(beyond):.0%} of them outside.",
-                    "Leave out the last activation and let a linear layer answer, or scale the targets into its range.",
+                    "Remove the last activation and end with a linear layer, or scale the targets into its range.",
                 )
             ]  # fmt: skip
     for call in bench.training.trace.functions:

@@ -85,10 +85,10 @@ def _target_in(bench: Bench, which: int) -> list[Finding]:
         if not sees or (shift == 0 and later):
             continue
         if shift:
-            says = "The answer of a step sees the next step's input, which is its target: the model reads it off there."
-            do = "Use a model that runs forwards only (no second direction), or predict what it has not been shown."
+            says = "The answer of a step depends on the next step's input, which is its target: it can be copied."
+            do = "Use a unidirectional model, or predict something that it has not been shown."
         else:
-            says = "The target of each step is that step's own input, so that there is nothing to predict."
+            says = "The target of each step is that step's own input, so there is nothing to predict."
             do = "Shift the targets by one step: inputs `x[:, :-1]`, targets `x[:, 1:]`."
         proof = f"Target at step t equals {'the ids' if ids else f'feature {columns[0]}'} of the input at step t" + (
             " + 1" if shift else ""
@@ -118,7 +118,9 @@ def needs_future(bench: Bench) -> list[Finding]:
         if bool(judged.any()) and torch.equal(value[judged].double(), later[judged].double()):
             return []  # a later value, which is what a forecast is asked for
     if y.shape[-1] <= x.shape[-1] and torch.equal(y[..., 0].double(), x.flip(1)[..., 0].double()):
-        proof = "The target is the input in reverse order: for the first half of the steps it has not been seen yet."
+        proof = (
+            "The target is the input in reverse order: in the first half of the steps the model has not seen it yet."
+        )
     else:
         fit = _fits(x, y)
         if fit is None or fit["future"] <= 0.5 or fit["past"] >= 0.1:
@@ -131,7 +133,7 @@ def needs_future(bench: Bench) -> list[Finding]:
     return [
         Finding(
             "needs_future", "error", "",
-            "The targets depend on later steps than the model has seen when it answers.",
+            "The targets depend on later steps, which the model has not seen when it answers.",
             f"{proof} The answer at step {middle} does not move with the input of step {min(T - 1, middle + 1)}.",
             "Use bidirectional=True, delay the targets by some steps, or read the whole sequence before answering.",
         )

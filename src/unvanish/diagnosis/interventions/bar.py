@@ -1,4 +1,4 @@
-"""The bar: the loss of the best answer that does not look at the input.
+"""The bar: the loss of the best answer that ignores the input.
 
 The model's outermost modules are replaced by constants of the same structure and shape, which are fitted under the
 user's own loss. Two kinds: one answer for all samples and steps, and one per step; the lower loss is the bar.

@@ -75,10 +75,10 @@ class Candidate:
             steps.append(Step(says + ("" if self.decay else ", without weight decay"), made.code()))
         elif steps:
             made = self.recipe(own)
-            steps.append(Step("make the optimizer anew, from the changed model's parameters", made.code()))
+            steps.append(Step("create the optimizer again, from the changed model's parameters", made.code()))
         if self.clip is not None:
             if not steps:
-                steps.append(Step("the optimizer stays as it is", own.code()))
+                steps.append(Step("the optimizer stays unchanged", own.code()))
             steps.append(
                 Step(f"clip the norm of the gradient at {self.clip:g} before every update", _CLIP.format(self.clip))
             )
@@ -295,7 +295,7 @@ def _replaced(plain: Modules, seed: int) -> Step:
 
     names = ", ".join(path or "the model" for path in plain)
     return Step(
-        f"put a GRU in the place of the plain RNN ({names}), behind the same interface",
+        f"replace the plain RNN ({names}) by a GRU with the same interface",
         f'torch.manual_seed({seed})\nmodel = uv.cures.replace_({given}, "gru")',
         act,
     )
@@ -316,7 +316,7 @@ def _standardised(path: str, entry: Fed) -> Step:
         mean, spread = mean.mean().expand(1), torch.tensor([everywhere])
     means, spreads = ([float(f"{v:.4g}") for v in values.tolist()] for values in (mean, spread))
     return Step(
-        f"standardise the input of {path or 'the model'}: better once, in the data; here by a hook before the module",
+        f"standardise the input of {path or 'the model'}; here by a hook before the module, better once in the data",
         "from unvanish.diagnosis.interventions.standardise import standardise_\n"
         f"standardise_({_where(path)}, mean={means}, spread={spreads})",
         _at(path, lambda m: standardise_(m, means, spreads)),

@@ -79,5 +79,5 @@ def features(arm: Arm, readable: float, layers: Mapping[str, Any]) -> Features:
 
 
 def _clipped(value: float, most: float) -> float:
-    """In [−most, most]; what is no number counts as the worst."""
+    """In [−most, most]; what is not a number counts as the worst."""
     return -most if math.isnan(value) else max(-most, min(most, value))

@@ -1,4 +1,4 @@
-"""From the race to findings and a plan. A cause is named only where the loss fell with its cure and not without."""
+"""From the race to findings and a plan. A cause is named only if the loss fell with its cure and not without it."""
 
 import math
 
@@ -106,7 +106,7 @@ def _proof(arm: Arm) -> str:
     shrunk = (
         ""
         if best.shrunk == 1 or not arm.learns
-        else f", its answers shrunk to {best.shrunk:.0%} of their way from that constant"
+        else f", with its answers shrunk to {best.shrunk:.0%} of their distance from that constant"
     )
     failed = f"; then {arm.failed}" if arm.failed else ""
     name = arm.candidate.name
@@ -144,8 +144,8 @@ def _too_few(own: Arm, chosen: Arm) -> Finding:
         "healthy",
         "note",
         "",
-        f"The model fits its samples as it is, but {own.material.trained_on} are too few for it to answer others: "
-        f"train on more. With {chosen.candidate.name} these are enough.",
+        f"The model fits its training samples as it is, but {own.material.trained_on} are too few to generalise: train "
+        f"on more. With {chosen.candidate.name} they are enough.",
         f"{_proof(own)} {_proof(chosen)}",
         "Nothing to change in the model; give it more samples, or regularise it.",
     )
@@ -155,8 +155,8 @@ def _overfits(own: Arm) -> tuple[str, ...]:
     if own.best.shrunk == 1 or own.material.trained_on is None:
         return ()
     return (
-        f"a copy overfits the {own.material.trained_on} samples it was trained on: its answers to others go the right "
-        "way, but too far; more samples will help",
+        f"a copy overfits its {own.material.trained_on} training samples: its answers to others are right in direction "
+        "but too large; more samples will help",
     )
 
 
@@ -175,7 +175,7 @@ _SAYS: dict[Kind, tuple[str, str, str]] = {
     "regularisation": ("regularised_away", "Regularisation keeps the model from learning",
                        "Regularisation slows the model down"),
 }  # fmt: skip
-"""code, and what to say where the model does not learn as it is, and where it does"""
+"""code, what to say if the model does not learn as it is, and what to say if it does"""
 
 
 def _cause(chosen: Arm, own: Arm, plan: Plan) -> Finding:
@@ -185,7 +185,7 @@ def _cause(chosen: Arm, own: Arm, plan: Plan) -> Finding:
     if own.learns:
         severity, says = "warning", f"{slow}: the model learns as it is, but much better {name}."
     else:
-        severity, says = "error", f"{ill}: {name} the loss falls, as it is it does not."
+        severity, says = "error", f"{ill}: the loss falls {name}, but not as it is."
     return Finding(code, severity, "", says, f"{_proof(own)} {_proof(chosen)}", plan.code)
 
 
@@ -195,7 +195,7 @@ def _narrow(wide: Arm, narrow: tuple[Arm, ...], plan: Plan) -> Finding:
     others = [f"{'' if arm is narrow[0] else 'with '}{arm.candidate.name}" for arm in narrow]
     fell = f"falls far below the level at which it settles {' and '.join(others)}"
     fell = fell if learns else f"falls, but not {' or '.join(others)}"
-    says = f"The recurrent layers have too few units for what they have to remember: with {name} the loss {fell}."
+    says = f"The recurrent layers have too few units for what they must remember: with {name} the loss {fell}."
     proof = " ".join(_proof(arm) for arm in (*narrow, wide))
     return Finding("needs_more_capacity", "warning" if learns else "error", "", says, proof, plan.code)
 
@@ -282,8 +282,8 @@ def _nothing(race: Race, own: Arm, readout: Readout | None, head: Head | None) -
         "warning",
         "",
         "Nothing that was tried predicts the targets of unseen samples better than a constant: check that inputs and "
-        f"targets belong together, and that the input holds the answer.{more}",
-        f"{_proof(own)} No better: {names}.",
+        f"targets belong together, and that the input contains the answer.{more}",
+        f"{_proof(own)} No better with: {names}.",
         "Check how inputs and targets are paired (shuffling, sorting, an offset by one); then try a simpler target, "
         "or more samples.",
     )

@@ -215,7 +215,7 @@ def material(subject: Subject, seed: int) -> tuple[Material, tuple[str, ...]]:
     if samples < LEAST:
         return Whole(subject), (
             f"{samples} samples are too few to hold any out: copies could be judged only on what they were trained on; "
-            "give a batch of some hundred",
+            "pass a batch of a few hundred",
         )
     rows = Rows(subject, samples, seed)
     try:

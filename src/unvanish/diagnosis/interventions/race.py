@@ -116,7 +116,7 @@ def race(
     entered = candidates(own)
     if own.updates < LEAST and not own.failed:
         found.notes.append(
-            f"the budget allowed {own.updates} updates of the model as it is, too few to compare with others: one "
+            f"the budget allowed too few updates of the model as it is ({own.updates}) to compare with others: one "
             f"takes {cost:.2g} s, a judgement {own.judging:.2g} s; give a longer budget"
         )
         return found

@@ -115,10 +115,10 @@ def run(
     if proved:
         # Before the optimizer is looked at: that it holds none of the parameters may be what is proved.
         codes = ", ".join(dict.fromkeys(f.code for f in proved))
-        return Outcome(notes=(f"no copy was trained: repair what is proved already first ({codes})",))
+        return Outcome(notes=(f"no copy was trained: first repair what is already proved ({codes})",))
     own, notes = recipe(optimizer, subject.model, DEFAULT_LR)
     if budget == 0:
-        return Outcome(notes=("nothing was tried: budget=0 leaves the interventions out",))
+        return Outcome(notes=("no copy was trained: budget=0 skips the interventions",))
     say = progress if progress is not None else _silent
     say("what the copies are trained and judged on")
     data, more = material(subject, seed)

@@ -48,7 +48,7 @@ def sequences(
         if id is not None:
             raise DataError(f"{table.path}: --text and --id exclude each other: a text is a sequence")
         if missing != "error":
-            raise DataError(f"{table.path}: --missing: nothing can stand for a missing text; leave it out")
+            raise DataError(f"{table.path}: --missing: a missing text can't be replaced; leave it out")
         y = None if target is None else table.labels(target, "target")
         return Sequences(table.text(text), y, names, [text], places)
     channels = [name for name in table.columns if name not in (target, id, time)]
@@ -115,7 +115,7 @@ def series(
     for name, rows in groups.items():
         for step in np.flatnonzero(np.isnan(known[name][:, 0]))[:1]:
             raise DataError(
-                f"{table.where(rows[step], target)}: what is forecast is missing; mend it"
+                f"{table.where(rows[step], target)}: the value to forecast is missing; fill it in"
                 + (", or choose --missing previous" if missing == "mean" else ": no value stands before it")
             )
     return Series(known, channels)

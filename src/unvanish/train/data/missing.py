@@ -28,7 +28,7 @@ def refuse(where: str, missing: Missing, option: str = "--missing ") -> None:
         DataError: the policy is "error".
     """
     if missing == "error":
-        raise DataError(f"{where}: the value is missing; mend it, or choose {option}mean or {option}previous")
+        raise DataError(f"{where}: the value is missing; fill it in, or choose {option}mean or {option}previous")
 
 
 def filled(x: np.ndarray, missing: Missing) -> np.ndarray:

@@ -96,7 +96,7 @@ class Table:
         """`[rows, columns]` float64, NaN where a value is missing.
 
         Raises:
-            DataError: a cell is no finite number.
+            DataError: a cell is not a finite number.
         """
         return np.stack([self._numbers(column) for column in columns], axis=1)
 
@@ -113,7 +113,7 @@ def numbers(cells: list[str], where: Callable[[int], str], missing: Collection[s
     """`[cells]` float64, NaN where a cell is one of `missing`; as Python reads numbers, but without underscores.
 
     Raises:
-        DataError: `where` a cell is no finite number.
+        DataError: `where` a cell is not a finite number.
     """
     try:
         values = np.array(list(map(float, cells)))
@@ -232,5 +232,5 @@ def check_header(path: Path, header: list[str]) -> None:
                 f"{path}: row 1, column {place}: the column has no name; give it one, or leave the column out"
             )
         if name in seen:
-            raise DataError(f"{path}: row 1, column {place}: {name!r} is there twice")
+            raise DataError(f"{path}: row 1, column {place}: {name!r} occurs twice")
         seen.add(name)

@@ -64,7 +64,7 @@ class Vocabulary:
         """What `to_json` wrote.
 
         Raises:
-            ValueError: it is no tokenizer.
+            ValueError: it is not a tokenizer.
         """
         try:
             return cls(Tokenizer.from_str(json.dumps(data)))

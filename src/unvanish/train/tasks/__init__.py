@@ -29,6 +29,7 @@ TASKS: dict[str, type[Task]] = {
         FullPermutedMNIST,
     )
 }
+"""Every task by name."""
 
 
 def make_task(name: str, length: int | None = None, seed: int = 0) -> Task:

@@ -49,7 +49,7 @@ class EmbeddedReber(Task):
 
     x is one-hot over {B, T, P, S, X, V, E}; y_t is the symbol that follows x_t. Strings have 9 to T + 1 symbols, 12 in
     the mean; longer ones (1 in 900 for the default T = 30) are drawn again. After the string come steps of zeros
-    without an answer. (Before it they would give away its length, and with it which symbol comes next.) 256 strings to
+    without an answer. (Before it they would reveal its length, and with it the next symbol.) 256 strings to
     train, 256 to validate, 256 to test; the latter do not occur among the first.
 
     A string is right if at every step the symbols that may follow have the largest outputs; reported is the share of
