@@ -41,8 +41,8 @@ def h_detach_(module: M, p: float | None) -> M:
         module, changed in place; no weight is touched.
 
     Raises:
-        TypeError: module is no module, or p no number; a cell carries nothing, or has no recurrent matrix.
-        ValueError: there is no recurrent layer, p is no probability, or a layer cannot be accelerated; nothing is
+        TypeError: module is not a module, or p not a number; a cell has no carry or no recurrent matrix.
+        ValueError: there is no recurrent layer, p is not a probability, or a layer cannot be accelerated; nothing is
             changed then.
 
     Source: Kanuparthi, Arpit, Kerr, Ke, Mitliagkas & Bengio 2019, "h-detach: modifying the LSTM gradient towards better

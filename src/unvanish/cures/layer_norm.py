@@ -45,11 +45,11 @@ def layer_norm_(model: nn.Module, gain: float = 1.0, eps: float = 1e-5) -> nn.Mo
     Source: Ba, Kiros & Hinton 2016, "Layer normalization", section 5.4 and appendix; each gate by itself here, where
     they normalise all gates of an LSTM together, and without the norm of c before the output, which is the step's own.
 
-    Limits: the norm mixes units, so that a step is no elementwise function any more: the layer runs as a loop of torch
-    operations (four to twenty times the time of nn.LSTM on a CPU), and its gates are not recorded; `clip`, `h_detach`
-    and noise are not available. A share of fewer than some ten units loses much of what it says. The states are
-    recorded by name, in the order of reading: `uv.watch(model, states={"rnn.step_l0": 0})` has ‖∂E/∂h_t‖ of the first
-    layer of a module `rnn`, 1 in the place of 0 its ‖∂E/∂c_t‖.
+    Limits: the norm mixes units, so a step is no longer elementwise: the layer runs as a loop of torch operations (four
+    to twenty times the time of nn.LSTM on a CPU), its gates are not recorded, and `clip`, `h_detach` and noise are not
+    available. With fewer than about ten units, normalisation loses much of the information. The states are recorded by
+    name, in reading order: `uv.watch(model, states={"rnn.step_l0": 0})` has ‖∂E/∂h_t‖ of the first layer of a module
+    `rnn`; with 1 instead of 0, its ‖∂E/∂c_t‖.
 
     >>> layer = layer_norm_(nn.LSTM(3, 16))
     >>> y, (h, c) = layer(torch.zeros(5, 2, 3))

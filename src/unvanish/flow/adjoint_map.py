@@ -130,9 +130,8 @@ def adjoint_map(
         seed: seed of the random errors.
 
     Returns:
-        The map; `norms` and `log_norms` are `[K, T, B]`. A reversed layer reads from the end, so its error travels to
-        t ≥ k. A source at a step where a sample has no input makes no error. The layer's `clip` and `h_detach` play no
-        part.
+        The map; `norms` and `log_norms` are `[K, T, B]`. A reversed layer reads from the end, so its gradient travels
+        to t ≥ k. A source beyond the end of a sample has no error. The layer's `clip` and `h_detach` are ignored.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.

@@ -160,7 +160,7 @@ def decompose(
     Raises:
         TypeError, ValueError: an argument does not fit.
 
-    The layer's `clip` and `h_detach` play no part. Norms and shares are right also where the error itself is below the
+    The layer's `clip` and `h_detach` are ignored. Norms and shares are right even where the gradient is below the
     dtype's range.
     """
     stack = run_stack(layer, x, hx, lengths)

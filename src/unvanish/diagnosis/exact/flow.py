@@ -107,7 +107,7 @@ def steps_dropped(bench: Bench) -> list[Finding]:
     return [
         Finding(
             "readout", "error" if first else "warning", where,
-            f"The answers use {used} of `{where}` alone: what follows is computed, and dropped.",
+            f"The answers use {used} of `{where}` alone: the other steps are computed and dropped.",
             f"Each of {len(later)} later steps was exchanged for other samples': no answer moved; with step "
             f"{moves[-1]} they move.",
             "Read the last step: y[:, -1] with batch_first=True, y[-1] without, h_n[-1] of the final state; or pool "

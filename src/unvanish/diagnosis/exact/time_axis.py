@@ -218,7 +218,7 @@ def axes_mixed(bench: Bench) -> list[Finding]:
                 return [
                     Finding(
                         "axes_mixed", "error", path,
-                        f"{who} is given a view where a transposition was meant: each step holds values of several "
+                        f"{who} receives a view where a transposition was meant: each step contains values of several "
                         "steps.",
                         f"Its input of shape {tuple(tensor.shape)} is what {source} gives, {tuple(x.shape)}, read in "
                         f"the same order; {off} of {x.numel()} values stand where they would not after a "

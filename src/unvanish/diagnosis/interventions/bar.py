@@ -102,7 +102,7 @@ def best_constant(
         with material.subject.rng(seed):
             outer = _outermost(twin, material)
             if not outer:
-                return None, ("no best constant answer: the model hands out no tensors, or nothing but its own loss",)
+                return None, ("no best constant answer: the model returns no tensors, or nothing but its own loss",)
             answers = [_Constant(module.forward, per_step) for module in outer.values()]
             with _standing_in(list(outer.values()), answers):
                 losses = _fit(twin, material, answers, evaluations, until)

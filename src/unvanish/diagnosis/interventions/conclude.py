@@ -38,9 +38,9 @@ def conclude(race: Race, recipe: Recipe, readout: Readout | None, head: Head | N
     Args:
         race: who was trained, and how it ended.
         recipe: the optimizer of the model as it is.
-        readout: of the states of the copy as it is, if that does not learn.
-        head: what heads that are trained alone make of these states, if they hold the target.
-        reaching: share of the gradient that reaches the first steps by any way, where the copy as it is memorises.
+        readout: what a linear read-out finds in the states of the unchanged copy, if that copy does not learn.
+        head: how heads trained alone on these states do, if the states contain the target.
+        reaching: share of the gradient that reaches the first steps along any path, if the unchanged copy memorises.
     """
     own = race.as_is
     if own is None or not own.judgements:
@@ -204,7 +204,7 @@ def _unread(own: Arm, head: Head) -> Finding:
     tries = ", ".join(f"{arm.best.score.loss:.4g}" for arm in head.own)
     alone = (
         "The model's own head, trained alone on the same states without dropout, from the values that it had before "
-        f"and after training, gets to a loss of {tries}; the best constant answer has {own.bar.mean:.4g}."
+        f"and after training, reaches a loss of {tries}; the best constant answer has {own.bar.mean:.4g}."
         if head.own
         else "Nothing that can be trained lies between these states and the loss."
     )
@@ -212,9 +212,9 @@ def _unread(own: Arm, head: Head) -> Finding:
         "readout",
         "error",
         head.where,
-        f"The states of {head.where or 'the model'} hold the target, but the head or the loss does not use it.",
+        f"The states of {head.where or 'the model'} contain the target, but the head or the loss does not use it.",
         f"{_proof(own)} {_linear(head)} {alone}",
-        "Look at what lies between the states and the loss: which step and axis the head reads, its last activation, "
+        "Check everything between the states and the loss: which step and axis the head reads, its last activation, "
         "the loss's reduction, and the target's shape.",
     )
 
@@ -228,7 +228,7 @@ def _drowned(own: Arm, head: Head, plan: Plan) -> Finding:
         "error",
         head.where,
         "Dropout keeps the model from learning: without it the head learns from the same states, with it it does not.",
-        f"{_proof(own)} {_linear(head)} The model's own head, trained alone on these states, gets to a loss of "
+        f"{_proof(own)} {_linear(head)} The model's own head, trained alone on these states, reaches a loss of "
         f"{alone.best.score.loss:.4g} in {alone.updates} updates without dropout, and to {dropped.best.score.loss:.4g} "
         f"in {dropped.updates} with it.",
         plan.code,
@@ -253,9 +253,9 @@ def _nothing(race: Race, own: Arm, readout: Readout | None, head: Head | None) -
         what
         for what, applies in (
             ("no samples could be held out", not own.material.unseen),
-            (f"there was time for only {own.updates} updates", own.updates < UPDATES and not own.memorises),
+            (f"the budget allowed only {own.updates} updates", own.updates < UPDATES and not own.memorises),
             (f"other candidates had too few updates ({others} in all)", len(tried) < TRIED or others < ALL),
-            (f"the copy stopped, as {own.failed}", bool(own.failed)),
+            (f"training stopped ({own.failed})", bool(own.failed)),
             (f"some copies may have begun to learn ({', '.join(hints)})", bool(hints)),
         )
         if applies
@@ -265,11 +265,11 @@ def _nothing(race: Race, own: Arm, readout: Readout | None, head: Head | None) -
     if head is not None:
         alone = head.own[-1]
         thin.append(
-            f"its states hold the target, and its head, trained alone on them at a learning rate of "
-            f"{alone.recipe.lr:g}, gets to a loss of {alone.best.score.loss:.4g}: train longer, or at other rates"
+            f"its states contain the target, and its head, trained alone on them at a learning rate of "
+            f"{alone.recipe.lr:g}, reaches a loss of {alone.best.score.loss:.4g}: train longer, or at other rates"
         )
     elif readout is not None and readout.readable > max(0.05, HINT * readout.error):
-        thin.append("a linear read-out does find something in the states")
+        thin.append("a linear read-out does find some of the target in the states")
     if thin:
         why = "; ".join(thin)
         return (), Plan(), (f"Nothing is proved: no copy beat the best constant answer, but {why}. {_proof(own)}",)
