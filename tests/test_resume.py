@@ -151,14 +151,16 @@ def test_killed_at_20_random_moments(tmp_path: Path, fork: Any, whole: Trained) 
     assert same(resumed(tmp_path / str(turn)), whole)
 
 
-@pytest.mark.parametrize("die_at", [0, 1, 2, 3, 9, 18, 19, 20, 21])
+@pytest.mark.parametrize("die_at", [0, 1, 2, 3, 9, 18, 21, 23, 24, 25, 26, 27])
 def test_killed_before_or_after_a_rename(tmp_path: Path, die_at: int, fork: Any, whole: Trained) -> None:
     process = fork.Process(target=train_once, args=(tmp_path / "m", die_at))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert same(resumed(tmp_path / "m"), whole)
-    assert {path.name for path in (tmp_path / "m").iterdir()} == {"run.json", "model.safetensors", "config.json"}
+    page = {"report.html", "report-card.png", "report-card.svg"}
+    model = {"run.json", "model.safetensors", "config.json"}
+    assert {path.name for path in (tmp_path / "m").iterdir()} == page | model
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, whole: Trained) -> None:
@@ -205,14 +207,14 @@ def test_a_sealed_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> N
         assert newest(tmp_path) is None
 
 
-@pytest.mark.parametrize("full", ["checkpoint", "model"])
+@pytest.mark.parametrize("full", ["checkpoint", "page", "model"])
 def test_a_full_disk_keeps_the_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str, whole: Trained
 ) -> None:
     fsync, left = os.fsync, iter(range(10**9))
 
     def no_space(file: int) -> None:
-        if next(left) >= (4 if full == "checkpoint" else 10):
+        if next(left) >= {"checkpoint": 4, "page": 10, "model": 13}[full]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(file)
 

@@ -181,7 +181,13 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     base = ["train", "--data", "d.csv", "--target", "y", "--epochs", "1", "--hidden", "4"]
     assert call([*base, "--out", "m"], monkeypatch) == 0
     assert "class a: 40 of 120" in capsys.readouterr().out
-    assert {path.name for path in Path("m").iterdir()} == {"config.json", "model.safetensors", "run.json", "logs"}
+    page = {"report.html", "report-card.png", "report-card.svg"}
+    assert {path.name for path in Path("m").iterdir()} == page | {
+        "config.json",
+        "model.safetensors",
+        "run.json",
+        "logs",
+    }
     assert json.loads(Path("m/config.json").read_text())["kind"] == "classification"
     assert call(["predict", "m", "--data", "d.csv", "--target", "y"], monkeypatch) == 0
     rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))

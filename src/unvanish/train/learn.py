@@ -125,7 +125,8 @@ def train_on(
             was, now = (examine(problem, m, settings.seed) for m in (untrained, model))
             config["reach"] = reaches(was, now)
             config["assessment"] = asdict(assess(problem, model, now, config["test"], settings.seed))
-            page = training_page(config, was, now), training_preview(config, was, now)
+            if folder is not None:
+                page = training_page(config, was, now), training_preview(config, was, now)
         trained = Trained(model, config)
         if folder is not None:
             folder.finish(trained, page)
