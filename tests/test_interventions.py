@@ -89,6 +89,8 @@ def test_dropout_and_weight_decay_that_take_everything_are_named() -> None:
     found = outcome(model, *recall(256, 5), optimizer=decayed)
     assert codes(found) == ["regularised_away"]
     assert "weight_decay=0.0" in found.plan.code
+    # A suspect is tried before all others, for as long as the model as it is, and ends the race.
+    assert [t.name for t in found.tried] == ["as it is", "without weight decay"]
 
 
 def test_a_head_that_does_not_read_the_state_is_told_from_a_state_that_holds_nothing() -> None:

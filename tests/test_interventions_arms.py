@@ -12,9 +12,9 @@ from tests.interventions_bars import NUMBERS, Wrapped, X, Y
 from tests.interventions_subjects import Last, subject
 from unvanish.diagnosis.interventions.arm import Arm
 from unvanish.diagnosis.interventions.bar import best_constant
-from unvanish.diagnosis.interventions.candidates import AS_IS, Candidate
+from unvanish.diagnosis.interventions.candidates import AS_IS, Candidate, rates
 from unvanish.diagnosis.interventions.material import Rows, Whole
-from unvanish.diagnosis.interventions.optimizers import other_rates, recipe
+from unvanish.diagnosis.interventions.optimizers import other_rates, recipe, usual_rate
 
 
 def groups_model() -> nn.Module:
@@ -80,6 +80,16 @@ def test_rates_worth_a_trial_are_near_its_own_and_the_usual_ones() -> None:
     own, _ = recipe(torch.optim.Adam(model.parameters(), lr=1e-6), model, 1e-3)
     assert other_rates(own) == pytest.approx([3e-6, 1e-6 / 3, 1e-3, 3e-3, 1e-2])
     assert other_rates(own.at(1e-3)) == pytest.approx([3e-3, 1e-3 / 3, 1e-2])
+
+
+def test_a_rate_far_from_all_usual_ones_is_a_suspect_and_adam_with_it() -> None:
+    model = groups_model()
+    own, _ = recipe(torch.optim.SGD(model.parameters(), lr=1e-4), model, 1e-3)
+    assert [c.name for c in rates(own) if c.suspect] == ["learning rate 0.1", "Adam, learning rate 0.003"]
+    assert [c for c in rates(own.at(5e-3)) if c.suspect] == []
+    adam, _ = recipe(torch.optim.Adam(model.parameters(), lr=0.5), model, 1e-3)
+    assert [c.lr for c in rates(adam) if c.suspect] == [3e-3]
+    assert usual_rate(recipe(None, model, 1e-6)[0]) is None  # nobody chose that one
 
 
 def test_arms_see_the_same_samples_and_repeat_exactly() -> None:
