@@ -260,7 +260,10 @@ def test_predict(
         ([language, "--prompt", ""], "prompt, length, temperature: expected"),
         ([language, "--prompt", "aß"], "prompt: character 2 is 'ß', which the training text does not hold"),
         ([language, "--prompt", "a", "--data", "s.csv"], "--data: not used by a model of kind language"),
-        ([ahead, "--data", "s.csv", "--target", "sales", "--length", "3"], "--length: a model of kind forecasting"),
+        (
+            [ahead, "--data", "s.csv", "--target", "sales", "--length", "3"],
+            "--length: not used by a model of kind forecasting",
+        ),
         ([ahead], "--data: expected a file"),
         ([ahead, "--data", "n.csv", "--target", "q"], "expected the channels"),
         ([task, "--data", "d.csv"], "MODEL: expected one that was trained on data, got one of the task adding"),

@@ -3,15 +3,15 @@
 Belongs here: definitions of call, sequence, continuation, cut and state, which every observer shares.
 Does not: measuring, replaying, or anything that changes a number of the user's pass.
 
-- A *call* is one call of a recurrent module at its kernel (`Call`): what it was given and what it gave.
-- A *state* is what a module hands to its next call: h, or h and c.
-- A call *continues* the one before if the state that it is given is the state which that one returned: the same tensor,
-  a view or a copy of it, or something computed from it (`continuation`). Else it starts a new *sequence*.
+- A *call* is one call of a recurrent module at its kernel (`Call`): its arguments and what it returned.
+- A *state* is what a module passes to its next call: h, or h and c.
+- A call *continues* an earlier one if its initial state is the state that the earlier call returned: the same tensor,
+  a view or a copy of it, or something computed from it (`continuation`). Otherwise it starts a new *sequence*.
 - A *cut* is a continuation in value but not in the graph: no gradient passes.
-- A *reset* is a sample whose state was set to zero on the way from one call to the next, as at the end of an episode.
+- A *reset* is a sample whose state was set to zero between two calls, as at the end of an episode.
 
 `watch`, `diagnose`, `Omega`, `GradientFlossing` and `GradientFlow` observe through `Capture`. It never raises in the
-user's pass, changes no number and puts nothing on a module.
+user's pass, changes no number and attaches nothing to a module.
 """
 
 from unvanish.capture.calls import Call, Capture, steps_of

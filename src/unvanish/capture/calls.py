@@ -13,7 +13,7 @@ from unvanish.nn.modules import RecurrentModule, as_states, draws_cuts, draws_dr
 
 
 class Call:
-    """One call of a recurrent module: what its kernel was given, and, once it has returned, what it gave."""
+    """One call of a recurrent module: the arguments of its kernel and, once it has returned, its results."""
 
     def __init__(self, name: str, module: RecurrentModule, x: Any, hx: Any, lengths: Any) -> None:
         self.name, self.module, self.x, self.hx, self.lengths = name, module, x, hx, lengths
@@ -50,9 +50,9 @@ def steps_of(module: RecurrentModule, x: Any) -> int:
 
 
 class Capture:
-    """Notifies of every call of a model's recurrent modules, in every thread, while it is open.
+    """Notifies its observers of every call of a model's recurrent modules, in every thread, while it is open.
 
-    Whatever goes wrong in here, or in those who are notified, ends in `problems`, never in the user's pass.
+    An error in here or in an observer ends up in `problems`, never in the user's pass.
 
     Args:
         model: whose modules.

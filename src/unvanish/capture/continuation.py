@@ -1,12 +1,12 @@
-"""Whether a call goes on from the state that an earlier one returned.
+"""Whether a call continues from the state that an earlier one returned.
 
-One rule for everybody, in this order:
+One rule for all observers; the first case that applies counts:
 
-1. the state is the tensor that was returned, or a view of it                        goes on; a cut if it was detached
-2. it requires gradients, and autograd leads from it back to what was returned       goes on (masked, mixed, dropped)
-3. it requires no gradient, and equals what was returned in value, or does so in
-   every sample whose state is not zero                                              goes on, cut
-4. anything else: zeros, a learnt initial state, another model's state               starts anew
+1. the state is the returned tensor, or a view of it                                continues; a cut if it was detached
+2. it requires gradients, and autograd leads from it back to the returned tensor    continues (masked, mixed, dropped)
+3. it requires no gradient, and equals the returned tensor in value, at least in
+   every sample whose state is not zero                                             continues, with a cut
+4. anything else: zeros, a learnt initial state, another model's state              starts a new sequence
 
 In 2 and 3 a sample whose state is zero, and was not when it was returned, has been *reset*.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from unvanish import torch_internals
 
 NODES = 256
-"""of autograd's graph that are searched for the state of the call before"""
+"""nodes of autograd's graph that are searched for the state of the call before"""
 
 
 class Returned(NamedTuple):
@@ -38,7 +38,7 @@ _KEY = "unvanish.returned"
 
 
 def returned(states: Sequence[Tensor]) -> Returned:
-    """What a later call may go on from."""
+    """The states from which a later call may continue."""
     tag = next(_tags)
     for s in states:
         if s.grad_fn is not None:
@@ -48,7 +48,7 @@ def returned(states: Sequence[Tensor]) -> Returned:
 
 
 class Link(NamedTuple):
-    """How a call hangs on the one before."""
+    """How a call continues the one before."""
 
     cut: bool
     """whether the state came without its graph"""

@@ -19,7 +19,7 @@ LAYERS = (nn.RNNBase, nn.RNNCellBase)
 """whose kernel is torch's, unless a subclass has its own"""
 
 LOOPS = 2
-"""times that a module must be given what it has just returned, to be taken for a recurrent one"""
+"""how often a module must receive what it has just returned to be regarded as recurrent"""
 
 MOVES = frozenset(
     f"{name}Backward0"
