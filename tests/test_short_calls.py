@@ -119,6 +119,16 @@ def test_an_lstm_of_one_step_has_second_derivatives_and_an_output_that_may_be_ch
     (y.sum() + c.sum()).backward()
 
 
+def test_a_watch_takes_no_second_derivatives_away() -> None:
+    _, ours = pair("LSTM")
+    x = torch.randn(1, 2, 3, requires_grad=True)
+    with uv.watch(ours) as flow:
+        (slope,) = torch.autograd.grad(ours(x)[0].sum(), x, create_graph=True)
+        slope.square().sum().backward()
+    assert ours.weight_hh_l0.grad is not None
+    assert set(flow) == {"l0"}
+
+
 def test_a_projected_lstm_trains_on_the_engine() -> None:
     _, ours = pair("LSTM", proj_size=2)
     assert uv.nn.explain(ours, torch.zeros(1, 2, 3)).rung == "native"

@@ -247,8 +247,9 @@ class EngineSequence(TorchTools, SequenceLayer, nn.RNNBase):
             if leaf is not None:
                 return leaf
         why = torch_forward.reason(self, input, hx) if lengths is None and self._torch_can() else None
-        if why is not None:
-            return torch_forward.run(self, input, hx, why)
+        ran = None if why is None else torch_forward.run(self, input, hx, why)
+        if ran is not None:
+            return ran
         return super().forward(input, hx, lengths=lengths)
 
     def _torch_can(self) -> bool:

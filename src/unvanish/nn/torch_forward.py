@@ -73,14 +73,15 @@ _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expect
 """methods that torch's forward calls"""
 
 
-def run(layer: Any, x: Any, hx: Any, why: str) -> tuple[Any, Any]:
-    """torch's own forward, for the `reason` why; a padded batch that fits goes straight to its kernel, since what
-    torch's forward checks in Python takes as long as a short call, or step by step to that of its cell."""
+def run(layer: Any, x: Any, hx: Any, why: str) -> tuple[Any, Any] | None:
+    """torch's own forward, for the `reason` why; a padded batch that fits goes straight to its kernel, because the
+    checks in torch's forward take as long as a short call. None: it was to run step by step, and is not of the plain
+    kind or does not fit, so it is the engine's."""
     states = None if torch.compiler.is_compiling() else _fitting(layer, x, hx)
+    if why is STEPS:
+        return None if states is None or any(s.dtype != x.dtype for s in states) else _step_by_step(layer, x, states)
     if states is None:
         return torchs_class(type(layer)).forward(layer, x, hx)
-    if why is STEPS and all(s.dtype == x.dtype for s in states):
-        return _step_by_step(layer, x, states)
     y, *final = _KERNELS[layer.mode](
         x, states, layer._flat_weights, layer.bias, layer.num_layers, layer.dropout, layer.training,
         layer.bidirectional, layer.batch_first,
