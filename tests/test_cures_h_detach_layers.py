@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -99,6 +99,7 @@ def norms_of(kind: dict[tuple[int, int], Tensor], found: dict[int, Tensor], T: i
 
 
 @pytest.mark.parametrize("how", ["recorded", "replayed", "partial"])
+@settings(max_examples=30)
 @given(case=module_cases(projections=False), p=P, every=st.none() | st.integers(1, 8), seed=st.integers(0, 99))
 def test_a_watch_records_the_gradient_of_the_loop(
     how: str, case: ModuleCase, p: float, every: int | None, seed: int

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from tests import plain_loops
 from tests.strategies import LayerCase, layer_cases, runs
 from unvanish import engine
 from unvanish.cells import CELLS, Weights
-from unvanish.engine import native, operators, stepped
+from unvanish.engine import native, stepped
 
 RUNGS = ["native", "manual", "reference"]
 pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=f"native rung: {native.MISSING}")
@@ -51,8 +51,12 @@ def close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None
 
 
 def cuts(T: int) -> st.SearchStrategy[Tensor]:
-    kinds = st.just([True] * T) | st.just([False] * T) | st.lists(st.booleans(), min_size=T, max_size=T)
-    return kinds.map(torch.tensor)
+    """Mostly some of the steps: lists that hypothesis makes of booleans are all alike too often."""
+
+    def drawn(p: float, seed: int) -> Tensor:
+        return torch.rand(T, generator=torch.Generator().manual_seed(seed)) < p
+
+    return st.builds(drawn, st.sampled_from([0.5, 0.3, 0.7, 0.5, 0.0, 1.0]), st.integers(0, 2**31))
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -157,27 +161,6 @@ def test_gradients_of_the_gradient_are_the_reference_s(name: str) -> None:
         torch.testing.assert_close(other, found[-1], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["rnn_relu", "lstm", "gru"])
-def test_operators_pass_torchs_own_checks_with_a_cut(name: str) -> None:
-    case = layer(name, 4, 2, 2, 3, torch.float64)
-    cut = torch.tensor([True, False, True, True])
-    h0, c0 = (*case.state, None)[:2]
-    given = (case.x, h0, c0, *case.weights[:5], None, cut)
-    number = native.NUMBER[name]
-    torch.library.opcheck(operators.forward_operator, (*given, number, False, 0.0, True, 0.05))
-    y, h, c, gates, cells, *_ = torch.ops.unvanish.forward(*given, number, False, 0.0, True, 0.05)
-    arriving = torch.ones_like(y), torch.ones_like(h), torch.ones_like(c) if c0 is not None else None
-    detached = [None if v is None else v.detach() for v in (*arriving, *given, y, gates, cells)]
-    torch.library.opcheck(operators.backward_operator, (*detached, number, False, 0.0, True))
-    found = torch.ops.unvanish.backward(*detached, number, False, 0.0, True)
-    expected = torch.autograd.grad(
-        engine.run(case.cell, case.x, case.state, case.weights, rung="reference", cut=cut)[0].sum()
-        + sum(s.sum() for s in engine.run(case.cell, case.x, case.state, case.weights, rung="reference", cut=cut)[1]),
-        case.x,
-    )
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("cut", "error", "message"),
     [
@@ -247,6 +230,7 @@ def test_in_torch_operations_it_is_the_loop_too(case: LayerCase, data: Any, seed
 
 
 @pytest.mark.parametrize("way", ["native", "programs", "torch operations", "fused"])
+@settings(max_examples=30)
 @given(case=layer_cases(), data=st.data(), seed=st.integers(0, 99))
 def test_the_adjoint_of_a_trace_is_that_of_the_loop(way: str, case: LayerCase, data: Any, seed: int) -> None:
     """The fused rung's trace is taken back by the manual one."""
