@@ -96,8 +96,8 @@ def test_what_a_record_says_of_itself_are_its_numbers() -> None:
     peak = max(map(float, present))
     at = present.index(peak)
     reach = next((lag for lag in range(at + 1) if present[at - lag] <= peak / 100), at + 1) - 1
-    steps = f"{reach} of {at} step{'' if at == 1 else 's'}"
-    assert f"‖∂E/∂c_t‖, median over samples: reach {steps}, peak {peak:.2g} at t={at}" in repr(found["flow"])
+    steps = f"reach {reach} of {at} step{'' if at == 1 else 's'}, " if at else "does not fade on its way; "
+    assert f"‖∂E/∂c_t‖, median over samples: {steps}peak {peak:.2g} at t={at}" in repr(found["flow"])
     assert repr(found["map"]) == "AdjointMap of c at l0.reverse: 2 sources, 6 steps, 2 samples"
     assert f"median share {found['terms'].carry.share.nanmedian():.3f}" in repr(found["terms"])
     assert f"‖∂E_k/∂W‖ {found['sources'].norms.min():.2e}" in repr(found["sources"])

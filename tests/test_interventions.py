@@ -65,7 +65,7 @@ def test_a_stack_that_learns_with_fewer_layers_is_too_deep() -> None:
             p.mul_(0.3)
     found = outcome(model, *recall(256, 3))
     assert codes(found) == ["depth"]
-    assert "with 2 of its 12 layers the loss falls" in found.findings[0].says
+    assert "the loss falls with 2 of its 12 layers" in found.findings[0].says
     assert found.plan.apply(copy.deepcopy(model)).rnn.num_layers == 2
 
 

@@ -127,7 +127,7 @@ def test_records_are_read_without_unpickling(tmp_path: Path) -> None:
 
 def test_that_the_factorys_file_is_run_is_said_where_it_is_asked_for(tmp_path: Path) -> None:
     done = guarded("main()", set(), tmp_path, "diagnose", "--help")
-    assert "Runs this file" in done.stdout
+    assert "Your file is executed" in done.stdout
 
 
 def test_what_is_being_written_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,7 +216,7 @@ def test_what_is_printed(run: Callable, capsys: pytest.CaptureFixture[str]) -> N
     for part in ("Split: whole sequences, drawn by the seed within each class", "class a: 20 of 40", "test, model:"):
         assert part in said
     assert "test, majority class" in said
-    assert "gradient in recurrent.l0:" in said
+    assert "gradient in recurrent.l0, before → after training: reach " in said
 
 
 def test_times_are_looked_at(
