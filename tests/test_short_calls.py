@@ -119,6 +119,26 @@ def test_an_lstm_of_one_step_has_second_derivatives_and_an_output_that_may_be_ch
     (y.sum() + c.sum()).backward()
 
 
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("T", [1, 2, 60])
+@pytest.mark.parametrize("train", [True, False])
+def test_final_states_can_be_detached_in_place(kind: str, T: int, train: bool) -> None:
+    """As loops over windows of a sequence do."""
+    with torch.set_grad_enabled(train):
+        for module in pair(kind):
+            _, final = module(torch.randn(T, 2, 3))
+            for s in final if kind == "LSTM" else (final,):
+                s.detach_()
+
+
+def test_explain_knows_which_short_lstms_run_step_by_step() -> None:
+    _, ours = pair("LSTM")
+    state = [torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)]
+    assert uv.nn.explain(ours, torch.zeros(1, 2, 3), tuple(state)).rung == "torch"
+    assert uv.nn.explain(ours, torch.zeros(1, 2, 3), state).rung == "native"
+    assert uv.nn.explain(ours, torch.zeros(1, 3)).rung == "native"
+
+
 def test_a_watch_takes_no_second_derivatives_away() -> None:
     _, ours = pair("LSTM")
     x = torch.randn(1, 2, 3, requires_grad=True)

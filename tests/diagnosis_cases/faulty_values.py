@@ -42,6 +42,14 @@ def overflowing() -> Case:
     return Net(rnn, out=1), (X, V), F.mse_loss
 
 
+def logarithm_of_states() -> Case:
+    """The states grow large but not too large: it is the logarithm of a negative number that is no number."""
+    rnn = nn.RNN(4, 8, nonlinearity="relu", batch_first=True)
+    with torch.no_grad():
+        rnn.weight_hh_l0.copy_(3.0 * torch.eye(8))
+    return Net(rnn, out=1), (X.abs(), V), lambda z, y: (-1 - z.abs()).log().mean()
+
+
 def with_penalty(weight: float) -> Case:
     parts = {"rnn": nn.GRU(4, H, batch_first=True), "head": nn.Linear(H, C), "other": nn.Linear(H, 2)}
 
@@ -224,6 +232,7 @@ CASES: dict[str, tuple[Callable[[], Case], str]] = {
     **{f"NaN: {how}": (lambda how=how: not_finite(how), "nan") for how in (
         "input", "target", "rmse", "log", "parameter", "norm",
     )},
+    "NaN: log of large states": (logarithm_of_states, "nan"),
     "ten LSTM layers": (lambda: deep("LSTM", 10), "depth"),
     "eight GRU layers": (lambda: deep("LSTM", 8), "depth"),
     "nine LSTM modules": (deep_modules, "depth"),

@@ -241,6 +241,41 @@ def padded_far_beyond() -> Case:
     return Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)), (x, lengths, Y), F.cross_entropy
 
 
+def filled_forward() -> Case:
+    """Each sample is read at its own end; after it its last step is repeated."""
+    lengths = torch.randint(T // 2, T - 4, (B,), generator=torch.Generator().manual_seed(3))
+    x = X[torch.arange(B)[:, None], torch.minimum(torch.arange(T)[None], lengths[:, None] - 1)]
+
+    def forward(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        return m.head(m.rnn(x)[0][torch.arange(len(x)), lengths - 1])
+
+    return Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)), (x, lengths, Y), F.cross_entropy
+
+
+def annealed() -> Case:
+    """An autoencoder whose penalty has no weight yet; the labels are passed and not used."""
+
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = m.rnn(x)[0]
+        return m.head(y), m.spread(y[:, -1]), x
+
+    def loss(z: tuple[Tensor, Tensor, Tensor], y: Tensor) -> Tensor:
+        return F.mse_loss(z[0].roll(1, 1), z[2]) + 0.0 * z[1].square().mean()
+
+    return (
+        Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, 4), spread=nn.Linear(H, 2)),
+        (X, Y),
+        loss,
+    )
+
+
+def torchs_own_dropout() -> Case:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(torch.dropout(m.rnn(x)[0][:, -1], p=0.3, train=m.training))
+
+    return Module(forward, rnn=nn.GRU(4, H, batch_first=True), head=nn.Linear(H, C)), (X, Y), F.cross_entropy
+
+
 def alignment(scores: bool) -> Case:
     def loss(z: Tensor, y: Tensor) -> Tensor:
         z = z.transpose(0, 1)
@@ -269,6 +304,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "a head that starts at zero": head_at_zero,
     **{f"flat answers, {classes} classes": partial(flat_language_model, classes) for classes in (9, 12, 13)},
     "padded far beyond the last sample": padded_far_beyond,
+    "filled forward": filled_forward,
+    "annealed penalty": annealed,
+    "torch.dropout": torchs_own_dropout,
     "packed answers": packed_answers,
     "target network": target_network,
     "radial features": radial_features,

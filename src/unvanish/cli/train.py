@@ -154,7 +154,8 @@ def train(
 def _follows(trained: "Trained", out: Path, source: list[str]) -> list[str]:
     """The command that the training's outcome asks for."""
     kind = trained.config["kind"]
-    if not trained.config["assessment"]["better"] or kind == "task":
+    # A model that could not be examined, of which a warning has told, has no assessment.
+    if kind == "task" or not trained.config.get("assessment", {"better": True})["better"]:
         return ["unvanish", "diagnose", str(out), *source]
     return ["unvanish", "predict", str(out), *(["--prompt", "..."] if kind == "language" else source)]
 
@@ -175,7 +176,7 @@ def _print(trained: "Trained", out: Path, console: Console) -> None:
         if max(counts.values()) > 1.5 * min(counts.values()):
             ratio = max(counts.values()) / min(counts.values())
             console.print(f"The classes are imbalanced, {ratio:.3g} to 1; look at the balanced accuracy.")
-    for name, found in config["reach"].items():
+    for name, found in config.get("reach", {}).items():
         (was, now), half_lives = found["reach"], found["half_life"]
         half = " → ".join("none, it does not fade" if v is None else f"{v:.3g} steps" for v in half_lives)
         console.print(
@@ -185,10 +186,12 @@ def _print(trained: "Trained", out: Path, console: Console) -> None:
     for who, figures in config["test"].items():
         shown = ", ".join(f"{metric} {value:.4g}" for metric, value in figures.items())
         console.print(f"test, {escape(who)}: {shown}")
-    found = config["assessment"]
-    console.print(f"[bold {'green' if found['better'] else 'yellow'}]{escape(found['says'])}[/]")
+    if "assessment" in config:
+        found = config["assessment"]
+        console.print(f"[bold {'green' if found['better'] else 'yellow'}]{escape(found['says'])}[/]")
     console.print(f"Model: [bold]{escape(str(out.absolute()))}[/bold]")
-    console.print(f"Page: [bold]{escape(str(out.absolute() / PAGE))}[/bold]")
+    if (out / PAGE).is_file():
+        console.print(f"Page: [bold]{escape(str(out.absolute() / PAGE))}[/bold]")
 
 
 def predict(

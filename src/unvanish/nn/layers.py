@@ -192,8 +192,8 @@ class SequenceLayer(nn.Module):
             ran = [self._run_direction(d, x, s, inputs, recorders, cut) for d, s, cut in places]
             x = torch.cat([y for y, _ in ran], dim=-1) if len(ran) > 1 else ran[0][0]
             finals += [final for _, final in ran]
-        # A view takes less time than a copy, which counts where the call is short.
-        return x, tuple(s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in zip(*finals, strict=True))
+        # No views, which could not be detached in place, as loops over windows of a sequence do.
+        return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
 
     def _run_direction(
         self,

@@ -26,7 +26,7 @@ def explain(layer: Any, x: Tensor | PackedSequence, hx: Any = None, lengths: Any
     torch: runs
     """
     why = reason(layer, x, hx) if lengths is None and layer._torch_can() else None
-    if why is not None:
+    if why is not None and not (why is STEPS and _fitting(layer, x, hx) is None):
         return Choice("torch", {"native": why})
     inputs, first = time_major(layer, x, lengths), layer_directions(layer)[0]
     return dispatch.explain(first.cell, inputs.x, others=(*as_states(hx), *first.weights))
@@ -110,7 +110,7 @@ def _step_by_step(layer: Any, x: Tensor, initial: tuple[Tensor, Tensor]) -> tupl
             outputs.append(torch.stack(hs[::-1] if reverse else hs))
             finals.append((h, c))
         x = torch.cat(outputs, dim=-1) if layer.bidirectional else outputs[0]
-    h_n, c_n = (s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in zip(*finals, strict=True))
+    h_n, c_n = (torch.stack(s) for s in zip(*finals, strict=True))
     return x.transpose(0, 1) if layer.batch_first else x, (h_n, c_n)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -81,7 +82,7 @@ def train_on(
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = shape.build(problem.length)
-    untrained = deepcopy(model)
+    untrained = deepcopy(model) if assessed else None
     # Fewer samples of very long sequences: measuring keeps every state of them.
     samples = max(1, min(8, FLOW_STEPS // problem.length))
     flow = None if flow_every is None else GradientFlow(flow_every, samples=samples)
@@ -121,12 +122,19 @@ def train_on(
             "test": problem.judge(model),
         }
         page = None
-        if assessed:
-            was, now = (examine(problem, m, settings.seed) for m in (untrained, model))
-            config["reach"] = reaches(was, now)
-            config["assessment"] = asdict(assess(problem, model, now, config["test"], settings.seed))
-            if folder is not None:
-                page = training_page(config, was, now), training_preview(config, was, now)
+        if untrained is not None:
+            try:
+                was, now = (examine(problem, m, settings.seed) for m in (untrained, model))
+                found = reaches(was, now), asdict(assess(problem, model, now, config["test"], settings.seed))
+                config["reach"], config["assessment"] = found
+                if folder is not None:
+                    page = training_page(config, was, now), training_preview(config, was, now)
+            except Exception as error:
+                warnings.warn(
+                    f"the trained model could not be examined ({type(error).__name__}: {error}); it is kept without "
+                    "an assessment or a page",
+                    stacklevel=2,
+                )
         trained = Trained(model, config)
         if folder is not None:
             folder.finish(trained, page)

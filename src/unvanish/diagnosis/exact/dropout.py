@@ -17,7 +17,10 @@ def dropout_in_evaluation(bench: Bench) -> list[Finding]:
     calls = [
         (call, float(p))
         for call in trace.functions
-        if call.name in DROPPING and call.argument(2, "training", True) and (p := call.argument(1, "p", 0.5)) > 0
+        # torch.nn.functional's say training=, torch's own train=.
+        if call.name in DROPPING
+        and call.argument(2, "training", call.options.get("train", True))
+        and (p := call.argument(1, "p", 0.5)) > 0
     ]
     if not calls:
         return []

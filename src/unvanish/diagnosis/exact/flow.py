@@ -93,6 +93,10 @@ def steps_dropped(bench: Bench) -> list[Finding]:
     later = [t for t in bench.probed if moves and t > moves[-1] and bench.differs_at(t)]
     if not later or later[-1] < bench.steps - 1 or len(later) < 2 or bench.steps - later[0] < DROPPED * bench.steps:
         return []
+    # Samples that each stop counting at a step of their own are read at their own ends.
+    ends = {int(row.nonzero().max()) for row in bench.reach[1] if bool(row.any())}
+    if len(ends) > 1:
+        return []
     lengths: dict[str, int] = {}
     for call in bench.training.trace.modules:
         if isinstance(call.module, RECURRENT) and call.inputs:

@@ -162,13 +162,18 @@ def targets_ignored(bench: Bench) -> list[Finding]:
 
 
 def _without_weight(bench: Bench) -> list[Finding]:
-    """The loss is the same for any targets, and one of the answers has a gradient of 0: its term has no weight.
+    """A function of torch compares answers with the targets, and the loss is the same for any targets.
 
-    A target that is handed over and never used, beside answers that all count, is no fault.
+    A target that is passed and never used is no fault, whatever else has no weight.
     """
     subject, samples = bench.subject, bench.subject.samples
     idle = [number for number, asked in enumerate(bench.asked) if asked is not None and not bool((asked != 0).any())]
     if not idle or len(idle) == len(bench.asked) or not subject.has_target or samples is None:
+        return []
+    compares = next(
+        (call.name for call in bench.training.trace.functions if not call.inside and _given(call, bench)), ""
+    )
+    if not compares:
         return []
     same = subject.rows(subject.target, torch.zeros(samples, dtype=torch.long))
     if all(torch.equal(a, b) for a, b in zip(tensors(same), tensors(subject.target), strict=True)):
@@ -183,12 +188,19 @@ def _without_weight(bench: Bench) -> list[Finding]:
     return [
         Finding(
             "targets_ignored", "error", "loss",
-            "The loss does not depend on the targets: the term that compares answers with them has no weight.",
+            f"The loss does not depend on the targets: {compares}, which compares answers with them, has no weight.",
             f"With the first sample's target for all {samples} samples the loss is the same, {losses[0]:.6g}, and its "
             f"gradient at answer {idle[0]}, of shape {tuple(bench.training.answers[idle[0]].shape)}, is exactly 0.",
             "Give that term a weight above 0.",
         )
     ]  # fmt: skip
+
+
+def _given(call: Called, bench: Bench) -> bool:
+    """Whether the targets are among a call's arguments."""
+    goals = [goal for goal in bench.subject.goals if isinstance(goal, Tensor)]
+    given = [a for a in (*call.args, *call.options.values()) if isinstance(a, Tensor)]
+    return any(a.shape == g.shape and a.dtype == g.dtype and torch.equal(a, g) for a in given for g in goals)
 
 
 def _masked_away(bench: Bench) -> list[Finding]:

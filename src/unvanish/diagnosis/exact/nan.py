@@ -46,10 +46,12 @@ GROWN = 1e6
 
 def _growing_states(bench: Bench) -> Finding | None:
     """A recurrent module whose states grow from step to step until a number, theirs or the loss's, is too large."""
-    for path, sizes in _sizes(bench).items():
+    for path, (sizes, largest) in _sizes(bench).items():
         finite = [s for s in sizes if math.isfinite(s)]
         if len(finite) < 2 or not finite[-1] > GROWN * max(finite[0], 1.0):
             continue
+        if len(finite) == len(sizes) and finite[-1] < math.sqrt(largest):
+            continue  # squares of such states are finite, so it is not their size that spoils the loss
         rate = (finite[-1] / max(finite[0], 1e-30)) ** (1 / (len(finite) - 1))
         return Finding(
             "explodes", "error", path,
@@ -63,18 +65,18 @@ def _growing_states(bench: Bench) -> Finding | None:
     return None
 
 
-def _sizes(bench: Bench) -> dict[str, list[float]]:
-    """Recurrent module → largest |state| at each step."""
-    found: dict[str, list[float]] = {}
+def _sizes(bench: Bench) -> dict[str, tuple[list[float], float]]:
+    """Recurrent module → (largest |state| at each step, the largest number of their dtype)."""
+    found: dict[str, tuple[list[float], float]] = {}
     for call in bench.training.trace.modules:
         if not call.outputs or not isinstance(call.module, RECURRENT):
             continue
         y = call.outputs[0].detach().abs()
         if isinstance(call.module, SequenceModule) and y.dim() == 3:
             y = y.movedim(1, 0) if call.module.batch_first else y
-            found[call.path] = y.flatten(1).amax(1).tolist()
+            found[call.path] = y.flatten(1).amax(1).tolist(), torch.finfo(y.dtype).max
         elif y.numel():
-            found.setdefault(call.path, []).append(float(y.max()))
+            found.setdefault(call.path, ([], torch.finfo(y.dtype).max))[0].append(float(y.max()))
     return found
 
 
@@ -88,8 +90,10 @@ def _forward(bench: Bench) -> Finding:
                           f"{_count(bad)} of its output; the loss is {float(bench.training.loss.detach())}.",
                           "Guard the operation there: a division, logarithm, root or exponential of what it is given, "
                           "or weights that are too large.")  # fmt: skip
+    numbers = sum(a.numel() for a in bench.training.answers)
     return _found("loss", "The loss turns finite answers into NaN or infinity.",
-                  f"All answers are finite; the loss is {float(bench.training.loss.detach())}.",
+                  f"All {numbers} numbers of the answers are finite; the loss is "
+                  f"{float(bench.training.loss.detach())}.",
                   "Guard its logarithms, roots and divisions: add a small constant inside, or use the log-domain "
                   "function (log_softmax, binary_cross_entropy_with_logits).")  # fmt: skip
 

@@ -229,7 +229,7 @@ def _drowned(own: Arm, head: Head, plan: Plan) -> Finding:
         head.where,
         "Dropout keeps the model from learning: without it the head learns from the same states, with it it does not.",
         f"{_proof(own)} {_linear(head)} The model's own head, trained alone on these states, reaches a loss of "
-        f"{alone.best.score.loss:.4g} in {alone.updates} updates without dropout, and to {dropped.best.score.loss:.4g} "
+        f"{alone.best.score.loss:.4g} in {alone.updates} updates without dropout, and {dropped.best.score.loss:.4g} "
         f"in {dropped.updates} with it.",
         plan.code,
     )

@@ -1,5 +1,6 @@
 """Is the model too deep to learn? A copy that keeps the first layers of each deep stack alone."""
 
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -17,8 +18,13 @@ STACKS = (nn.RNN, nn.LSTM, nn.GRU)
 
 def of_depth(model: nn.Module) -> list[Candidate]:
     """The first `KEPT` layers, with their weights, of every stack of torch's that has `DEEP` or more."""
-    stacks: dict[str, Any] = {path: m for path, m in model.named_modules() if type(m) in STACKS and path}
-    deep = {path: m for path, m in stacks.items() if m.num_layers >= DEEP and not is_parametrized(m) and not hooked(m)}
+    stacks: list[tuple[str, Any]] = [
+        (path, m) for path, m in model.named_modules(remove_duplicate=False) if type(m) in STACKS and path
+    ]
+    deep = {path: m for path, m in stacks if m.num_layers >= DEEP and not is_parametrized(m) and not hooked(m)}
+    # One that has two names, or is partly frozen, could not be exchanged by a line of code.
+    names = Counter(id(m) for _, m in stacks)
+    deep = {path: m for path, m in deep.items() if names[id(m)] == 1 and all(p.requires_grad for p in m.parameters())}
     if not deep:
         return []
     layers = max(m.num_layers for m in deep.values())

@@ -119,13 +119,27 @@ def run(
     own, notes = recipe(optimizer, subject.model, DEFAULT_LR)
     if budget == 0:
         return Outcome(notes=("no copy was trained: budget=0 skips the interventions",))
-    say = progress if progress is not None else _silent
+    # Making a copy's new layers draws random numbers as well.
+    with subject.rng(seed):
+        return _run(subject, own, notes, budget, layers or {}, progress or _silent, seed, lag)
+
+
+def _run(
+    subject: Subject,
+    own: Recipe,
+    notes: tuple[str, ...],
+    budget: float,
+    layers: Mapping[str, Any],
+    say: Callable[[str], None],
+    seed: int,
+    lag: int | None,
+) -> Outcome:
     say("what the copies are trained and judged on")
     data, more = material(subject, seed)
     notes += more
 
     def entered(arm: Arm) -> list[Candidate]:
-        return _candidates(arm, own, fed(data, seed), layers or {}, lag, seed)
+        return _candidates(arm, own, fed(data, seed), layers, lag, seed)
 
     readable = 0.0
 
@@ -145,7 +159,7 @@ def run(
             heads = head(finished, own, seed, raced.end)
     reach = reaching(data, seed) if finished is not None and finished.memorises else 0.0
     findings, plan, concluded = conclude(raced, own, reading, heads, reach)
-    known = None if finished is None or not finished.updates else features(finished, readable, layers or {})
+    known = None if finished is None or not finished.updates else features(finished, readable, layers)
     return Outcome(findings, plan, (*notes, *raced.notes, *concluded), _table(raced), known)
 
 
