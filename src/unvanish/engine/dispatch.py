@@ -212,7 +212,7 @@ def adjoint(
         return native_trace.adjoint(tr, dy, dfinal, clip, cut)
     if cut is None and tr.fused is not None and clip is None:
         return fused.adjoint(tr, dy, dfinal)
-    # Any trace is as good for the manual rung, which clips and cuts; an error where another one is forced.
+    # The manual rung, which clips and cuts, takes any rung's trace; an error where another rung is forced.
     if tr.fused is not None and _forced is not None:
         explain(tr.cell, tr.x, clip=clip, cut=cut is not None)
     return manual.adjoint(tr, dy, dfinal, clip, cut)

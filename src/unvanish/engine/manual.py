@@ -241,7 +241,7 @@ def weight_gradients(tr: Trace, flow: Deltas) -> Weights:
 
 def recurrent_pairs(at: Point, da_hh: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(δq^γ, the state that γ's matrix reads), `[..., n·H]` and `[..., R]`, in the order of the rows of W_hh; gates
-    that all read one state stand together."""
+    that all read one state are joined."""
     cell = at.cell
     sources = cell.sources
     gates = tuple(sources)
