@@ -28,11 +28,11 @@ BLOCK = 32
 """Steps whose subgradients are added in one matrix product."""
 
 SUM_ELEMENTS = 2**24
-"""Of the ∂E_k/∂W held at a time; more sources are taken in several rounds."""
+"""The most numbers of ∂E_k/∂W kept at a time; more sources take several rounds."""
 
 
 Pairs = list[tuple[Tensor, tuple[Tensor, ...]]]
-"""δ `[T, B, n]` and what the weights behind it are multiplied with, each `[T, B, m]`: g_t = Σ_b δ_tbᵀ [s_tb, …]"""
+"""δ `[T, B, n]` and the inputs of the weights behind it, each `[T, B, m]`: g_t = Σ_b δ_tbᵀ [s_tb, …]"""
 
 
 def weight_pairs(at: Point, da: Tensor, da_hh: Tensor | None) -> Pairs:
