@@ -32,7 +32,7 @@ class Prediction:
     bar: float
     """loss of the best constant answer on the same samples"""
     updates: int
-    """that each copy was trained for, at most"""
+    """the most updates that each copy was trained for"""
 
     def __str__(self) -> str:
         return (
@@ -110,7 +110,7 @@ class Plan:
 
 
 class _Snapshot:
-    """What a model looked like: its modules' children, settings and own tensors."""
+    """A snapshot of a model: its modules' children, settings and own tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -77,7 +77,7 @@ def steps_holding(dweight: Tensor, share: float) -> int:
 
 
 def _plain(values: Tensor) -> list[float | None]:
-    """Five digits; None where there is no number, or it is infinite."""
+    """The number to five digits; None where it is missing or infinite."""
     return [
         float(f"{v:.5g}") if ok else None for v, ok in zip(values.tolist(), values.isfinite().tolist(), strict=True)
     ]

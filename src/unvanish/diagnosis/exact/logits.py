@@ -1,4 +1,4 @@
-"""What goes into cross-entropy and its relatives: scores, not probabilities."""
+"""The inputs of cross-entropy and its relatives: scores, not probabilities."""
 
 import math
 
@@ -11,7 +11,7 @@ from unvanish.diagnosis.structure import tensors
 from unvanish.diagnosis.trace import Called, traced
 
 MANY = 20
-"""targets that are all the same, from which that is no accident"""
+"""the number of equal targets from which that is no accident"""
 _VIEWS = (
     "View", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "T", "Permute", "Select", "Slice", "Alias", "Expand",
     "Clone", "AsStrided", "Index", "Cat", "Stack", "ToCopy", "Reshape", "Unbind", "Split", "Gather", "Movedim",
@@ -164,7 +164,7 @@ def targets_ignored(bench: Bench) -> list[Finding]:
 def _without_weight(bench: Bench) -> list[Finding]:
     """The loss is the same for any targets, and one of the answers has a gradient of 0: its term has no weight.
 
-    A target that is handed over and never used, beside answers that all count, is no fault.
+    A target that is passed but never used is no fault if all answers count.
     """
     subject, samples = bench.subject, bench.subject.samples
     idle = [number for number, asked in enumerate(bench.asked) if asked is not None and not bool((asked != 0).any())]
@@ -192,7 +192,7 @@ def _without_weight(bench: Bench) -> list[Finding]:
 
 
 def _masked_away(bench: Bench) -> list[Finding]:
-    """Of all steps only those count that have one and the same target: the padding, by a mask the wrong way round."""
+    """Only steps with one and the same target count: the padding, because of an inverted mask."""
     for answers, asked in zip(bench.training.answers, bench.asked, strict=True):
         if asked is None:
             continue
@@ -252,7 +252,7 @@ def _left_out(by: str, gone: Tensor) -> Finding:
 
 
 def _padded_too(bench: Bench, gone: Tensor) -> bool:
-    """Whether what is left out stands at the end of its sequence: the usual padding."""
+    """Whether the steps left out are at the end of their sequence: the usual padding."""
     by_step = _by_step(bench, gone)
     if by_step is None:
         return False

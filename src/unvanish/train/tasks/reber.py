@@ -36,7 +36,7 @@ def _embedded() -> tuple[dict[str, int], ...]:
 
 EMBEDDED = _embedded()
 LONG_RANGE = (2 + len(REBER), 3 + 2 * len(REBER))
-"""the nodes at which the symbol is due that was second"""
+"""the nodes at which the second symbol is due again"""
 
 
 _NEXT = torch.tensor([[node.get(symbol, -1) for symbol in SYMBOLS] for node in EMBEDDED])

@@ -29,7 +29,7 @@ class TemporalOrder(Generated):
     chance = 0.75
     solved_below = 0.01
     tenths: ClassVar[tuple[int, ...]] = (1, 5)
-    """where the symbols stand: from this tenth of the sequence to the next"""
+    """the positions of the symbols: from this tenth of the sequence to the next"""
 
     def samples(self, split: Split, indices: Sequence[int]) -> Samples:
         T = self.length
