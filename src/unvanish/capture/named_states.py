@@ -95,8 +95,8 @@ class NamedStates:
     def unrecorded(self) -> dict[str, str]:
         """Unnamed modules that were called step after step on a state that they had returned or keep in attributes."""
         why = (
-            "called step after step on the state that it returned or holds, and no layer that is known; name it in "
-            "states= to record it"
+            "called repeatedly on the state that it returned or stores, but it is not a known recurrent layer; name it "
+            "in states= to record it"
         )
         found = {self._unknown[m]: why for m, n in self._loops.items() if n >= LOOPS and m in self._unknown}
         if self._ran:

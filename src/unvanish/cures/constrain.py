@@ -128,7 +128,7 @@ def _make_copyable(module: nn.RNNBase) -> None:
     """Let deepcopy work after a forward pass.
 
     nn.RNN and its kin keep the weights of the last pass in `_flat_weights`; of a parametrized one that is a computed
-    tensor, which deepcopy refuses. The next pass fills the list anew. The class is torch's Parametrized…, made for
+    tensor, which deepcopy refuses. The next pass refills the list. The class is torch's Parametrized…, made for
     this one module.
     """
     kind: Any = type(module)

@@ -61,7 +61,7 @@ class Omega:
         norms="squared"  Ω_t = ( ‖J_tᵀ δ_t‖² / ‖δ_t‖² − 1 )²     equation 10
 
     As in the paper only the immediate derivative is taken: states, gates and δ are constants, and ∂⁺Ω/∂W sees W_hh
-    where it stands in J_tᵀ δ_t = W_hhᵀ δa_t + (the carry's share). So no second backward pass through the network is
+    where it occurs in J_tᵀ δ_t = W_hhᵀ δa_t + (the carry's share). So no second backward pass through the network is
     needed:
 
         omega = Omega(model)

@@ -35,7 +35,7 @@ def widen_(model: nn.Module, hidden_size: int) -> nn.Module:
     Returns:
         model; the wider layer if model was the layer itself. The new units' weights are drawn as the layer draws them;
         create the optimizer again. A state that is returned has the width H and carries the K units inside, so that it
-        can be handed back; of one from elsewhere the first H units are set, and the others start anew.
+        can be passed back; a state from elsewhere sets the first H units, and the others start as in an initial state.
 
     Raises:
         TypeError, ValueError: hidden_size is not a positive whole number; no layer is narrower; one is of a subclass

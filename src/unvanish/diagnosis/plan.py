@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def code(self) -> str:
-        """The plan as Python that runs as it stands where `model` is defined; "" if there is nothing to do."""
+        """The plan as Python code that runs unchanged where `model` is defined; "" if there is nothing to do."""
         if not self.steps:
             return ""
         lines = "\n".join(step.code for step in self.steps)

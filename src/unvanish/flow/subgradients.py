@@ -209,7 +209,7 @@ class _Sum:
         top = torch.maximum(self.exponent[place], exponents.amax((0, 1)))
         shrink, lower = self.exponent[place] - top, (exponents - top).unsqueeze(-1)
         order = [step.t for step in steps]
-        # δ of all sources at these steps, with the sources beside the samples.
+        # δ of all sources at these steps, with the axis of the sources after that of the samples.
         gathered = [self._gather(tr, steps, which) for which in (0, 1)]
         for whole, (d, s) in zip(self.parts, _factors(tr, tuple(gathered), order), strict=True):
             here, scaled = whole[place], times_power_of_two(d, lower)

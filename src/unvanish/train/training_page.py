@@ -63,13 +63,13 @@ def _next(config: dict[str, Any]) -> tuple[str, str]:
     """How to use the folder that contains the page."""
     kind, data = config["kind"], {"task": "", "language": " --prompt TEXT"}.get(config["kind"], " --data FILE")
     if config["assessment"]["better"] and kind != "task":
-        return paragraph("Apply the model; FOLDER is the one that this page lies in."), code(
+        return paragraph("Apply the model; FOLDER is the folder that contains this page."), code(
             f"unvanish predict FOLDER{data}"
         )
     return (
         paragraph(
-            "Nothing was tried out to make this page. A diagnosis tries changes on copies of the model and gives the "
-            "one that makes the loss fall as code to copy; FOLDER is the one that this page lies in."
+            "No changes were tried for this page. A diagnosis tries changes on copies of the model and returns the one "
+            "that makes the loss fall as code to copy; FOLDER is the folder that contains this page."
         ),
         code(f"unvanish diagnose FOLDER{'' if kind == 'task' else ' --data FILE'} --out diagnosis.html"),
     )

@@ -173,7 +173,7 @@ def state_carried(bench: Bench) -> list[Finding]:
 
 
 def _made_once(bench: Bench) -> list[Finding]:
-    """A tensor with a graph that every pass goes back through, and none makes anew: made in __init__, for instance."""
+    """A tensor with a graph that every backward pass traverses but none rebuilds, e.g. one made in __init__."""
     for path, module in bench.subject.model.named_modules():
         for name, value in vars(module).items():
             if name.startswith("_") or not isinstance(value, Tensor) or value.grad_fn is None:

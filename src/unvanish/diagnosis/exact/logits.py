@@ -99,7 +99,7 @@ def output_not_logits(bench: Bench) -> list[Finding]:
 
 
 def _certain(made: str, values: Tensor) -> bool:
-    """Whether these are probabilities by their making, or too many to sum to 1 by chance."""
+    """Whether these are probabilities by construction, or too many values to sum to 1 by chance."""
     return made == "Softmax" or values.shape.numel() >= 8
 
 
@@ -235,7 +235,7 @@ def _by_value(bench: Bench) -> list[Finding]:
 
 
 def _apart(goal: Tensor, counts: Tensor) -> bool:
-    """Whether what counts and what does not are many different targets each, on two sides of a threshold."""
+    """Whether the targets that count and those that don't are many different ones, on two sides of a threshold."""
     kept, gone = goal[counts], goal[~counts]
     if len(kept.unique()) < MANY or len(gone.unique()) < MANY:
         return False
@@ -261,7 +261,7 @@ def _padded_too(bench: Bench, gone: Tensor) -> bool:
 
 
 def _scattered(bench: Bench, gone: Tensor) -> bool:
-    """Whether it is no block of steps that all samples share, such as the part before an answer."""
+    """Whether the steps are not one block shared by all samples, such as the part before an answer."""
     by_step = _by_step(bench, gone)
     if by_step is None:
         return gone.dim() == 1
@@ -269,7 +269,7 @@ def _scattered(bench: Bench, gone: Tensor) -> bool:
 
 
 def _leading(by_step: Tensor) -> bool:
-    """Whether each sample's part stands at its start, or at its start and its end."""
+    """Whether each sample's part is at its start, or at its start and its end."""
     kept = ~by_step
     first = kept.long().argmax(1)
     last = by_step.shape[1] - 1 - kept.flip(1).long().argmax(1)
@@ -291,7 +291,7 @@ def _by_step(bench: Bench, gone: Tensor) -> Tensor | None:
 
 
 def loss_unbalanced(bench: Bench) -> list[Finding]:
-    """Terms that the loss is the sum of, by the gradient each sends to the weights that they share."""
+    """The terms of a loss that is a sum, compared by the gradients that they send to shared weights."""
     done = bench.training
     if done.loss is None or done.error is not None:
         return []
@@ -316,7 +316,7 @@ def loss_unbalanced(bench: Bench) -> list[Finding]:
         return []
     severity = "error" if ratio > 3_000 and largest > 100 * smallest else "warning"
     if severity == "warning" and not bench.subject.has_target:
-        return []  # which of the terms are penalties can't be told
+        return []  # it is unknown which of the terms are penalties
     listed = ", ".join(f"{value:.3g} (gradient {gradient:.2g})" for gradient, value, _ in sizes)
     return [
         Finding(
@@ -329,7 +329,7 @@ def loss_unbalanced(bench: Bench) -> list[Finding]:
 
 
 def _depend_on_target(bench: Bench, terms: int) -> list[bool]:
-    """Of each term of the loss, whether its value changes with the order of the targets; all, if that can't be told."""
+    """For each term of the loss, whether its value changes with the order of the targets; all True if it is unknown."""
     subject = bench.subject
     n = subject.samples
     if not subject.has_target or n is None or n < 2:

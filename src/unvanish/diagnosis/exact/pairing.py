@@ -13,7 +13,7 @@ from unvanish.diagnosis.structure import detached_copy, floating, mapped
 MOST = 0.5
 """the share of the answers compared with a sample's target that the sample's own input has to move"""
 SHARE = 2.0
-"""times its equal share of the answers that a target may be compared with; beyond, the loss compares all with all"""
+"""how many times its equal share of the answers a target may be compared with; beyond, the loss compares all pairs"""
 
 
 def compared_with_others(bench: Bench) -> list[Finding]:
@@ -72,7 +72,7 @@ def compared_with_others(bench: Bench) -> list[Finding]:
 
 
 def _with_classes(bench: Bench, masks: list[Tensor]) -> list[Tensor]:
-    """All scores of a prediction if any of them: a target that is a class changes the gradient of two of them."""
+    """All scores of a prediction where any one is marked: a class target changes the gradient of two of them."""
     per_sample = sum(g.numel() for g in bench.subject.goals) // (bench.subject.samples or 1)
     found = []
     for mask in masks:

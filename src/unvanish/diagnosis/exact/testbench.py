@@ -14,7 +14,7 @@ from unvanish.nn.accelerate import accelerate, obstacle
 from unvanish.nn.modules import RecurrentModule
 
 SAMPLES = (12, 13, 11, 14, 10, 15, 9, 16)
-"""how many are perturbed; the first number that no other axis has, so that their axis can be told"""
+"""the number of perturbed samples: the first one that no other axis has, so that their axis is unambiguous"""
 LONG = 4096
 """steps"""
 RECURRENT = RecurrentModule
@@ -43,7 +43,7 @@ class Bench:
 
     @cached_property
     def count(self) -> int | None:
-        """How many samples are looked at; None where the batch has no axis of them."""
+        """The number of samples used; None where the batch has no axis of samples."""
         n = self.subject.samples
         if n is None:
             return None
@@ -251,7 +251,7 @@ class Bench:
         return bool((at != at[:1]).any())
 
     def at_step(self, tensor: Tensor, t: int, steps: int | None = None) -> Tensor | None:
-        """The answers at this step, where an output has an axis of steps, the main sequence's or so many; else None."""
+        """The answers at this step, where an output has an axis as long as `steps` or the main sequence; else None."""
         if self.sequence is None or tensor.dim() < 2:
             return None
         steps = self.steps if steps is None else steps
@@ -297,7 +297,7 @@ class Bench:
     @cached_property
     def reach(self) -> tuple[Tensor, Tensor] | None:
         """‖∂ans/∂x_t‖ per sample and step, `[samples, steps]`, and |Δans| when step t is exchanged, `[samples, steps]`,
-        over all ways; of the last step's answers. None where it can't be told."""
+        along all paths; for the last step's answers. None where it is unknown."""
         if self.sequence is None or self.steps < 2 or not (base := self.run()):
             return None
         _, samples, steps = self.sequence

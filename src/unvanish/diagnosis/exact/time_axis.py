@@ -221,7 +221,7 @@ def axes_mixed(bench: Bench) -> list[Finding]:
                         f"{who} receives a view where a transposition was meant: each step contains values of several "
                         "steps.",
                         f"Its input of shape {tuple(tensor.shape)} is what {source} gives, {tuple(x.shape)}, read in "
-                        f"the same order; {off} of {x.numel()} values stand where they would not after a "
+                        f"the same order; {off} of {x.numel()} values are not where they would be after a "
                         "transposition.",
                         "Exchange axes with `x.transpose(1, 2)` (or permute); view and reshape only regroup.",
                     )
@@ -230,8 +230,8 @@ def axes_mixed(bench: Bench) -> list[Finding]:
 
 
 def _viewed(r: Tensor, x: Tensor) -> int:
-    """How many values of r, which has the sizes of x with axes exchanged, stand elsewhere than they would then, if r is
-    a view of x; 0 if it is not."""
+    """The number of values of r that are misplaced if r, with the sizes of x after exchanging axes, is only a view of
+    x; 0 if it is not a view."""
     B, a, b = x.shape
     if a == b or r.numel() != x.numel() or r.dtype != x.dtype or r.dim() != 3:
         return 0

@@ -158,7 +158,7 @@ class _Constant:
     """by the tensor's number among the floats of the output; of those that depend on the model's parameters"""
     links: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     templates: dict[Any, Any] = field(default_factory=dict)
-    """by the shapes of the input, while no answer is made yet, and where nothing but answers is handed out"""
+    """by the shapes of the input, while no answer exists yet, and where only answers are returned"""
     steps: bool = False
     """whether an answer per step can differ from one for all steps"""
 

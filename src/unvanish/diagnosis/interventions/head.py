@@ -52,7 +52,7 @@ class Head(NamedTuple):
     own: tuple[Arm, ...]
     """the model's own head; trained alone until one of them learnt"""
     dropout: Arm | None = None
-    """the one that learnt, trained anew with the model's dropout; None where there is none"""
+    """the one that learnt, retrained with the model's dropout; None where there is none"""
 
     @property
     def fails(self) -> bool:
@@ -157,7 +157,7 @@ def _detached(module: nn.Module, args: Any, out: Any) -> Any:
 
 
 def _trained(one: Arm, updates: int, until: float) -> bool:
-    """Train until it learns, it can't be trained further or so many updates are made; whether the time allowed it."""
+    """Train until it learns, can't be trained further or reaches this many updates; whether the time allowed it."""
     one.judge()
     while one.updates < updates and not one.failed and not one.learns:
         if time.perf_counter() + one.judging >= until:

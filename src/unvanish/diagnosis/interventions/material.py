@@ -136,7 +136,7 @@ class Rows:
         return self.subject.loss(model, self.subject.rows(self.subject.inputs, rows), self.targets(rows))
 
     def targets(self, rows: Tensor) -> Any:
-        """These samples' targets. What numbers the samples of its batch (contrastive losses) is numbered anew."""
+        """These samples' targets. Those that number the samples of their batch (contrastive losses) are renumbered."""
         target = self.subject.target
         return target[: len(rows)] if self.numbered else self.subject.rows(target, rows)
 

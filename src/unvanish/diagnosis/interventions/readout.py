@@ -1,4 +1,4 @@
-"""Do the states hold the target? A linear read-out of a trained copy's states, judged on held-out rows.
+"""Do the states contain the target? A linear read-out of a trained copy's states, judged on held-out rows.
 
     R = 1 − Σ‖y − ŷ(h)‖² / Σ‖y − ȳ‖²       ŷ: ridge regression fitted on the rows that the copy was trained on
 

@@ -116,7 +116,7 @@ def series(
         for step in np.flatnonzero(np.isnan(known[name][:, 0]))[:1]:
             raise DataError(
                 f"{table.where(rows[step], target)}: the value to forecast is missing; fill it in"
-                + (", or choose --missing previous" if missing == "mean" else ": no value stands before it")
+                + (", or choose --missing previous" if missing == "mean" else ": no value precedes it")
             )
     return Series(known, channels)
 

@@ -21,7 +21,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Window:
-    """Where a forecast stands: made after step `end − 1` of a series, from the `length` steps before `end`."""
+    """The place of a forecast: made after step `end − 1` of a series, from the `length` steps before `end`."""
 
     series: str
     end: int

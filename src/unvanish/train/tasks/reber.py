@@ -130,7 +130,7 @@ class EmbeddedReber(Task):
 
 
 def _nodes(y: Tensor) -> Tensor:
-    """[B, T] the node of the grammar from which y_t goes on; the first answer is what follows B."""
+    """[B, T] the node of the grammar before y_t; the first answer is the symbol after B."""
     following = _NEXT.to(y.device)
     node, nodes = torch.ones_like(y[:, 0]), []
     for y_t in y.unbind(1):
