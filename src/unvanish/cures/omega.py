@@ -129,7 +129,7 @@ class Omega:
         """Ω of the pass inside the `with`, a scalar whose backward gives ∂⁺Ω/∂W_hh.
 
         Raises:
-            RuntimeError: no error came back to any recurrent layer inside the `with`, or a call could not be captured.
+            RuntimeError: no gradient reached any recurrent layer inside the `with`, or a call could not be captured.
         """
         for name, why in self._capture.problems.items():
             raise RuntimeError(f"Omega: {name or 'the model'}: {why}")
