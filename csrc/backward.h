@@ -1,4 +1,4 @@
-// The way back: δ from the last step read to the first, and the gradients of everything.
+// The backward pass: δ from the last step read to the first, and all gradients.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ class Backward {
         norms_(norms),
         s(layer),
         chunk_steps_(smaller(s.steps(kBackwardRows), l.T)),
-        // All blocks go side by side where norms are wanted.
+        // Where norms are wanted, all blocks have memory of their own.
         slots_(norms != nullptr || s.blocks < threads ? s.blocks : threads),
         w_hh_(s.width * s.Rp),
         w_ih_(g.dx == nullptr ? 1 : s.width * round_up(l.I, kWide * L)),
@@ -55,11 +55,11 @@ class Backward {
   }
 
  private:
-  // Rows beyond the last: a group of pairs reaches there, and vectors 4096 bytes apart would share their places in the cache.
+  // Extra rows: a group of pairs may read past the last row, and vectors 4096 bytes apart would map to the same cache set.
   static constexpr int64_t kSpare = Pairs<Real>::kGroup;
-  static constexpr int64_t kChunksHeld = 2;  // where blocks run in lockstep: one worked on, one measured
+  static constexpr int64_t kChunksHeld = 2;  // where blocks run in lockstep: one being computed, one being measured
 
-  // What a block works with.
+  // A block's working memory.
   struct Work : Arena<Real> {
     Work(const Backward& run, Real* memory) : Arena<Real>{memory} {
       const Sizes<CellType, Real>& s = run.s;
@@ -82,7 +82,7 @@ class Backward {
       this->take(kThreadPadding / static_cast<int64_t>(sizeof(Real)));
     }
 
-    // The part of `number` among the chunks held.
+    // The memory of chunk `number` among those held.
     Work part(int64_t number, const Sizes<CellType, Real>& s) const {
       Work w = *this;
       const int64_t skipped = number * da.rows;
@@ -97,11 +97,11 @@ class Backward {
       return w;
     }
 
-    Real *carried;                     // [rows, dh_stride] what δh_{t−1} gets from step t
-    Real *dh;                          // [2, rows, dh_stride] δh_t, of this step and of the last, which members may still measure
+    Real *carried;                     // [rows, dh_stride] the contribution of step t to δh_{t−1}
+    Real *dh;                          // [2, rows, dh_stride] δh_t of this step and of the previous one, which members may still be measuring
     Real *total;                       // [2, rows, Hp] δc_t, likewise; null where nothing is measured
     Real *dm;                          // [rows, dh_stride] δh_t before the projection
-    Real *dc;                          // [rows, Hp] what c gets from later steps
+    Real *dc;                          // [rows, Hp] the contribution of later steps to δc
     Blocked<Real> h_prev, x;           // [chunk rows, Rv], [chunk rows, Iv]
     Blocked<Real> da, da_hh;           // [chunk rows, width]
     Blocked<Real> m{};                 // [chunk rows, dh_stride] o ⊙ tanh c
@@ -122,9 +122,9 @@ class Backward {
     return {l, first, smaller(s.block_rows, l.B - first)};
   }
 
-  // All blocks in lockstep, so that g_t, to which all samples contribute, can be measured along the way. One round of tasks is a chunk of
-  // every block, then the steps of the chunk before, each to be measured. Tasks are taken in order and wait only for earlier ones, so
-  // that any number of threads gets through.
+  // All blocks in lockstep, so that g_t, to which all samples contribute, can be measured along the way. One round of tasks computes a
+  // chunk of every block, then measures each step of the previous chunk. Tasks are taken in order and wait only for earlier ones, so no
+  // number of threads can deadlock.
   void in_lockstep(int threads) const {
     const int64_t chunks = (l.T + chunk_steps_ - 1) / chunk_steps_;
     Scratch<int64_t> done(s.blocks), measured(chunks);  // chunks of each block, steps of each chunk
@@ -139,7 +139,7 @@ class Backward {
       if (b < s.blocks) {
         if (c == chunks) return;
         wait_for(done.get() + b, c);
-        // The memory of two chunks is used in turn.
+        // Chunks alternate between two buffers.
         if (c >= 2) wait_for(measured.get() + c - 2, chunk_steps_);
         const Work w = work(b);
         if (c == 0) begin(b, w, alone);
@@ -161,7 +161,7 @@ class Backward {
     const int64_t first = one_chunk() ? sums_.dw_hr() : 0, summed = sums_.size() - first;
     zero(sums_.of(number) + first + me.from(summed), me.to(summed) - me.from(summed));
     if (me.leads()) {
-      // The padding, and what is added to.
+      // The padding and the accumulators.
       zero(w.carried, w.padded_size);
       for (int64_t r = 0; r < walk.rows; ++r) {
         if (g.dhn != nullptr) copy(w.carried + r * s.dh_stride, g.dhn + (walk.first + r) * l.R, l.R);
@@ -180,8 +180,8 @@ class Backward {
     }
   }
 
-  // Who does what in a block. A member's hidden units are also its columns of δh, so that a step needs one barrier, before the product
-  // with W_hh, if there is no projection between the two.
+  // The division of a block's work. A member's hidden units are also its columns of δh, so that a step without a projection needs only
+  // one barrier, before the product with W_hh.
   struct Columns {
     Columns(const Sizes<CellType, Real>& s, const TeamMember& me) {
       constexpr int64_t wide = kWide * L;
@@ -193,7 +193,7 @@ class Backward {
     int64_t p0, p1;          // panels of the gates
   };
 
-  // Steps [i0, i1) backwards; `part` says which of the chunks held.
+  // Steps [i0, i1) backwards, in the memory `part` of the chunks held.
   void chunk(int64_t number, int64_t i0, int64_t i1, int64_t part, const Work& work, const TeamMember& me) const {
     FlushSubnormals flush;
     const Walk<Real> walk = this->walk(number);
@@ -211,7 +211,7 @@ class Backward {
     }
     Real* sums = sums_.of(number);
     for (int64_t p = mine.p0; p < mine.p1; ++p) {
-      // Sums that nothing follows are put in place while they are in the cache; the next panel's take theirs.
+      // With a single chunk the sums are final: they are written out while in the cache, and the next panel reuses their memory.
       Real* here = sums + (one_chunk() ? mine.p0 : p) * sums_.panel_size();
       if (one_chunk()) zero(here, sums_.panel_size());
       sums_.add(p, w.x, w.h_prev, w.da, w.da_hh, filled, here);
@@ -245,7 +245,7 @@ class Backward {
     Measure<CellType, Real>{l, s, *norms_}.step(t, all_samples.active(t), rows.get(), s.blocks, stride);
   }
 
-  // Step t of n active samples, whose rows in the chunk begin at `filled`; `next` is the step after it on the way back, −1 for none.
+  // Step t of n active samples, whose rows in the chunk begin at `filled`; `next` is the step computed after it, −1 for none.
   void step(const Walk<Real>& walk, int64_t t, int64_t next, int64_t n, int64_t filled, const Work& w, const Columns& mine,
             const TeamMember& me) const {
     const int64_t D = s.dh_stride, wide = kWide * L, c0 = mine.r0 * wide, c1 = smaller(mine.r1 * wide, l.R);
@@ -280,12 +280,12 @@ class Backward {
       if (next >= 0 && me.of == 1) plan_prefetch(walk, next, n, prefetch);
       hand_back(n, filled, w, mine, prefetch);
     } else if (!CellType::kSplit) {
-      // Only a carry reaches h_{t−1} then, which `pointwise` has left in `carried`; these cells have none.
+      // Then the gradient reaches h_{t−1} only through the carry, left in `carried` by `pointwise`; these cells have no carry.
       for (int64_t r = 0; r < n; ++r) zero(w.carried + r * D + c0, mine.r1 * wide - c0);
     }
     if (g.clip <= 0) return;
     me.sync();
-    // Everybody finds the same norms, before anybody scales.
+    // All members compute the same norms before any of them scales.
     Real scale_h[kMostRows], scale_c[kMostRows];
     for (int64_t r = 0; r < n; ++r) {
       scale_h[r] = within(g.clip, w.carried + r * D, l.R);
@@ -298,7 +298,7 @@ class Backward {
     }
   }
 
-  // δa of one sample and step; leaves in `carried` what reaches h_{t−1} other than through W_hh.
+  // δa of one sample and step; leaves in `carried` the gradient that reaches h_{t−1} other than through W_hh.
   void pointwise(const Walk<Real>& walk, int64_t t, int64_t r, int64_t row, const Work& w, const Real* dm, const Columns& mine) const {
     const int64_t b = walk.first + r, at = t * l.B + b;
     Real *dc = w.dc + r * s.Hp, *carried = w.carried + r * s.dh_stride;
@@ -339,7 +339,7 @@ class Backward {
       }
   }
 
-  // Prefetches what step t will read during a product of n rows; the step after t has read the states at t already.
+  // Prefetches the inputs of step t during a product of n rows; the step after t has already read the states at t.
   void plan_prefetch(const Walk<Real>& walk, int64_t t, int64_t n, Prefetch& prefetch) const {
     const int64_t at = t * l.B + walk.first, before = walk.before(t), rows = walk.rows;
     prefetch.add(g.dy == nullptr ? nullptr : g.dy + at * l.R, rows, l.R);
@@ -352,7 +352,7 @@ class Backward {
     prefetch.spread(s.Rp / (kWide * L) * prefetch_calls<kWide>(n, s.width));
   }
 
-  // carried (+)= δa_hh W_hh. Not inlined: in the middle of a step GCC has no registers left for the accumulators.
+  // carried (+)= δa_hh W_hh. Not inlined: within a step GCC has no registers left for the accumulators.
   __attribute__((noinline)) void hand_back(int64_t n, int64_t filled, const Work& w, const Columns& mine, Prefetch& prefetch) const {
     constexpr int64_t wide = kWide * L;
     for (int64_t q = mine.r0; q < mine.r1; ++q) {

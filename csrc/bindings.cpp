@@ -1,4 +1,4 @@
-// The only file that knows Python: sizes and addresses come in by name, and nothing goes out but what the kernels write.
+// The only file that uses Python: sizes and addresses are passed by name, and the kernels' output is the only result.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
@@ -38,8 +38,8 @@ struct Name {
   constexpr Name(const char (&name)[N]) { std::copy_n(name, N, text); }
 };
 
-// Keyword arguments, read one by one into the field of that name: two pointers can't be swapped unnoticed, as they could be in a list. An
-// argument that is missing, unknown or of another type is a TypeError.
+// Keyword arguments, each read into the field of the same name: two pointers can't be swapped unnoticed, as they could be in a list. A
+// missing or unknown argument, or one of the wrong type, raises a TypeError.
 class Arguments {
  public:
   explicit Arguments(const nb::kwargs& given) : given_(given) {}
@@ -72,7 +72,7 @@ class Arguments {
  private:
   template <Name name>
   PyObject* found() {
-    // Interned once: a call reads some thirty of them, and is short.
+    // Interned once: a call is short and reads some thirty names.
     static PyObject* const key = PyUnicode_InternFromString(name.text);
     PyObject* item = PyDict_GetItemWithError(given_.ptr(), key);
     if (item == nullptr) throw nb::type_error((std::string(name.text) + ": missing").c_str());
@@ -122,7 +122,7 @@ LayerGradients<Real> layer_gradients(Arguments& a) {
   };
 }
 
-// A struct with a base has no initialisers by name, so the fields of its own are assigned.
+// A struct with a base has no designated initialisers, so its own fields are assigned.
 template <class Real>
 Layer<Real> layer(Arguments& a) {
   Layer<Real> l{layer_input<Real>(a)};

@@ -1,7 +1,7 @@
-// What differs between the cells: how gates lie in memory, and the arithmetic of one vector of hidden units.
+// The differences between the cells: the layout of the gates in memory, and the arithmetic of one vector of hidden units.
 //
-// Hidden units come in blocks of `lanes`; a block's gates lie side by side, so that a product's accumulators are the gates of the same
-// units. A plain RNN has one gate, so four blocks of units lie side by side instead.
+// Hidden units are grouped in blocks of `lanes`; a block's gates are adjacent, so that a product's accumulators are the gates of the same
+// units. A plain RNN has one gate, so four blocks of units are adjacent instead.
 #pragma once
 
 #include "vector.h"
@@ -45,13 +45,13 @@ struct LstmCell {
     return output<Real>(saved, c);
   }
 
-  // h, or what the projection makes h of.
+  // h, or the input of the projection that computes h.
   template <class Real>
   static UV_INLINE Vec<Real> output(const Vec<Real>* saved, Vec<Real> c) {
     return saved[O] * tanh<Real>(c);
   }
 
-  // dm = ∂E/∂(o ⊙ tanh c); dc comes in as what reaches c_t from later steps, goes out as what c_{t−1} gets; total_c is δc_t.
+  // dm = ∂E/∂(o ⊙ tanh c); dc is the gradient from later steps at c_t on entry and the one passed to c_{t−1} on exit; total_c is δc_t.
   template <class Real>
   static UV_INLINE void backward(Vec<Real> dm, Vec<Real>& dc, Vec<Real>& total_c, const Vec<Real>* saved, Vec<Real> c,
                                  Vec<Real> c_prev, Vec<Real>, Vec<Real>* da, Vec<Real>*, Vec<Real>&) {

@@ -1,4 +1,4 @@
-// The way forward: the states of every step from the first read to the last.
+// The forward pass: the states of every step from the first read to the last.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +56,7 @@ class Forward {
   }
 
  private:
-  // What a block works with.
+  // A block's working memory.
   struct Work : Arena<Real> {
     Work(const Forward& run, Real* memory) : Arena<Real>{memory} {
       const Sizes<CellType, Real>& s = run.s;
@@ -133,7 +133,7 @@ class Forward {
     }
   }
 
-  // The active samples' inputs of steps [i0, i1), one after the other; how many there are.
+  // Gathers the active samples' inputs of steps [i0, i1), one after the other; returns their number.
   int64_t take_in(const Walk<Real>& walk, int64_t i0, int64_t i1, const Work& w, const TeamMember& me) const {
     int64_t filled = 0;
     for (int64_t i = i0; i < i1; ++i) {
@@ -162,7 +162,7 @@ class Forward {
           });
   }
 
-  // Prefetches what step t will write during a product of n rows.
+  // Prefetches the memory that step t will write, during a product of n rows.
   void plan_prefetch(const Walk<Real>& walk, int64_t t, int64_t n, Prefetch& prefetch) const {
     const int64_t at = t * l.B + walk.first;
     prefetch.add(l.y + at * l.R, walk.rows, l.R);
@@ -223,7 +223,7 @@ class Forward {
       multiply_rows(Rows<Real>{w.m, s.Hp}, 0, n, w_hr_.get(), l.H, q0, q1, l.R, [&](int64_t r) { return y + r * l.R; });
       for (int64_t r = 0; r < n; ++r) copy(w.next + r * s.Rp + q0 * wide, y + r * l.R + q0 * wide, smaller(q1 * wide, l.R) - q0 * wide);
     }
-    // Samples that have no such step keep their state.
+    // Samples without this step keep their state.
     const int64_t from = whole ? me.from(s.panels) * s.kBlock : q0 * wide, to = whole ? me.to(s.panels) * s.kBlock : q1 * wide;
     for (int64_t r = n; r < walk.rows; ++r) copy(w.next + r * s.Rp + from, w.now + r * s.Rp + from, to - from);
   }

@@ -1,4 +1,4 @@
-// Functions of a vector over the whole range of its numbers, with the special values of the C library; subnormal results may be 0.
+// Elementwise functions over the whole floating-point range, with the special values of the C library; subnormal results may be 0.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ UV_INLINE Vec<Real> exp(Vec<Real> x) {
   return (Real(1) + q) * one * two;
 }
 
-// eˣ − 1, exact in relative terms near 0.
+// eˣ − 1, with full relative precision near 0.
 template <class Real>
 UV_INLINE Vec<Real> expm1(Vec<Real> x) {
   Vec<Real> near[1] = {x}, power[1], q[1];
@@ -68,7 +68,7 @@ UV_INLINE Vec<Real> log(Vec<Real> x) {
   return x > Real(0) ? (x < infinity ? value : infinity) : x == Real(0) ? -infinity : x == x ? nan : x;
 }
 
-// ln (1 + x): what 1 + x rounds away is put back.
+// ln (1 + x), corrected for the rounding of 1 + x.
 template <class Real>
 UV_INLINE Vec<Real> log1p(Vec<Real> x) {
   const Vec<Real> u = Real(1) + x, value = log<Real>(u) + (x - (u - Real(1))) / u;
@@ -76,7 +76,7 @@ UV_INLINE Vec<Real> log1p(Vec<Real> x) {
   return u == Real(1) ? x : u == Real(0) ? -infinity : u == infinity ? infinity : value;
 }
 
-// A function of the C library, number by number.
+// A function of the C library, applied to one number at a time.
 #define UV_LIBRARY(name)                                                   \
   UV_INLINE float name##_of(float x) { return __builtin_##name##f(x); }   \
   UV_INLINE double name##_of(double x) { return __builtin_##name(x); }

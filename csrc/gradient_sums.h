@@ -1,4 +1,4 @@
-// The gradients of the weights, summed over the steps of each block on its own, then over the blocks in order.
+// The gradients of the weights, summed over the steps of each block separately, then over the blocks in order.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ class GradientSums {
   // Within a panel: [columns of the weight, gates in the order of δa].
   int64_t panel_size() const { return (l.I + l.R + 2) * A * L; }
 
-  // Adds to the sums of panel p, which begin at `sums`, what `rows` rows of x, h_{t−1}, δa and δa_hh contribute.
+  // Adds the contribution of `rows` rows of x, h_{t−1}, δa and δa_hh to the sums of panel p, which begin at `sums`.
   void add(int64_t p, const Blocked<Real>& x, const Blocked<Real>& h, const Blocked<Real>& da, const Blocked<Real>& da_hh, int64_t rows, Real* sums) const {
     const Blocked<Real> ih{da.at(0, p * A * L), da.rows}, hh{da_hh.at(0, p * A * L), da_hh.rows};
     add_outer<A>(x, 0, l.I, ih, 0, 1, rows, sums + dw_ih(), A * L);
@@ -34,11 +34,11 @@ class GradientSums {
     if (CellType::kSplit) add_rows(hh, 0, A * L, rows, sums + db_hh());
   }
 
-  // Puts the sums of panel p where torch wants them: those of the first block begin at `sums`, and those of `blocks` are added in order.
+  // Writes the sums of panel p in torch's layout: those of the first block begin at `sums`, and those of `blocks` are added in order.
   void put(int64_t p, const Gradients<Real>& g, const Real* sums, int64_t blocks) const {
     int64_t rows[A * L];
     for (int64_t k = 0; k < A * L; ++k) rows[k] = s.source_of(p * A * L + k, l.H);
-    // A cache line of each row at a time: rows whose distance is a power of two share their places in the cache.
+    // One cache line of each row at a time: rows a power of two apart map to the same cache sets.
     constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(Real));
     const auto put = [&](int64_t at, Real* out, int64_t columns) {
       for (int64_t c = 0; out != nullptr && c < columns; c += line) {

@@ -26,7 +26,7 @@ class Interpreter {
       for (int64_t k = 0; k < kChunk; ++k) local_[c * kChunk + k] = static_cast<Real>(p.constants[c]);
   }
 
-  // tile(place) is where an input or output lies; n elements of each, whole vectors.
+  // tile(place) is the address of an input or output; each has n elements, whole vectors.
   template <class Tile>
   void run(int64_t n, Tile tile) const {
     Real** tiles = tiles_.get();
@@ -94,7 +94,7 @@ class Interpreter {
       case Op::ceil_: return numbers([](Real x, Real) { return ceil_of(x); });
       case Op::round_: return numbers([](Real x, Real) { return rint_of(x); });
       case Op::trunc_: return numbers([](Real x, Real) { return trunc_of(x); });
-      // Of a NaN on either side the result is that NaN.
+      // If either side is NaN, the result is that NaN.
       case Op::maximum_: return vectors([](V x, V y, V) { return x != x ? x : y != y ? y : x < y ? y : x; });
       case Op::minimum_: return vectors([](V x, V y, V) { return x != x ? x : y != y ? y : y < x ? y : x; });
       case Op::lt_: return vectors([&](V x, V y, V) { return x < y ? one : zero; });

@@ -1,4 +1,4 @@
-// All kernels for one instruction set: compiled once for each, with UV_ISA its name and UV_BYTES the width of its vectors.
+// All kernels for one instruction set: compiled once for each, with UV_ISA as its name and UV_BYTES as the width of its vectors.
 #if !defined(UV_ISA) || !defined(UV_BYTES)
 #error "isa.cpp: define UV_ISA, the name of the instruction set, and UV_BYTES, the width of its vectors (see CMakeLists.txt)"
 #endif
@@ -30,7 +30,7 @@ void backward(const Layer<Real>& layer, const Gradients<Real>& gradients, const 
   Backward<CellType, Real>(layer, gradients, norms, threads).run(threads);
 }
 
-// f(cell) for the cell's own type.
+// Calls f with an object of the cell's type.
 template <class F>
 void with_cell(Cell cell, F f) {
   switch (cell) {
@@ -76,12 +76,12 @@ void step_backward(const StepLayer<Real>& layer, const StepGradients<Real>& grad
   StepBackward<Real>(layer, gradients, threads).run(threads);
 }
 
-// More sums than the processor has multiply-adds under way, few enough for its registers.
+// More sums than the processor has multiply-adds in flight, but few enough for its registers.
 template <class Real>
 double peak(int64_t rounds) {
   constexpr int kSums = UV_BYTES == 64 ? 24 : 12;
   Vec<Real> sums[kSums] = {}, a = all(Real(0.999)), b = all(Real(1e-3));
-  // Else the compiler works them out beforehand, or one sum for all.
+  // Otherwise the compiler would compute them in advance, or a single sum for all.
   asm volatile("" : "+x"(a), "+x"(b));
   for (int k = 0; k < kSums; ++k) asm volatile("" : "+x"(sums[k]));
   for (int64_t i = 0; i < rounds; ++i)

@@ -1,5 +1,5 @@
-// What the kernels are given of any layer and direction, and what they return of it: whether the cell is one of theirs (unvanish.h, whose
-// conventions hold here too) or given by programs (program.h). Q of the G gates have a recurrent matrix.
+// The kernels' inputs and outputs for any layer and direction, whether the cell has its own kernels (unvanish.h, whose conventions apply
+// here too) or is given by programs (program.h). Q of the G gates have a recurrent matrix.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@ struct LayerInput {
 template <class Real>
 struct LayerGradients {
   const Real* dy;  // in [T, B, R] ∂E_t/∂y_t; null: zero
-  double clip;     // largest 2-norm per sample of the error handed from one step to the one before; 0: unbounded
-  const bool* cut; // in [T] steps whose matrices hand no error to the step before; null: none
+  double clip;     // largest 2-norm per sample of the gradient passed from one step to the one before; 0: unbounded
+  const bool* cut; // in [T] steps whose matrices pass no gradient to the step before; null: none
   Real* dx;        // out [T, B, I]; null: not wanted
   Real* dw_ih;     // out [G·H, I]
   Real* dw_hh;     // out [Q·H, R]; null where Q = 0

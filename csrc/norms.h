@@ -1,4 +1,4 @@
-// How large an error is: norms, and bringing a vector within one.
+// Norms of gradients, and scaling a vector to a largest norm.
 #pragma once
 
 #include <cfloat>
@@ -19,7 +19,7 @@ UV_INLINE Vec<Sum> squares(int64_t n, At at) {
   return total;
 }
 
-// What brings a vector within a 2-norm.
+// The factor that scales a vector to a 2-norm of at most `most`.
 template <class Real>
 Real within(double most, const Real* v, int64_t n) {
   const auto norm_over = [&](double scale) {
@@ -29,7 +29,7 @@ Real within(double most, const Real* v, int64_t n) {
   };
   double norm = norm_over(1);
   if (norm > __DBL_MAX__) {
-    // The squares of a double leave its range before it does.
+    // A double's square can leave the range although the number itself is within it.
     double largest = 0;
     for (int64_t k = 0; k < n; ++k) largest = __builtin_fmax(largest, __builtin_fabs(static_cast<double>(v[k])));
     if (largest <= __DBL_MAX__) norm = norm_over(largest);
@@ -51,7 +51,7 @@ struct Pairs {
   static constexpr int kGroup = L >= 8 ? 4 : 2, kRows = L / kGroup;
 
   // sums[i · kGroup + j] += Σ over the vectors of columns `first`, `first` + `every`, … below `end` of row i of `left` times row j of
-  // `right`, lane by lane; consecutive vectors of a row of a Blocked matrix are `stride` elements from each other. Rows are scaled where that is not 1.
+  // `right`, lane by lane; consecutive vectors of a row of a Blocked matrix are `stride` elements apart. With kScaled, rows are scaled.
   template <bool kScaled>
   static UV_INLINE void add(const Real* left, const Real* right, int64_t stride, int64_t first, int64_t every, int64_t end, Real scale,
                             Vec<Real> (&sums)[L]) {
@@ -72,7 +72,7 @@ struct Pairs {
     }
   }
 
-  // The products of the first `rows` rows with the first `columns` ones; the rest belong to nobody.
+  // The products of the first `rows` rows with the first `columns` ones; the rest are unused.
   static Vec<Real> only(Vec<Real> pairs, int64_t rows, int64_t columns) {
     if (rows >= kRows && columns >= kGroup) return pairs;
     Real lanes[L];
@@ -84,14 +84,14 @@ struct Pairs {
   }
 };
 
-// Where a block's samples of a step lie in its work: row after row, with the distance between vectors of columns that the whole matrix has.
+// A block's samples of one step in its working memory: consecutive rows, with the whole matrix's distance between vectors of columns.
 template <class Real>
 struct StepRows {
   const Real *da, *da_hh, *h_prev, *x;
   int64_t n;
 };
 
-// Writes the norms of steps whose δ lies in the work of a way back.
+// Writes the norms of steps whose δ is in a backward pass's working memory.
 template <class CellType, class Real>
 struct Measure {
   const Layer<Real>& l;
@@ -99,22 +99,22 @@ struct Measure {
   const Norms& norms;
 
   static constexpr int L = kLanes<Real>, A = CellType::kAcross;
-  static constexpr int kNear = sizeof(Real) == 4 ? 30 : 200;   // 2^±kNear has a square with room to spare,
+  static constexpr int kNear = sizeof(Real) == 4 ? 30 : 200;   // the square of 2^±kNear is well within the range,
   static constexpr int kFar = sizeof(Real) == 4 ? 120 : 1000;  // 2^±kFar is normal
 
-  // Of δh, δc and δa of sample r of a block, whose δa is `row` of the chunk.
+  // The norms of δh, δc and δa of sample r of a block, whose δa is `row` of the chunk.
   template <class Work>
   void sample(int64_t r, int64_t row, const Work& w) const {
     const int64_t at = w.places[row];
     double totals[kTotals];
-    // Squares of a float that leave its range, or that a sum of some thousand would miss, are taken in double.
+    // Squares outside a float's range, or too small for a sum of some thousand, are computed in double.
     if (!total_squares<Real>(r, row, w, totals)) total_squares<double>(r, row, w, totals);
     for (int v = 0; v < CellType::kGates; ++v) norms.a[at * CellType::kGates + v] = __builtin_sqrt(totals[v]);
     if (CellType::kHasC) norms.c[at] = __builtin_sqrt(totals[kOfC]);
     norms.h[at] = __builtin_sqrt(totals[kOfH]);
   }
 
-  // ‖g_t‖_F of n samples, whose norms are known, in `blocks` blocks; consecutive vectors of a row are `stride` elements from each other.
+  // ‖g_t‖_F of n samples, whose norms are known, in `blocks` blocks; consecutive vectors of a row are `stride` elements apart.
   void step(int64_t t, int64_t n, const StepRows<Real>* rows, int64_t blocks, int64_t stride) const {
     double largest = 0;
     for (int64_t b = 0; b < n; ++b) {
@@ -132,7 +132,7 @@ struct Measure {
     if (-kNear <= exponent && exponent <= kNear) {
       norms.w[t] = root<false>(rows, blocks, stride, Real(1));
     } else {
-      // A power of two brings δ to about 1: its squares could leave Real's range.
+      // Scaled by a power of two to about 1, because the squares of δ could leave Real's range.
       const double scale = __builtin_ldexp(1.0, exponent > kFar ? -kFar : exponent < -kFar ? kFar : -exponent);
       norms.w[t] = root<true>(rows, blocks, stride, static_cast<Real>(scale)) / scale;
     }
@@ -141,7 +141,7 @@ struct Measure {
  private:
   static constexpr int kOfC = 4, kOfH = 5, kTotals = 8;  // after the gates
 
-  // Σ δ² of the gates, of c and of h; whether they are as exact as Real is.
+  // Σ δ² of the gates, of c and of h; returns whether they have the full precision of Real.
   template <class Sum, class Work>
   UV_INLINE bool total_squares(int64_t r, int64_t row, const Work& w, double (&totals)[kTotals]) const {
     constexpr int together = kLanes<Sum> < 4 ? kLanes<Sum> : 4;
@@ -206,7 +206,7 @@ struct Measure {
       Pairs<Real>::template add<false>(left.x + i, right.x + j, stride, 0, 1, s.Iv / L, Real(1), lanes);
     };
     if constexpr (CellType::kSplit) {
-      // δa with respect to W_ih x and to W_hh h differ in the candidate alone.
+      // δa with respect to W_ih x and to W_hh h differ only in the candidate.
       const Vec<Real> shared = of(errors(left.da, right.da, CellType::R, A), errors(left.da, right.da, CellType::Z, A));
       return (shared + of(errors(left.da, right.da, CellType::N, A))) * of(x) + (shared + of(errors(left.da_hh, right.da_hh, CellType::N, A))) * of(h);
     } else {

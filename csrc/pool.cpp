@@ -24,7 +24,7 @@ class Workers {
   // One caller at a time owns the workers.
   std::unique_lock<std::mutex> own() { return std::unique_lock(owner_, std::try_to_lock); }
 
-  // With fewer members if no more threads can be had.
+  // With fewer members if no more threads can be created.
   void run(Work work, void* context, int members) {
     {
       std::lock_guard lock(mutex_);
@@ -78,7 +78,7 @@ class Workers {
 
 constexpr size_t kAlign = 64, kHeader = 64;
 constexpr size_t kHugePage = size_t{1} << 21;
-constexpr size_t kKept = size_t{1} << 30;  // bytes of freed blocks to hold on to
+constexpr size_t kKept = size_t{1} << 30;  // the most bytes of freed blocks to keep
 
 struct Cache {
   std::mutex mutex;
@@ -101,8 +101,8 @@ Object& instance(std::atomic<Object*>& slot) {
   return *found;
 }
 
-// The OpenMP runtime that torch has loaded. Its threads stay awake for some milliseconds after each of torch's operations: threads of
-// ours would have to share the cores with them.
+// The OpenMP runtime that torch has loaded. Its threads stay awake for some milliseconds after each of torch's operations, and our own
+// threads would have to share the cores with them.
 struct OpenMp {
   void (*parallel)(void (*work)(void*), void* context, unsigned threads, unsigned flags);
   int (*number)();
@@ -114,7 +114,7 @@ void look_up(Function& function, const char* name) {
   function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
 }
 
-// Null where there is none.
+// Null if there is none.
 const OpenMp* openmp() {
   static const OpenMp found = [] {
     OpenMp all{};
@@ -126,8 +126,8 @@ const OpenMp* openmp() {
   return found.parallel == nullptr || found.number == nullptr || found.count == nullptr ? nullptr : &found;
 }
 
-// A child has no threads but the one that forked, and locks as they happened to be: it starts anew, and with threads of its own, since
-// OpenMP would wait for its parent's.
+// A child process has only the thread that forked, and its locks may be held by threads that no longer exist: it starts with new objects,
+// and with workers of our own, since OpenMP would wait for the parent's threads.
 std::atomic<bool> forked{false};
 const int registered = pthread_atfork(nullptr, nullptr, [] {
   workers = nullptr;
@@ -215,7 +215,7 @@ void* acquire(size_t bytes) {
   char* raw = static_cast<char*>(std::aligned_alloc(large ? kHugePage : kAlign, all));
   if (raw == nullptr) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-  if (large) madvise(raw, all, MADV_HUGEPAGE);  // a step walks through all of it, and TLB misses would take a part of its time
+  if (large) madvise(raw, all, MADV_HUGEPAGE);  // a step touches all of it, and TLB misses would take part of its time
 #endif
   *reinterpret_cast<size_t*>(raw) = bytes;
   return raw + kHeader;

@@ -6,15 +6,15 @@
 
 namespace unvanish {
 
-// Runs work(context, member, members) for every member at the same time, each on a thread of its own, the caller's among them: OpenMP's
-// where torch has loaded it, which are asked for all `threads` of them, else workers of our own. There are `wanted` ≤ threads members, or
-// fewer if no more threads can be had.
+// Runs work(context, member, members) for all members concurrently, each on its own thread, one of them the caller's: on OpenMP's threads
+// if torch has loaded OpenMP, with a team of all `threads`, else on our own workers. There are `wanted` ≤ threads members, or fewer if no
+// more threads are available.
 void run_team(int wanted, int threads, void (*work)(void* context, int member, int members), void* context);
 
 // Runs work(context, i) for i in [0, count), taken in order, on up to `threads` threads.
 void parallel_for(int64_t count, int threads, void (*work)(void* context, int64_t i), void* context);
 
-// *counter, which is then one more.
+// Returns *counter and increments it.
 int64_t take(int64_t* counter);
 
 // Waits until *counter, which other threads `signal`, has reached `value`.

@@ -1,4 +1,4 @@
-// Matrix products on packed weights. Every element is summed over k in one fixed order, whatever the tile it falls into and whoever computes it.
+// Matrix products on packed weights. Every element is summed over k in one fixed order, whichever tile it is in and thread computes it.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kWide = 4;  // vectors across an ordinary panel
 
-// Rows of a tile: as many as leave its accumulators, with NV vectors each, in the registers.
+// Rows of a tile: as many as keep its accumulators, with NV vectors each, in registers.
 template <int NV>
 constexpr int kTile = UV_BYTES == 64 ? 6 : NV == 3 ? 4 : 3;
 
@@ -34,8 +34,8 @@ UV_INLINE void for_tiles(int64_t first, int64_t end, F f) {
   }
 }
 
-// One step of a tile's sum: acc[r][v] += left[r] w[v]; consecutive vectors of w are `stride` elements from each other. With few registers the vectors of w are loaded first: GCC
-// keeps a tile of 4 × 3 in registers that way only.
+// One step of a tile's sum: acc[r][v] += left[r] w[v]; consecutive vectors of w are `stride` elements apart. With few registers the vectors
+// of w are loaded first: only then does GCC keep a tile of 4 × 3 in registers.
 template <class Real, int M, int NV, class Left>
 UV_INLINE void multiply_step(Vec<Real> (&acc)[M][NV], Left left, const Real* right, int64_t stride = kLanes<Real>) {
   if constexpr (UV_BYTES == 64) {
@@ -99,7 +99,7 @@ class Prefetch {
 
 constexpr int64_t kPrefetchInterval = 16;  // columns of the left matrix between two prefetches
 
-// How often a product of n rows and K columns calls on_interval, per panel.
+// The number of times that a product of n rows and K columns calls on_interval, per panel.
 template <int NV>
 UV_INLINE int64_t prefetch_calls(int64_t n, int64_t K) {
   return (n + kTile<NV> - 1) / kTile<NV> * ((K + kPrefetchInterval - 1) / kPrefetchInterval);
@@ -110,7 +110,7 @@ struct NoPrefetch {
   UV_INLINE void operator()() const {}
 };
 
-// A matrix whose rows lie one after the other.
+// A matrix with contiguous rows.
 template <class Real>
 struct Rows {
   const Real* data;
@@ -129,8 +129,8 @@ struct Rows {
   }
 };
 
-// A matrix `[columns / lanes][rows][lanes]`: to go down a column, as the gradient of a weight does, leaves as few cache lines behind as to
-// go along a row.
+// A matrix `[columns / lanes][rows][lanes]`: walking down a column, as for a weight's gradient, touches as few cache lines as walking along
+// a row.
 template <class Real>
 struct Blocked {
   static constexpr int L = kLanes<Real>;
@@ -160,7 +160,7 @@ struct Blocked {
 };
 
 // finish(first row, sums) for tiles that cover rows [first, end) of left · panel, `[K, NV, lanes]`, started from begin(first row, sums). A
-// panel runs through the second cache anew for every tile: to take it in parts that stay in the first takes longer.
+// panel is streamed from the L2 cache for every tile: splitting it into parts that fit into L1 takes longer.
 template <int NV, class Real, class Left, class Begin, class Finish, class OnInterval = NoPrefetch>
 UV_INLINE void product(const Left& left, int64_t first, int64_t end, const Real* panel, int64_t K, Begin begin, Finish finish,
                        OnInterval on_interval = OnInterval()) {
@@ -173,7 +173,7 @@ UV_INLINE void product(const Left& left, int64_t first, int64_t end, const Real*
   });
 }
 
-// out(row)[0 … n) = left W for W in panels `[q][K, kWide, lanes]`, q in [q0, q1); n is cut off the last panel.
+// out(row)[0 … n) = left W for W in panels `[q][K, kWide, lanes]`, q in [q0, q1); the last panel is cut off at n.
 template <class Real, class Left, class Out>
 void multiply_rows(const Left& left, int64_t first, int64_t end, const Real* panels, int64_t K, int64_t q0, int64_t q1, int64_t n, Out out) {
   constexpr int L = kLanes<Real>, N = kWide * L;
@@ -196,7 +196,7 @@ void multiply_rows(const Left& left, int64_t first, int64_t end, const Real* pan
 }
 
 // c[m, k] += Σ_r a[r, m] b[r, k] over the first `rows` rows, m in [m0, m1), k in panels [q0, q1) of NV vectors: the gradient of a weight.
-// Rows of c are `stride` elements from each other.
+// Rows of c are `stride` elements apart.
 template <int NV, class Real>
 void add_outer(const Blocked<Real>& a, int64_t m0, int64_t m1, const Blocked<Real>& b, int64_t q0, int64_t q1, int64_t rows, Real* c,
                int64_t stride) {

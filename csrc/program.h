@@ -1,6 +1,6 @@
-// A cell given by elementwise programs instead of kernels of its own: what the programs are, and a layer of such a cell.
+// A cell given by elementwise programs instead of its own kernels: the programs, and a layer of such a cell.
 //
-// A program reads tiles, one value per unit and sample of one step, and writes tiles; every instruction acts on each element alone.
+// A program reads tiles, one value per unit and sample of one step, and writes tiles; every instruction acts on each element separately.
 // Registers are numbered inputs first, then outputs, constants, temporaries.
 #pragma once
 
@@ -27,9 +27,10 @@ struct Instruction {
   int32_t to, a, b, c;  // registers; b and c repeat a where an operation takes fewer
 };
 
-// What an input or output stands for. share: a pre-activation or a part of it, see Share. after: the states of this step, before: those
-// of the step before. kept: what the way forward keeps for the way back. arrived: the error at a state from outside and from later steps;
-// total: with what comes through other states of the same step. dq, dp: by gate; ds: what goes to a state at t − 1 past the matrices.
+// The meaning of an input or output. share: a pre-activation or a part of it, see Share. after: the states of this step, before: those
+// of the step before. kept: values that the forward pass keeps for the backward. arrived: the gradient at a state from outside and from
+// later steps; total: including the paths through other states of the same step. dq, dp: by gate; ds: the gradient that reaches a state
+// at t − 1 without passing the matrices.
 enum class Kind : int32_t { share, before, after, vector, kept, arrived, dq, dp, ds, dv, total };
 
 struct Place {
@@ -58,13 +59,13 @@ struct StepCell {
   const Share* shares;
   const int32_t* source;    // [Q] the state that a gate's matrix reads
   const int32_t* late;      // [Q] 1: it reads it at t, not at t − 1
-  const int32_t* p_from_q;  // [G] the recurrent gate whose error is this input gate's too; −1: the program writes dp
+  const int32_t* p_from_q;  // [G] the recurrent gate with the same gradient as this input gate; −1: the program writes dp
   // early: the states that late gates read; late_errors: dq of the late gates. Neither runs where no gate is late.
   Program early, forward, late_errors, backward;
 };
 
-// Samples may be in any order of length, and x is not read where one is inactive. Every sample's first row of `kept` lies at the block's
-// own place: [T, K, its samples, padded], block after block.
+// Samples may have any order of lengths, and x is not read where one is inactive. `kept` is stored block after block, each [T, K, its
+// samples, padded].
 template <class Real>
 struct StepLayer : LayerInput<Real> {
   const StepCell& cell;
@@ -79,7 +80,7 @@ struct StepGradients : LayerGradients<Real> {
   const Real* const* dfinal;   // A times in [B, H]; null: zero
   Real* dv;                    // out [V, H]; null where V = 0
   Real* const* dinitial;       // A times out [B, H]
-  Real* const* dstate;         // A times out [T, B, H] total errors; null: not wanted, and the program writes none
+  Real* const* dstate;         // A times out [T, B, H] total gradients; null: not wanted, and the program writes none
   Real* dp;                    // out [T, B, G·H]; null: not wanted
   Real* dq;                    // out [T, B, Q·H]; null: not wanted
 };

@@ -1,9 +1,9 @@
-// What both ways over a sequence share: who works on what, and how things lie in memory.
+// Shared by the forward and the backward pass: the division of work among threads, and the memory layout.
 //
-// The batch is cut into blocks by its size alone, and gradients of weights are summed over the blocks in order. A block runs the whole
-// sequence: on one thread or, where there are more threads than blocks, on a team that divides its hidden units and passes one barrier a step.
-// Within a block, chunks of steps keep what is worked on in the cache: the input's projection on the way forward, δa on the way back,
-// which therefore never reaches main memory.
+// The batch is divided into blocks by its size alone, and gradients of weights are summed over the blocks in order. A block runs the whole
+// sequence: on one thread or, where there are more threads than blocks, on a team that divides its hidden units, with one barrier per step.
+// Within a block, steps are processed in chunks whose working set stays in the cache: the input's projection in the forward pass and δa in
+// the backward pass, which therefore never reach main memory.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kForwardRows = 96, kBackwardRows = UV_BYTES == 64 ? 384 : 192;  // rows, steps times samples, of a chunk
 
-constexpr int64_t kThreadPadding = 1 << 18;  // bytes between two threads' memory: the hardware prefetcher would otherwise take cache lines from the other thread
+constexpr int64_t kThreadPadding = 1 << 18;  // bytes between two threads' memory: the hardware prefetcher would otherwise steal cache lines from the other thread
 
 // f(i) for i in [0, count), on up to `threads` threads.
 template <class F>
@@ -36,7 +36,7 @@ struct TeamMember {
   void sync() const {
     if (of > 1) unvanish::arrive_and_wait(barrier, of);
   }
-  // Its part of [0, count).
+  // This member's part of [0, count).
   int64_t from(int64_t count) const { return count * number / of; }
   int64_t to(int64_t count) const { return count * (number + 1) / of; }
 };
@@ -63,7 +63,7 @@ void for_blocks(int64_t blocks, int threads, int64_t most, F f) {
           for (int64_t b = take(&run.next); b < run.blocks; b = take(&run.next)) run.f(b, member, TeamMember{0, 1, nullptr});
           return;
         }
-        // OpenMP may grant any number up to the one asked for, and some may find no place in a team.
+        // OpenMP may grant fewer threads than requested, and some of them may not fit into a team.
         const int64_t b = member % run.blocks, in_team = (members - b + run.blocks - 1) / run.blocks;
         const int of = static_cast<int>(in_team < run.most ? in_team : run.most), number = member / static_cast<int>(run.blocks);
         if (number < of) run.f(b, static_cast<int>(b), TeamMember{number, of, run.barriers + b});
@@ -79,7 +79,7 @@ struct Sizes {
   static constexpr int L = kLanes<Real>, kBlock = L * CellType::kUnits;
   int64_t Hp, panels, width, saved, Rp, Rv, Iv, dh_stride;
   int64_t blocks, block_rows;
-  int64_t team;  // members between whom a block's hidden units are worth sharing out
+  int64_t team;  // the most members among whom dividing a block's hidden units pays off
 
   explicit Sizes(const Layer<Real>& l) {
     Hp = round_up(l.H, kBlock);
@@ -105,13 +105,13 @@ struct Sizes {
     int64_t gate = CellType::kUnits == 1 ? v : 0;
     return unit < H ? gate * H + unit : -1;
   }
-  // And that of a place among the gates of a sample.
+  // The row for a position among the gates of a sample.
   int64_t source_of(int64_t k, int64_t H) const {
     return source(k / (CellType::kAcross * L), static_cast<int>(k / L % CellType::kAcross), static_cast<int>(k % L), H);
   }
 };
 
-// Panels [p0, p1) of a layer's weights packed for the way forward: gates against k.
+// Panels [p0, p1) of a layer's weights packed for the forward pass: gates against k.
 template <class CellType, class Real>
 void pack_gates(const Sizes<CellType, Real>& s, const Real* w, int64_t H, int64_t K, Real* out, int64_t p0, int64_t p1) {
   constexpr int L = kLanes<Real>, across = CellType::kAcross * L;
@@ -133,7 +133,7 @@ void pack_gates(const Sizes<CellType, Real>& s, const Real* w, int64_t H, int64_
     }
 }
 
-// And for the way back: gates, in the order in which δa lies, against wide panels of columns.
+// The same for the backward pass: gates, in the order of δa, against wide panels of columns.
 template <class CellType, class Real>
 void pack_columns(const Sizes<CellType, Real>& s, const Real* w, int64_t H, int64_t columns, Real* out, int64_t p0, int64_t p1) {
   const int64_t wide = kWide * s.L, padded = round_up(columns, wide);
@@ -159,7 +159,7 @@ void pack_plain(const Real* w, int64_t rows, int64_t columns, bool transposed, R
     }
 }
 
-// Flushes subnormal numbers to zero for a scope: they mean nothing here and can cost a hundredfold.
+// Flushes subnormal numbers to zero within a scope: they are negligible here and can be a hundred times slower.
 class FlushSubnormals {
  public:
 #if defined(__SSE2__)
@@ -187,18 +187,18 @@ struct Walk {
     return n;
   }
   int64_t before(int64_t t) const { return l.reverse ? t + 1 : t - 1; }
-  // h and c of sample r of the block before step t; of c `width` is kept, of the initial one H.
+  // h and c of sample r of the block before step t; a stored c has `width` entries, the initial one H.
   const Real* h_before(int64_t t, int64_t r) const {
     return starts(t, r) ? l.h0 + (first + r) * l.R : l.y + (before(t) * l.B + first + r) * l.R;
   }
   const Real* c_before(int64_t t, int64_t r, int64_t width) const {
     return starts(t, r) ? l.c0 + (first + r) * l.H : cells(before(t), width) + r * width;
   }
-  // What is kept of the block's samples at step t, `width` of each.
+  // The stored values of the block's samples at step t, `width` for each.
   Real* gates(int64_t t, int64_t width) const { return l.gates == l.y ? l.y + (t * l.B + first) * l.R : kept(l.gates, t, width); }
   Real* cells(int64_t t, int64_t width) const { return kept(l.cells, t, width); }
   Real* kept(Real* from, int64_t t, int64_t width) const { return from + (first * l.T + t * rows) * width; }
-  // Whether step t is the first that is read of sample r.
+  // Whether step t is the first one read for sample r.
   bool starts(int64_t t, int64_t r) const {
     return l.reverse ? t + 1 >= (l.lengths == nullptr ? l.T : l.lengths[first + r]) : t == 0;
   }
@@ -213,10 +213,10 @@ UV_INLINE void zero(Real* p, int64_t n) {
   __builtin_memset(p, 0, static_cast<size_t>(n > 0 ? n : 0) * sizeof(Real));
 }
 
-// Work too short to wake a thread for is done by the caller.
+// The caller does work that is too short to be worth waking a thread.
 UV_INLINE int threads_for(int64_t elements, int threads) { return elements < 65536 ? 1 : threads; }
 
-// An arena: memory handed out piece by piece, each on cache lines of its own. Without memory it counts the size it would need.
+// An arena: memory allocated piece by piece, each on its own cache lines. Without memory it only counts the size needed.
 template <class Real>
 struct Arena {
   Real* memory;

@@ -1,4 +1,4 @@
-// What a block's gates were like, read while they are still in the cache.
+// Statistics of a block's gates, computed while they are still in the cache.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ class Tally {
     }
   }
 
-  // A step of n samples is complete; `gates` are theirs, the first of them at place `at` of [T, B].
+  // Called when a step of n samples is complete; `gates` are theirs, and the first sample is at index `at` of [T, B].
   void add(const Real* gates, int64_t at, int64_t n) {
     const Vec<Real> closed = all(static_cast<Real>(wanted_.closed));
     for (int64_t r = 0; r < n; ++r) {
@@ -61,7 +61,7 @@ class Tally {
   }
 
  private:
-  static constexpr int64_t kStepsApart = 1 << 16;  // a block's exponents of so many steps fit into 32 bits
+  static constexpr int64_t kStepsApart = 1 << 16;  // a block's exponents over this many steps fit into 32 bits
 
   void fold() {
     for (int64_t k = 0; k < Hp_; ++k) {
@@ -70,7 +70,7 @@ class Tally {
     }
   }
 
-  // f(first unit, where its gates lie in a row) for every vector of units.
+  // f(first unit, offset of its gates in a row) for every vector of units.
   template <class F>
   UV_INLINE void units(F f) const {
     constexpr int kept = CellType::kSaved / CellType::kUnits;

@@ -7,8 +7,8 @@ inline const char* const kOps[] = {
 };
 constexpr int kOpCount = sizeof kOps / sizeof *kOps;
 
-// A program and the memory it lies in, from (code, inputs, outputs, constants, temporaries) of Python: code is five numbers per
-// instruction, inputs and outputs are two per register. Every number is checked, since the interpreter checks none.
+// A program and its memory, from Python's (code, inputs, outputs, constants, temporaries): code has five numbers per instruction, inputs
+// and outputs have two per register. Every number is checked here, since the interpreter checks none.
 class OwnedProgram {
  public:
   OwnedProgram(nb::handle given, const StepCell& cell) {

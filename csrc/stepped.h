@@ -1,7 +1,7 @@
-// What both ways of a cell given by programs share: how its gates lie in memory, and who works on what.
+// Shared by both passes of a cell given by programs: the layout of its gates in memory, and the division of work.
 //
-// The batch is cut into the same blocks as for the other cells, and a block runs the whole sequence on one thread. Within a step every
-// value of a block is a tile [samples, Hp]; products take the gates that read the same things together.
+// The batch is divided into the same blocks as for the other cells, and a block runs the whole sequence on one thread. Within a step every
+// value of a block is a tile [samples, Hp]; one product computes all gates that read the same operands.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ struct StepSizes {
   }
 };
 
-// Consecutive gates, or shares of the way forward, with the same operands.
+// Consecutive gates, or shares of the forward pass, with the same operands.
 struct Group {
   int32_t first, count;
   int32_t source;  // the state read; −1: none
@@ -90,7 +90,7 @@ void spread_vectors(const StepLayer<Real>& l, const StepSizes& s, Real* tiles) {
     for (int64_t r = 0; r < s.block_rows; ++r) copy(tiles + k * s.tile + r * s.Hp, l.v + k * l.H, l.H);
 }
 
-// Memory a block works with begins as zeros: what pads the tiles is never written by anything else than a program.
+// A block's working memory, zeroed at first: only programs ever write the padding of the tiles.
 template <class Real>
 struct TileCarve : Arena<Real> {
   Real* tiles(int64_t count, const StepSizes& s) { return this->take(count * s.tile); }

@@ -1,6 +1,6 @@
-// The way back of a cell given by programs: errors from the last step read to the first, and the gradients of everything.
+// The backward pass of a cell given by programs: gradients from the last step read to the first, and those of the weights.
 //
-// The errors at the gates of a chunk of steps stay in the cache until the chunk's part of the weights' gradients is added.
+// The gradients at the gates of a chunk of steps stay in the cache until the chunk's part of the weights' gradients is added.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,7 @@ class StepBackward {
   }
 
  private:
-  static constexpr int64_t kSpare = 4;        // rows: vectors 4096 bytes apart would share their places in the cache
+  static constexpr int64_t kSpare = 4;        // rows: vectors 4096 bytes apart would map to the same cache set
   static constexpr int64_t kStepsSummed = 64;  // steps whose dv are added in Real; these sums are added in double
 
   struct Work : TileCarve<Real> {
@@ -70,12 +70,12 @@ class StepBackward {
       this->take(kThreadPadding / static_cast<int64_t>(sizeof(Real)));
     }
 
-    Real *carried, *arrived;        // [A, tile] errors from later steps; with those of step t
-    Real *ds;                       // [A, tile] what goes to t − 1 past the matrices, then all of it
+    Real *carried, *arrived;        // [A, tile] gradients from later steps; the same with those of step t added
+    Real *ds;                       // [A, tile] gradients passed to t − 1 without the matrices, then all of them
     Real *before, *after, *total;   // [A, tile]
     Real *vectors, *dv, *dv_sum;    // [V, tile]
     Real *dq, *dp;                  // [Q, tile], [G, tile]
-    Real *late, *step;              // what the interpreters work with
+    Real *late, *step;              // the interpreters' working memory
     Blocked<Real> x;                // [chunk rows, Iv]
     Blocked<Real> states[kMostGates], errors[kMostGates];  // per group [chunk rows, Hp], [chunk rows, width]
     Blocked<Real> input_errors;     // [chunk rows, width]
@@ -88,7 +88,7 @@ class StepBackward {
     return found;
   }
 
-  // Whether the input's errors are those of the only group, gate by gate.
+  // Whether the gradients at the input's shares are those of the only group, gate by gate.
   bool p_is_q() const {
     bool same = groups_.count == 1 && c.G == c.Q;
     for (int32_t p = 0; p < c.G; ++p) same = same && c.p_from_q[p] == p;
@@ -97,7 +97,7 @@ class StepBackward {
 
   int64_t width(int64_t gates) const { return round_up(gates * s.Hp, s.wide); }
 
-  // Where things lie among the sums of a block.
+  // Offsets within the sums of a block.
   struct Sums {
     int64_t w_ih, b_ih, w_hh[kMostGates], b_hh[kMostGates], size;
   };
@@ -128,7 +128,7 @@ class StepBackward {
     pack_plain(l.w_hh + group.first * l.H * l.H, group.count * l.H, l.H, false, out);
   }
 
-  // W_ih likewise, [q][width, wide]: its rows lie as the errors do.
+  // W_ih likewise, [q][width, wide]: its rows have the order of the gradients at the gates.
   void pack_input() const {
     const int64_t K = width(c.G);
     for (int64_t n = 0; n < round_up(l.I, s.wide); n += s.wide)
@@ -186,7 +186,7 @@ class StepBackward {
     }
   }
 
-  // One step back for the first n rows of the block; what the weights' gradients need goes to rows from `filled` on.
+  // One step back for the first n rows of the block; the operands of the weights' gradients are stored in rows from `filled` on.
   void back(const StepWalk<Real>& walk, int64_t t, int64_t n, int64_t filled, const Work& w, const Interpreter<Real>& late,
             const Interpreter<Real>& step) const {
     for (int a = 0; a < c.A; ++a)
@@ -231,7 +231,7 @@ class StepBackward {
     collect(walk, t, n, filled, w);
   }
 
-  // Where a sample has no such step its errors are 0, whatever the program made of what lies there.
+  // Where a sample does not have this step its gradients are set to 0, whatever the program computed from the memory there.
   void quieten(const StepWalk<Real>& walk, int64_t t, int64_t n, Real* tiles, int64_t count) const {
     if (l.lengths == nullptr) return;
     for (int64_t r = 0; r < n; ++r)
@@ -239,7 +239,7 @@ class StepBackward {
         for (int64_t k = 0; k < count; ++k) zero(tiles + k * s.tile + r * s.Hp, s.Hp);
   }
 
-  // The tiles of a group's errors as the rows of one matrix.
+  // The tiles of a group's gradients as the rows of one matrix.
   struct Tiles {
     const Real* data;
     int64_t tile, Hp, H, count;
@@ -291,7 +291,7 @@ class StepBackward {
     }
   }
 
-  // What a program makes of the padding may be a NaN, which a product with zeros would hand on.
+  // A program may compute NaN in the padding, which a product with zeros would propagate.
   UV_INLINE void put_tile_row(const Blocked<Real>& to, int64_t row, int64_t gate, const Real* from) const {
     for (int64_t k = 0; k < s.Hp; k += L) store(to.at(row, gate * s.Hp + k), first_lanes<Real>(load(from + k), l.H - k));
   }
@@ -303,7 +303,7 @@ class StepBackward {
     zero(w.dv_sum, c.V * s.tile);
   }
 
-  // The errors of step t, of which n rows have been worked on, where they are wanted.
+  // Writes the gradients of step t, of which n rows have been computed, where they are wanted.
   void report(const StepWalk<Real>& walk, int64_t t, int64_t n, const Work& w) const {
     const int64_t at = t * l.B + walk.first;
     for (int64_t r = 0; r < walk.rows; ++r) {
@@ -324,7 +324,7 @@ class StepBackward {
     }
   }
 
-  // What the steps [first, end), in reading order, add to the sums of the block, and their dx.
+  // Adds the contribution of steps [first, end), in reading order, to the sums of the block, and writes their dx.
   void add_chunk(int64_t number, const StepWalk<Real>& walk, int64_t first, int64_t end, int64_t filled, const Work& w) const {
     const Sums at = sums();
     Real* out = partial_.get() + number * at.size;
@@ -350,7 +350,7 @@ class StepBackward {
     }
   }
 
-  // The blocks' sums, added in their order, as torch wants them.
+  // The blocks' sums, added in order, in torch's layout.
   void gather() const {
     const Sums at = sums();
     const auto put = [&](int64_t from, int64_t across, int64_t gates, int64_t columns, Real* out) {

@@ -1,4 +1,4 @@
-// The way forward of a cell given by programs.
+// The forward pass of a cell given by programs.
 #pragma once
 
 #include <cstdint>
@@ -61,7 +61,7 @@ class StepForward {
     Real *now, *next;    // [A, tile] the states at t − 1 and t
     Real *shares;        // [n_shares, tile]
     Real *vectors;       // [V, tile]
-    Real *early, *step;  // what the interpreters work with
+    Real *early, *step;  // the interpreters' working memory
     int64_t used;
   };
 
@@ -150,7 +150,7 @@ class StepForward {
       for (int64_t q = 0; q < panels(g); ++q) {
         const int64_t column = q * s.wide;
         const Real *panel = weights_.get() + offset_[number] + q * depth(g) * s.wide, *bias = bias_.get() + g.first * s.Hp + column;
-        // Where a panel's vectors go: a panel may run from one gate's tile into the next.
+        // The destination of a panel's vectors: a panel may extend from one gate's tile into the next.
         Real* to[kWide];
         for (int v = 0; v < kWide; ++v) {
           const int64_t at = column + v * L;
@@ -171,7 +171,7 @@ class StepForward {
     });
   }
 
-  // State a of step t to where it is kept; a sample that has no such step holds the one before.
+  // Stores state a of step t; a sample that does not have this step keeps the previous one.
   void hand_on(const StepWalk<Real>& walk, const Work& w, int64_t t, int a) const {
     Real* to = l.after[a] == nullptr ? nullptr : l.after[a] + (t * l.B + walk.first) * l.H;
     for (int64_t r = 0; r < walk.rows; ++r) {

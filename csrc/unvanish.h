@@ -1,10 +1,10 @@
-// The contract between the kernels and whoever calls them: one recurrent layer and direction over one sequence.
+// The interface between the kernels and their callers: one recurrent layer and direction over one sequence.
 //
 // All arrays are dense, row-major and time-major; "in" is read only, "out" is written entirely. Every pointer is borrowed for the
 // duration of the call. T steps, B samples, I inputs, H hidden units, R = P with a projection, else H; G gates (RNN 1, GRU 3, LSTM 4).
 // Weights are in torch's layout: gates stacked along the first axis, LSTM i, f, g, o; GRU r, z, n.
 //
-// A sample b is active at t < lengths[b]. Where it is not, its state is held, y is 0, gradients are 0, and no work is spent.
+// A sample b is active at t < lengths[b]. Elsewhere its state does not change, y is 0, gradients are 0, and no work is spent.
 //
 // Results do not depend on the number of threads, bit for bit, and a sample's outputs, states and input gradients do not depend on
 // the samples beside it: the order in which every sum is taken is fixed by the shapes alone.
@@ -28,14 +28,14 @@ struct Layer : LayerInput<Real> {
   const Real* c0;          // in [B, H]; null but for the LSTM
   const Real* w_hr;        // in [P, H]; null: no projection
   Real* y;                 // [T, B, R]: out of forward, in of backward
-  // What is kept for the way back lies block by block of block_rows(B) samples, each [T, its samples, ·], so that a thread walks through
-  // memory that no other thread touches. Where a sample is inactive these two stay as they came.
-  Real* gates;             // [·, T, ·, saved_width()]: out of forward, in of backward; null in forward: keep nothing; may be y, and lie
-                           // as y does, for a plain RNN whose saved_width() is H
+  // Values kept for the backward pass, stored in blocks of block_rows(B) samples, each [T, its samples, ·], so that no two threads touch the
+  // same memory. Where a sample is inactive these two are left unchanged.
+  Real* gates;             // [·, T, ·, saved_width()]: out of forward, in of backward; null in forward: keep nothing; may be y, with
+                           // y's layout, for a plain RNN whose saved_width() is H
   Real* cells;             // [·, T, ·, padded()] c_t, likewise; null but for the LSTM
 };
 
-// Samples that are worked on together, from 1 to kMostRows; of the last of such blocks there may be fewer.
+// Samples that are processed together, from 1 to kMostRows; the last block may have fewer.
 constexpr int64_t kMostRows = 16;
 int64_t block_rows(int64_t B);
 
@@ -45,7 +45,7 @@ struct Final {
   Real* c;  // out [B, H]; null but for the LSTM
 };
 
-// What the gates were like. Where a sample is inactive these stay as they came.
+// Statistics of the gates. Where a sample is inactive these are left unchanged.
 struct Statistics {
   double closed;      // a unit is saturated where φ'(a) is below this share of its maximum
   double* mean;       // out [T, B, G] each gate's mean value over its units
@@ -53,7 +53,7 @@ struct Statistics {
   double* log_carry;  // out [H] Σ over active steps and samples of ln f_t (LSTM) or ln z_t (GRU); null for a plain RNN
 };
 
-// The error's norms, accumulated in double. Where a sample is inactive these stay as they came: hand in zeros.
+// The gradient's norms, accumulated in double. Where a sample is inactive these are left unchanged: pass zeros.
 struct Norms {
   double* h;  // out [T, B] ‖δh_t‖₂
   double* c;  // out [T, B] ‖δc_t‖₂; null but for the LSTM
@@ -68,14 +68,14 @@ struct Gradients : LayerGradients<Real> {
   Real* dw_hr;      // out [P, H]; null: no projection
   Real* dh0;        // out [B, R]
   Real* dc0;        // out [B, H]; null but for the LSTM
-  // Where a sample is inactive these stay as they came: hand in zeros.
+  // Where a sample is inactive these are left unchanged: pass zeros.
   Real* delta_h;    // out [T, B, R] δh_t; null: not wanted
   Real* delta_c;    // out [T, B, H] δc_t; null: not wanted
   Real* delta_a;    // out [T, B, G·H] δa_t; null: not wanted
   Real* delta_a_hh; // out [T, B, G·H] with respect to W_hh h_{t−1} + b_hh, for the GRU; null: not wanted
 };
 
-// What one instruction set offers. `lanes` is the number of Reals in a vector; hidden units are padded to whole blocks.
+// The kernels of one instruction set. `lanes` is the number of Reals in a vector; hidden units are padded to whole blocks.
 template <class Real>
 struct Kernels {
   const char* isa;
@@ -88,7 +88,7 @@ struct Kernels {
   // The same for a cell given by programs; `final` is A times out [B, H].
   void (*step_forward)(const StepLayer<Real>&, Real* const* final, int threads);
   void (*step_backward)(const StepLayer<Real>&, const StepGradients<Real>&, int threads);
-  // Multiplies and adds as fast as the processor can, from registers alone; how many operations that was. For benchmarks.
+  // Multiplies and adds in registers as fast as the processor can; returns the number of operations. For benchmarks.
   double (*peak)(int64_t rounds);
 };
 

@@ -1,4 +1,4 @@
-// Vectors of one instruction set, and the functions of them that the cells need.
+// Vectors of one instruction set, and the functions on them that the cells need.
 //
 // The kernels' headers are compiled once per instruction set (isa.cpp), in a namespace named after it, UV_ISA, and in an unnamed one within
 // it, so that the linker can't merge copies for different instruction sets. For the same reason no header of the kernels uses templates of
@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-// isa.cpp is compiled with both. These stand in where an editor or a linter opens a header by itself.
+// isa.cpp is compiled with both defined. These defaults apply where an editor or a linter opens a header by itself.
 #if !defined(UV_ISA)
 #define UV_ISA baseline
 #define UV_BYTES 16
@@ -49,7 +49,7 @@ UV_INLINE void store(Real* p, Vec<Real> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// n ≥ 1 of the lanes; the others are 0, or left alone in memory.
+// The first n ≥ 1 lanes; the others are 0, or left unchanged in memory.
 template <class Real>
 UV_INLINE Vec<Real> load(const Real* p, int64_t n) {
   if (n >= kLanes<Real>) return load(p);
@@ -68,7 +68,7 @@ UV_INLINE void store(Real* p, Vec<Real> v, int64_t n) {
 
 template <class Real>
 UV_INLINE Vec<Real> all(Real value) {
-  return value - Vec<Real>{};  // x − 0 is x, for −0 too, which the compiler knows; of 0 + x it does not
+  return value - Vec<Real>{};  // the compiler can drop x − 0, which is x for −0 too, but not 0 + x
 }
 
 template <class Real>
@@ -104,7 +104,7 @@ struct ExpConstants<double> {
   static constexpr int mantissa = 52;
 };
 
-// (eʳ − 1 − r) / r² over |r| ≤ ln 2 / 2: the Taylor series is short enough there. Even and odd powers apart, which halves the wait for each other.
+// (eʳ − 1 − r) / r² over |r| ≤ ln 2 / 2: the Taylor series is short enough there. Even and odd powers are summed apart, which halves the latency.
 UV_INLINE Vec<float> expm1_tail(Vec<float> r, Vec<float> r2) {
   const Vec<float> low = r * (1.0f / 6) + 0.5f, middle = r * (1.0f / 120) + 1.0f / 24, high = r * (1.0f / 5040) + 1.0f / 720;
   return (high * r2 + middle) * r2 + low;
@@ -126,8 +126,8 @@ UV_INLINE Vec<double> expm1_tail(Vec<double> r, Vec<double> r2) {
   return odd * r + even;
 }
 
-// eˣ = 2ⁿ (1 + q), q = eʳ − 1, |r| ≤ ln 2 / 2; x is clamped to where 2ⁿ is normal; q of NaN is NaN. N at a time, since each waits for
-// itself most of the time.
+// eˣ = 2ⁿ (1 + q), q = eʳ − 1, |r| ≤ ln 2 / 2; x is clamped to where 2ⁿ is normal; q of NaN is NaN. N at a time, since each one is
+// bound by latency.
 template <class Real, int N>
 UV_INLINE void exp_parts(Vec<Real> (&x)[N], Vec<Real> (&power)[N], Vec<Real> (&q)[N]) {
   using C = ExpConstants<Real>;
@@ -159,7 +159,7 @@ UV_INLINE Vec<Real> sigmoid(Vec<Real> power, Vec<Real> q) {
   return Real(1) / (Real(1) + power + power * q);
 }
 
-// From the parts of e²ˣ: tanh x = (e²ˣ − 1) / (e²ˣ + 1), with e²ˣ − 1 = 2ⁿ q + (2ⁿ − 1): exact in relative terms near 0 too.
+// From the parts of e²ˣ: tanh x = (e²ˣ − 1) / (e²ˣ + 1), with e²ˣ − 1 = 2ⁿ q + (2ⁿ − 1): full relative precision near 0 too.
 template <class Real>
 UV_INLINE Vec<Real> tanh(Vec<Real> power, Vec<Real> q) {
   const Vec<Real> m = power * q + (power - Real(1));
@@ -190,7 +190,7 @@ struct UpTo<0, J...> {
   using lanes = Lanes<J...>;
 };
 
-// Lanes of a without the bit D of their number, and of b with it; each the sum of that lane and of the one that differs in D alone.
+// Lanes whose index lacks the bit D come from a, the others from b; each is the sum of two lanes whose indices differ only in D.
 template <class Real, int D, int... J>
 UV_INLINE Vec<Real> fold(Vec<Real> a, Vec<Real> b, Lanes<J...>) {
   constexpr int L = kLanes<Real>;
@@ -198,7 +198,7 @@ UV_INLINE Vec<Real> fold(Vec<Real> a, Vec<Real> b, Lanes<J...>) {
 }
 
 // Lane k is the sum of v[k]'s lanes, for N = 2ⁿ ≤ lanes vectors; the lanes from N on repeat them.
-// kDone: the lanes below that are told apart already.
+// kDone: the number of lanes that are already separate.
 template <class Real, int N, int kDone = N>
 UV_INLINE Vec<Real> sums(const Vec<Real> (&v)[N]) {
   using lanes = typename UpTo<kLanes<Real>>::lanes;
@@ -218,7 +218,7 @@ UV_INLINE Vec<Real> sums(const Vec<Real> (&v)[N]) {
 UV_INLINE void add_squares(Vec<float>& total, Vec<float> v) { total += v * v; }
 UV_INLINE void add_squares(Vec<double>& total, Vec<double> v) { total += v * v; }
 
-// In double the squares of a float neither overflow nor vanish.
+// In double the squares of a float neither overflow nor underflow.
 UV_INLINE void add_squares(Vec<double>& total, Vec<float> v) {
   typedef float Half __attribute__((vector_size(UV_BYTES / 2)));
   Half halves[2];
@@ -229,7 +229,7 @@ UV_INLINE void add_squares(Vec<double>& total, Vec<float> v) {
   }
 }
 
-// The lanes below n, the others 0.
+// The lanes below n; the others are 0.
 template <class Real>
 UV_INLINE Vec<Real> first_lanes(Vec<Real> v, int64_t n) {
   if (n >= kLanes<Real>) return v;
@@ -239,7 +239,7 @@ UV_INLINE Vec<Real> first_lanes(Vec<Real> v, int64_t n) {
   return load(lanes);
 }
 
-// x > 0 as mantissa · 2^exponent, mantissa in [1, 2); of NaN the mantissa is NaN.
+// x > 0 as mantissa · 2^exponent, mantissa in [1, 2); for NaN the mantissa is NaN.
 template <class Real>
 UV_INLINE Vec<Real> split_exponent(Vec<Real> x, Ints<Real>& exponent) {
   using C = ExpConstants<Real>;

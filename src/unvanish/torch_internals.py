@@ -100,7 +100,7 @@ def tracing() -> bool:
 
 
 def overridden(given: Iterable[Any]) -> bool:
-    """Whether somebody sees torch's functions when they are called with these: a tensor's `__torch_function__`, or a
+    """Whether calls of torch's functions with these arguments are intercepted: by a tensor's `__torch_function__`, or a
     TorchFunctionMode other than the one that sets the default device. Instead: `torch.overrides.has_torch_function`
     alone, which is true under a default device too."""
     given = tuple(given)
@@ -135,7 +135,7 @@ def quantizes(tracer: Any) -> bool:
 
 
 def notes(node: Node) -> dict[Any, Any]:
-    """What may be noted at a node of the graph; torch declares the property as a method. Instead: a weak dictionary by
+    """A dict for notes at a node of the graph; torch declares the property as a method. Instead: a weak dictionary by
     node."""
     return cast(dict[Any, Any], node.metadata)
 

@@ -1,7 +1,7 @@
-"""What runs in a model: one definition of call, sequence, continuation, cut and state, for all observers.
+"""Observing the recurrent modules of a running model, with one definition of call, sequence, continuation, cut, state.
 
 Belongs here: definitions of call, sequence, continuation, cut and state, which every observer shares.
-Does not: measuring, replaying, or anything that changes a number of the user's pass.
+Does not: measuring, replaying, or anything that changes a number in the user's pass.
 
 - A *call* is one call of a recurrent module at its kernel (`Call`): its arguments and what it returned.
 - A *state* is what a module passes to its next call: h, or h and c.
@@ -11,7 +11,7 @@ Does not: measuring, replaying, or anything that changes a number of the user's 
 - A *reset* is a sample whose state was set to zero between two calls, as at the end of an episode.
 
 `watch`, `diagnose`, `Omega`, `GradientFlossing` and `GradientFlow` observe through `Capture`. It never raises in the
-user's pass, changes no number and attaches nothing to a module.
+user's pass, changes no numbers and attaches nothing to a module.
 """
 
 from unvanish.capture.calls import Call, Capture, steps_of

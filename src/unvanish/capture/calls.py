@@ -19,29 +19,29 @@ class Call:
         self.name, self.module, self.x, self.hx, self.lengths = name, module, x, hx, lengths
         self.output: Any = None
         self.rng: Tensor | None = None
-        """the generator's state before it, where dropout between layers was drawn on the CPU"""
+        """the generator's state before the call, where dropout between layers was drawn on the CPU"""
         self.recorders: observing.Recorders | None = None
 
     @property
     def states(self) -> tuple[Tensor, ...]:
-        """The states that it returned."""
+        """The states that the call returned."""
         return as_states(self.output if isinstance(self.module, nn.RNNCellBase) else self.output[1])
 
     @property
     def y(self) -> Tensor:
-        """What it put out, as one tensor; packed output as its data."""
+        """The output as one tensor; the data of a packed output."""
         out = self.output if isinstance(self.module, nn.RNNCellBase) else self.output[0]
         out = out[0] if isinstance(out, tuple) and not isinstance(out, PackedSequence) else out
         return out.data if isinstance(out, PackedSequence) else out
 
     @property
     def stepwise(self) -> bool:
-        """Whether it read one step."""
+        """Whether the call read a single step."""
         return steps_of(self.module, self.x) == 1
 
 
 def steps_of(module: RecurrentModule, x: Any) -> int:
-    """How many steps an input has."""
+    """The number of steps of an input."""
     if isinstance(module, nn.RNNCellBase):
         return 1
     if isinstance(x, PackedSequence):
@@ -52,14 +52,14 @@ def steps_of(module: RecurrentModule, x: Any) -> int:
 class Capture:
     """Notifies its observers of every call of a model's recurrent modules, in every thread, while it is open.
 
-    An error in here or in an observer ends up in `problems`, never in the user's pass.
+    An error in here or in an observer is stored in `problems` and never raised in the user's pass.
 
     Args:
-        model: whose modules.
-        after: a call has returned; what it returns takes the place of the output, None: the output stays.
-        before: a call begins; it may set `call.recorders`, or, on a copy that is only measured, another `call.hx` to
-            run with; returns whether `after` is to be notified.
-        without_gradients: also under torch.no_grad().
+        model: the model whose modules are observed.
+        after: called when a call has returned; a returned value replaces the output, None: the output stays.
+        before: called when a call begins; it may set `call.recorders`, or, on a copy that is only measured, another
+            `call.hx` to run with; returns whether to call `after`.
+        without_gradients: also observe calls under torch.no_grad().
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Capture:
     ) -> None:
         self.parts = Parts(model)
         self.problems: dict[str, str] = {}
-        """name → why calls of it could not be recorded"""
+        """module name → why its calls could not be recorded"""
         self._observer = _Observer(self, before, after, without_gradients)
 
     def __enter__(self) -> "Capture":
@@ -82,7 +82,7 @@ class Capture:
         observing.end(self._observer)
 
     def guarded(self, name: str, do: Callable[[], Any]) -> Any:
-        """do(), and None where it raises, which is then the problem of `name`."""
+        """do(), or None if it raises; the error is then stored as the problem of `name`."""
         try:
             return do()
         except Exception as error:
@@ -91,7 +91,7 @@ class Capture:
 
 
 class _Observer:
-    """What the modules notify: the calls of the model's own modules, nothing else, and guarded."""
+    """The observer registered with the modules: passes on only calls of the model's own modules, and guards them."""
 
     def __init__(
         self, capture: Capture, before: Callable[[Call], bool], after: Callable[[Call], Any], always: bool

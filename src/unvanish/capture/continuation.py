@@ -1,6 +1,6 @@
 """Whether a call continues from the state that an earlier one returned.
 
-One rule for all observers; the first case that applies counts:
+One rule for all observers; the first case that applies decides:
 
 1. the state is the returned tensor, or a view of it                                continues; a cut if it was detached
 2. it requires gradients, and autograd leads from it back to the returned tensor    continues (masked, mixed, dropped)
@@ -26,8 +26,8 @@ NODES = 256
 
 
 class Returned(NamedTuple):
-    """The states that a call returned. The tensors are kept, so that no other can come to lie where they do; their
-    graph is not: its nodes carry the tag."""
+    """The states that a call returned. The tensors are kept, so that their memory can't be reused; their graph is not
+    kept: its nodes carry the tag."""
 
     states: tuple[Tensor, ...]
     tag: int
@@ -42,7 +42,7 @@ def returned(states: Sequence[Tensor]) -> Returned:
     tag = next(_tags)
     for s in states:
         if s.grad_fn is not None:
-            # A set: several watches, or a mark and a layer, may have to do with the same tensor.
+            # A set: several watches, or a mark and a layer, may tag the same tensor.
             torch_internals.notes(s.grad_fn).setdefault(_KEY, set()).add(tag)
     return Returned(tuple(s.detach() for s in states), tag)
 
@@ -51,13 +51,13 @@ class Link(NamedTuple):
     """How a call continues the one before."""
 
     cut: bool
-    """whether the state came without its graph"""
+    """whether the state arrived without its graph"""
     resets: Tensor | None
-    """[B] samples whose state was set to zero in between; None where the state came unchanged"""
+    """[B] samples whose state was set to zero in between; None where the state arrived unchanged"""
 
 
 def link(given: Sequence[Tensor], last: Returned | None) -> Link | None:
-    """The link from what was returned to the states `given`; None where a new sequence starts."""
+    """The link from the returned states to the states `given`; None where a new sequence starts."""
     if last is None or not given or len(given) != len(last.states):
         return None
     pairs = list(zip(given, last.states, strict=True))
@@ -87,7 +87,7 @@ def _same_memory(given: Tensor, last: Tensor) -> bool:
 
 
 def _leads_back(given: Tensor, tag: int) -> bool:
-    """Whether autograd's graph leads from a tensor to what was returned, breadth first."""
+    """Whether autograd's graph leads from a tensor to the returned states; a breadth-first search."""
     if given.grad_fn is None:
         return False
     waiting, seen = deque([given.grad_fn]), set[Any]()

@@ -1,5 +1,5 @@
-"""The states of modules that are no recurrent layers of torch or unvanish, by the modules' names; and which such
-modules there seem to be."""
+"""The states of modules, by name, that are not recurrent layers of torch or unvanish; and a search for modules that
+seem to have such states."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -13,10 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from unvanish.nn.modules import RecurrentModule
 
 Getter = int | str | tuple[Any, ...] | Callable[[nn.Module, Any, Any], Any]
-"""where in a module's output its state is: an index or key, a path of them, or (module, args, output) → the state"""
+"""where to find the state in a module's output: an index or key, a path of them, or (module, args, output) → state"""
 
 LAYERS = (nn.RNNBase, nn.RNNCellBase)
-"""whose kernel is torch's, unless a subclass has its own"""
+"""classes that run torch's kernel, unless a subclass has its own"""
 
 LOOPS = 2
 """how often a module must receive what it has just returned to be regarded as recurrent"""
@@ -26,22 +26,22 @@ MOVES = frozenset(
     for name in ("Stack", "Cat", "Select", "Slice", "Split", "Unbind", "Chunk", "View", "UnsafeView", "Unsqueeze",
                  "Squeeze", "Transpose", "Permute", "Expand", "Clone", "Alias", "IndexSelect", "T")
 )  # fmt: skip
-"""what a state may go through on its way to the next call: it is moved, not computed with"""
+"""operations that a state may pass through on its way to the next call: they move it without computing"""
 
 NODES = 32
-"""of autograd's graph that are searched for a state that was moved"""
+"""nodes of autograd's graph that are searched for a state that was moved"""
 
 STEP_NODES = 256
-"""of autograd's graph that are searched for the state of the call before: as many as one step may have"""
+"""nodes of autograd's graph that are searched for the state of the previous call: as many as one step may have"""
 
 
 class NamedStates:
-    """Notifies of the state of each named module, once per call, through torch's hooks for all modules, which leave
-    nothing on any.
+    """Reports the state of each named module, once per call, through torch's global module hooks, which attach nothing
+    to a module.
 
     Raises:
         ValueError: the model has no module of that name.
-        TypeError: what stands for the place of a state is none.
+        TypeError: the place of a state is not an index, a path of indices or a function.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class NamedStates:
         show: Callable[[str, Any], None],
         problems: dict[str, str],
     ) -> None:
-        # Modules hash by identity, and are held as long as this is.
+        # Modules hash by identity, and are kept alive as long as this object.
         self._getters: dict[nn.Module, list[tuple[str, Getter]]] = {}
         for name, getter in states.items():
             try:
@@ -69,7 +69,7 @@ class NamedStates:
         self._unknown = {
             m: name for name, m in model.named_modules() if name and not _known(m) and m not in self._getters
         }
-        # torch's own keep nothing from one call to the next.
+        # torch's own modules keep no state from one call to the next.
         self._may_hold = {id(m) for m in self._unknown if not type(m).__module__.startswith("torch.nn.")}
         self._held: dict[nn.Module, dict[str, Tensor]] = {}
         self._layers: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if isinstance(m, LAYERS)}
@@ -93,10 +93,10 @@ class NamedStates:
 
     @property
     def unrecorded(self) -> dict[str, str]:
-        """Modules called step after step on what they had returned, or hold, and not named."""
+        """Unnamed modules that were called step after step on a state that they had returned or keep in attributes."""
         why = (
-            "called step after step on the state that it returned or holds, and no layer that is known; name it in "
-            "states= to record it"
+            "called repeatedly on the state that it returned or stores, but it is not a known recurrent layer; name it "
+            "in states= to record it"
         )
         found = {self._unknown[m]: why for m, n in self._loops.items() if n >= LOOPS and m in self._unknown}
         if self._ran:
@@ -111,7 +111,7 @@ class NamedStates:
 
     @property
     def called(self) -> dict[str, str]:
-        """Recurrent layers that were called, with why those of them are not recorded that run no kernel of torch."""
+        """Recurrent layers that were called, with the reason why they are not recorded if they run no torch kernel."""
         return dict.fromkeys(
             self._called,
             "its forward computes the recurrence by itself, without the kernel of torch or unvanish; name it in "
@@ -131,7 +131,7 @@ class NamedStates:
             except Exception as error:
                 self._problems[name] = f"its state can't be read: {type(error).__name__}: {error}"
         if module in self._unknown:
-            # Held until the next call, so that no other tensor can come to be the same object.
+            # Kept until the next call, so that no new tensor can get the identity of an old one.
             given, last = _tensors(args), self._last.get(module, [])
             loops = any(_moved(g, last) for g in given)
             if id(module) in self._may_hold:
@@ -144,12 +144,12 @@ class NamedStates:
 
 
 def _known(module: nn.Module) -> bool:
-    """Whether a module is a recurrent layer that is recorded anyway, or holds one."""
+    """Whether a module is a recurrent layer that is recorded anyway, or contains one."""
     return any(isinstance(m, RecurrentModule) for m in module.modules())
 
 
 def _moved(given: Tensor, returned: list[Tensor]) -> bool:
-    """Whether a tensor is one of those returned, or is made of one without any computation."""
+    """Whether a tensor is one of those returned, or was derived from one without any computation."""
     if any(given is s for s in returned):
         return True
     ends = {s.grad_fn for s in returned}
@@ -172,8 +172,8 @@ def _held(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _goes_on(now: Tensor, before: Tensor | None, given: list[Tensor]) -> bool:
-    """Whether what a module holds was computed from what it held after the call before, and not by way of what it was
-    given: that is how attention weights follow from those of the layer below, where layers share their weights."""
+    """Whether a tensor in a module's attributes was computed from its value after the previous call, and not through
+    the module's arguments, as attention weights depend on those of the layer below where layers share weights."""
     if before is None or now is before:
         return False
     end, outside = before.grad_fn, {v.grad_fn for v in given}

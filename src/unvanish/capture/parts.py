@@ -9,13 +9,13 @@ from unvanish import torch_internals
 from unvanish.nn.modules import CellModule, RecurrentModule
 
 _PLAIN = (Tensor, nn.Parameter)
-"""read before anything slower is asked: this runs at every call"""
-# Scripted and quantized modules are of no class that could be asked, only of these names.
+"""checked before anything slower, since this runs at every call"""
+# Scripted and quantized modules have no common class to test for, only these class names.
 NAMES = frozenset({"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"})
 
 
 class Parts:
-    """Name → recurrent module of a model, and which of them a module that runs is."""
+    """The recurrent modules of a model by name, and the lookup of a running module among them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules: dict[str, RecurrentModule] = {
@@ -24,7 +24,7 @@ class Parts:
         self._names = {_identity(m): name for name, m in self.modules.items()}
 
     def name_of(self, module: nn.Module) -> str | None:
-        """The name of the module, or of the one that it is a replica of; None for any other, a copy among them."""
+        """The name of the module, or of the one that it is a replica of; None for any other, including copies."""
         return self._names.get(_identity(module))
 
 
@@ -34,7 +34,7 @@ def _identity(module: nn.Module) -> Hashable:
 
 
 def hidden_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(name, why) of recurrent parts that no call can be seen of."""
+    """(name, why) of recurrent parts whose calls can't be observed."""
     compiled: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):

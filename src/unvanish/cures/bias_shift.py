@@ -2,7 +2,8 @@
 
     s_u(β) = mean_b exp(2 L),  L = r Σ_t ln σ(a_{t,b,u} + β)
 
-is what unit u keeps of an error's square over the lag: nearly a step from 0 to 1 in β. So the constraint is not convex:
+is the fraction of a gradient's square that unit u keeps over the lag: nearly a step from 0 to 1 in β. So the
+constraint is not convex:
 each unit is either *open*, on the upper branch of β = μ s'(β), or *shut*, on the lower one near β = 0. Opening a unit
 costs about min_β ½β² / (s(β) − s(0)); units are opened in the order of this price, the best number of them is found
 by solving for each, and Newton's method on (β, μ) makes the optimum exact.
@@ -59,7 +60,7 @@ def kept(a: Tensor, repeat: float, beta: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _table(a: Tensor, repeat: float, target: float) -> _Table:
-    # There every ln f is above (τ − 1) / (1000 · steps): the unit keeps all that can be asked of it.
+    # There every ln f is above (τ − 1) / (1000 · steps): the unit keeps practically everything.
     steps = repeat * a.shape[0]
     highest = (math.log(1000 * steps / (1 - target)) - a.amin((0, 1))).clamp_min(1.0)
     beta = torch.linspace(0, 1, GRID, dtype=a.dtype, device=a.device)[:, None] * highest
@@ -125,7 +126,7 @@ def _newton(a: Tensor, repeat: float, wanted: float, beta: Tensor) -> Tensor | N
         by = first / curvature
         dmu = (lacking + by @ residual) / (by @ first)
         step = (dmu * first - residual) / curvature
-        # A gate's survival changes by a factor within a few tenths of β: no longer steps than that.
+        # A gate's survival changes by a factor within a few tenths of β, so steps must not be longer than that.
         shrink = min(1.0, 0.5 / max(float(step.abs().max()), 1e-300))
         beta, mu = beta + shrink * step, mu + shrink * dmu
         s, first, second = kept(a, repeat, beta)

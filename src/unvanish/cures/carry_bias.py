@@ -129,7 +129,7 @@ def uniform_gate_(module: M, generator: torch.Generator | None = None) -> M:
 
 
 def _spread(module: M, cure: str, draw: Callable[[Tensor], Tensor], generator: torch.Generator | None) -> M:
-    """Give each layer's carry gate the biases that `draw` makes of an empty `[H]`, and its write gate their
+    """Give each layer's carry gate the biases with which `draw` fills an empty `[H]`, and its write gate their
     negatives."""
     layers = _carriers(module, cure)
     found = [_biases(layer, cure) for layer in layers]
@@ -145,7 +145,7 @@ def _spread(module: M, cure: str, draw: Callable[[Tensor], Tensor], generator: t
 
 
 def carry_biases(module: nn.Module, cure: str) -> list[list[Tensor]]:
-    """Of each layer and direction the carry gate's rows of each bias that there is: views, to be written in place.
+    """The carry gate's rows of each existing bias, for each layer and direction: views, to be written in place.
 
     Raises:
         TypeError, ValueError: as `forget_bias_`.
@@ -172,7 +172,7 @@ def _biases(layer: Layer, cure: str) -> tuple[list[Tensor], int, list[Tensor]]:
 
 
 def _set(biases: list[Tensor], value: Tensor | float) -> None:
-    """Their sum: all of it in the first."""
+    """Set the sum of the biases to `value`, all of it in the first one."""
     first, *others = biases
     first.copy_(torch.as_tensor(value, dtype=torch.float64).to(first))
     for other in others:

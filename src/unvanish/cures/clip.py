@@ -8,8 +8,8 @@ The first bounds the update, the second the gradient at each step, before it gro
 Source: Pascanu, Mikolov & Bengio 2013, section 3.2 (norm clipping, and its threshold from statistics of the norm over a
 number of updates); clipping of δ inside the recurrence as in Graves 2013, per sample instead of per component.
 
-Limits: clipping never helps a gradient that vanishes. Clipped δ are no gradient of any loss; the direction of the sum
-over time changes.
+Limits: clipping never helps a gradient that vanishes. Clipped δ are not the gradient of any loss; the direction of the
+sum over time changes.
 """
 
 import math
@@ -126,11 +126,11 @@ class GradientClipper:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to clip as if it had never stopped."""
+        """The state that a resumed run needs to clip as if it had never stopped."""
         return {"norms": list(self.norms), "clipped": self.clipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where `state_dict` was taken."""
+        """Restore the state returned by `state_dict`."""
         self.norms.clear()
         self.norms.extend(state["norms"])
         self.clipped = state["clipped"]

@@ -1,4 +1,4 @@
-"""Constraining W_hh while it trains: orthogonal blocks keep an error's length, a fixed norm bounds its growth."""
+"""Constraining W_hh while it trains: orthogonal blocks keep a gradient's length, a fixed norm bounds its growth."""
 
 import weakref
 from typing import Any, Literal
@@ -62,7 +62,7 @@ class SpectralBlocks(nn.Module):
         return (self.scale * blocks / torch.linalg.matrix_norm(blocks, ord=2, keepdim=True)).flatten(0, 1)
 
     def right_inverse(self, w: Tensor) -> Tensor:
-        """W is its own X, whatever its norm."""
+        """X for a given W: W itself, whatever its norm."""
         return w
 
 
@@ -128,7 +128,7 @@ def _make_copyable(module: nn.RNNBase) -> None:
     """Let deepcopy work after a forward pass.
 
     nn.RNN and its kin keep the weights of the last pass in `_flat_weights`; of a parametrized one that is a computed
-    tensor, which deepcopy refuses. The next pass fills the list anew. The class is torch's Parametrized…, made for
+    tensor, which deepcopy refuses. The next pass refills the list. The class is torch's Parametrized…, made for
     this one module.
     """
     kind: Any = type(module)

@@ -29,24 +29,24 @@ def critical_(layer: M, x: Tensor | PackedSequence, hx: Any = None, *, target: f
 
     For a cell of several states χ is the spectral radius of the matrix of such mean squares, A_ab = 1/H
     E‖∂s^a_t/∂s^b_{t-1}‖_F². In mean-field theory (H → ∞, independent random weights) a gradient's square is multiplied
-    with χ in every step, so that the lag that can be trained grows as 1/|ln χ|. χ is measured on x, so that it holds
-    for the biases and inputs that there are: set the biases first (`forget_bias_`, `chrono_`, …), and draw the blocks
-    as you like (`orthogonal_`); their directions stay.
+    by χ in every step, so that the lag that can be trained grows as 1/|ln χ|. χ is measured on x, with the actual
+    biases and inputs: set the biases first (`forget_bias_`, `chrono_`, …), and draw the blocks as you like
+    (`orthogonal_`); their directions stay.
 
-    Layers are scaled from the first to the last, each under what the critical layers below give it.
+    Layers are scaled from the first to the last, each with the input that the critical layers below produce.
 
     Args:
         layer: nn.RNN, nn.LSTM, nn.GRU or `unvanish.nn.Recurrent` of a cell with a recurrent matrix.
         x: an input in the layer's own layout, typical for the data; the second half of its steps is measured, for at
             most 8 samples and 32 steps.
         hx: the initial state; None: the cell's own.
-        target: the χ to be reached; 1 is critical.
+        target: the χ to reach; 1 is critical.
 
     Returns:
         layer, changed in place.
 
     Raises:
-        TypeError: layer is no such layer, or its cell has no recurrent matrix.
+        TypeError: layer is of another type, or its cell has no recurrent matrix.
         ValueError: x does not fit, W_hh is parametrized, or target is not positive.
         ArithmeticError: no factor reaches the target: the carry alone keeps more than that, or all gates are saturated.
             The matrices are as before.
@@ -57,8 +57,8 @@ def critical_(layer: M, x: Tensor | PackedSequence, hx: Any = None, *, target: f
 
     Limits: the theory's steps are independent. Where gates persist, as in an LSTM or GRU, directions that grow go on
     growing: at χ = 1 their leading Lyapunov exponent is above 0 (GRUs and LSTMs of 32 to 256 units under white noise:
-    0.05 to 0.17 per step), and a `target` below 1 is wanted; `uv.flow.lyapunov` tells. Products of many steps spread
-    the wider the further J is from orthogonal.
+    0.05 to 0.17 per step), and a `target` below 1 is better; `uv.flow.lyapunov` measures the exponent. The singular
+    values of products over many steps spread more, the further J is from orthogonal.
 
     >>> rnn, x = critical_(torch.nn.RNN(2, 64), torch.randn(50, 8, 2)), torch.randn(50, 8, 2)
     >>> 0.9 < chi(rnn, x)[0] < 1.1
@@ -81,8 +81,8 @@ def critical_(layer: M, x: Tensor | PackedSequence, hx: Any = None, *, target: f
 
 
 def chi(layer: SequenceModule, x: Tensor | PackedSequence, hx: Any = None) -> list[float]:
-    """The mean squared singular value of a step's Jacobian, of each layer and direction in torch's order; see
-    `critical_`, with whose arguments and errors."""
+    """The mean squared singular value of a step's Jacobian, for each layer and direction in torch's order; arguments
+    and errors as in `critical_`."""
     _fits(layer)
     return [_chi(tr) for tr in run_stack(layer, x, hx).traces]
 

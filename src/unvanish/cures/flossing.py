@@ -45,8 +45,8 @@ class GradientFlossing:
     equations 4 to 6; QR on products of Jacobians from Benettin et al. 1980.
 
     Limits: T matrices `[B, S, S]` and their QR stay in the graph, so that cost is T·B·S²·(S + n) and memory T·B·S²:
-    floss on few samples and a few hundred steps. Exponents are averages over time; what happens at single steps they
-    don't show.
+    floss on few samples and a few hundred steps. Exponents are averages over time; they don't show what happens at
+    single steps.
 
     >>> rnn, x = nn.RNN(2, 8), torch.randn(30, 4, 2)
     >>> floss = GradientFlossing(rnn, n=2)

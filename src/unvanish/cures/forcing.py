@@ -1,4 +1,4 @@
-"""Sparse forcing: a network that is to become chaotic is put back on the data before its errors have doubled."""
+"""Sparse forcing: a network that learns chaotic dynamics is reset to the data before its errors have doubled."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ def forcing_interval(exponent: float) -> int:
 
     Raises:
         TypeError: exponent is not a number.
-        ValueError: it is not positive: what is not chaotic needs no forcing.
+        ValueError: it is not positive: data that are not chaotic need no forcing.
 
     Source: Mikhaeil, Monfared & Durstewitz 2022 (their predictability time).
 
@@ -62,15 +62,14 @@ def forced(
         ŷ, in the layout of x.
 
     Raises:
-        TypeError: layer is no such layer, or readout no nn.Linear.
+        TypeError: layer is of another type, or readout is not an nn.Linear.
         ValueError: it is bidirectional; x and target do not fit, or interval is below 1.
 
     Source: Mikhaeil, Monfared & Durstewitz 2022, "On the difficulty of learning chaotic dynamics with RNNs" (there
     B⁺ y alone takes the place of h).
 
     Limits: h of the last layer is forced; the LSTM's c and lower layers run on as they were. B⁺ is recomputed in
-    each call and taken as given. What has to be remembered for longer than τ is out of the loss's reach unless `keep`
-    is set.
+    each call and treated as a constant. The loss can't train a memory longer than τ unless `keep` is set.
 
     >>> rnn, readout = nn.RNN(2, 8), nn.Linear(8, 2)
     >>> series = torch.randn(21, 4, 2)

@@ -92,7 +92,7 @@ def _set_cell(cell: nn.RNNCellBase, p: float | None) -> None:
             del cell._forward_hooks[key]
             cell._forward_hooks_with_kwargs.pop(key, None)
     if p is not None:
-        # First of all hooks: what others make of the output is not the cell's carry.
+        # Before all other hooks, whose changes to the output are not part of the cell's carry.
         cell.register_forward_hook(_CarryBack(), with_kwargs=True, prepend=True)
 
 
@@ -106,7 +106,7 @@ class _DetachRead(StateRead):
         if hx is None or not module.training or not bool(torch.rand((), device="cpu") < self.p):
             return hx
         h, *rest = as_states(hx)
-        # Of several states the others keep a step on the graph of the one before.
+        # With several states, the others keep a step connected to the graph of the one before.
         read = without_gradient(h, attached=not rest)
         return (read, *rest) if rest else read
 
@@ -127,13 +127,13 @@ class _CarryBack:
 
 
 class _Carried(torch.autograd.Function):
-    """h_t as it is. The carry is computed in the backward pass, from what the step keeps anyway."""
+    """Returns h_t unchanged. The carry is computed in the backward pass, from tensors that the step keeps anyway."""
 
     @staticmethod
     def forward(ctx: Any, cell: Cell, output: Tensor, h: Tensor, x: Tensor, *weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(h, x, *weights)
         ctx.cell = cell
-        # No view, which the user could not change in place.
+        # Not a view, which the user could not change in place.
         return output.clone()
 
     @staticmethod
@@ -142,7 +142,7 @@ class _Carried(torch.autograd.Function):
         inputs: list[Any] = [None if v is None else v.view_as(v) for v in ctx.saved_tensors]
         h, x, *weights = inputs
         w = Weights(*weights)
-        # Under autocast a step is given another dtype than the weights'.
+        # Under autocast a step receives another dtype than the weights'.
         read, x = (v.to(w.w_ih.dtype) for v in (h.detach(), x))
         carry = cell.carry(Point(cell, w, x, (read,), ())).to(d.dtype)
         if not torch.is_grad_enabled():

@@ -11,11 +11,11 @@ from unvanish.cells import Cell
 
 
 class HiddenState(Tensor):
-    """h_t of a cell with several states, carrying the others along (the LSTM's c_t), for callers who hand one tensor
-    back and forth.
+    """h_t of a cell with several states, carrying the others along (the LSTM's c_t), for callers who pass a single
+    tensor back and forth.
 
-    It is h in every respect. What moves, copies, selects or masks it (`detach`, `to`, `h[:, idx]`, `h * mask`,
-    `torch.where`, …) is done to the others as well; any other result is a plain tensor.
+    It behaves as h. Operations that move, copy, select or mask it (`detach`, `to`, `h[:, idx]`, `h * mask`,
+    `torch.where`, …) are applied to the others as well; any other result is a plain tensor.
     """
 
     others: tuple[Tensor, ...]
@@ -93,7 +93,7 @@ class HiddenOnly(nn.Module):
         return y, joined(*final)
 
     def _states(self, hx: Any) -> Any:
-        """All states from what a caller of a plain RNN hands over; the others start anew with an h from elsewhere."""
+        """All states from the h of a plain RNN's caller; with an h from elsewhere the others are set to their start."""
         if hx is None or isinstance(hx, tuple | list):
             return hx
         if isinstance(hx, HiddenState):

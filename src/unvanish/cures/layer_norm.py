@@ -37,8 +37,8 @@ def layer_norm_(model: nn.Module, gain: float = 1.0, eps: float = 1e-5) -> nn.Mo
         model; the new layer if model was a layer itself.
 
     Raises:
-        TypeError: model is not a module, gain is not a number, or a cell in it is one of torch's single cells or has no
-            recurrent matrix.
+        TypeError: model is not a module, gain is not a number, or model contains one of torch's single cells or a cell
+            without a recurrent matrix.
         ValueError: there is no recurrent layer; one is of a subclass, parametrized, has hooks, a projection, or an
             option of `unvanish.nn`'s; gain or eps is not positive.
 
@@ -73,7 +73,7 @@ def layer_norm_(model: nn.Module, gain: float = 1.0, eps: float = 1e-5) -> nn.Mo
 
 
 class NormalisedLayers(StandIn, ReadsWeights):
-    """Recurrent layers whose gates' shares are normalised: the layer of before, whose weights are read, is `inner`."""
+    """Recurrent layers whose gates' shares are normalised, with the weights of the original layer, `inner`."""
 
     def __init__(self, like: SequenceModule, gain: float, eps: float) -> None:
         super().__init__(like)
@@ -132,7 +132,7 @@ class NormalisedStep(nn.Module):
 
 
 class _Shares:
-    """The normalised shares of one layer and direction, and the step that is made of them."""
+    """The normalised shares of one layer and direction, and the step that uses them."""
 
     def __init__(self, d: LayerDirection, gain_ih: Tensor, gain_hh: Tensor, eps: float) -> None:
         self.cell, self.w, self.eps = d.cell, d.weights, eps
@@ -145,7 +145,7 @@ class _Shares:
         return self._normalised(self.cell.project(x, self.bare), self.gain_ih, self.w.b_ih)
 
     def of_states(self, s: State, gates: tuple[str, ...] | None = None) -> Tensor:
-        """q `[B, Q·H]`, or the part of some gates."""
+        """q `[B, Q·H]`, or the part for some of the gates."""
         raw = self.cell.recur(s, self.bare, gates)
         assert raw is not None
         rows = slice(None) if gates is None else [i for i, g in enumerate(self.cell.sources) if g in gates]

@@ -1,4 +1,4 @@
-"""What the cures act on: every layer and direction of torch's recurrent modules, and their gate blocks.
+"""The targets of the cures: every layer and direction of torch's recurrent modules, and their gate blocks.
 
 torch stacks the gates along the first axis: `weight_hh` is `[G·H, R]` and block γ (rows γH … γH+H) is W_hγ. It adds
 two bias vectors `b_ih + b_hh`; a cure that speaks of *the* bias of a gate means that sum.
@@ -16,7 +16,7 @@ from unvanish.cells import Cell, Weights
 from unvanish.nn.modules import CellModule, RecurrentModule, cell_of
 
 M = TypeVar("M", bound=nn.Module)
-"""A cure returns the very module it was given."""
+"""A cure returns the module that it was given."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Layer:
 
     @property
     def label(self) -> str:
-        """How an error names this layer."""
+        """The layer's name in error messages."""
         return f"{self.path or type(self.module).__name__}{self.suffix}"
 
     def has(self, name: str) -> bool:
@@ -44,7 +44,7 @@ class Layer:
         return getattr(self.module, name + self.suffix)
 
     def weights(self) -> Weights:
-        """All of them, as the cells' mathematics takes them."""
+        """All weights, as the cells' equations take them."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
         if isinstance(self.module, CellModule):
             return self.module.direction_weights(*self.place)
@@ -76,7 +76,7 @@ class Layer:
         return dict(zip(gates, tensor.chunk(len(gates), dim=0), strict=True))
 
     def biases(self, gate: str, cure: str) -> list[Tensor]:
-        """The gate's rows of each bias that there is, as views to be written in place; their sum is the gate's bias.
+        """The gate's rows of each existing bias, as views to be written in place; their sum is the gate's bias.
 
         Raises:
             ValueError: there is none, or one is computed from other parameters.
@@ -94,7 +94,7 @@ class Layer:
 
 
 class ReadsWeights(nn.Module):
-    """A module that reads the weights of a recurrent layer inside, and runs by itself: the layer is never called."""
+    """A module that reads the weights of an inner recurrent layer without ever calling the layer."""
 
     inner: nn.Module
 
@@ -186,5 +186,5 @@ def finite(name: str, value: float, above: float = -math.inf) -> float:
 
 
 def draws_on(generator: torch.Generator | None) -> torch.device:
-    """Where to draw: on the generator's device, else the CPU, so that a seed means the same numbers everywhere."""
+    """The device to draw on: the generator's, else the CPU, so that a seed gives the same numbers everywhere."""
     return torch.device("cpu") if generator is None else generator.device

@@ -14,11 +14,11 @@ from unvanish.engine.precision import full_precision
 class LocalStability:
     """L = mean over layers of (r_time − ρ)² + (r_depth − ρ)²: a loss to pre-train with, on inputs alone.
 
-        r_time² = χ, what a step makes of a gradient's mean square (of one state: ‖∂h_t/∂h_{t-1}‖_F²/H)
-        r_depth² = ‖∂h_t/∂x_t‖_F²/H, of every layer that stands on another
+        r_time² = χ, the factor by which a step changes a gradient's mean square (for one state: ‖∂h_t/∂h_{t-1}‖_F²/H)
+        r_depth² = ‖∂h_t/∂x_t‖_F²/H, of every layer that reads another
 
-    ρ is 1 where there is one layer. In a stack the paths through a grid of time and depth multiply in number, and ρ = ½
-    each keeps their sum bounded.
+    ρ is 1 for a single layer. In a stack the number of paths through the grid of time and depth grows, and ρ = ½ for
+    both radii keeps their sum bounded.
 
         stability = LocalStability(model)
         for _ in range(300):
@@ -31,7 +31,7 @@ class LocalStability:
 
     Args:
         model: nn.RNN, nn.LSTM, nn.GRU, `unvanish.nn.Recurrent` or a module that contains some.
-        target: ρ; None: 1 for a single layer, ½ where any layer stands on another.
+        target: ρ; None: 1 for a single layer, ½ where any layer reads another.
         steps: how many steps of the second half of each call are measured.
         samples: how many samples of the batch are.
 
@@ -42,8 +42,8 @@ class LocalStability:
     Source: Herranz-Celotti & Rouat 2023, "Stabilizing RNN gradients through pre-training" (local stability condition).
 
     Limits: the mean square of one step, not the growth over many: slow gates go on in one direction for many steps (see
-    `GradientFlossing` for the exponents). The radius is taken as the root mean square singular value here, of which
-    the paper's condition leaves the choice. In the graph stay `steps` matrices `[B, S, S]` for S states.
+    `GradientFlossing` for the exponents). The radius here is the root mean square singular value; the paper's condition
+    leaves the choice open. The graph keeps `steps` matrices `[B, S, S]` for S states.
 
     >>> rnn, x = nn.RNN(2, 8), torch.randn(20, 4, 2)
     >>> stability = LocalStability(rnn)
@@ -72,7 +72,7 @@ class LocalStability:
         return torch.stack(terms).sum() / len(found)
 
     def radii(self, *args: Any, **kwargs: Any) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Layer name → (r_time, r_depth), the mean over its calls; r_depth is None for a layer that stands on none.
+        """Layer name → (r_time, r_depth), the mean over its calls; r_depth is None for a layer that reads no other.
 
         Raises:
             ValueError: as `stability(…)`.

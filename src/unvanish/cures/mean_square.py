@@ -1,11 +1,11 @@
-"""How one step changes the mean square of a gradient: what criticality and local stability speak of.
+"""How one step changes the mean square of a gradient: the quantity behind criticality and local stability.
 
-With independent random weights the gradients at a cell's states are uncorrelated, so that their mean squares v_b pass a
-step back by themselves:
+With independent random weights the gradients at a cell's states are uncorrelated, so a step back maps their mean
+squares v_b linearly:
 
     v_b(t − 1) = Σ_a A_ab v_a(t),   A_ab = 1/H E‖∂s^a_t/∂s^b_{t-1}‖_F²
 
-and grow per step with χ, the spectral radius of A: of a cell with one state the mean squared singular value of its
+and they grow per step by χ, the spectral radius of A: for a cell with one state the mean squared singular value of its
 Jacobian.
 """
 
@@ -40,7 +40,7 @@ def mean_square_gain(tr: engine.Trace, steps: int, samples: int) -> Tensor:
 
 
 def spectral_radius(A: Tensor) -> Tensor:
-    """Of a matrix without negative entries, with its exact gradient."""
+    """The spectral radius of a matrix without negative entries, with its exact gradient."""
     values, right = torch.linalg.eig(A.detach())
     top = int(values.real.argmax())
     v = right[:, top].real.abs()

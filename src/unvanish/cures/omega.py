@@ -40,7 +40,7 @@ class _ObservedCall:
     fused: bool
     """h_t and c_t of one autograd node: ∂E/∂c_t then lacks the path through h_t"""
     errors: dict[int, Tensor] = field(default_factory=dict)
-    """output (0: y or h, then the final states) → its error"""
+    """output (0: y or h, then the final states) → the gradient that arrived at it"""
 
     def observe(self, outputs: tuple[Tensor, ...]) -> None:
         for i, output in enumerate(outputs):
@@ -61,7 +61,7 @@ class Omega:
         norms="squared"  Ω_t = ( ‖J_tᵀ δ_t‖² / ‖δ_t‖² − 1 )²     equation 10
 
     As in the paper only the immediate derivative is taken: states, gates and δ are constants, and ∂⁺Ω/∂W sees W_hh
-    where it stands in J_tᵀ δ_t = W_hhᵀ δa_t + (the carry's share). So no second backward pass through the network is
+    where it occurs in J_tᵀ δ_t = W_hhᵀ δa_t + (the carry's share). So no second backward pass through the network is
     needed:
 
         omega = Omega(model)
@@ -85,7 +85,7 @@ class Omega:
         norms: "plain" or "squared".
 
     Raises:
-        TypeError: model is not a module, or has a cell without a recurrent matrix, as the IndRNN.
+        TypeError: model is not a module, or has a cell without a recurrent matrix, like the IndRNN.
         ValueError: there is no recurrent layer, or `norms` is neither.
 
     Source: Pascanu, Mikolov & Bengio 2013, section 3.3, equations 9 and 10. The paper's state is a_t, with h = φ(a);
@@ -129,7 +129,7 @@ class Omega:
         """Ω of the pass inside the `with`, a scalar whose backward gives ∂⁺Ω/∂W_hh.
 
         Raises:
-            RuntimeError: no error came back to any recurrent layer inside the `with`, or a call could not be captured.
+            RuntimeError: no gradient reached any recurrent layer inside the `with`, or a call could not be captured.
         """
         for name, why in self._capture.problems.items():
             raise RuntimeError(f"Omega: {name or 'the model'}: {why}")
@@ -211,7 +211,7 @@ class Omega:
         immediate = Weights(w.w_ih.detach(), w.w_hh, None, None, w.w_hr, w.v)
         norm = torch.stack([torch.linalg.vector_norm(s, dim=-1, dtype=torch.float64) for s in d]).norm(dim=0)
         present = norm > 0 if counted is None else counted & (norm > 0)
-        # A unit vector: the ratio's numerator is then of order 1, however far the gradient has vanished.
+        # A unit vector, so that the ratio's numerator is of order 1, however far the gradient has vanished.
         safe = torch.where(norm > 0, norm, 1.0).unsqueeze(-1)
         unit = tuple((s.double() / safe).to(s.dtype) for s in d)
         with torch.no_grad():
@@ -245,7 +245,7 @@ def _arrived(at: Point, total: State) -> State:
 
 
 def _counted(tr: engine.Trace) -> Tensor:
-    """[T, B] True at the steps a sample reads, but for its first."""
+    """[T, B] True at the steps a sample reads, except its first."""
     T, B = tr.x.shape[:2]
     on = tr.x.new_ones(T, B, dtype=torch.bool) if tr.active is None else tr.active.squeeze(-1).clone()
     if tr.reverse:

@@ -1,4 +1,4 @@
-"""An auxiliary loss with short paths: at random steps the state has to tell what was just read."""
+"""An auxiliary loss with short paths: at random steps the most recent input is reconstructed from the state."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
 
 class Reconstruction(nn.Module):
-    """L_aux: from the state at a random anchor a, a decoder writes down the `length` steps that were read last:
+    """L_aux: from the state at a random anchor a, a decoder reconstructs the `length` steps that were read last:
 
         x̂_{a-ℓ+1}, …, x̂_a = decoder(h_a),   L_aux = mean |x̂ − x|²,  or the cross-entropy of tokens
 
     The decoder is a GRU that starts from W h_a + b and reads, at each step, the true one before. To reconstruct, the
-    recurrence has to carry its inputs over at least ℓ steps: a gradient that needs no long way from the task's loss,
-    and makes the state worth reading by it.
+    recurrence has to carry its inputs over at least ℓ steps. This gradient does not travel the long way from the task's
+    loss, and it fills the state with information that the task's loss can use.
 
         aux = Reconstruction(state_size=128, input_size=8, length=50)
         optimizer = torch.optim.Adam([*model.parameters(), *aux.parameters()])
@@ -24,7 +24,7 @@ class Reconstruction(nn.Module):
     Args:
         state_size: of the states; H, or D·H of a bidirectional layer's output.
         input_size: features of x; for tokens their number of kinds.
-        length: ℓ, how many steps are written down.
+        length: ℓ, how many steps are reconstructed.
         anchors: how many per sample and call; each sample has its own.
         tokens: whether x holds whole numbers `[T, B]` below `input_size`.
         hidden_size: of the decoder; None: state_size.
@@ -35,8 +35,8 @@ class Reconstruction(nn.Module):
 
     Source: Trinh, Dai, Luong & Le 2018, "Learning longer-term dependencies in RNNs with auxiliary losses" (r-LSTM).
 
-    Limits: it rewards keeping all of the input, also what the task does not need, and costs a decoder of ℓ steps per
-    anchor. Dependencies far beyond ℓ it helps only so far as the task's own gradient takes up the states that it made.
+    Limits: it rewards keeping all of the input, even what the task does not need, and costs a decoder of ℓ steps per
+    anchor. It helps with dependencies far beyond ℓ only as far as the task's own gradient uses the shaped states.
     The paper truncates both gradients; combine with `TruncatedBPTT` for that.
 
     >>> aux = Reconstruction(state_size=4, input_size=2, length=3)
@@ -104,7 +104,7 @@ class Reconstruction(nn.Module):
         written, sample, last = (v.to(states.device) for v in (written, sample, last))
         target = x[written, sample]
         values = one_hot(target, self.input_size).to(states.dtype) if self.tokens else target
-        # Not a goal of the loss: an input that is learnt, as an embedding, must not become easy to reconstruct.
+        # Targets are detached: a learnt input, such as an embedding, must not adapt to become easy to reconstruct.
         values = values.detach()
         given = torch.cat([torch.zeros_like(values[:1]), values[:-1]])
         hidden, _ = self.decoder(given, self.start(states[last, sample]).unsqueeze(0))

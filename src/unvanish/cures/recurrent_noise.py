@@ -28,7 +28,7 @@ class Noise:
     """the probability that a unit is not read by the matrices of a whole sequence"""
 
     def of(self, cell: Cell) -> Noisy:
-        """The cell with what is asked for."""
+        """The cell with this noise."""
         return Noisy(cell, tuple(self.zoneout), self.dropout > 0)
 
 
@@ -54,15 +54,15 @@ def zoneout_(model: nn.Module, p: float | Mapping[str, float]) -> nn.Module:
         model; the new layer if model was a layer over sequences itself. Call it again to change p.
 
     Raises:
-        TypeError: model is not a module, or p is none.
+        TypeError: model is not a module, or p is not a probability or a dict of probabilities.
         ValueError: p is out of range or names a state that a cell does not have; there is no recurrent layer; one is
             of a subclass, parametrized, has hooks or a projection.
 
     Source: Krueger et al. 2017, "Zoneout: regularizing RNNs by randomly preserving hidden activations".
 
-    Limits: runs on the manual rung (on the CPU in the kernels); W_ih grows by an identity block that hands the masks
+    Limits: runs on the manual rung (on the CPU in the kernels); W_ih grows by an identity block that passes the masks
     through: two to three times the time of nn.LSTM with masks for both states. Masks differ from piece to piece of
-    truncated BPTT. With p at c the LSTM's h̃ is made from c̃, as in the paper.
+    truncated BPTT. With p at c the LSTM's h̃ is computed from c̃, as in the paper.
 
     >>> layer = zoneout_(nn.LSTM(3, 4), {"c": 0.5})
     >>> layer(torch.zeros(5, 2, 3))[0].shape
@@ -88,7 +88,7 @@ def recurrent_dropout_(model: nn.Module, p: float) -> nn.Module:
 
         q_t = W (d ⊙ h_{t-1}) + b,  d = 0 with probability p, else 1/(1 − p);  in evaluation d = 1
 
-    The carry is not affected, so the memory stays long: dropping units of h itself, other ones at each step, would
+    The carry is not affected, so the memory stays long: dropping units of h itself, different ones at each step, would
     shorten it to about 1/p steps. Layers become `NoisyLayers`, see `zoneout_`, with which it can be combined.
 
     Args:
@@ -203,7 +203,7 @@ class NoisyLayers(StandIn):
         return self._run(input, hx, lengths, run)
 
     def _start(self, layer: Any, rows: list[State], mask: Tensor) -> Any:
-        """The initial states of a layer from those of its cell: what the matrices read is dropped as in every step."""
+        """The initial states of a layer from its cell's, with the same dropout for the matrices as in every step."""
         cell, H = layer.cell, self.hidden_size
         zoned, read, M = len(cell.zoned), cell._read, len(cell.given)
         full = []
@@ -220,7 +220,7 @@ class NoisyLayers(StandIn):
 
 
 def _with_noise(model: nn.Module, cure: str, noise: Any, of_cell: Any) -> nn.Module:
-    """Every recurrent layer in the model with the noise that `noise(cell, what it has now)` says."""
+    """Give every recurrent layer in the model the noise that `noise(cell, its present noise)` returns."""
     found = recurrent_modules(model, cure, called=True)
     inside = {id(layer) for m in model.modules() if isinstance(m, NoisyLayers) for layer in m.layers}
     noisy: list[Any] = [m for m in model.modules() if isinstance(m, NoisyLayers)]

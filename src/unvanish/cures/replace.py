@@ -1,4 +1,4 @@
-"""Replacing plain RNNs in a model by cells with a carry, behind the interface their callers know."""
+"""Replacing plain RNNs in a model by cells with a carry, behind the same interface."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ REPLACEABLE = (*_PLAIN, RNN)
 
 
 def replace_(model: nn.Module, by: str | Cell) -> nn.Module:
-    """Put another cell in the place of every plain RNN, so that the state has a carry to survive on:
+    """Replace every plain RNN by another cell, so that the state has a carry along which gradients survive:
 
         h_t = φ(W x_t + U h_{t-1})   →   c_t = f_t ⊙ c_{t-1} + i_t ⊙ g_t   or   h_t = (1 − z_t) ⊙ n_t + z_t ⊙ h_{t-1}
 
@@ -42,7 +42,7 @@ def replace_(model: nn.Module, by: str | Cell) -> nn.Module:
         start with `chrono_` or `forget_bias_`, and create the optimizer again. Other LSTMs and GRUs in the model stay.
 
     Raises:
-        TypeError: model is not a module, or `by` neither name nor cell.
+        TypeError: model is not a module, or `by` is neither a name nor a cell.
         ValueError: `by` names no cell; there is no plain RNN; one is of a subclass (its own behaviour would be lost;
             for unvanish.nn call `restore` first), is parametrized or has hooks.
 
@@ -112,7 +112,7 @@ def _successor(rnn: Any, by: str | Cell) -> nn.Module:
 
 
 class SingleStep(nn.Module):
-    """A cell's single step behind the interface of nn.RNNCell: h = cell(x, h), of several states all of them."""
+    """A cell's single step behind the interface of nn.RNNCell: h = cell(x, h), or all states if there are several."""
 
     def __init__(self, layer: Recurrent) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from unvanish.flow.survival import log_survival, windows
 from unvanish.nn.modules import SequenceModule, cell_of
 
 TOLERANCE = 1e-3
-"""|ln S − ln target| at which a solution is taken"""
+"""|ln S − ln target| below which a solution is accepted"""
 ROUNDS = 40
 """measurements of a layer until one of several solutions is kept, and as many again until its size is found"""
 
@@ -113,7 +113,7 @@ def rescue_(
 def _rescue_layer(
     lstm: SequenceModule, place: int, bias: Tensor, sign: int, x: Any, lag: int, target: float, hx: Any
 ) -> None:
-    """Solve at the trajectories measured, apply, measure again, until S holds the target and the change has settled."""
+    """Solve for the measured trajectories, apply, measure again, until S meets the target and the change settles."""
     start, log_target = bias.detach().to(torch.float64, copy=True), math.log(target)
 
     def measure(shift: Tensor) -> tuple[Tensor, float]:
@@ -131,11 +131,11 @@ def _rescue_layer(
         moved = float((new - shift).norm() / new.norm())
         if round_ and abs(measured - log_target) < TOLERANCE and moved < 10 * TOLERANCE:
             return
-        # States that answer strongly can make full steps oscillate.
+        # Full steps can oscillate where the states react strongly.
         shift = new if round_ < 8 else 0.5 * (shift + new)
         log_gate, measured = measure(shift)
-    # Two sets of units may cost nearly the same, and each look cheaper at the trajectories to which the other leads.
-    # One is kept, and its size found; at size 0 S is below the target.
+    # Two sets of units may cost nearly the same, each looking cheaper on the trajectories that the other produces.
+    # One is kept and scaled; at scale 0 S is below the target.
     size, low, high = 1.0, 0.0, math.inf
     for _ in range(ROUNDS):
         measured = measure(size * new)[1]

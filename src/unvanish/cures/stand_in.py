@@ -20,8 +20,8 @@ RunLayer = Callable[[int, Tensor, list[State] | None, TimeMajor], tuple[Tensor, 
 
 
 class StandIn(nn.Module):
-    """Layers with the interface of the layer in whose place they stand: (output, final state) of x `[T, B, I]`,
-    `[B, T, I]`, `[T, I]` or packed, with hx and `lengths=`. A subclass says how one of them runs."""
+    """Layers with the interface of the layer that they replace: (output, final state) of x `[T, B, I]`, `[B, T, I]`,
+    `[T, I]` or packed, with hx and `lengths=`. A subclass defines how one of them runs."""
 
     def __init__(self, like: SequenceModule) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class StandIn(nn.Module):
 
 
 def check_place(path: str, module: Any, cure: str) -> None:
-    """A layer over sequences is one whose place can be taken without losing anything.
+    """Check that a layer over sequences can be replaced without losing anything.
 
     Raises:
         ValueError: it is of a subclass, parametrized, has hooks or a projection, or a cell with `given` shares.
@@ -78,8 +78,8 @@ def check_place(path: str, module: Any, cure: str) -> None:
 
 
 def take_places(model: nn.Module, new: dict[int, nn.Module]) -> nn.Module:
-    """Put each module of `new` (by the id of the one before) where that stands; returns the model, or what takes its
-    own place. One that stands in several places is replaced in all of them."""
+    """Replace modules by those in `new` (old module's id → new module); returns the model, or its own replacement. A
+    module used in several places is replaced in all of them."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if id(child) in new:

@@ -1,4 +1,4 @@
-"""How a cure reaches the state that one of torch's cells reads: a forward pre-hook."""
+"""Changing the state that one of torch's cells reads: a forward pre-hook."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class StateRead:
-    """Hands a cell its state through `read`, which a subclass says; None leaves the call as it is."""
+    """Passes a cell's state through `read`, which a subclass defines; None leaves the call unchanged."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(args) > 1:
@@ -15,12 +15,12 @@ class StateRead:
         return args, {**kwargs, "hx": self.read(module, kwargs.get("hx"))}
 
     def read(self, module: nn.Module, hx: Any) -> Tensor | tuple[Tensor, ...] | None:
-        """The state, one tensor or (h, c), as the cell is to read it."""
+        """The state, one tensor or (h, c), that the cell reads instead."""
         raise NotImplementedError
 
 
 class _Unread(torch.autograd.Function):
-    """The identity, whose backward hands nothing back."""
+    """The identity, whose backward returns no gradient."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
@@ -32,9 +32,9 @@ class _Unread(torch.autograd.Function):
 
 
 def without_gradient(h: Tensor, attached: bool) -> Tensor:
-    """h for a cell's matrices to read, such that no gradient goes back through it; `whole` finds h again.
+    """h for a cell's matrices to read, without a gradient back through it; `whole` returns h again.
 
-    attached: let it hang on the graph of h, by which a step is known to go on from the one before. It then costs the
+    attached: keep it connected to the graph of h, which shows that a step continues the one before. This costs the
     product that a detached h saves.
     """
     read: Any = _Unread.apply(h) if attached else h.detach()
@@ -48,16 +48,16 @@ def whole(h: Any) -> Any:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is hooked to its calls, which would be lost with it."""
+    """Whether the module has hooks on its calls, which a replacement would lose."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def set_state_read(
     cell: nn.RNNCellBase, kind: type[StateRead], hook: StateRead | None, outermost: bool = False
 ) -> None:
-    """Let `hook` take the place of the cell's hook of this kind; None: there is none any more.
+    """Replace the cell's hook of this kind by `hook`; None: remove it.
 
-    outermost: it comes before other hooks, so that what these hand back passes through it.
+    outermost: run it before other hooks, so that the gradients they return pass through it.
     """
     for key, found in list(cell._forward_pre_hooks.items()):
         if isinstance(found, kind):

@@ -1,4 +1,4 @@
-"""The recurrent layers' passes within a model's call, in one graph: what penalties on Jacobians are made of."""
+"""The recurrent layers' passes within a model's call, in one graph, for penalties on Jacobians."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ class TracedModel:
                 )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Traced:
-        """model(*args, **kwargs), and what ran in it; dropout between layers is off.
+        """model(*args, **kwargs), and the passes that ran in it; dropout between layers is off.
 
         Raises:
             ValueError: no recurrent layer ran, or one could not be read.
@@ -68,7 +68,7 @@ def _traces(call: Call) -> list[tuple[LayerDirection, TimeMajor, engine.Trace]]:
     inputs = time_major(module, call.x, call.lengths)
     with evaluating(module):
         layers = layer_directions(module)
-    # Autocast may have been given another dtype.
+    # Under autocast the input may have another dtype.
     dtype = layers[0].weights.w_ih.dtype
     states = [tuple(s.to(dtype) for s in state) for state in initial_states(module, call.hx, inputs)]
 

@@ -11,12 +11,12 @@ from unvanish.cures.hidden_state import HiddenState, joined
 
 @dataclass(frozen=True)
 class Piece:
-    """Steps [start, end) of a long sequence, and the state to begin them with."""
+    """Steps [start, end) of a long sequence, and the state at which they begin."""
 
     x: Tensor
     """this part of the input, in its own layout"""
     state: Any
-    """what the layer takes as hx; None: its initial state"""
+    """the layer's hx; None: its initial state"""
     start: int
     end: int
     _axis: int = field(repr=False)
@@ -128,11 +128,11 @@ class TruncatedBPTT:
 
     @property
     def discarded(self) -> list[list[Tensor]]:
-        """Per cut that a backward pass has reached, in order: ∂E/∂s of each tensor of the state handed over it, E the
-        loss of the piece after it. Handing these back would give the first order of what truncation leaves out.
+        """For each cut that a backward pass has reached, in order: ∂E/∂s of each tensor of the state passed across it,
+        E the loss of the piece after it. Passing these back would give the first order of what truncation leaves out.
 
         Raises:
-            RuntimeError: policy is "reset", which hands nothing over.
+            RuntimeError: policy is "reset", which passes no state on.
         """
         if self.policy == "reset":
             raise RuntimeError("discarded: policy='reset' hands no state over, so no gradient arrives at a cut")
@@ -141,7 +141,7 @@ class TruncatedBPTT:
 
 
 def _cut(state: Any, leaves: list[Tensor]) -> Any:
-    """The same state made of leaves, at which errors that arrive are kept."""
+    """The same state as leaf tensors, which keep the gradients that arrive."""
     if isinstance(state, tuple | list):
         return tuple(_cut(s, leaves) for s in state)
     if isinstance(state, HiddenState):

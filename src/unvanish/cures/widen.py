@@ -1,4 +1,4 @@
-"""Wider recurrent layers, behind the interface that the rest of the model knows."""
+"""Wider recurrent layers, behind the interface that the rest of the model expects."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 
 
 def widen_(model: nn.Module, hidden_size: int) -> nn.Module:
-    """Give every recurrent layer more units, and bring what it returns back to the width that the model expects:
+    """Give every recurrent layer more units, and project its output back to the width that the model expects:
 
         h_t = P s_t,    s_t `[K]` the wider layer's state,    P `[H, K]` learnt
 
@@ -35,7 +35,7 @@ def widen_(model: nn.Module, hidden_size: int) -> nn.Module:
     Returns:
         model; the wider layer if model was the layer itself. The new units' weights are drawn as the layer draws them;
         create the optimizer again. A state that is returned has the width H and carries the K units inside, so that it
-        can be handed back; of one from elsewhere the first H units are set, and the others start anew.
+        can be passed back; a state from elsewhere sets the first H units, and the others start as in an initial state.
 
     Raises:
         TypeError, ValueError: hidden_size is not a positive whole number; no layer is narrower; one is of a subclass
@@ -75,7 +75,7 @@ def check_widens(path: str, module: nn.Module) -> None:
 
 
 class Widened(nn.Module):
-    """A recurrent layer or cell of K units that is called as one of H; see `widen_`.
+    """A recurrent layer or cell of K units with the interface of one of H units; see `widen_`.
 
     The layer itself is the submodule `inner`, so that whatever acts on such layers finds it. Its options
     (`batch_first`, `num_layers`, `flatten_parameters`, …) are this module's too; `hidden_size` is H.
@@ -120,7 +120,7 @@ class Widened(nn.Module):
         return torch.einsum("l...k,lhk->l...h", s, self.projection)
 
     def _states(self, hx: Any) -> Any:
-        """The wide states: those that a state carries, or one from elsewhere with the cell's start beside it."""
+        """The wide states: those that a state carries, or a state from elsewhere extended by the cell's start."""
         cell = cell_of(self.inner)  # type: ignore[arg-type]
         more = self.projection.shape[-1] - self.hidden_size
         starts = [cell.initial.get(name, 0.0) for name in cell.states]

@@ -1,8 +1,8 @@
-"""Cells that a model steps by hand, nn.RNNCell, LSTMCell and GRUCell, as the sequence that they make of a loop.
+"""Cells that a model steps in its own loop, nn.RNNCell, LSTMCell and GRUCell, as one sequence.
 
-The state that a cell returns is used twice: by its own next step, and by whatever reads it. To tell their errors apart
-exactly, the caller gets a view of it, and where that comes back as the next state, the cell is given the state itself:
-the error at the view is then what comes from outside.
+The state that a cell returns is used twice: by its own next step, and by whatever reads it. To separate the two
+gradients exactly, the caller gets a view of the state, and where that comes back as the next state, the cell is given
+the state itself: the gradient at the view is then the one from outside.
 """
 
 from dataclasses import dataclass, field
@@ -25,16 +25,16 @@ class Step:
     state: tuple[Tensor, ...]
     """as computed"""
     shown: tuple[Tensor, ...]
-    """the views of it that the caller has"""
+    """the views of it that were given to the caller"""
     returned: Returned
-    """what a later call may go on from"""
+    """the states from which a later call may continue"""
     errors: dict[int, Tensor] = field(default_factory=dict)
-    """of h, c → what came from outside, [B, H]"""
+    """h or c → the gradient from outside, [B, H]"""
 
 
 @dataclass
 class Chain:
-    """Calls that go on from each other's state."""
+    """Calls of which each continues from the state of the one before."""
 
     start: tuple[Tensor, ...] | None
     """[B, H] each; None: zeros"""
@@ -44,7 +44,7 @@ class Chain:
 
 
 class CellLoop:
-    """Listens at one cell of the copy that is run."""
+    """Observes one cell of the copy that is run."""
 
     def __init__(self, path: str, cell: nn.RNNCellBase) -> None:
         self.path, self.cell = path, cell
@@ -52,7 +52,7 @@ class CellLoop:
         self._now: Chain | None = None
 
     def before(self, call: Call) -> bool:
-        """A call begins: it runs from the state itself where the caller has a view of it."""
+        """Called before a call: where the caller passes a view of a state, the call runs from the state itself."""
         given = None if call.hx is None else as_states(call.hx)
         self._now, inner = self._going_on(given)
         if inner is not given and inner is not None:
@@ -75,7 +75,7 @@ class CellLoop:
         return chain, given
 
     def after(self, call: Call) -> Any:
-        """It has returned: the caller gets views."""
+        """Called after a call: gives the caller views of the states."""
         assert self._now is not None
         chain, state = self._now, call.states
         shown = tuple(s.view_as(s) for s in state)

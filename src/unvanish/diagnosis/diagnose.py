@@ -100,7 +100,7 @@ def diagnose(
             return _diagnosed(subject, say, **{**settings, **other})
 
     found = of(model)
-    # An optimizer that holds the old parameters says nothing of a changed model.
+    # An optimizer of the old parameters says nothing about a changed model.
     kind = None if isinstance(optimizer, Optimizer) else optimizer
     return replace(found, again=lambda changed: of(_module(changed), optimizer=kind))
 
@@ -167,7 +167,7 @@ def _together(proved: tuple[Finding, ...], outcome: Outcome, notes: tuple[str, .
     """All findings, ranked. If the model was seen to learn, `healthy` comes first and the others become notes."""
     learnt = [f for f in outcome.findings if f.code == "healthy"]
     if learnt:
-        # That the loss falls says nothing against a target that is read off the input: it is what follows from it.
+        # A falling loss does not refute that the target is visible in the input: it is the consequence.
         leaks = [f for f in proved if f.code == "target_in_input"]
         rest = [replace(f, severity="note") if f.severity == "warning" else f for f in proved if f not in leaks]
         told = [f for f in leaks if f.severity != "note"]
@@ -234,7 +234,7 @@ def _check(model: Any, batch: tuple[Any, ...], loss: Any, step: Any, budget: Any
 def _record(name: str, m: Measured) -> LayerDiagnosis:
     verdict, cause = judge(m)
     curve = tuple(m.curve.tolist())
-    # One step or one sample gives no rate: none is made up.
+    # A single step or sample has no rate, so none is reported.
     if m.evidence["offered"] < 2 or len(m.slopes) < 2:
         return LayerDiagnosis(
             name, m.place.cell.name, verdict, cause, math.nan, (math.nan, math.nan), None, m.decay.reach, m.lag,

@@ -68,7 +68,7 @@ def verification_page(proved: "Verification") -> str:
 
 
 def change(was: "Diagnosis", now: "Diagnosis", *facts: list[str]) -> str:
-    """The section that compares two diagnoses: what was found, further facts (name, before, after), each layer."""
+    """The section that compares two diagnoses: findings, further facts (name, before, after), each layer."""
     codes = [
         ", ".join(dict.fromkeys(_status(d)[0] if f.code == "healthy" else f.code for f in d.findings))
         for d in (was, now)
@@ -92,7 +92,7 @@ def change(was: "Diagnosis", now: "Diagnosis", *facts: list[str]) -> str:
 
 
 def diagnosis_preview(found: "Diagnosis") -> Preview:
-    """The card of the page. Its large type is about the gradient only where nothing else was found to be at fault."""
+    """The card of the page. Its large type is about the gradient only if no other fault was found."""
     drawn = _shortest_first(found.layers)
     fault = next((f for f in found.findings if f.severity != "note" and f.code not in OF_REACH), None)
     if fault is not None:
@@ -104,7 +104,7 @@ def diagnosis_preview(found: "Diagnosis") -> Preview:
 
 
 def verification_preview(proved: "Verification") -> Preview:
-    """The card of the page: of the layer whose gradient reached least before the change, what it was and what it is."""
+    """The card of the page: the reach before and now in the layer whose gradient reached least before the change."""
     about, says = f"{proved.later.model}, before and after", f"After the change: {proved.later.headline}"
     return change_preview(about, proved.earlier, proved.later, "cured" if proved.cured else "not cured", says)
 
@@ -123,7 +123,7 @@ def change_preview(about: str, was: "Diagnosis", now: "Diagnosis", otherwise: st
 
 
 def _shortest_first(layers: "Mapping[str, LayerDiagnosis]") -> "list[LayerDiagnosis]":
-    """Those with a curve, by the fraction of the steps that their gradient reaches over."""
+    """The layers with a curve, sorted by the fraction of the steps over which their gradient reaches."""
     return sorted((d for d in layers.values() if len(d.curve) > 1), key=lambda d: d.reach / max(d.lag, 1))
 
 
@@ -135,7 +135,7 @@ def _losses(was: "Diagnosis", now: "Diagnosis") -> list[list[str]]:
 
 
 def _status(found: "Diagnosis") -> tuple[str, Tone]:
-    """A word on how it stands, which is not "healthy" where that was not proved."""
+    """The state of the model in a word, which is "healthy" only where that was proved."""
     count = sum(f.severity != "note" for f in found.findings)
     if count:
         worst = found.findings[0].severity
@@ -234,7 +234,7 @@ def _tried(found: "Diagnosis") -> str:
 
 
 def layer_tables(layers: "Mapping[str, LayerDiagnosis]") -> str:
-    """The section with what was measured of each layer, in numbers and in words."""
+    """The section with the measurement of each layer, in numbers and in words."""
     rows = [
         [name, d.cell, d.verdict, _reach(d), "" if d.half_life is None else f"{d.half_life:.3g} steps", _rate(d)]
         for name, d in layers.items()
@@ -252,7 +252,7 @@ def _rate(d: "LayerDiagnosis") -> str:
 
 
 def notes_and_words(found: "Diagnosis") -> str:
-    """The sections at the end: what could not be tested, and what the page's words mean."""
+    """The sections at the end: what could not be tested, and a glossary."""
     words = listed((f"{name}: {text}" for name, text in MEANS.items()), kind="note") if found.layers else ""
     return section("Notes", listed(_joined(found.notes), kind="note"), name="notes") + section(
         "What the words mean", words, name="words"
@@ -260,7 +260,7 @@ def notes_and_words(found: "Diagnosis") -> str:
 
 
 def _joined(notes: tuple[str, ...]) -> list[str]:
-    """Notes that say the same of several modules, as one."""
+    """Notes that say the same about several modules, merged into one."""
     names: dict[str, list[str]] = {}
     for note in notes:
         name, colon, text = note.partition(": ")

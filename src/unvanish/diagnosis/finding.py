@@ -39,7 +39,7 @@ CODES = (
     "not_learnable_from_input",
     "healthy",
 )
-"""Ranked: a cause stands before what is only its symptom. Inputs of size 1,000 saturate the gates, which leaves weights
+"""Ranked: a cause comes before its symptoms. Inputs of size 1,000 saturate the gates, which leaves weights
 without a gradient and answers that do not move with the input: `input_scale` comes first."""
 
 

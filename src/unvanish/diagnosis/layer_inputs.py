@@ -1,4 +1,4 @@
-"""What each recurrent layer or cell of a model is given, and which errors come back to it, in one pass both ways.
+"""The input of each recurrent layer or cell of a model and the gradients at its output, from one training pass.
 
 The pass runs on a copy: the user's model, its gradients, buffers, mode and random numbers stay as they are.
 """
@@ -30,7 +30,7 @@ from unvanish.nn.recurrent import Recurrent
 
 @dataclass
 class Given:
-    """One recurrent module: its input over all steps, and the error at its output; time-major, the user's order."""
+    """One recurrent module: its input over all steps, and the gradient at its output; time-major, the user's order."""
 
     path: str
     layer: SequenceModule
@@ -41,11 +41,11 @@ class Given:
     lengths: Tensor
     """[B]"""
     error: Tensor
-    """[T, B, D·R] ∂E/∂h_t of the last layer, as it came from outside"""
+    """[T, B, D·R] ∂E/∂h_t of the last layer, from outside the module"""
     cuts: tuple[int, ...] = ()
     """steps whose incoming state was detached from the step before"""
     elsewhere: bool = False
-    """whether error also came in through the states handed out at the end, of c or of lower layers"""
+    """whether a gradient also arrived through the returned final states, those of c or of lower layers"""
     cell: bool = False
     """whether it is a cell that the model steps by hand"""
 
@@ -60,9 +60,9 @@ class _Call:
     lengths: Tensor
     hx: tuple[Tensor, ...] | None
     goes_on: bool
-    """whether it starts from just the state that the call before returned"""
+    """whether it starts from exactly the state that the previous call returned"""
     cut: bool
-    """and that without its graph"""
+    """whether that state arrived without its graph"""
     final: tuple[Tensor, ...]
     packed: PackedSequence | None
     batch_first: bool
@@ -72,7 +72,7 @@ class _Call:
 
     @property
     def reached(self) -> bool:
-        """Whether an error came back to it."""
+        """Whether a gradient came back to it."""
         came = (*self.final_error.values(), *(() if self.error is None else (self.error,)))
         return any(bool((error != 0).any()) for error in came)
 
@@ -91,7 +91,7 @@ def capture(model: nn.Module, loss: Callable[[nn.Module], Tensor], seed: int) ->
     """Run `loss(copy of model)` forward and backward, and observe every nn.RNN, nn.LSTM and nn.GRU, and their cells.
 
     Returns:
-        What was found, and notes on what recurs and could not be followed.
+        The layers found, and notes on recurrent parts that could not be followed.
 
     Raises:
         TypeError: model is not a module.
@@ -159,7 +159,7 @@ def _keep(call: Call, calls: dict[str, list[_Call]], last: dict[str, Returned]) 
         lengths = torch.full((B,), T) if lengths is None else lengths.cpu()
     given, before = as_states(call.hx), last.get(call.name)
     found = link(given, before)
-    # Measured is what comes of the inputs alone: a state that was changed in between starts a sequence of its own.
+    # Only the effect of the inputs is measured: a state that was changed in between starts a new sequence.
     unchanged = found is not None and before is not None and _same(given, before.states)
     last[call.name] = returned(call.states)
     kept = _Call(
@@ -181,7 +181,7 @@ def _rows(h: Tensor) -> Tensor:
 
 
 def _joined(path: str, module: SequenceModule, calls: list[_Call]) -> Given:
-    """Calls that go on from each other's last state, as one sequence: the longest such chain that an error reaches."""
+    """Calls that continue from each other's last state, as one sequence: the longest chain that a gradient reaches."""
     chains: list[list[_Call]] = []
     for call in calls:
         goes_on = chains and call.goes_on and not module.bidirectional

@@ -1,4 +1,4 @@
-"""What is measured of one layer and direction: separate error sources over the lag, and what may be behind it."""
+"""The measurement of one layer and direction: separate error sources over the lag, and their possible causes."""
 
 import math
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from unvanish.flow.stack import Stack, run_stack
 from unvanish.nn.modules import LayerDirection, layer_directions
 
 EXPONENT_STEPS = 4096
-"""the last ones, over which the leading Lyapunov exponent is averaged: more would not make it more certain"""
+"""the last steps, over which the leading Lyapunov exponent is averaged: more would not make it more certain"""
 SOURCES = 6
-"""error sources that are followed, at most"""
+"""the most error sources that are followed"""
 FRACTION = 0.01
-"""of the error at lag 0 that still counts as having arrived"""
+"""the fraction of the gradient at lag 0 that still counts as arriving"""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Measured:
 
     place: LayerDirection
     above: int
-    """layers between it and the output, at which the errors are made"""
+    """layers between it and the output, where the errors enter"""
     curve: Tensor
     """[ℓ] ln‖∂E_k/∂s_{k−ℓ}‖ relative to lag 0 over sources and samples, see `middle`"""
     slopes: Tensor
@@ -78,7 +78,7 @@ def _measure_place(
     T, layer = len(x), given.layer
     made = (error != 0).any(-1) & (torch.arange(T)[:, None] < lengths[None, :]).to(error.device)
     if not bool(made.any()):
-        # The error came in through c, or through lower layers: a random one in its place, at each sample's last step.
+        # The error entered through c or lower layers: it is replaced by a random one at each sample's last step.
         direction = torch.randn(error.shape[-1], generator=torch.Generator().manual_seed(seed)).to(error)
         last = (lengths - 1).to(error.device)
         error[last, torch.arange(error.shape[1])] = direction
@@ -147,14 +147,14 @@ def _spread(steps: list[int]) -> list[int]:
 
 
 def _cut(relative: Tensor, cuts: tuple[int, ...], k: int, reverse: bool) -> None:
-    """Nothing passes a state that was detached."""
+    """Set the gradient to 0 beyond a state that was detached."""
     before = [c for c in cuts if c <= k]
     if before and not reverse:
         relative[:, k - before[-1] + 1 :] = -torch.inf
 
 
 def slope(curve: Tensor) -> float:
-    """Of a line through the finite values of a curve; NaN where there are fewer than two."""
+    """The slope of a line through the finite values of a curve; NaN where there are fewer than two."""
     present = curve.isfinite()
     if int(present.sum()) < 2:
         return math.nan
@@ -215,7 +215,7 @@ def half_width(values: Tensor) -> float:
 def _sensitivity(
     given: Given, place: LayerDirection, fed: Tensor | PackedSequence, hx: object, error: Tensor, k: int
 ) -> float:
-    """‖∂E_k/∂W‖ ‖W‖ / (‖∂E_k/∂h_k‖ ‖h_k‖): by how many times its size the state answers a change of the weights."""
+    """‖∂E_k/∂W‖ ‖W‖ / (‖∂E_k/∂h_k‖ ‖h_k‖): the relative change of the state per relative change of the weights."""
     wanted = [w for w in place.weights[:2] if w is not None]
     with torch.enable_grad():
         for w in wanted:
@@ -228,5 +228,5 @@ def _sensitivity(
     norm = math.hypot(*(float(d.norm()) for d in gradients))
     weights = math.hypot(*(float(w.norm()) for w in wanted))
     below = float((error[k].norm(dim=-1) * h[k].detach().norm(dim=-1)).sum())
-    # A gradient beyond float64 counts as e⁷⁰⁰, which is near the end of its range.
+    # A gradient beyond float64 counts as e⁷⁰⁰, which is near the end of float64's range.
     return (norm if math.isfinite(norm) else math.exp(700.0)) * weights / below if below > 0 else math.nan

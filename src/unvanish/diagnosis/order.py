@@ -7,7 +7,7 @@ from torch import Tensor
 
 LAGS = (1, 2, 3, 4)
 CERTAIN, APART = 6.0, 2.0
-"""standard errors of a correlation with neighbours that are no accident; times that of the other axis"""
+"""standard errors from which a correlation with neighbours is no accident; how many times that of the other axis"""
 
 
 def axis_of_time(main: Tensor, others: Iterable[Tensor]) -> int | None:
@@ -16,9 +16,9 @@ def axis_of_time(main: Tensor, others: Iterable[Tensor]) -> int | None:
     z = √N min(|ρ_ℓ|, |mean(p)| / std(p)),    p: the N products of neighbours, summed over features
 
     the largest over lags ℓ = 1 … 4 of the input with itself, of a target of the same two axes with itself, and of the
-    one with the other. The second tells where few products make up the sum, as in a copy task, whose steps are blank
-    but for a few. The means over both axes are taken away first: what all samples have at one step would else look like
-    dependence among samples. Ids are replaced by random codes.
+    input with the target. The second term matters where few products make up the sum, as in a copy task, where all but
+    a few steps are blank. The means over both axes are subtracted first: otherwise a value that all samples share at
+    one step would look like dependence among samples. Ids are replaced by random codes.
     """
     series = [_series(t) for t in (main, *others) if t.dim() >= 2 and t.shape[:2] == main.shape[:2]]
     strength = [max((_dependence(a, b, axis) for a in series for b in series), default=0.0) for axis in (0, 1)]
@@ -47,7 +47,7 @@ def _dependence(a: Tensor, b: Tensor, axis: int) -> float:
         size = (early.square().sum() * late.square().sum()).sqrt()
         if float(size) > 0:
             rho = float((early * late).sum() / size)
-            # Taking the means away makes neighbours differ by -1/length of their own accord.
+            # Subtracting the means alone gives neighbours a correlation of -1/length.
             products = (early * late).sum(2)
             root = products.numel() ** 0.5
             student = float(products.mean().abs() / products.std().clamp_min(1e-300)) * root

@@ -32,7 +32,7 @@ class Prediction:
     bar: float
     """loss of the best constant answer on the same samples"""
     updates: int
-    """that each copy was trained for, at most"""
+    """the most updates that each copy was trained for"""
 
     def __str__(self) -> str:
         return (
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def code(self) -> str:
-        """The plan as Python that runs as it stands where `model` is defined; "" if there is nothing to do."""
+        """The plan as Python code that runs unchanged where `model` is defined; "" if there is nothing to do."""
         if not self.steps:
             return ""
         lines = "\n".join(step.code for step in self.steps)
@@ -110,7 +110,7 @@ class Plan:
 
 
 class _Snapshot:
-    """What a model looked like: its modules' children, settings and own tensors."""
+    """A snapshot of a model: its modules' children, settings and own tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

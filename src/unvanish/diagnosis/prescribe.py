@@ -35,14 +35,14 @@ def prescribe(
     measure: Callable[[nn.Module], dict[str, LayerDiagnosis]],
     seed: int,
 ) -> tuple[Prescription, ...]:
-    """For every module with a bad layer: those that heal first, in the order in which they disturb least."""
+    """Cures for every module with a bad layer: those that heal first, then in order of the least disturbance."""
     untried = _untried(model, given, found, seed)
     advice = [p for p in untried if p.act is None]
     return (*advice, *_best_first(_predicted(p, model, measure) for p in untried if p.act is not None))
 
 
 def _untried(model: nn.Module, given: list[Given], found: dict[str, LayerDiagnosis], seed: int) -> list[Prescription]:
-    """Everything that fits, nothing measured."""
+    """All cures that fit, not yet measured."""
     out: list[Prescription] = []
     for module in given:
         names = {module.name(place) for place in layer_directions(module.layer)}
@@ -59,7 +59,7 @@ def _untried(model: nn.Module, given: list[Given], found: dict[str, LayerDiagnos
 def _predicted(
     p: Prescription, model: nn.Module, measure: Callable[[nn.Module], dict[str, LayerDiagnosis]]
 ) -> Prescription:
-    """With what it does to a copy; without the record of having been applied to it, which would keep it alive."""
+    """The change with its effect on a copy; without the record of its application, which would keep the copy alive."""
     return replace(p, predicted=measure(p.apply(detached_copy(model))), _undo={})
 
 
@@ -106,7 +106,7 @@ def _both(first: Act | None, second: Act) -> Act:
 
 
 def _cell_cures(module: nn.Module, worst: LayerDiagnosis, seed: int) -> Iterator[_Candidate]:
-    """What changes the recurrence itself."""
+    """The changes to the recurrence itself."""
     lag = worst.lag
 
     def drawn() -> torch.Generator:
@@ -161,7 +161,7 @@ def _scale_input(module: nn.Module, factor: float) -> nn.Module:
 
 
 def _gru(module: nn.Module, max_lag: float, seed: int) -> nn.Module:
-    """Its successor; of ours, if it is ours."""
+    """The successor of a module; one of unvanish's for a module of unvanish."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ours = isinstance(module, EngineSequence)

@@ -30,8 +30,8 @@ BAD = ("vanishes", "explodes", "chaotic", "saturated", "dead")
 class LayerDiagnosis:
     """The measured reach of the gradient in one recurrent layer and direction.
 
-    With s the state that the cell remembers by (c for the LSTM, h for the others), all of it is about
-    ‖∂E_k/∂s_{k−ℓ}‖ over the lag ℓ in steps, relative to its value at ℓ = 0.
+    All values describe ‖∂E_k/∂s_{k−ℓ}‖ over the lag ℓ in steps, relative to its value at ℓ = 0, where s is the state
+    that serves as the cell's memory (c for the LSTM, h for the others).
     """
 
     name: str
@@ -39,7 +39,7 @@ class LayerDiagnosis:
     cell: str
     verdict: Verdict
     cause: str
-    """what the verdict rests on, in words, with the numbers"""
+    """the reasons for the verdict, in words, with the numbers"""
     rate: float
     """slope of ln‖∂E_k/∂s_{k−ℓ}‖ over ℓ, in nats per step; −∞ where nothing remains after one step; NaN for a single
     sample or fewer than two steps"""
@@ -50,7 +50,7 @@ class LayerDiagnosis:
     reach: int
     """the largest lag, in steps, at which at least 1 % of the gradient remains"""
     lag: int
-    """the largest lag that was looked at, in steps: the one given, or the longest in the batch"""
+    """the largest lag measured, in steps: the given one, or the longest in the batch"""
     evidence: dict[str, float]
     """the numbers behind the verdict, by name"""
     curve: tuple[float, ...] = field(repr=False, default=())
@@ -178,7 +178,7 @@ class Verification:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What is found now."""
+        """The findings after the change."""
         return self.later.findings
 
     @property
@@ -251,8 +251,8 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
     tried: tuple["Tried", ...]
     """the copies that were trained"""
     chance: float | None
-    """probability that the model as it is learns within `interventions.chance.HORIZON` updates, from what a copy of it
-    did; None if no copy was trained"""
+    """probability that the unchanged model learns within `interventions.chance.HORIZON` updates, estimated from the
+    training of a copy; None if no copy was trained"""
     prescribe: Callable[[], tuple[Prescription, ...]] = field(repr=False, compare=False)
     """measures single changes that extend the reach"""
     again: Callable[[nn.Module], "Diagnosis"] = field(repr=False, compare=False)
@@ -269,7 +269,7 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
 
     @property
     def headline(self) -> str:
-        """The result in a sentence: what the first finding says."""
+        """The result in a sentence: that of the first finding."""
         return self.findings[0].says
 
     @property
@@ -316,8 +316,8 @@ class Diagnosis(Mapping[str, LayerDiagnosis]):
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the diagnosis as one self-contained page: headline, gradient per layer, findings with proofs, plan,
-        copies that were trained, layers, notes. It needs neither network nor script. Beside it lies its card, 1200 ×
-        630, as PNG and SVG ("page-card.png").
+        copies that were trained, layers, notes. It needs neither network nor script. Its card, 1200 × 630, is written
+        next to it as PNG and SVG ("page-card.png").
 
         Raises:
             OSError: the file can't be written.

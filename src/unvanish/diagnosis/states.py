@@ -1,6 +1,6 @@
 """How far the gradient reaches through states outside torch's layers: named by their module, or marked.
 
-Only autograd's graph is known of them, so there is a rate, a reach and a verdict, but no cause.
+Only their autograd graph is known, so there is a rate, a reach and a verdict, but no cause.
 """
 
 import math
@@ -68,7 +68,7 @@ def _unusable(seen: list[Tensor]) -> str | None:
 
 
 def _diagnosed(name: str, curves: Tensor, lag: int | None) -> LayerDiagnosis:
-    """From ln‖∂E_T/∂h_{T−ℓ}‖ relative to lag 0 `[B, T]`."""
+    """The reach, from ln‖∂E_T/∂h_{T−ℓ}‖ relative to lag 0 `[B, T]`."""
     offered = curves.shape[1] - 1
     wanted = offered if lag is None else min(lag, offered)
     curve, arriving = middle(curves[:, : wanted + 1])

@@ -1,4 +1,4 @@
-"""What is being done, on stderr, once a diagnosis takes longer than two seconds on a terminal."""
+"""A status line on stderr, shown once a diagnosis takes longer than two seconds on a terminal."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""What is diagnosed: a model together with the batch and loss, or the step, that it is trained with."""
+"""The subject of a diagnosis: a model together with the batch and loss, or the step, used to train it."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -49,7 +49,7 @@ class Subject:
             raise ValueError("batch: expected the model's input and its target")
 
     def twin(self) -> nn.Module:
-        """A deep copy to experiment on; what belonged to an earlier graph is detached in it."""
+        """A deep copy to experiment on, in which tensors of an earlier graph are detached."""
         return detached_copy(self.model)
 
     def answers(self, model: nn.Module, inputs: tuple[Any, ...], **named: Any) -> list[Tensor]:
@@ -94,7 +94,7 @@ class Subject:
 
     @property
     def _given(self) -> bool:
-        """Whether the batch was handed over in parts."""
+        """Whether the batch was passed in parts."""
         return self.step is None and not self.lightning
 
     @cached_property
@@ -112,7 +112,7 @@ class Subject:
     @cached_property
     def _layout(self) -> tuple[int | None, tuple[int, ...]]:
         """(samples, axes in the order in which they are looked at)"""
-        # A training_step may leave the model's own forward out, and work on the batch itself.
+        # A training_step may bypass the model's own forward and work on the batch itself.
         items = self.inputs if self.lightning and not any(self.call) else self.call
         packed = _packed(items)
         if packed:
@@ -172,16 +172,16 @@ class Subject:
 
     @property
     def samples(self) -> int | None:
-        """How many the batch holds; None if no axis agrees among inputs and target."""
+        """The number of samples in the batch; None if no axis agrees among inputs and target."""
         return self._layout[0]
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """The axes in which the samples are looked for, in this order."""
+        """The axes that are tried as the axis of the samples, in this order."""
         return self._layout[1]
 
     def rows(self, items: Any, index: Tensor) -> Any:
-        """These samples of every tensor that has an axis of them, in the same structure; the rest as it is."""
+        """These samples of every tensor with an axis of samples, in the same structure; other tensors unchanged."""
         samples, axes = self._layout
         if samples is None:
             raise ValueError("samples: no axis of the batch was recognised as the samples")
@@ -194,7 +194,7 @@ class Subject:
 
     @contextmanager
     def rng(self, seed: int = 0) -> Iterator[None]:
-        """Within, random numbers start from this seed; after it they go on as if nothing had been drawn."""
+        """Start random numbers from this seed within the block; afterwards they continue as if none had been drawn."""
         import numpy as np
 
         devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
@@ -213,7 +213,7 @@ class Subject:
 
 
 def _agreement(size: int, others: list[Tensor]) -> int:
-    """How well the others' axes agree with so many samples."""
+    """How well the other tensors' axes agree with this number of samples."""
     score = 0
     for other in others:
         if other.shape[0] == size:

@@ -1,4 +1,4 @@
-"""One training pass of a copy, as seen from outside: what its modules and torch's functions were given and returned."""
+"""One training pass of a copy, seen from outside: the arguments and results of its modules and of torch's functions."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,10 +25,10 @@ class Called:
     path: str
     """innermost module that was running"""
     inside: bool
-    """whether the model was running; else it is the loss's or the step's own call"""
+    """whether the model was running; otherwise the call belongs to the loss or the step"""
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """By position or by name."""
+        """The argument at this position or with this name."""
         return self.args[position] if len(self.args) > position else self.options.get(name, default)
 
 
@@ -44,12 +44,12 @@ class ModuleCall:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """Tensors that it was given."""
+        """The tensors among its arguments."""
         return tensors((self.args, self.options))
 
     @property
     def outputs(self) -> list[Tensor]:
-        """Tensors that it returned."""
+        """The tensors that it returned."""
         return tensors(self.output)
 
 
@@ -71,7 +71,7 @@ COMPARING = {
 
 
 class Trace(TorchFunctionMode):
-    """A context: while it is entered, calls of modules of `model` and of torch's functions are noted."""
+    """A context that records the calls of `model`'s modules and of torch's functions."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -133,11 +133,11 @@ class Pass:
     answers: list[Tensor] = field(default_factory=list)
     """floating-point outputs of the model's first call"""
     error: Exception | None = None
-    """what the pass raised"""
+    """the error that the pass raised"""
 
 
 def traced(model: nn.Module, loss: Callable[[nn.Module], Tensor], *, backward: bool = True) -> Pass:
-    """Run the loss of this model forward and backward, and note what happens."""
+    """Run the loss of this model forward and backward, and record its calls."""
     trace = Trace(model)
     done = Pass(model, trace)
     try:

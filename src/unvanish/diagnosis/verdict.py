@@ -8,12 +8,12 @@ import torch
 from unvanish.diagnosis.measure import FRACTION, Measured
 
 Verdict = Literal["vanishes", "healthy", "explodes", "chaotic", "saturated", "dead", "undecided"]
-"""what a layer's measurement says about its gradient"""
+"""the possible verdicts on a layer's gradient"""
 
 MOST = 0.5
 """a share of units or steps that counts as most of them"""
 TOO_SENSITIVE = 1.0
-"""times its own size that one step of Adam changes a state"""
+"""the change of a state by one step of Adam, relative to the state's size"""
 
 
 def judge(m: Measured) -> tuple[Verdict, str]:
@@ -58,9 +58,9 @@ def judge(m: Measured) -> tuple[Verdict, str]:
 
 
 def _explodes(m: Measured) -> bool:
-    """More than a hundredfold at the lag, or its square on the way; by stretching, not by the number of ways.
+    """More than a hundredfold at the lag, or its square on the way; by stretching, not by the number of paths.
 
-    A layer with m layers above it is reached over a lag ℓ along C(ℓ + m, m) ways, over lag 0 along one.
+    A layer with m layers above it is reached over a lag ℓ along C(ℓ + m, m) paths, over lag 0 along one.
     """
     hundredfold = -math.log(FRACTION)
     each = m.curve - torch.tensor([_log_ways(lag, m.above) for lag in range(len(m.curve))])
@@ -78,7 +78,7 @@ def _left(e: dict[str, float]) -> str:
 
 
 def _lost(m: Measured) -> str:
-    """For how many errors no gradient remains."""
+    """The share of errors of which no gradient remains, in words."""
     lost = 1 - m.evidence["arriving"]
     if lost == 0:
         return ""

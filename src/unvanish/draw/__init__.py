@@ -1,7 +1,7 @@
 """Pictures from arrays: matplotlib axes, a notebook card, and (`page`, `strips`) self-contained pages.
 
 Belongs here: how numbers with names become axes, strips and pages, in one style.
-Does not: anything that knows a record, a layer or a model; whoever has measured hands over the numbers.
+Does not: anything that depends on a record, a layer or a model; the caller passes the numbers.
 """
 
 from unvanish.draw.axes import figure_of, label, new_axes

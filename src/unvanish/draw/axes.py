@@ -1,4 +1,4 @@
-"""Axes, their ticks and their words."""
+"""Axes, their ticks and their labels."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from unvanish.draw.style import short
 
 _END = "unvanish-line-end"
-"""what marks the labels at the lines' ends"""
+"""the tag of the labels at the lines' ends"""
 
 
 def new_axes(width: float = 6.4, height: float = 3.8) -> Axes:
@@ -23,7 +23,7 @@ def new_axes(width: float = 6.4, height: float = 3.8) -> Axes:
 
 
 def figure_of(ax: Axes) -> Figure:
-    """The figure that the axes lie in."""
+    """The figure that contains the axes."""
     figure = ax.get_figure(root=True)
     assert isinstance(figure, Figure)
     return figure
@@ -86,17 +86,17 @@ def label_ends(ax: Axes, apart: float = 0.055) -> Axes:
 
 
 def _letters(label: str) -> int:
-    """How many letters of a label are seen, of formulas too."""
+    """The number of visible letters of a label, including formulas."""
     return len(re.sub(r"\\[a-zA-Z]+|\\\|", "x", label).translate(str.maketrans("", "", "${}_^\\")))
 
 
 def power(value: float, position: float | None = None) -> str:
-    """A tick that stands for a power of ten; of a range so short that it has no whole ones, the number."""
+    """The label of a tick at a power of ten; in a range too short for whole powers, the number itself."""
     return f"$10^{{{value:g}}}$" if value and float(value).is_integer() else f"{10**value:.2g}"
 
 
 def powers_of_ten(ax: Axes) -> None:
-    """The y axis holds exponents."""
+    """Label the y axis, whose values are exponents, with powers of ten."""
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_formatter(power)
 
@@ -112,6 +112,6 @@ def round_steps(low: float, high: float) -> list[float]:
 
 
 def label(name: str) -> str:
-    """A name, not too long, that starts no formula with "$" and is not left out of the legend for its "_"."""
+    """A name, shortened if too long, whose "$" starts no formula and whose "_" does not hide it from the legend."""
     name = short(name).replace("$", r"\$")
     return "\u200b" + name if name.startswith("_") else name

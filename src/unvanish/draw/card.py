@@ -1,4 +1,4 @@
-"""How something shows itself in a notebook: a picture, and the facts in words."""
+"""The display of an object in a notebook: a picture, and the facts in words."""
 
 from base64 import b64encode
 from html import escape

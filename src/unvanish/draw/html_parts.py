@@ -1,4 +1,4 @@
-"""A self-contained page out of plain parts: opens offline, needs no script, follows the reader's light or dark."""
+"""A self-contained page from plain parts: opens offline, needs no script, follows the reader's light or dark theme."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import Literal
 
 Tone = Literal["good", "some", "bad", ""]
-"""colours a tag or the edge of a card; the text beside it says the same"""
+"""the colour of a tag or of a card's edge; the text beside it says the same"""
 
 
 def page(title: str, *parts: str) -> str:
@@ -30,18 +30,18 @@ def page(title: str, *parts: str) -> str:
 
 
 def prose(text: str) -> str:
-    """Text as HTML, escaped; what stands between backticks is code."""
+    """Text as HTML, escaped; text between backticks becomes code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def top(kicker: str, headline: str, tag: str = "", tone: Tone = "") -> str:
-    """The head of the page: what it is about, and the result in one sentence."""
+    """The head of the page: its subject, and the result in one sentence."""
     label = f' · <span class="tag {tone}">{escape(tag)}</span>' if tag else ""
     return f'<p class="kicker">{escape(kicker)}{label}</p>\n<h1>{prose(headline)}</h1>'
 
 
 def section(title: str, *parts: str, name: str = "") -> str:
-    """A heading and what follows it; "" where nothing does."""
+    """A heading and its content; "" if there is no content."""
     body = "\n".join(part for part in parts if part)
     return f'<section id="{name}">\n<h2>{escape(title)}</h2>\n{body}\n</section>' if body else ""
 
@@ -59,7 +59,7 @@ def listed(items: Iterable[str], *, numbered: bool = False, kind: Literal["", "n
 
 
 def code(text: str) -> str:
-    """Code, selected whole by a click."""
+    """Code that one click selects as a whole."""
     return f'<pre tabindex="0" aria-label="code">{escape(text.rstrip())}</pre>'
 
 
@@ -82,7 +82,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = F
     """A table that scrolls where it is too wide; "" without rows.
 
     Args:
-        heads: of the columns; the first column names the row.
+        heads: the columns' headings; the first column names the row.
         rows: cells as plain text.
         text: whether the cells are sentences, which wrap, instead of numbers.
     """

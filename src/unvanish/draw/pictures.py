@@ -16,7 +16,7 @@ LOWEST, TOP = (-8.0, -20.0, -60.0), 2.0
 """powers of ten of the gradient over the lag: the axis begins at the first that no curve falls below, else at the last,
 so that pictures can be compared"""
 SPAN = 16
-"""powers of ten from the brightest to the darkest colour of a map, whatever it holds"""
+"""powers of ten from the brightest to the darkest colour of a map, whatever its values"""
 RELATIVE = r"$\|\partial E_T/\partial s_{T-\ell}\|$ relative to lag 0"
 
 
@@ -24,9 +24,9 @@ class Norms(NamedTuple):
     """The norms of one state's gradient."""
 
     name: str
-    """of the layer; curves of one layer share a colour"""
+    """the layer's name; curves of one layer share a colour"""
     symbol: str
-    """of the state: h, c"""
+    """the state's symbol: h, c"""
     values: np.ndarray
     """[T, B]"""
     lengths: np.ndarray
@@ -43,7 +43,7 @@ class Band(NamedTuple):
 
 
 def norms_over_time(found: Sequence[Norms], ax: Axes | None = None) -> Axes:
-    """Norms over the step, on a logarithmic axis: median over samples, band from 10 % to 90 %; of a single layer with
+    """Norms over the step, on a logarithmic axis: median over samples, band from 10 % to 90 %; for a single layer with
     a line at 1 % of the largest."""
     ax = ax or new_axes()
     names = list(dict.fromkeys(norm.name for norm in found))
@@ -75,10 +75,10 @@ def over_lag(
     """‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0 over the lag ℓ, in powers of ten, from natural logarithms.
 
     Args:
-        curves: name → `[T]`, shifted to 0 at lag 0; or a band, drawn as it is.
+        curves: name → `[T]`, shifted to 0 at lag 0; or a band, drawn without a shift.
         ax: where to draw.
         mark: the fraction of the gradient that counts as reached, at which a line is drawn.
-        low: the power of ten that the axis begins at; None: `lowest` of these curves.
+        low: the power of ten where the axis begins; None: `lowest` of these curves.
     """
     ax = ax or new_axes()
     low, high = lowest(curves.values()) if low is None else low, TOP
@@ -103,7 +103,7 @@ def over_lag(
 
 
 def lowest(curves: Iterable[Sequence[float] | Band]) -> float:
-    """The power of ten that an axis for these curves begins at, one of `LOWEST`."""
+    """The power of ten where an axis for these curves begins, one of `LOWEST`."""
     least = 0.0
     for curve in curves:
         values = decades(curve.middle if isinstance(curve, Band) else curve)
@@ -157,8 +157,8 @@ def lines(
 def heat_map(
     steps: Sequence[int] | np.ndarray, sources: Sequence[int], log_norms: Any, y_label: str, ax: Axes | None = None
 ) -> Axes:
-    """ln‖∂E_k/∂s_t‖ `[K, T]` of every source k over the step t, as colours of powers of ten, the largest the
-    brightest, and what lies `SPAN` powers below it or more the darkest."""
+    """ln‖∂E_k/∂s_t‖ `[K, T]` of every source k over the step t, as colours of powers of ten: the largest value is the
+    brightest, values `SPAN` powers below it or more are the darkest."""
     ax = ax or new_axes(5.6, 4.4)
     powers = np.ma.masked_invalid(np.array(log_norms, dtype=float) / LN10)
     edges = (np.asarray(v) for v in (steps, sources))
@@ -173,8 +173,8 @@ def heat_map(
 
 
 def histogram(counts: np.ndarray, edges: np.ndarray, steps: int, ax: Axes | None = None) -> Axes:
-    """How many units have which time constant, on a logarithmic axis from 1 step to 10·T, at least 100, the same for
-    every model; what lies outside is counted at its end. T, the length of the sequences in steps, is marked."""
+    """The distribution of the units' time constants, on a logarithmic axis from 1 step to 10·T, at least 100, the same
+    for every model; values outside are counted at its ends. T, the length of the sequences in steps, is marked."""
     ax, longest = ax or new_axes(), max(100.0, 10.0 * steps)
     ax.axvline(steps, color="0.4", linewidth=0.8, linestyle=":")
     ax.text(steps, 0.99, " T", color="0.35", fontsize=7, va="top", transform=ax.get_xaxis_transform())

@@ -1,4 +1,4 @@
-"""The picture that a link to a page is previewed by: 1200 × 630, the result in large type over its curves."""
+"""The preview picture for links to a page: 1200 × 630, the result in large type over its curves."""
 
 import os
 from bisect import bisect_left
@@ -24,28 +24,28 @@ EDGE = 60
 SCALE = (-8.0, 0.5)
 """powers of ten, the same on every card"""
 CURVES = 4
-"""at most, beginning with the first"""
+"""the most curves on a card, beginning with the first"""
 LETTERS = 400
-"""more than any line has room for; what is longer need not be laid out"""
+"""more letters than any line has room for; the rest of a longer text is not laid out"""
 PALE = Line("#767676", "none", "-")
-"""what the other curves are compared with"""
+"""the curve that the others are compared with"""
 _DPI = 96
 """SVG's pixels per inch, so that both formats have the same size"""
 
 
 class PreviewCurve(NamedTuple):
-    """The gradient that remains, over the lag."""
+    """The fraction of the gradient remaining, over the lag."""
 
     name: str
-    """at the end of the line"""
+    """shown at the end of the line"""
     powers: Sequence[float | None]
     """powers of ten relative to lag 0, from lag 0 on; None or −∞ where nothing remains"""
     pale: bool = False
-    """what the other curves are compared with: grey and thin"""
+    """whether the others are compared with this curve, which is drawn grey and thin"""
 
 
 class Preview(NamedTuple):
-    """What stands on the card."""
+    """The content of the card."""
 
     about: str
     """the model or task"""
@@ -62,7 +62,7 @@ def before_and_after(was: int, now: int) -> str:
 
 
 def preview_paths(page: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Where the PNG and the SVG of a page lie: "page.html" → "page-card.png", "page-card.svg"."""
+    """The paths of a page's PNG and SVG: "page.html" → "page-card.png", "page-card.svg"."""
     path = Path(page)
     return path.with_name(f"{path.stem}-card.png"), path.with_name(f"{path.stem}-card.svg")
 
@@ -97,7 +97,7 @@ def preview_files(card: Preview) -> tuple[bytes, bytes]:
 def _words(
     figure: Figure, text: str, lines: int, top: float, points: float, colour: str, weight: str = "normal"
 ) -> None:
-    """Text from the left edge, broken between words into at most this many lines; longer text ends in "…"."""
+    """Draw text from the left edge, broken between words into at most this many lines; longer text ends in "…"."""
     drawn = figure.text(
         EDGE / WIDTH, 1 - top / HEIGHT, "", fontsize=points, color=colour, weight=weight, va="top", parse_math=False
     )
@@ -124,7 +124,7 @@ def fitted(text: str, lines: int, fits: Callable[[str], bool]) -> str:
 
 
 def _most(number: int, fits: Callable[[int], bool]) -> int:
-    """The largest n ≤ number that fits, by bisection: what fits also fits when it is shorter."""
+    """The largest n ≤ number that fits, by bisection: every shorter text fits too."""
     return bisect_left(range(1, number + 1), True, key=lambda n: not fits(n))
 
 
@@ -152,7 +152,7 @@ def _draw(figure: Figure, curves: Sequence[PreviewCurve]) -> None:
 
 
 def _names(ax: Axes, heights: list[tuple[float, str, str]], room: float) -> None:
-    """Names at the right of the picture, at the heights where their lines end, moved apart where they would meet."""
+    """Draw names to the right of the picture, at the heights where their lines end, moved apart where they overlap."""
     gap, place = 0.9, -np.inf
     placed = []
     for height, name, colour in sorted(heights):

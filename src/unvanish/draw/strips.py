@@ -8,18 +8,18 @@ from typing import Literal, NamedTuple
 from unvanish.draw.html_parts import Tone
 
 POINTS = 300
-"""of a curve at most, so that a page stays small"""
+"""the most points of a curve, so that a page stays small"""
 WIDTH, HEIGHT = 1000, 100
-"""of a chart, in its own units"""
+"""the size of a chart, in its own units"""
 ROOM = 1.08
-"""of the longest bar, so that the line at its end is seen"""
+"""the length of the axis relative to the longest bar, so that the line at its end is visible"""
 
 
 class Curve(NamedTuple):
     """Powers of ten over x."""
 
     name: str
-    """in the key"""
+    """shown in the key"""
     kind: Literal["main", "second", "ghost"]
     x: Sequence[float]
     y: Sequence[float]
@@ -34,7 +34,7 @@ class Strip(NamedTuple):
     """the result, at the end of the row's heading"""
     tone: Tone
     says: str
-    """the result in a sentence, for readers that do not see the picture"""
+    """the result in a sentence, for readers who can't see the picture"""
     curves: Sequence[Curve]
     mark: float | None = None
     """x at which a line is drawn"""
@@ -52,11 +52,11 @@ class Bar(NamedTuple):
 
 
 class Axes(NamedTuple):
-    """What all rows have in common."""
+    """The axes shared by all rows."""
 
     x: tuple[float, float]
     y: tuple[float, float]
-    """powers of ten; a curve ends where it leaves them for good, and runs along the edge where it comes back"""
+    """powers of ten; a curve ends where it leaves the range for good, and runs along the edge where it comes back"""
     x_name: str
     ticks: Sequence[tuple[float, str]]
     """(power of ten, label)"""
@@ -80,7 +80,7 @@ def strips(rows: Sequence[Strip], axes: Axes, caption: str) -> str:
 
 
 def bars(rows: Sequence[Bar], caption: str) -> str:
-    """Bars from 0 on one axis as HTML; the rows' words alone where a value or a limit is negative, and no bar fits."""
+    """Bars from 0 on one axis as HTML; only the rows' text if a value or limit is negative, so that no bar fits."""
     finite = [v for row in rows for v in (row.value, row.limit) if math.isfinite(v)]
     most = ROOM * max(finite, default=0.0)
     drawn = most > 0 and min(finite) >= 0

@@ -1,5 +1,5 @@
-"""One palette for all pictures: Okabe & Ito's colours, darkened to a contrast of at least 3 : 1 on white, and told
-apart by dash too, so they survive greyscale print."""
+"""One palette for all pictures: Okabe & Ito's colours, darkened to a contrast of at least 3 : 1 on white, with a
+different dash for each, so that lines stay distinguishable in greyscale print."""
 
 import math
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ def decades(log_norm: Iterable[float]) -> list[float | None]:
 
 
 def short(name: str, most: int = 40) -> str:
-    """A name that leaves room for the picture."""
+    """A name shortened to leave room for the picture."""
     return name if len(name) <= most else name[: most - 1] + "…"
 
 

@@ -1,4 +1,4 @@
-"""What a call must be before it runs: the kernels read raw memory, so nothing may differ from what they take it for."""
+"""Checks of a call before it runs: the kernels read raw memory and take shape, dtype and device for granted."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from unvanish.cells import Cell, State, Weights
 
 
 def check_layer(cell: Cell, x: Tensor, state: State, w: Weights) -> None:
-    """x `[T, B, I]`, the initial state and the weights fit each other.
+    """Check that x `[T, B, I]`, the initial state and the weights fit each other.
 
     Raises:
         ValueError: a shape does not fit.
@@ -44,7 +44,7 @@ def check_layer(cell: Cell, x: Tensor, state: State, w: Weights) -> None:
 
 
 def check_errors(x: Tensor, y: Tensor, final: State, dy: Tensor | None, dfinal: tuple[Tensor | None, ...]) -> None:
-    """dy and dfinal fit the outputs y and final of a layer that read x.
+    """Check that dy and dfinal fit the outputs y and final of a layer that read x.
 
     Raises:
         ValueError: a shape does not fit.
@@ -57,7 +57,7 @@ def check_errors(x: Tensor, y: Tensor, final: State, dy: Tensor | None, dfinal: 
 
 
 def check_cut(cut: Tensor | None, x: Tensor) -> None:
-    """`cut` says of each step of x `[T, B, I]` whether it is one.
+    """Check that `cut` has one flag for each step of x `[T, B, I]`.
 
     Raises:
         ValueError: it is not a bool tensor `[T]` on the CPU.
@@ -68,7 +68,7 @@ def check_cut(cut: Tensor | None, x: Tensor) -> None:
 
 
 def whole_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
-    """`[B]` int64, on the device of x `[T, B, I]`.
+    """The lengths as `[B]` int64, on the device of x `[T, B, I]`.
 
     Raises:
         ValueError: they are not one whole number from 0 to T per sample.

@@ -1,11 +1,11 @@
-"""Which is faster over a call, the engine or torch's own layer: a rule fitted by `benchmarks/dispatch.py`.
+"""Whether the engine or torch's own layer is faster for a call: a rule fitted by `benchmarks/dispatch.py`.
 
-In the engine less in torch's layer, a call of W = G·H·(I + H) weights over T steps of B samples costs
+The time in the engine minus the time in torch's layer, for W = G·H·(I + H) weights and T steps of B samples, is
 
     F + p·W − T·(s + g·B·W)   microseconds
 
-F the overhead of the engine's Python, p the cost of laying out a weight, s what torch spends on a step beside its
-product, g what the engine gains on a multiply-add. Fitted on one thread of an AMD Zen 5 with AVX-512, in float32.
+F is the overhead of the engine's Python code, p the cost of packing a weight, s torch's cost per step besides the
+product, and g the engine's gain per multiply-add. Fitted on one thread of an AMD Zen 5 with AVX-512, in float32.
 """
 
 from typing import NamedTuple
@@ -33,20 +33,20 @@ CALLS: dict[tuple[str, bool], Call] = {
     ("GRU", False): Call(56.4, 0.000396, 10.5, 1.69e-05),
     ("GRU", True): Call(154, 0.00255, 102, 3.82e-05),
 }
-"""(torch's name of the layer's mode, training) → its costs; else the engine runs. An LSTM does not train on torch's
-layer, however short the call: in float32 that has no second derivatives and forbids changing its output"""
+"""(torch's name of the layer's mode, training) → its costs; without an entry the engine runs. An LSTM never trains on
+torch's layer, however short the call: in float32 it has no second derivatives and its output can't be modified"""
 LAYER = "torch's layer is faster for so short a call"
 STEPS = "torch's cell is faster for so few steps"
 FEW = 2
-"""steps over which an LSTM trains by torch's LSTMCell: 1.4 to 3 times as fast as torch's layer over one step, 1.0 to
-1.3 times over two, slower from three on; that layer lays out its weights anew at each call"""
+"""up to this many steps an LSTM trains with torch's LSTMCell: 1.4 to 3 times as fast as torch's layer for one step, 1.0
+to 1.3 times for two, slower from three on; torch's layer packs its weights again at each call"""
 
 
 def faster_in_torch(mode: str, T: int, B: int, weights: int, dtype: torch.dtype, training: bool) -> str | None:
-    """Why torch is faster over a call, as the end of a sentence: `STEPS` where its cell is, step by step; else its
-    layer. None: it is not.
+    """Why torch is faster for a call, as the end of a sentence: `STEPS` if its cell is faster, called step by step;
+    else the reason for its layer. None: the engine is faster.
 
-    In less than single precision torch alone has kernels.
+    Below single precision only torch has kernels.
     """
     if dtype not in (torch.float32, torch.float64):
         return f"torch has kernels for {dtype}, the engine has none" if torch_internals.multiplies(dtype) else None

@@ -21,7 +21,7 @@ _forced: str | None = None
 
 @dataclass(frozen=True)
 class Choice:
-    """The rung that runs, and what kept each faster one from it."""
+    """The rung that runs, and why each faster one does not."""
 
     rung: str
     declined: dict[str, str]
@@ -49,7 +49,7 @@ def _obstacle(
 
 
 def _disadvantage(rung: str, x: Tensor) -> str | None:
-    """Why `rung`, which can run, had better leave it to a later one unless it is forced."""
+    """Why a later rung should run instead of `rung`, although `rung` can, unless it is forced."""
     if rung == "fused" and x.device.type == "cpu":
         return "on the CPU the manual rung is faster"
     if rung == "fused" and len(x) == 1:
@@ -65,8 +65,8 @@ def _known(rung: str) -> str:
 
 @contextmanager
 def force(rung: str) -> Iterator[None]:
-    """Every sequence of the process runs on `rung` in the block: "native", "fused", "manual" or "reference"; an error
-    where it can't.
+    """Run every sequence of the process on `rung` within the block: "native", "fused", "manual" or "reference"; raises
+    an error where it can't.
     """
     global _forced
     before, _forced = _forced, _known(rung)
@@ -93,8 +93,8 @@ def explain(
     clip: float | None = None,
     cut: bool = False,
 ) -> Choice:
-    """The rung that `run` takes for this cell, an input like x, states and weights like `others`, this `clip`, and
-    `cut` steps or none; and why not a faster one. Tensors that are left out count as ordinary.
+    """The rung that `run` uses for this cell, an input like x, states and weights like `others`, this `clip`, with or
+    without `cut` steps; and why no faster one. Tensors that are not passed are assumed to be ordinary.
 
     Raises:
         ValueError: `rung` names no rung.
@@ -138,11 +138,11 @@ def run(
         lengths: `[B]`, the number of steps of each sample; None: T for all. After its last step a sample's state is
             held and y is 0; what x holds there is not read.
         reverse: read from the last step to the first; y stays in input order.
-        clip: the largest 2-norm, per sample, of the error handed from one step to the one before; None: unbounded.
+        clip: the largest 2-norm, per sample, of the gradient passed from a step to the one before; None: unbounded.
         rung: force "native", "fused", "manual" or "reference"; None: the fastest that supports the call.
-        record: notified of gate statistics and error norms; on the native rung, where gradients are enabled.
-        cut: `[T]` bool on the CPU, True at steps t whose matrices hand no error to t − 1, so that it goes there through
-            the carry alone: h-detach (Kanuparthi et al. 2019). On every rung but the fused one.
+        record: notified of gate statistics and gradient norms; on the native rung, where gradients are enabled.
+        cut: `[T]` bool on the CPU, True at steps t whose matrices pass no gradient to t − 1, which it then reaches
+            only through the carry: h-detach (Kanuparthi et al. 2019). On every rung but the fused one.
 
     Returns:
         y `[T, B, R]` and the final state.
@@ -178,7 +178,7 @@ def trace(
     """`run` with every state and gate kept. Differentiable, on the fused or the manual rung, where an input requires
     gradients.
 
-    adjoint_follows: keep what makes `adjoint` cheaper, at the price of memory until it has run (the fused rung keeps
+    adjoint_follows: keep what makes `adjoint` cheaper, at the cost of memory until it has run (the fused rung keeps
     the kernel's graph).
     """
     check_layer(cell, x, state, w)
@@ -212,7 +212,7 @@ def adjoint(
         return native_trace.adjoint(tr, dy, dfinal, clip, cut)
     if cut is None and tr.fused is not None and clip is None:
         return fused.adjoint(tr, dy, dfinal)
-    # Any trace is as good for the manual rung, which clips and cuts; an error where another one is forced.
+    # The manual rung, which clips and cuts, takes any rung's trace; an error where another rung is forced.
     if tr.fused is not None and _forced is not None:
         explain(tr.cell, tr.x, clip=clip, cut=cut is not None)
     return manual.adjoint(tr, dy, dfinal, clip, cut)

@@ -16,20 +16,20 @@ from unvanish import torch_internals
 
 
 class UnsupportedError(Exception):
-    """What was recorded is not a graph of the known operations; the message says why, as part of a sentence."""
+    """The function is not a graph of the known operations; the message gives the reason, as part of a sentence."""
 
 
 class Node(NamedTuple):
-    """One value: of an operation on others, of an input, or a constant."""
+    """One value: an input, a constant, or the result of an operation on other values."""
 
     op: str
     args: tuple[int, ...] = ()
     key: Any = None
-    """of an input its name; of a constant its number"""
+    """the name of an input, the number of a constant"""
 
 
 class Graph:
-    """Nodes in the order in which they were made, so that arguments come before what is made from them."""
+    """Nodes in the order of their creation, so that arguments precede the nodes that use them."""
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
@@ -47,11 +47,11 @@ class Graph:
         return self._node(Node(op, given), (op, given))
 
     def input(self, name: Any) -> int:
-        """A value that is given."""
+        """The node of the input with this name."""
         return self._node(Node("input", (), name), ("input", name))
 
     def constant(self, value: float) -> int:
-        """The same number everywhere."""
+        """The node of a constant."""
         return self._node(Node("constant", (), float(value)), ("constant", struct.pack("d", value)))
 
     def _is(self, number: int, value: float) -> bool:
@@ -64,7 +64,7 @@ class Graph:
         return self._known[key]
 
     def reachable(self, ends: Iterable[int], leaves: Iterable[int] = ()) -> list[int]:
-        """The nodes that these are made from, themselves among them, arguments first; `leaves` are not looked into."""
+        """These nodes and all that they depend on, arguments first; the search stops at `leaves`."""
         stop, found = set(leaves), dict[int, None]()
         stack = [(end, False) for end in reversed(list(ends))]
         while stack:
@@ -104,7 +104,7 @@ def _clamp(g: Graph, x: int, low: int | None = None, high: int | None = None) ->
 
 
 def _true(g: Graph, x: int) -> int:
-    """x ≠ 0 as a mask; of a mask itself."""
+    """x ≠ 0 as a mask; a mask is returned unchanged."""
     return x if g.nodes[x].op in MASKS else g("ne", x, 0.0)
 
 
@@ -119,7 +119,7 @@ _SAME = (
     *("exp", "expm1", "log", "log1p", "sigmoid", "tanh", "relu", "sin", "cos", "tan", "atan", "erf", "floor", "ceil"),
     *("round", "trunc", "sqrt", "abs", "neg", "sign", "maximum", "minimum", "eq", "ne", "lt", "le"),
 )
-"""ATen operations that are called the same in the interpreter"""
+"""ATen operations with the same name in the interpreter"""
 
 _AGAIN = (
     *("detach", "alias", "clone", "contiguous", "view", "_unsafe_view", "reshape", "expand", "lift_fresh", "positive"),
@@ -174,7 +174,7 @@ CREATED = {
     **dict.fromkeys(("ones_like", "ones", "new_ones"), 1.0),
     **dict.fromkeys(("full_like", "full", "new_full", "scalar_tensor"), None),
 }
-"""operations that make a tensor of one number; None: the number is their last positional argument"""
+"""operations that fill a tensor with one number; None: the number is their last positional argument"""
 
 CONVERSIONS = ("_to_copy", "convert_element_type", "to")
 
@@ -184,26 +184,26 @@ def _scaled(g: Graph, x: int, by: int | None) -> int:
 
 
 class Recorder(TorchDispatchMode):
-    """Records into `graph` what happens to the tensors given as inputs, as long as it is entered.
+    """Records the operations on its input tensors into `graph` while the mode is active.
 
-    All of them have one shape and dtype. An operation that is not known is decomposed into those that are, where torch
-    can; else the recording ends with an `UnsupportedError`.
+    All inputs have the same shape and dtype. An unknown operation is decomposed into known ones where torch can do so;
+    otherwise the recording ends with an `UnsupportedError`.
     """
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         super().__init__()
         self.graph = Graph()
         self._shape, self._dtype = shape, dtype
-        self._held: list[Tensor] = []  # a storage that is freed could return as another
+        self._held: list[Tensor] = []  # keeps tensors alive: a freed storage could be reused
         self._numbers: dict[int, int] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: it never runs while a graph is captured, and to be skipped costs the import of the compiler, a second."""
+        """False: it never runs while a graph is captured, and True would import the compiler, which takes a second."""
         return False
 
     def input(self, tensor: Tensor, name: Any) -> Tensor:
-        """`tensor`, known under this name from now on."""
+        """Register `tensor` as the input of this name; returns the tensor."""
         self._bind(tensor, self.graph.input(name))
         return tensor
 
@@ -211,7 +211,7 @@ class Recorder(TorchDispatchMode):
         """The node whose value a tensor holds.
 
         Raises:
-            UnsupportedError: the tensor is not made from the inputs.
+            UnsupportedError: the tensor is not computed from the inputs.
         """
         storage, key = tensor.untyped_storage(), torch_internals.storage_key(tensor)
         if key not in self._numbers:

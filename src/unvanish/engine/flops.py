@@ -14,8 +14,8 @@ def forward(
 
 
 def backward(dy: Any, dh: Any, dc: Any, x: Shape, h0: Shape, c0: Any, *given: Any, **_: Any) -> int:
-    """The gradients of the weights, as many products as forward; the error on its way through W_hh between steps and
-    through W_hr at every step, and through W_ih where x wants it."""
+    """The gradients of the weights, as many products as forward; the gradient's products with W_hh between steps, with
+    W_hr at every step, and with W_ih where x requires its gradient."""
     w_ih, w_hh, w_hr = given[0], given[1], given[4]
     T, B = x[:2]
     want_dx = given[-1]

@@ -1,19 +1,19 @@
 """The fused rung: torch's own kernels for whole sequences, on any device that has them; no loop over steps in Python.
 
-A kernel keeps its δ to itself, so it is run on the input's share of the pre-activations instead of on the input:
+A kernel does not return its δ, so it is run on the input's share of the pre-activations instead of on the input:
 
     p = W_ih x + b_ih for all steps at once, then the kernel with weight_ih = I, bias_ih = 0 and frozen weights:
-    y and the final states come out, and the gradient of p is δp
+    it returns y and the final states, and the gradient of p is δp
 
-What else a trace holds follows from these for all steps at once (`unvanish.cells.TorchKernel`): gates by one product,
-c by a scan. So does the way back: with δq from δp,
+The rest of a trace follows from these for all steps at once (`unvanish.cells.TorchKernel`): gates by one product, c by
+a scan. So does the adjoint: with δq from δp,
 
     δh_t = ∂E_t/∂h_t + W_hhᵀ δq_{t+1}        and where a state carries itself, δs_t = arrived_t + C_{t+1} ⊙ δs_{t+1}
 
-which is a scan again. Products are those of the dtype: TF32 would round the identity product.
+which is a scan too. Products have the full precision of the dtype: TF32 would round the identity product.
 
 Memory: a sequence is read in pieces of some 10⁶ numbers. A kernel's graph is kept between trace and adjoint where the
-caller says that the adjoint follows and the sequence is short; else the adjoint runs each piece forward once more.
+caller says that the adjoint follows and the sequence is short; otherwise the adjoint runs each piece forward again.
 """
 
 from collections.abc import Sequence
@@ -31,15 +31,15 @@ from unvanish.engine.scan import scan_
 from unvanish.engine.sequence import active_steps, states_before, transform, without_padding
 
 PIECE_ELEMENTS = 2**22
-"""of p that go through the kernel at a time"""
+"""elements of p that go through the kernel at a time"""
 PIECE_STEPS = 64
-"""at least: a kernel keeps the weights on the chip, and loads them anew for every piece"""
+"""the fewest steps of a piece: a kernel keeps the weights on the chip and reloads them for every piece"""
 GRAPH_ELEMENTS = 2**24
-"""of p for which the kernel's graph is kept from trace to adjoint, in all"""
+"""elements of p, in all, up to which the kernel's graph is kept from trace to adjoint"""
 
 
 class _Graph(NamedTuple):
-    """A piece run forward."""
+    """The graph of a piece that has run forward."""
 
     leaves: list[Tensor]
     """p, and the states before the piece"""
@@ -48,13 +48,13 @@ class _Graph(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """What the adjoint needs of a trace beside its states and gates."""
+    """What the adjoint needs from a trace besides its states and gates."""
 
     reading: Reading
     pieces: list[Piece]
     weights: list[Tensor]
     graphs: list[_Graph]
-    """of the pieces, in order, until the adjoint has used them; or empty"""
+    """those of the pieces, in order, until the adjoint has used them; or empty"""
     lengths: Tensor | None
 
 
@@ -130,7 +130,7 @@ def _forward(cell: Cell, x: Tensor, w: Weights, ran: Ran, piece: Piece, state: S
     """Run a piece from the states before it, the longest samples first."""
     p = cell.project(ran.reading.take(x, piece), w)
     if not cell.rectifies:
-        # An infinite pre-activation saturates its gate; in the identity product it would make NaN of all the others.
+        # An infinite pre-activation saturates its gate; the identity product would turn all the others into NaN.
         p.clamp_(-torch.finfo(p.dtype).max, torch.finfo(p.dtype).max)
     leaves = [p, *(s.clone() for s in state)]
     with torch.set_grad_enabled(graph):
@@ -141,7 +141,7 @@ def _forward(cell: Cell, x: Tensor, w: Weights, ran: Ran, piece: Piece, state: S
 
 
 def _kept(cell: Cell, x: Tensor, w: Weights, before: Tensor, y: Tensor, steps: int) -> Tensor:
-    """The gates of all steps, computed some at a time."""
+    """The gates of all steps, computed a few steps at a time."""
 
     def part(span: slice) -> Tensor:
         def shares() -> tuple[Tensor, Tensor]:
@@ -164,8 +164,8 @@ def _kept(cell: Cell, x: Tensor, w: Weights, before: Tensor, y: Tensor, steps: i
 def _other(
     parts: tuple[Tensor, Tensor], initial: Tensor, lengths: Tensor | None, active: Tensor | None, reverse: bool
 ) -> Tensor:
-    """A state that carries itself, `[T, B, H]`: s_t = keep_t ⊙ s_{t-1} + add_t in the order of reading; 0 where a
-    sample is inactive."""
+    """A state with a carry, `[T, B, H]`: s_t = keep_t ⊙ s_{t-1} + add_t in reading order; 0 where a sample is
+    inactive."""
     keep, add = parts
     if active is not None:
         add = torch.where(active, add, 0.0)
@@ -190,7 +190,7 @@ def _add_at(into: Tensor, factor: Tensor | None, v: Tensor, lengths: Tensor | No
 
 @torch.no_grad()
 def adjoint(tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...]) -> manual.Deltas:
-    """As `unvanish.engine.manual.adjoint`, for a trace of this rung; gives the weights' gradients along."""
+    """As `unvanish.engine.manual.adjoint`, for a trace of this rung; also returns the weights' gradients."""
     assert tr.fused is not None
     assert tr.kept is not None
     ran: Ran = tr.fused
@@ -223,13 +223,13 @@ def adjoint(tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ..
 
 
 def _earlier(reverse: bool) -> slice:
-    """All steps that another one is read after; of `not reverse`: all that are read after another one."""
+    """All steps but the last one read; `_earlier(not reverse)`: all but the first one read."""
     return slice(1, None) if reverse else slice(None, -1)
 
 
 def _back(carry: Tensor, arrived: Tensor, tr: manual.Trace) -> Tensor:
-    """δs_t = arrived_t + C_{t+1} ⊙ δs_{t+1} against the order of reading; 0 where a sample is inactive."""
-    # Of the step read last no entry counts.
+    """δs_t = arrived_t + C_{t+1} ⊙ δs_{t+1} against the reading order; 0 where a sample is inactive."""
+    # The roll wraps around to the step read last, whose entry has no effect.
     found = scan_(carry.roll(1 if tr.reverse else -1, 0), arrived, backwards=not tr.reverse)
     return found if tr.active is None else torch.where(tr.active, found, 0.0)
 

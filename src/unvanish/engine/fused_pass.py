@@ -72,7 +72,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _places(w: Weights, first: int) -> list[int]:
-    """Where, among all inputs, the weights stand that a kernel is given; a bias that is missing stands nowhere."""
+    """The positions, among all inputs, of the weights that a kernel takes; a missing bias has none."""
     biased = w.b_ih is not None or w.b_hh is not None
     return [first + i for i, v in enumerate(w[:5]) if v is not None or (biased and i in (2, 3))]
 
@@ -110,7 +110,7 @@ def trace(
         before = states_before(y, state[0], lengths, reverse)
         tr = manual.Trace(cell, w, x, (before,), (y,), final, active, reverse)
         for (keep, add), initial in zip(cell.torch_kernel.others(tr.gates), state[1:], strict=True):
-            # What a sample holds before its first step and after its last is its state then.
+            # Before its first step and after its last, a sample keeps its state.
             if active is not None:
                 keep, add = torch.where(active, keep, 1.0), torch.where(active, add, 0.0)
             first = slice(-1, None) if reverse else slice(0, 1)

@@ -22,7 +22,7 @@ from unvanish.engine.sequence import active_steps, clip_rows, cut_steps, states_
 
 
 class Ran(NamedTuple):
-    """What the programs need to go back."""
+    """What the programs need for the backward pass."""
 
     given: State
     """the initial states"""
@@ -53,7 +53,7 @@ class Trace(Point):
         self.final, self.active, self.reverse = final, active, reverse
         self.native, self.ran, self.fused = native, ran, fused
         """final: the states after the last step read; active: [T, B, 1], None when all samples have T steps; native:
-        what the native rung needs to go back, None when another ran; ran, fused: likewise for the manual rung's
+        what the native rung's backward needs, None when another ran; ran, fused: likewise for the manual rung's
         programs and the fused rung. x is 0 at inactive steps."""
 
     @cached_property
@@ -177,12 +177,12 @@ def adjoint(
 
 
 def _places(cell: Cell, d: Partials, dq: Tensor) -> list[tuple[str, Tensor, Tensor, bool]]:
-    """What each state adds to δq: (a, K_a, where it goes in dq, whether it is the first to go there)."""
+    """What each state adds to δq: (a, K_a, its place in dq, whether it is the first to be written there)."""
     order = {gate: i for i, gate in enumerate(cell.sources)}
     written: set[str] = set()
     found = []
     for a, (gates, k) in d.by_state(cell).items():
-        # Gates that stand side by side, and are all new or all there already, go in one operation.
+        # Adjacent gates are written in one operation if all of them are new or all have been written before.
         run: list[int] = []
         for n, gate in enumerate(gates):
             if run and (order[gate] != order[gates[run[-1]]] + 1 or (gate in written) != (gates[run[-1]] in written)):
@@ -241,7 +241,7 @@ def weight_gradients(tr: Trace, flow: Deltas) -> Weights:
 
 def recurrent_pairs(at: Point, da_hh: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(δq^γ, the state that γ's matrix reads), `[..., n·H]` and `[..., R]`, in the order of the rows of W_hh; gates
-    that all read one state stand together."""
+    that all read one state are joined."""
     cell = at.cell
     sources = cell.sources
     gates = tuple(sources)
@@ -292,7 +292,7 @@ class _Manual(torch.autograd.Function):
 
 
 def how(cell: Cell, x: Tensor) -> str:
-    """Which of its ways this rung takes for a cell and an input like x."""
+    """How this rung runs a cell and an input like x."""
     why = stepped.obstacle(cell, x)
     return "in the kernels, by programs of its step" if why is None else f"in torch operations, {why}"
 

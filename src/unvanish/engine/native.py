@@ -65,7 +65,7 @@ def unreadable(given: Iterable[Tensor | None]) -> str | None:
 
 
 def arrived(d: Tensor | None) -> Tensor | None:
-    """An error that autograd or a caller hands in, as the kernels read it.
+    """A gradient that autograd or a caller passes in, as the kernels read it.
 
     Raises:
         RuntimeError: it has no plain memory.
@@ -99,7 +99,7 @@ class Layout(NamedTuple):
 
 
 def layout(cell: Cell, H: int, dtype: torch.dtype) -> Layout:
-    """Vector lanes, H rounded up to whole blocks, and the width of what is kept of the gates."""
+    """The vector lanes, H rounded up to whole blocks, and the width of the gates that are kept."""
     return _layout(NUMBER[cell.name], int(H), dtype, forced_isa())
 
 
@@ -109,17 +109,18 @@ def _layout(number: int, H: int, dtype: torch.dtype, isa: str | None) -> Layout:
 
 
 def block_rows(B: int) -> int:
-    """Samples that the kernels work on together, and keep their states beside each other."""
+    """How many samples the kernels process together, with their states stored side by side."""
     return _native.block_rows(B)
 
 
 def keeps_gates(cell: Cell, H: int, kept: Layout) -> bool:
-    """A plain RNN's gate is its state: where H fills whole blocks, y lies as the kernels would keep it."""
+    """Whether gates are stored apart from y. A plain RNN's gate is its state: where H fills whole blocks, y already has
+    the kernels' layout."""
     return len(cell.gates) > 1 or kept.saved != H
 
 
 def forced_isa() -> str | None:
-    """What UNVANISH_ISA says."""
+    """The value of UNVANISH_ISA; None: not set."""
     return os.environ.get("UNVANISH_ISA")
 
 
@@ -129,8 +130,8 @@ def call(name: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
 
 
 def pooled(like: Tensor, *shape: int) -> Tensor:
-    """Uninitialised memory that goes back to the kernels' pool: fresh pages cost as much as the arithmetic. What is
-    small malloc keeps mapped itself."""
+    """Uninitialised memory that is returned to the kernels' pool: fresh pages cost as much as the arithmetic. Small
+    blocks are left to malloc, which keeps them mapped."""
     count = math.prod(shape)
     if count * like.element_size() < 2**17:
         return like.new_empty(shape)
@@ -138,7 +139,7 @@ def pooled(like: Tensor, *shape: int) -> Tensor:
 
 
 def address(v: Tensor | None) -> int:
-    """Where v lies; 0, the null pointer, for what does not exist: None, or an empty tensor."""
+    """The address of v; 0, the null pointer, for None or an empty tensor."""
     return 0 if v is None else v.data_ptr()
 
 
@@ -155,7 +156,7 @@ def _layer(
     cell: int,
     reverse: bool,
 ) -> dict[str, int]:
-    """What both kernels are given of a layer, by the names in csrc/bindings.cpp."""
+    """The arguments that describe a layer to both kernels, by the names in csrc/bindings.cpp."""
     T, B, n_in, H, R = sizes(x, w_ih, w_hh, cell)
     return {
         "cell": cell,
@@ -206,9 +207,9 @@ def forward(
     closed: float,
     clear: bool = False,
 ) -> tuple[Tensor, ...]:
-    """(y, final h, final c, gates, cells); what does not exist is empty. With `closed` > 0 the gates' (mean, saturated,
-    Σ ln carry) follow. Where a sample is inactive `gates` and `cells` are undefined, or 0 with `clear`. `clip` and
-    `cut` are the backward pass's."""
+    """(y, final h, final c, gates, cells); those that the cell lacks are empty. With `closed` > 0 the gates' (mean,
+    saturated, Σ ln carry) follow. Where a sample is inactive `gates` and `cells` are undefined, or 0 with `clear`.
+    `clip` and `cut` are for the backward pass."""
     T, B, _, H, R = sizes(x, w_ih, w_hh, cell)
     y, h = pooled(x, T, B, R), x.new_empty(B, R)
     c = x.new_empty(0) if c0 is None else x.new_empty(B, H)
@@ -352,6 +353,6 @@ def gradient_shapes(
 
 
 def prepared(given: Sorted, w: Weights, cut: Tensor | None = None) -> list[Tensor | None]:
-    """What the kernels read, as they want it: x, h0, c0, w, lengths, cut."""
+    """The kernels' inputs in the form that they read: x, h0, c0, w, lengths, cut."""
     h0, c0 = (*given.state, None)[:2]
     return [*(None if v is None else v.contiguous() for v in (given.x, h0, c0, *w[:5])), given.lengths, cut]

@@ -42,7 +42,7 @@ def trace(
         final = tuple(s.index_select(0, given.back) for s in final)
     active = active_steps(lengths, T, x.device)
     if active is not None:
-        # The kernels write nothing there, and what lay in the memory may be a NaN.
+        # The kernels write nothing there, and the uninitialised memory may hold a NaN.
         values = torch.where(active.unsqueeze(-1), values, 0.0)
         states = [torch.where(active, s, 0.0) for s in states]
     before = tuple(states_before(s, s0, lengths, reverse) for s, s0 in zip(states, state, strict=True))
@@ -91,7 +91,7 @@ def adjoint(
     clip: float | None = None,
     cut: Tensor | None = None,
 ) -> manual.Deltas:
-    """As `unvanish.engine.manual.adjoint`, for a trace of this rung; gives the weights' gradients along."""
+    """As `unvanish.engine.manual.adjoint`, for a trace of this rung; also returns the weights' gradients."""
     assert tr.native is not None
     given, y, gates, cells = tr.native
     order = None if given.back is None else torch.argsort(given.back)

@@ -1,4 +1,4 @@
-"""What the operators demand of their arguments before a kernel reads memory at an address."""
+"""Checks of the operators' arguments before a kernel reads memory at an address."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _Shape = tuple[int, ...] | None
 
 
 class LayerTensors(NamedTuple):
-    """What both operators are given of a layer, in their order; shapes as in `unvanish.engine.native`."""
+    """The arguments that describe a layer to both operators, in order; shapes as in `unvanish.engine.native`."""
 
     x: Tensor
     h0: Tensor
@@ -32,7 +32,7 @@ SCHEMA = ", ".join(f"Tensor{'' if kind is Tensor else '?'} {v}" for v, kind in L
 
 
 def check_forward(layer: LayerTensors, *, cell: int, clip: float, save: bool, closed: float) -> None:
-    """The arguments of `unvanish::forward` fit each other; strides are free.
+    """Check that the arguments of `unvanish::forward` fit each other; strides are free.
 
     Raises:
         ValueError: a shape or value does not fit, or an argument is missing or superfluous.
@@ -48,7 +48,7 @@ def check_forward(layer: LayerTensors, *, cell: int, clip: float, save: bool, cl
 def check_backward(
     errors: Sequence[Tensor | None], layer: LayerTensors, kept: Sequence[Tensor], *, cell: int, clip: float
 ) -> None:
-    """The arguments of `unvanish::backward` fit each other, and what forward returned fits them; strides are free.
+    """Check that the arguments of `unvanish::backward` fit each other and what forward returned; strides are free.
 
     Args:
         errors: dy, dh, dc.

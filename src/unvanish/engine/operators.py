@@ -66,7 +66,7 @@ def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cut, cell, reverse, clip
 
 
 def _gradients(*given: Any) -> tuple[Tensor, ...]:
-    """The gradients of `native.backward`, as many as there always are: torch can't batch an operator that returns a
+    """The gradients of `native.backward`, always the same number: torch can't batch an operator that returns a
     list."""
     return tuple(native.backward(*given, want_delta=False, want_norms=False))
 
@@ -98,8 +98,8 @@ def _contiguous(given: Any) -> list[Tensor | None]:
 
 
 def keep(ctx: Any, layer: Sequence[Tensor | None], own: Tensor, gates: Tensor, cells: Tensor) -> None:
-    """Save a call's tensors for its backward, but for the biases: torch's layers let them be changed in between, since
-    only a graph of the gradients reads them."""
+    """Save a call's tensors for its backward, except the biases: torch's layers allow them to be changed in between,
+    since only a graph of the gradients reads them."""
     *most, b_ih, b_hh, w_hr, lengths, cut = layer
     ctx.save_for_backward(*most, w_hr, lengths, cut, own, gates, cells)
     ctx.biases = b_ih, b_hh
@@ -113,7 +113,7 @@ def kept(ctx: Any) -> tuple[Any, ...]:
 
 
 def check_biases(ctx: Any) -> None:
-    """Where the gradients are to have a graph of their own, it must be that of the biases that were read.
+    """Check, where the gradients get a graph of their own, that the biases are still those that the forward read.
 
     Raises:
         RuntimeError: a bias has been changed in place.
@@ -192,15 +192,15 @@ class _Eager(torch.autograd.Function):
         y, h, c, gates, cells = native.forward(*inputs)
         _keep_call(ctx, inputs, own_output(y, save=True), gates, cells)
         ctx.intact = not torch_internals.saved_tensors_hooked()
-        # Only what has a gradient: autograd takes its time over each output.
+        # Only outputs that have a gradient: autograd spends time on each one.
         return (y, h) if inputs[2] is None else (y, h, c)
 
     backward = staticmethod(_autograd)
 
 
 def is_direct(*arriving: Tensor | None) -> bool:
-    """Whether nothing but autograd sees a call: no graph is captured, no mode or transform is active, and what arrives
-    lies in plain memory. The dispatcher carries out what is pending, and knows subclasses."""
+    """Whether nothing but autograd sees a call: no graph is captured, no mode or transform is active, and all tensors
+    lie in plain memory. Otherwise the dispatcher is needed: it resolves pending operations and handles subclasses."""
     return (
         not torch.compiler.is_compiling()
         and not torch_internals.mode_active()

@@ -1,5 +1,5 @@
 """Products at the precision of their dtype: without autocast, and without the rounding to TF32 or bfloat16 that torch
-may be told to do inside a float32 product."""
+can be set to use inside a float32 product."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,14 +30,14 @@ def _exact_products(stack: ExitStack) -> None:
         stack.callback(_restore, whole, whole.fp32_precision)
         whole.fp32_precision = "ieee"
         for part in parts:
-            # Most parts follow the whole. One that was set by itself would follow nothing any more, once written to.
+            # Most parts follow the whole. A part that is written to no longer follows it, so only deviating ones are.
             if part.fp32_precision != "ieee":
                 stack.callback(setattr, part, "fp32_precision", part.fp32_precision)
                 part.fp32_precision = "ieee"
 
 
 def _restore(whole: Any, value: str) -> None:
-    """Set it back; where the value is that of the setting above, let it follow that one again."""
+    """Restore the setting; if its value equals that of the setting above, let it follow that one again."""
     whole.fp32_precision = "none"
     if whole.fp32_precision != value:
         whole.fp32_precision = value
@@ -55,11 +55,11 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """What is measured is not rounded on the way.
+    """Compute products at full precision within the block.
 
-    Autocast is a thread's own. The settings of products are the whole process's: they are changed when the first of
-    all threads enters and restored when the last has left, so that products of other threads are exact meanwhile, too
-    (and torch's older getter `cudnn.allow_tf32` raises an error, as it does whenever the newer settings differ).
+    Autocast is set per thread. The precision of products is set per process: it is changed when the first thread
+    enters and restored when the last one has left, so that products in other threads are exact meanwhile, too (and
+    torch's older getter `cudnn.allow_tf32` raises an error, as it does whenever the newer settings differ).
     """
     global _depth
     with without_autocast():

@@ -1,8 +1,8 @@
 """A cell's step and its derivative as programs for the kernels' interpreter.
 
 The step is recorded once per cell and dtype, followed by autograd's vector–Jacobian product: from the gradients that
-arrive at the states of a step it makes δq, δp, δv, what goes to s_{t-1} past the matrices, and the states' total
-gradients. The forward program keeps what the backward one reads and can't cheaply make again from the states.
+arrive at the states of a step it computes δq, δp, δv, the gradient that reaches s_{t-1} without passing the matrices,
+and the states' total gradients. The forward program keeps what the backward one can't cheaply recompute from them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ from unvanish.cells.cell import named
 from unvanish.engine.elementwise import Graph, Recorder, UnsupportedError
 
 KINDS = ("share", "before", "after", "vector", "kept", "arrived", "dq", "dp", "ds", "dv", "total")
-"""what an input or output of a program stands for, numbered as `Kind` in csrc/program.h"""
+"""the meaning of a program's input or output, numbered as `Kind` in csrc/program.h"""
 
 CHEAP = frozenset(
     (
@@ -28,17 +28,17 @@ CHEAP = frozenset(
         *("lt", "le", "eq", "ne", "where"),
     )
 )
-"""operations that cost no more than keeping their result would"""
+"""operations that cost no more than storing their result"""
 
 AROUND = ("project", "recur", "evaluate", "arguments", "advance", "completed", "shares")
-"""what a cell does around its step, in whose place the kernels multiply"""
+"""methods of a cell around its step that the kernels' products replace"""
 
 Place = tuple[str, int]
 """(kind, index)"""
 
 
 class Program(NamedTuple):
-    """As the kernels take it: five numbers per instruction, two per input and output."""
+    """A program in the kernels' format: five numbers per instruction, two per input and output."""
 
     code: list[int]
     inputs: list[int]
@@ -60,7 +60,7 @@ class Programs:
     def __init__(self, cell: Cell, dtype: torch.dtype, operations: Mapping[str, int]) -> None:
         self.cell, self._operations = cell, operations
         self.built: dict[Any, Any] = {}
-        """what the kernels made of `native`, by its arguments"""
+        """the kernels' cells made from `native`, by its arguments"""
         r = _record(cell, dtype)
         self._graph, self._names = r.graph, r.places
         self._states, self._back = r.states, r.back
@@ -73,7 +73,7 @@ class Programs:
         self._check_late()
 
     def _fuse_shares(self) -> None:
-        """A gate whose p and q enter as their sum alone gets that sum, which a product makes at no cost."""
+        """Replace p and q by their sum for gates that use nothing else; the product adds them at no extra cost."""
         g, cell = self._graph, self.cell
         gates = tuple(cell.sources)
         needed = g.reachable([*self._states, *self._back.values()])
@@ -119,7 +119,7 @@ class Programs:
         return sorted(wanted)
 
     def _makes(self, n: int, given: set[int]) -> bool:
-        """Whether cheap operations make this node from `given` and what is there anyway."""
+        """Whether cheap operations compute this node from `given` and the values that are available anyway."""
         node = self._graph.nodes[n]
         if n in given or n in self._free or node.op == "constant":
             return True
@@ -151,7 +151,7 @@ class Programs:
         return self._compile(ends, {n: place for place, n in self._names.items()}) if ends else NOTHING
 
     def backward(self, totals: bool) -> Program:
-        """Everything that the errors at the states lead to; with `totals` the states' total errors too."""
+        """All gradients that follow from those at the states; with `totals` the states' total gradients too."""
         same = self.p_from_q
         ends = {
             place: n
@@ -171,7 +171,7 @@ class Programs:
 
     @cached_property
     def p_from_q(self) -> list[int]:
-        """Per input gate the recurrent gate whose error is the same; −1 where there is none."""
+        """For each input gate the recurrent gate with the same gradient; −1 where there is none."""
         rows = {n: i for (kind, i), n in self._back.items() if kind == "dq"}
         found = []
         for i, gate in enumerate(self.cell.input_gates):
@@ -181,7 +181,7 @@ class Programs:
         return found
 
     def native(self, keep: bool, totals: bool) -> tuple[Any, ...]:
-        """What `_native.step_cell` makes a cell of."""
+        """The arguments from which `_native.step_cell` builds a cell."""
         cell, gates = self.cell, tuple(self.cell.sources)
         counts = [len(cell.input_gates), len(gates), len(cell.states), len(cell.vectors), len(self.kept) if keep else 0]
         back = (self.late_errors, self.backward(totals)) if keep else (NOTHING, NOTHING)
@@ -256,7 +256,7 @@ def _record_at(cell: Cell, dtype: torch.dtype, shape: torch.Size) -> _Recorded:
 
 
 def _assemble(g: Graph, ends: dict[Place, int], leaves: dict[int, Place], operations: Mapping[str, int]) -> Program:
-    """Instructions that make these outputs, with multiply–adds joined and temporaries reused after their last use."""
+    """Instructions for these outputs, with multiply–adds fused and temporaries reused after their last use."""
     order = g.reachable(ends.values(), leaves)
     uses: dict[int, int] = {}
     for n in order:
@@ -329,7 +329,7 @@ _KNOWN: WeakKeyDictionary[Cell, dict[Any, "Programs | str"]] = WeakKeyDictionary
 
 
 def programs(cell: Cell, dtype: torch.dtype, operations: Mapping[str, int]) -> "Programs | str":
-    """The programs of a cell as it is now, or why there are none."""
+    """The programs of a cell in its current state, or the reason why there are none."""
     own = [name for name in AROUND if getattr(type(cell), name) is not getattr(Cell, name)]
     if own:
         return f"the cell has its own {', '.join(own)}"
@@ -340,7 +340,7 @@ def programs(cell: Cell, dtype: torch.dtype, operations: Mapping[str, int]) -> "
     known = _KNOWN.setdefault(cell, {})
     key = dtype, constants
     if key not in known:
-        # A constant that changes makes other programs; those before are not kept.
+        # A changed constant needs new programs; the previous ones are dropped.
         for old in [k for k in known if k[0] == dtype]:
             del known[old]
         try:
@@ -354,7 +354,7 @@ def programs(cell: Cell, dtype: torch.dtype, operations: Mapping[str, int]) -> "
 
 
 def _constants(value: Any, depth: int = 5) -> Any:
-    """What a step may read of its cell, in a form that can be compared."""
+    """The attributes of a cell that its step may read, in a form that can be compared."""
     kind = type(value)
     if value is None or isinstance(value, bool | int | float | complex | str | torch.dtype | type):
         return kind, value

@@ -1,5 +1,5 @@
-"""A sequence in the order in which a layer reads it, in pieces, as torch's kernels take it: from the first step on,
-samples that have ended left out (packed, the longest sample first)."""
+"""A sequence in the order in which a layer reads it, split into pieces for torch's kernels: from the first step on,
+without samples that have ended (packed, the longest sample first)."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,12 +17,12 @@ class Piece(NamedTuple):
     last: int
     """the step after them"""
     sizes: Tensor | None
-    """[last − first] how many samples have each of the steps; None where all samples have all steps"""
+    """[last − first] the number of samples that have each step; None where all samples have all steps"""
     rows: Tensor | None
-    """[Σ sizes] where these lie in a sequence `[T·B, ...]`"""
+    """[Σ sizes] the indices of these samples' steps in a sequence `[T·B, ...]`"""
 
     def samples(self, B: int) -> int:
-        """How many samples have its first step."""
+        """The number of samples that have its first step."""
         return B if self.sizes is None else int(self.sizes[0])
 
 
@@ -36,7 +36,7 @@ class Reading:
             self._lengths, self._order = lengths.cpu().sort(descending=True, stable=True)
 
     def pieces(self, steps: int) -> Iterator[Piece]:
-        """Pieces of so many steps each, the last one shorter; what no sample has is left out."""
+        """Pieces of the given number of steps, the last one shorter; steps that no sample has are left out."""
         end = self.T if self._lengths is None else int(self._lengths.max())
         for first in range(0, end, steps):
             yield self._piece(first, min(end, first + steps))
@@ -57,7 +57,7 @@ class Reading:
         return part.flip(0) if self.reverse else part
 
     def put(self, into: Tensor, piece: Piece, part: Tensor) -> None:
-        """`take` the other way; into `[T, B, n]` is contiguous."""
+        """The inverse of `take`; `into` `[T, B, n]` must be contiguous."""
         if piece.rows is not None:
             into.view(-1, into.shape[-1]).index_copy_(0, piece.rows, part)
         else:

@@ -1,6 +1,6 @@
-"""A sequence measured in the passes that run it anyway: gates in the forward pass, errors in the backward.
+"""A sequence measured in the passes that run it anyway: gates in the forward pass, gradients in the backward.
 
-Only the native rung can: its kernels see every state, gate and δ while they are in registers.
+Only the native rung can do this: its kernels have every state, gate and δ in registers.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ SATURATED = 0.05
 
 
 class Statistics(NamedTuple):
-    """What the gates were like; float64, NaN where a sample is inactive."""
+    """Statistics of the gates; float64, NaN where a sample is inactive."""
 
     mean: Tensor
     """[T, B, G] each gate's mean value over its units"""
@@ -32,12 +32,12 @@ class Statistics(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """How large the error was; float64, 0 where a sample is inactive."""
+    """Norms of the gradient; float64, 0 where a sample is inactive."""
 
     h: Tensor
     """[T, B] ‖δh_t‖₂"""
     c: Tensor | None
-    """[T, B] ‖δc_t‖₂; None but for the LSTM"""
+    """[T, B] ‖δc_t‖₂; None except for the LSTM"""
     a: Tensor
     """[T, B, G] ‖δa_t‖₂ of each gate"""
     w: Tensor
@@ -49,20 +49,20 @@ Recompute = Callable[[], tuple[manual.Trace, Tensor | None, manual.Deltas]]
 
 
 class Recorder(Protocol):
-    """Notified of one layer and direction over one sequence."""
+    """An observer of one layer and direction over one sequence."""
 
     @property
     def awaits_backward(self) -> bool:
-        """Whether the backward pass is to be measured."""
+        """Whether to measure the backward pass."""
         ...
 
     def forward(self, statistics: Statistics) -> None:
-        """The forward pass has run; again where a checkpoint is recomputed."""
+        """Called after the forward pass, and again where a checkpoint is recomputed."""
         ...
 
     def backward(self, norms: Norms, gradients: Weights, recompute: Recompute) -> None:
-        """A backward pass has run. `norms` are those of all backward passes through this graph so far, as `.grad`
-        adds them up; `gradients` this one's ∂E/∂W."""
+        """Called after a backward pass. `norms` are of the sum over all backward passes through this graph so far, as
+        `.grad` adds them up; `gradients` are this pass's ∂E/∂W."""
         ...
 
 
@@ -101,7 +101,7 @@ class Pass:
         check_cut(cut, self.x)
         order = None if self._back is None else torch.argsort(self._back)
         dh, dc = (*(_contiguous(d, 0, order) for d in dfinal), None)[:2]
-        # A forward pass knows of no cut.
+        # The forward pass saved no cut.
         saved: Any = (*self._inputs[:-1], None if cut is None else cut.contiguous(), self._y, *self._kept)
         how = _how(self.cell, self.reverse, clip)
         out = native.backward(
@@ -148,7 +148,7 @@ class _Recorded(torch.autograd.Function):
         saved = operators.kept(ctx)
         x, h0, c0, *weights, lengths, cut, _, _, _ = saved
         given = [*errors, None][:3]
-        # Errors that arrive in a batch, or with no memory of their own, are not measured: the operator takes them.
+        # Gradients that are batched or have no memory of their own are not measured: the operator handles them.
         direct = operators.is_direct(*(None if d is None else torch_internals.materialised(d) for d in given))
         want_dx, awaits_backward = ctx.needs_input_grad[5], ctx.record.awaits_backward and direct
         out = None
@@ -186,7 +186,7 @@ def _recorded_backward(
 def _measured_backward(
     ctx: Any, saved: Any, errors: list[Tensor | None], want_dx: bool, awaits_backward: bool
 ) -> tuple[list[Tensor], tuple[Norms, Weights, Recompute] | None]:
-    """(all gradients, what the recorder is to be notified of)."""
+    """(all gradients, the recorder's arguments; None where it does not wait for the backward pass)."""
     how = _how(ctx.cell, ctx.reverse, ctx.clip)
     now: Any = [native.arrived(d) for d in errors]
     if not ctx.intact:
@@ -196,7 +196,7 @@ def _measured_backward(
     out = native.backward(*now, *saved, **how, want_dx=want_dx, want_delta=False, want_norms=awaits_backward and first)
     if not awaits_backward:
         return out, None
-    # A second backward through the same graph: errors add, as .grad does.
+    # A second backward through the same graph: gradients add up, as in .grad.
     total: Any = now if first else [add(a, b) for a, b in zip(ctx.errors, now, strict=True)]
     if first:
         norms = out[8:]
@@ -230,7 +230,7 @@ def run_recorded(
     clip: float | None = None,
     cut: Tensor | None = None,
 ) -> tuple[Tensor, State]:
-    """`native.run`, bit for bit, and `record` is notified of both passes."""
+    """`native.run`, bit for bit, which notifies `record` of both passes."""
     given = sort(x, state, lengths)
     y, *final = _Recorded.apply(record, cell, given.back, reverse, clip, *native.prepared(given, w, cut))
     return _in_order(y, 1, given.back), tuple(_in_order(s, 0, given.back) for s in final)

@@ -1,4 +1,4 @@
-"""The reference rung: a loop of cell steps, and autograd does the rest. Any dtype, any device, any order of
+"""The reference rung: a loop of cell steps, differentiated by autograd. Any dtype, any device, any order of
 derivative."""
 
 from typing import Any
@@ -11,7 +11,7 @@ from unvanish.engine.sequence import active_steps, clip_rows, cut_steps, steps, 
 
 
 class _ClipError(torch.autograd.Function):
-    """The identity, whose backward clips the error per sample."""
+    """The identity, whose backward clips the gradient per sample."""
 
     @staticmethod
     def forward(ctx: Any, state: Tensor, limit: float) -> Tensor:
@@ -36,7 +36,7 @@ def run(
     """(y, final state) for x `[T, B, I]`; see `unvanish.engine.run`."""
     T = x.shape[0]
     active = active_steps(lengths, T, x.device)
-    # Not read one by one: the gradient of a step that is read alone is as long as the sequence.
+    # unbind instead of indexing each step: the gradient of an indexed step is as long as the sequence.
     projected = cell.project(without_padding(x, active), w).unbind(0)
     y: list[Tensor] = [state[0]] * T
     cuts = cut_steps(cut, T)
@@ -67,7 +67,7 @@ def gradients(
     other rungs."""
     n = len(state)
     with torch.enable_grad():
-        # Views: a state that came from the same weights must not lead back to them, its part is not this call's.
+        # Views: a state computed from the same weights must not lead back to them, a path outside this call.
         inputs = [None if v is None else v.view_as(v) for v in (x, *state, *w)]
         part, *rest = inputs
         y, final = run(cell, part, tuple(rest[:n]), Weights(*rest[n:]), lengths, reverse, clip, cut)  # type: ignore[arg-type]

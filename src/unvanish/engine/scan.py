@@ -10,9 +10,9 @@ def scan_(keep: Tensor, add: Tensor, backwards: bool = False) -> Tensor:
     """s_t = keep_t ⊙ s_{t-1} + add_t for all t, with s_{-1} = 0; `backwards`: s_t = keep_t ⊙ s_{t+1} + add_t, with
     s_T = 0. In log₂ T rounds of multiply–adds.
 
-    A pair of neighbours is one step of a sequence half as long, (keep_t keep_{t-1}, keep_t add_{t-1} + add_t); from
-    its states follow the others, which lie between them. There is no division, so that a carry of 0 is as good as any
-    other, and no sum over all steps, so that a state that has vanished keeps its relative precision.
+    Two neighbouring steps form one step of a sequence half as long, (keep_t keep_{t-1}, keep_t add_{t-1} + add_t); the
+    states between follow from its states. There is no division, so a carry of 0 is not a special case, and no sum over
+    all steps, so a state that has vanished keeps its relative precision.
 
     Args:
         keep: `[T, ...]`; the entry of the first step read has no effect.
@@ -56,6 +56,6 @@ class _Scan(torch.autograd.Function):
 
 
 def scan(keep: Tensor, add: Tensor, backwards: bool = False) -> Tensor:
-    """`scan_`, in new memory and differentiable, any number of times: δadd_t = δs_t + keep_{t+1} ⊙ δadd_{t+1} is a scan
-    the other way, and δkeep_t = δadd_t ⊙ s_{t-1}."""
+    """`scan_` in new memory, differentiable any number of times: δadd_t = δs_t + keep_{t+1} ⊙ δadd_{t+1} is a scan in
+    the opposite direction, and δkeep_t = δadd_t ⊙ s_{t-1}."""
     return _Scan.apply(keep, add, backwards)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""What the rungs share: ragged sequences, the order of the steps, clipping of δ inside the recurrence.
+"""Shared by all rungs: ragged sequences, the order of the steps, clipping of δ inside the recurrence.
 
-Sequences are time-major `[T, B, ...]`. With `lengths` `[B]`, sample b is active at t < lengths[b]; where it is not,
-its state is held, so the final state is the one after its last step and a reversed sequence starts at its own end.
+Sequences are time-major `[T, B, ...]`. With `lengths` `[B]`, sample b is active at t < lengths[b]; elsewhere its state
+does not change, so the final state is the one after its last step and a reversed sequence starts at its own end.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ def active_steps(lengths: Tensor | None, T: int, device: torch.device) -> Tensor
 
 
 def without_padding(x: Tensor, active: Tensor | None) -> Tensor:
-    """x `[T, B, I]`, 0 where a sample has no input: a NaN that stands there would come back as 0 · NaN."""
+    """x `[T, B, I]`, 0 where a sample has no input: a NaN in the padding would come back as 0 · NaN."""
     return x if active is None else torch.where(active, x, 0.0)
 
 
@@ -33,13 +33,13 @@ def steps(T: int, reverse: bool) -> Iterator[int]:
 
 
 def cut_steps(cut: Tensor | None, T: int) -> list[bool]:
-    """Per step whether its matrices hand no error to the step before."""
+    """For each step whether its matrices pass no gradient to the step before."""
     return [False] * T if cut is None else cut.tolist()
 
 
 def clip_rows(d: Tensor, limit: float) -> Tensor:
-    """Each row of d `[B, n]` scaled down to 2-norm ≤ limit. The norm is taken in float64 and of the row over its
-    largest entry: squares overflow at 1e19 in float32, at 1e154 in float64."""
+    """Each row of d `[B, n]` scaled down to 2-norm ≤ limit. The norm is computed in float64 after dividing the row by
+    its largest entry: squares overflow at 1e19 in float32, at 1e154 in float64."""
     largest = d.abs().amax(-1, keepdim=True).double()
     largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
     norm = largest * torch.linalg.vector_norm(d.double() / largest, dim=-1, keepdim=True)
@@ -59,7 +59,7 @@ def states_before(states: Tensor, initial: Tensor, lengths: Tensor | None, rever
 
 
 class Sorted(NamedTuple):
-    """A ragged batch with its longest samples first, as the kernels want it."""
+    """A ragged batch with its longest samples first, as the kernels require."""
 
     x: Tensor
     state: State
@@ -69,7 +69,7 @@ class Sorted(NamedTuple):
 
 
 def sort(x: Tensor, state: State, lengths: Tensor | None) -> Sorted:
-    """Longest samples first, where they are not."""
+    """Sort the batch with the longest samples first, unless it already is."""
     if lengths is None:
         return Sorted(x, state, None, None)
     lengths = lengths.cpu()
@@ -92,8 +92,8 @@ def vjp(
     wanted: Sequence[bool],
     graph: bool,
 ) -> list[Tensor | None]:
-    """Σ_k errors_kᵀ ∂outputs_k/∂input of each of the inputs, None where it is not wanted or nothing reaches it; `graph`
-    makes it differentiable."""
+    """Σ_k errors_kᵀ ∂outputs_k/∂input for each input, None where it is not wanted or no gradient reaches it; with
+    `graph` it is differentiable."""
     asked = [v for v, yes in zip(inputs, wanted, strict=True) if yes]
     pairs = zip(outputs, errors, strict=True)
     reached = [(out, d) for out, d in pairs if d is not None and out.requires_grad]
@@ -105,7 +105,7 @@ def vjp(
 
 
 def transform() -> str | None:
-    """What asks for a graph of autograd's own operations, which a hand-written adjoint does not leave; None: nothing
+    """What needs a graph of autograd's own operations, which a hand-written adjoint does not record; None: nothing
     does."""
     if torch_internals.transform_active():
         return "a torch.func transform is active, which needs autograd's own graph"

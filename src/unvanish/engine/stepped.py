@@ -1,7 +1,7 @@
-"""Any cell in the C++ kernels, by programs of its step (`unvanish.engine.program`): the fast way of the manual rung.
+"""Any cell in the C++ kernels, by programs of its step (`unvanish.engine.program`): the fast path of the manual rung.
 
-float32 and float64 on the CPU. A sequence is one call per pass: products on packed weights and the step's program in
-turn. What the forward pass keeps for the backward pass lies in the kernels' own layout.
+float32 and float64 on the CPU. A sequence is one call per pass, which alternates products on packed weights with the
+step's program. What the forward pass keeps for the backward pass has the kernels' own layout.
 """
 
 import math
@@ -17,26 +17,26 @@ from unvanish.engine.program import Programs, programs
 from unvanish.engine.sequence import transform
 
 OPERATIONS = {} if native.MISSING else {name: i for i, name in enumerate(native._native.step_operations())}
-"""of the interpreter, by name"""
+"""operations of the interpreter, by name"""
 
 
 class Ran(NamedTuple):
-    """A layer and direction run forward."""
+    """A layer and direction that has run forward."""
 
     after: tuple[Tensor | None, ...]
-    """the states `[T, B, H]`, 0 at inactive steps; where nothing is kept only the first"""
+    """the states `[T, B, H]`, 0 at inactive steps; only the first state where nothing is kept"""
     final: State
     kept: Tensor | None
 
 
 class Back(NamedTuple):
-    """What the backward pass yields; what was not asked for is None."""
+    """The results of the backward pass; None for those not requested."""
 
     dx: Tensor | None
     dinitial: State
     weights: Weights
     dstate: State | None
-    """per state the total errors `[T, B, H]`"""
+    """for each state the total gradients `[T, B, H]`"""
     dp: Tensor | None
     """[T, B, G·H]"""
     dq: Tensor | None
@@ -81,7 +81,7 @@ class _Inputs(NamedTuple):
     reverse: bool
 
     def named(self, ran: Ran) -> dict[str, Any]:
-        """What both kernels are given of a layer, by the names in csrc/step_bindings.h."""
+        """The arguments that describe a layer to both kernels, by the names in csrc/step_bindings.h."""
         T, B, n_in = self.x.shape
         w = self.w
         return {
@@ -153,7 +153,7 @@ def backward(
     want_dx: bool,
     want_deltas: bool,
 ) -> Back:
-    """The errors of everything that `forward` read, from dy `[T, B, H]` and dfinal; None is zero."""
+    """The gradients of everything that `forward` read, from dy `[T, B, H]` and dfinal; None is zero."""
     given = _contiguous(x, state, w, lengths, reverse)
     (T, B, _), H = x.shape, state[0].shape[1]
     G, Q = len(cell.input_gates), len(cell.sources)

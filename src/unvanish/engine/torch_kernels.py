@@ -25,15 +25,15 @@ def flat(cell: Cell, w: Weights) -> list[Tensor]:
 
 
 def identity(cell: Cell, w: Weights) -> list[Tensor]:
-    """Weights under which a kernel's input `[..., G·H]` is the input's share p itself, so that its gradient is δp."""
+    """Weights for which a kernel's input `[..., G·H]` is the input's share p itself, so that its gradient is δp."""
     return flat(cell, w._replace(w_ih=torch.eye(len(w.w_ih), dtype=w.w_ih.dtype, device=w.w_ih.device), b_ih=None))
 
 
 def run(cell: Cell, x: Tensor, sizes: Tensor | None, state: State, weights: list[Tensor]) -> tuple[Tensor, State]:
     """(y, final state) for x `[T, B, I]`, or packed `[Σ sizes, I]`; state `[B, n]` each. Differentiable once.
 
-    In training mode where gradients are enabled, whatever the user's layer is in, since cuDNN refuses to go back in the
-    other; there is one layer, so that no dropout lies between any.
+    Runs in training mode where gradients are enabled, whatever the mode of the user's layer, since cuDNN has no
+    backward pass in evaluation mode; with a single layer there is no dropout between layers.
     """
     assert cell.torch_kernel is not None
     kernel: Any = getattr(torch, cell.torch_kernel.name)

@@ -1,6 +1,6 @@
 """Measuring the gradient's flow through time. Exact; changes no model.
 
-Belongs here: exact measurements of a layer or model, their records, and how these show themselves.
+Belongs here: exact measurements of a layer or model, their records, and the display of these.
 Does not: verdicts and causes (`diagnosis`), anything that changes a model (`cures`).
 
 - `watch(model)`: dh, dc, dgates, dweight, gates, saturation and residual of a whole model
@@ -75,7 +75,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The callback is imported on first use: Lightning takes longer than all else together."""
+    """The callback is imported on first use: importing Lightning takes longer than everything else together."""
     if name == "GradientFlow":
         from unvanish.flow.callback import GradientFlow
 

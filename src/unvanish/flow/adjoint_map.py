@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MANY = 32
-"""Number of sources from which on a step's matrices are collapsed into one for all of them."""
+"""The number of sources from which a step's matrices are collapsed into one for all of them."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -4,8 +4,8 @@
 
 The model runs once as it is. Each call of a recurrent layer is then computed again in float64 on the CPU, by a loop of
 the cell's equations under autograd, from the same input, state and weights and under the same gradient at its outputs;
-so errors of one layer do not count as errors of another. What rounding explains is measured too: the same loop in the
-backend's own dtype.
+so errors of one layer do not count as errors of another. The error that rounding explains is measured too, with the
+same loop in the backend's own dtype.
 """
 
 from collections.abc import Callable, Iterator
@@ -105,7 +105,7 @@ def audit(model: nn.Module, *batch: Any, loss: Loss) -> Audit:
         for call in seen.calls or seen.inner:
             missing = [w for w, v in call.weights.items() if _is_parametrized(seen.module, w) and not v.requires_grad]
             skipped |= {f"{name}.{w}": "it is parametrized: each call recomputes it" for w in missing}
-    # What arrives at a layer inside a compiled graph has been rounded by the others too.
+    # The gradient at a layer inside a compiled graph has been rounded by the other layers too.
     rounding = sum(found.explained for found in layers.values())
     layers |= {name: replace(layers[name], explained=rounding) for name in compiled if name in layers}
     return Audit(layers, skipped)
@@ -153,7 +153,7 @@ def _compiled_in_place(model: nn.Module, twin: nn.Module) -> set[str]:
 
 
 def _gradients(value: Tensor, taps: dict[str, Tapped]) -> dict[int, Tensor]:
-    """id of a tapped tensor or a weight → the gradient that autograd found for it; none where nothing arrived."""
+    """id of a tapped tensor or a weight → its gradient by autograd; no entry where none arrived."""
     calls = [call for seen in taps.values() for call in (*seen.calls, *seen.inner)]
     wanted = {id(v): v for call in calls for v in _tensors(call) if v.requires_grad}
     wanted |= {id(p): p for seen in taps.values() for p in seen.module.parameters() if p.requires_grad}
@@ -184,7 +184,7 @@ def _tensors(call: TappedCall) -> Iterator[Tensor]:
 def _judge(
     name: str, seen: Tapped, gradients: dict[int, Tensor], compiled: dict[str, Tensor] | None
 ) -> LayerAudit | str:
-    """The comparison, or why there is none."""
+    """The comparison, or the reason why there is none."""
     why = "; ".join(dict.fromkeys(seen.problems)) or "it was not called"
     for calls in (seen.calls, seen.inner):
         reached = [call for call in calls if any(d is not None for d in arrived(call, gradients))]
@@ -205,7 +205,7 @@ def _judge(
 
 
 def _unknown(module: RecurrentModule) -> str | None:
-    """Why the equations of a subclass are not known; None if they are."""
+    """The reason why the equations of a subclass are not known; None if they are."""
     if isinstance(module, CellModule):
         return None
     try:

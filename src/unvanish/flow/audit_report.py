@@ -1,4 +1,4 @@
-"""What an audit found: per layer, how far the backend's gradients are from the reference."""
+"""The result of an audit: for each layer, how far the backend's gradients are from the reference."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 class StepError(NamedTuple):
-    """∂E/∂x step by step: a backend that cuts the gradient short errs only where it is small."""
+    """∂E/∂x step by step: a backend that truncates the gradient is wrong only where it is small."""
 
     worst: float
     """the largest ‖found_t − reference_t‖ / ‖reference_t‖ of a step t"""
     explained: float
-    """what the dtype explains of it"""
+    """the part of it that the dtype explains"""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What hooks see in each run of the autograd engine: errors at sequences, gradients of weights and parameters."""
+"""Gradients observed by hooks in each run of the autograd engine: at sequences, of weights and of parameters."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class BackwardRuns:
         """leaf weights that need no further hook, by id"""
 
     def observe_parameters(self, model: nn.Module) -> None:
-        """Note of each parameter whether its gradient is finite."""
+        """Record for each parameter whether its gradient is finite."""
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self.weights["", name] = (parameter, parameter.register_hook(partial(self._add_sum, name)))
 
     def observe_weights(self, module: RecurrentModule) -> None:
-        """Note ∂E/∂W of the weights that the module's last call used."""
+        """Record ∂E/∂W of the weights that the module's last call used."""
         used = module._flat_weights if isinstance(module, nn.RNNBase) else module._parameters.values()
         if all(w is None or id(w) in self._observed for w in used):
             return
@@ -64,12 +64,12 @@ class BackwardRuns:
         self._observed |= {id(w): w for w in used if w is not None and w.is_leaf and w.requires_grad}
 
     def catch(self, sequence: Sequence, key: Hashable, error: Any) -> None:
-        """An error that arrived at a sequence."""
+        """Record a gradient that arrived at a sequence."""
         errors = self._current().errors.setdefault(sequence, {})
         errors[key] = errors[key] + error if key in errors else error
 
     def forget_aborted(self) -> None:
-        """Forget the runs of this thread that never came to their end."""
+        """Forget the runs of this thread that never ended."""
         for task in [task for task, run in self._begun.items() if run.thread == get_ident()]:
             del self._begun[task]
 

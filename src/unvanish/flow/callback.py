@@ -31,7 +31,7 @@ class _Input(NamedTuple):
 
 
 STUCK = 3
-"""measurements after which a loss that has not fallen is spoken of"""
+"""the number of measurements before a loss that has not fallen can cause a warning"""
 SHORT, FALLEN = 0.25, 0.95
 """a reach below this share of the steps is short; a loss above this share of the first has not fallen"""
 
@@ -207,7 +207,7 @@ class GradientFlow(lightning.Callback):
             self._observing = False
 
     def _take(self, call: Call) -> bool:
-        """A call begins: the first of the step is kept; under checkpointing it comes again."""
+        """Called when a call begins: keeps the first of the step; under checkpointing it is repeated."""
         if call.name not in self._inputs and isinstance(call.module, SequenceModule):
             self._inputs[call.name] = _first_samples(call.module, call.x, call.hx, call.lengths, self.samples)
         return True
@@ -223,11 +223,11 @@ class GradientFlow(lightning.Callback):
         return {"reach": f"{self.latest[name].reach}/{self._steps[name] - 1}"}
 
     def _share(self, name: str) -> float:
-        """Of the steps, over which the gradient reaches."""
+        """The share of the steps over which the gradient reaches."""
         return self.latest[name].reach / max(self._steps[name] - 1, 1)
 
     def _look_at_the_loss(self, step: int) -> None:
-        """Warn once where the loss stays where it was and a gradient reaches over few of the steps."""
+        """Warn once if the loss does not fall and a gradient reaches over few of the steps."""
         if self._losses:
             self._means.append(sum(self._losses) / len(self._losses))
             self._losses.clear()
@@ -247,7 +247,7 @@ class GradientFlow(lightning.Callback):
         )
 
     def _measure(self, name: str) -> list[tuple[str, Tensor]]:
-        """Of each layer and direction: its name and ln‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0, `[T, B]`, T each sample's own
+        """For each layer and direction, its name and ln‖∂E_T/∂s_{T−ℓ}‖ relative to lag 0, `[T, B]`, T each sample's own
         last step; NaN beyond its length."""
         layer, (x, hx) = self._layer(name), self._inputs[name]
         lengths, unit, found = _lengths(layer, x), self._error(layer), []
@@ -342,7 +342,7 @@ def _lengths(layer: SequenceModule, x: Tensor | PackedSequence) -> Tensor:
 
 
 def _gather(curves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The samples of all processes side by side, NaN where one is shorter than the longest."""
+    """The samples of all processes side by side, padded with NaN to the longest."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return curves
     everyone: list[dict[str, Tensor]] = [{} for _ in range(distributed.get_world_size())]

@@ -1,15 +1,15 @@
 """Which path carries the gradient one step back: the exact terms of δm_{t−1}, m the state that is the cell's memory.
 
-With the symbols of `unvanish.cells.calculus`, what comes back to the states at t − 1 from step t is one part per carry
-and one per gate,
+With the symbols of `unvanish.cells.calculus`, the gradient that step t sends back to the states at t − 1 has one part
+per carry and one per gate,
 
     carry     C_mm ⊙ δm_t                     the state's own old value
     from_a    C_am ⊙ δs^a_t                   another state that reads it
     through_b Σ_a C_ab ⊙ δs^a_t               another state that is read
     gate γ    W_γᵀ δq^γ_t                     through γ's matrix, to the state that it reads
 
-and what comes to another state than m counts as far as that state is made from m. For the LSTM, whose h_t is made from
-c_t with u_t = ∂h_t/∂c_t (through W_hr where there is a projection), that is
+and a gradient at a state other than m counts as far as that state is computed from m. For the LSTM, whose h_t is
+computed from c_t with u_t = ∂h_t/∂c_t (through W_hr where there is a projection), that is
 
     δc_{t−1} = u_{t−1} ⊙ ∂E_{t−1}/∂h_{t−1} + A + B + C + D + O
     A = u_{t−1} ⊙ W_hfᵀ δa^f_t      B = f_t ⊙ δc_t      C = u_{t−1} ⊙ W_hiᵀ δa^i_t
@@ -54,7 +54,7 @@ class Term(Record):
     title: str
     """its name in pictures: "B · carry, diag(f)", "A · through the forget gate's weights" """
     log_norm: Tensor
-    """[T, B] float64 ln‖term‖₂; −inf where it is zero, as at the last step, to which nothing comes back"""
+    """[T, B] float64 ln‖term‖₂; −inf where it is zero, as at the last step, at which no gradient arrives"""
     share: Tensor
     """[T, B] float64 ⟨term, δ⟩ / ‖δ‖², δ the sum of all terms: signed, they sum to 1; NaN where δ = 0"""
     matrix: Tensor | None = None
@@ -258,8 +258,8 @@ def _path(cell: Cell, a: str, b: str) -> str:
 
 
 def _matrices(tr: engine.Trace) -> dict[str, Tensor]:
-    """Each term as a matrix `[T, B, H, H]` that acts on the memory at t; what acts on m_{t+1} only through another
-    state of step t + 1, as the LSTM's O, is zero as such a matrix and absent."""
+    """Each term as a matrix `[T, B, H, H]` that acts on the memory at t. A term that acts on m_{t+1} only through
+    another state of step t + 1, like the LSTM's O, would be a zero matrix and is left out."""
     cell, d, w = tr.cell, tr.partials, tr.weights
     m = cell.remembers
     found: dict[str, Tensor] = {}
@@ -281,7 +281,7 @@ def _matrices(tr: engine.Trace) -> dict[str, Tensor]:
 
 
 def _titles(cell: Cell, terms: list[str]) -> dict[str, str]:
-    """What the terms are called in pictures: the carry by its diagonal, a gate's term as a path through weights."""
+    """The terms' names in pictures: the carry by its diagonal, a gate's term as a path through weights."""
     gates = {cell.titles.get(gate, gate): gate for gate in cell.sources}
     lettered = set(terms) == set(LETTERS)
     return {term: (f"{LETTERS[term]} · " if lettered else "") + _in_words(cell, term, gates) for term in terms}

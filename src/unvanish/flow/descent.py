@@ -1,4 +1,4 @@
-"""The one descent of a stacked module: from an error at the last layer's output to what arrives at a lower layer."""
+"""The descent through a stacked module: from a gradient at the last layer's output to the one at a lower layer."""
 
 from typing import NamedTuple
 
@@ -10,13 +10,13 @@ from unvanish.flow.scaled_rows import Entering, Some, backwards, hull
 from unvanish.flow.stack import Stack
 
 HELD_ELEMENTS = 2**26
-"""Of the rows that a stacked module passes from layer to layer; more errors are taken in several rounds."""
+"""The most numbers in the rows that a stacked module passes from layer to layer; more errors take several rounds."""
 
 
 def arriving_at(stack: Stack, place: int, K: int, error: Entering) -> Entering:
-    """What reaches the output of the layer at `place` when `error` `[B, k, D·R]` is made at the last layer's output.
+    """The gradient at the output of the layer at `place` for an `error` `[B, k, D·R]` at the last layer's output.
 
-    Below the last layer all rows of all steps are held: memory `[T, B, K, D·R]`.
+    Below the last layer all rows of all steps are kept: memory `[T, B, K, D·R]`.
     """
     D, T = stack.directions, stack.inputs.x.shape[0]
     arriving = error
@@ -35,7 +35,7 @@ def arriving_at(stack: Stack, place: int, K: int, error: Entering) -> Entering:
 
 
 def _direction(arriving: Entering, stack: Stack, p: int, first: int) -> Entering:
-    """The part of the features that the direction at p puts out."""
+    """The part of the features that the direction at p outputs."""
     if stack.directions == 1:
         return arriving
     width = stack.traces[p].y.shape[-1]

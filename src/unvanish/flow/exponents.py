@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 EMPTY = -(2.0**40)
-"""The exponent of a row that is zero: below that of any row that is not."""
+"""The exponent of a zero row: below that of any other row."""
 
 
 def times_power_of_two(v: Tensor, exponent: Tensor) -> Tensor:
@@ -54,13 +54,13 @@ class Rows:
         return Rows(self.scaled_to(top) + other.scaled_to(top), top)
 
     def scaled_to(self, exponent: Tensor) -> Tensor:
-        """v, as it reads with another exponent."""
+        """v rescaled to another exponent."""
         return times_power_of_two(self.v, (self.exponent - exponent).unsqueeze(-1))
 
 
 def renormalisation(parts: tuple[Tensor, ...], exponent: Tensor) -> tuple[Tensor, Tensor]:
     """(shift `[..., 1]`, new exponent `[...]`): parts · 2^−shift has its largest component in [1/2, 1)."""
-    # Not as the norm of order infinity, which takes ten times as long.
+    # Not by the norm of order infinity, which takes ten times as long.
     largest = parts[0].abs().amax(-1)
     for v in parts[1:]:
         largest = torch.maximum(largest, v.abs().amax(-1))

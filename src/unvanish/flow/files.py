@@ -19,9 +19,9 @@ SCHEMA = 3
 
 
 class Record:
-    """What was measured: data that can be saved and loaded.
+    """A measurement: data that can be saved and loaded.
 
-    A file holds the tree of a record's fields as JSON, and its tensors beside it. Fields may be tensors, other
+    A file contains the tree of a record's fields as JSON, followed by its tensors. Fields may be tensors, other
     records, numbers, strings, None, and tuples, lists and dicts of these.
     """
 
@@ -33,11 +33,11 @@ class Record:
 
     @property
     def kind(self) -> str:
-        """The class that `load` makes."""
+        """The name of the class that `load` creates."""
         return type(self).__name__
 
     def contents(self) -> dict[str, Any]:
-        """The fields to keep, as the constructor takes them."""
+        """The fields to save, as the constructor takes them."""
         assert is_dataclass(self)
         return {f.name: getattr(self, f.name) for f in fields(self)}
 

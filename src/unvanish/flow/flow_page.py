@@ -39,7 +39,7 @@ class _LayerNorms(NamedTuple):
 
     @property
     def left(self) -> float:
-        """What of the peak remains at the end."""
+        """The fraction of the peak that remains at the end."""
         return max(curve[self.end] for curve in self.states.values()) - self.peak
 
 
@@ -89,7 +89,7 @@ def flow_preview(flow: Flow) -> Preview:
 
 
 def _by_rest(courses: list[_LayerNorms]) -> list[_LayerNorms]:
-    """Those that a gradient arrived in, the one that keeps least first."""
+    """The layers at which a gradient arrived, the one with the least remaining first."""
     return sorted((c for c in courses if not c.missing), key=lambda c: c.left)
 
 

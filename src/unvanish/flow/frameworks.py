@@ -1,4 +1,4 @@
-"""Weights of other frameworks, as this library stacks them.
+"""Weights of other frameworks, converted to this library's layout.
 
 `Weights` holds W_ih `[G·H, I]`, W_hh `[G·H, R]` and two biases `[G·H]`, gates in torch's order: i f g o, r z n. The
 layouts below hold the same cells under other names, transposed, or in another order:
@@ -19,7 +19,7 @@ from unvanish.cells import Cell, Weights
 
 
 class Sizes(NamedTuple):
-    """What the input and the gradient at the outputs say about the layer."""
+    """The layer's sizes, from the input and the gradient at the outputs."""
 
     inputs: int
     """I"""
@@ -110,7 +110,7 @@ def _keras(cell: Cell, weights: Any, sizes: Sizes) -> Weights:
         found = dict(zip(("kernel", "recurrent_kernel", "bias"), given, strict=False))
     _check_names("keras", found, ["kernel", "recurrent_kernel"], ["bias"])
     arrays = {name: as_float64(name, v) for name, v in found.items()}
-    # Of Keras' cells the GRU alone orders its gates otherwise, and has a bias [2, 3H].
+    # Of Keras' cells only the GRU has another order of gates and a bias [2, 3H].
     G, H, gru = len(cell.gates), sizes.outputs, cell.name == "gru"
     _check_shape("kernel", arrays["kernel"], (sizes.inputs, G * H), cell)
     _check_shape("recurrent_kernel", arrays["recurrent_kernel"], (H, G * H), cell)
@@ -174,7 +174,7 @@ LAYOUTS: dict[str, Callable[[Cell, Any, Sizes], Weights]] = {"torch": _torch, "k
 
 
 def _without_suffix(weights: Mapping[Any, Any]) -> dict[str, Any]:
-    """A state_dict's names without what they share: "weight_ih_l0_reverse" → "weight_ih"."""
+    """A state_dict's names without their common suffix: "weight_ih_l0_reverse" → "weight_ih"."""
     stems = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
     found, suffixes = {}, set()
     for key, v in weights.items():

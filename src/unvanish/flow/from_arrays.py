@@ -29,7 +29,7 @@ def from_arrays(
 ) -> LayerFlow:
     """The same record as `watch` makes, for one layer and direction that any framework trained.
 
-    The forward pass is run again from the weights, and δ carried back through it, all in float64:
+    The forward pass is run again from the weights, and δ is propagated back through it, all in float64:
 
         δh_t = dy_t + W_hhᵀ δa_{t+1}        (LSTM: also δc_t; GRU: also the carry z_{t+1} ⊙ δh_{t+1})
 
@@ -38,7 +38,7 @@ def from_arrays(
 
     Args:
         cell: "lstm", "gru", "rnn_tanh", "rnn_relu" or "rnn_sigmoid".
-        weights: of one layer and direction, as `layout` has them: a dict or a sequence; for "flax" a dict.
+        weights: those of one layer and direction, in the given `layout`: a dict or a sequence; for "flax" a dict.
         x: `[T, B, I]`, the layer's input.
         dy: `[T, B, R]`, ∂E/∂(output): the gradient that arrives at the layer's output at each step; 0 where the loss
             does not read it. A gradient at the final h is added at each sample's last step.
@@ -92,7 +92,7 @@ def from_arrays(
 def _measure(
     cell: Cell, w: Weights, x: Tensor, dy: Tensor, state: State, lengths: Tensor | Sequence[int] | None, reverse: bool
 ) -> tuple[LayerFlow, NonFiniteOrigin | None]:
-    """The record, and where a NaN or infinity came from if there is one."""
+    """The record, and the origin of a NaN or infinity if there is one."""
     T, B = x.shape[:2]
     with torch.no_grad():
         tr = engine.trace(cell, x, state, w, None if lengths is None else torch.as_tensor(lengths), reverse)

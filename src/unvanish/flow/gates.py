@@ -1,4 +1,4 @@
-"""What the gates imply: how open they are, how often saturated, and how long each unit remembers."""
+"""Gate statistics: how open the gates are, how often they saturate, and how long each unit remembers."""
 
 import math
 from collections.abc import Sequence
@@ -120,7 +120,7 @@ def gates_of(stack: Stack, at: str | None) -> GateStatistics:
     tr = stack.traces[stack.index(at)]
 
     def read(v: Tensor) -> Tensor:
-        """[N, ...] of the steps that samples have."""
+        """[N, ...] the values at the steps that samples have."""
         return v.flatten(0, 1) if tr.active is None else v[tr.active.squeeze(-1)]
 
     values, closed = read(tr.gates).double(), read(tr.cell.sensitivity(tr)) < SATURATED

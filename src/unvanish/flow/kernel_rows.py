@@ -1,8 +1,8 @@
-"""A few errors carried back over many steps by the kernels, a stretch of steps at a time.
+"""A few gradients propagated back over many steps by the kernels, a stretch of steps at a time.
 
-Within a stretch the rows are plain numbers; between two they are brought back near 1, and their exponent moves on. A
-stretch over which a row leaves the middle of the range is taken again, half as long. Steps of one row cost a tenth of
-what they do in torch operations (`unvanish.flow.scaled_rows`), which take everything else.
+Within a stretch the rows are plain numbers; between two stretches they are rescaled to about 1, and their exponents are
+updated. A stretch over which a row leaves the middle of the range is repeated at half the length. Steps of one row cost
+a tenth of those in torch operations (`unvanish.flow.scaled_rows`), which handle everything else.
 """
 
 import torch
@@ -16,13 +16,13 @@ from unvanish.flow.scaled_rows import Some
 LONGEST = 256
 """steps of a stretch"""
 FEW = 16
-"""errors up to which this way is taken: each is a pass of its own"""
+"""the most errors for which the kernels are used: each one is a separate pass"""
 MARGIN = {torch.float32: 2.0**-60, torch.float64: 2.0**-400}
-"""The norm of a row that has lost this much has components whose loss does not show."""
+"""A row whose norm has shrunk by this factor may have lost components unnoticed."""
 
 
 def able(tr: engine.Trace, K: int) -> bool:
-    """Whether K errors can be carried back through this trace so."""
+    """Whether the kernels can propagate K errors back through this trace."""
     return tr.native is not None and tr.active is None and K <= FEW
 
 

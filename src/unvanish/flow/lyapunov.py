@@ -142,7 +142,7 @@ def spectrum_of(
         q, factor = _orthonormalised(tangents.forward(tr, t, q))
         read = read + (1 if tr.active is None else tr.active[t])
         grown = factor.double().log()
-        # A held state grows by ln 1 = 0.
+        # A state that does not change grows by ln 1 = 0.
         total = total + torch.where(read > warmup, grown, 0.0)
         estimates.append((total, read - warmup))
     per_sample = torch.where(read > warmup, total / (read - warmup), torch.nan)

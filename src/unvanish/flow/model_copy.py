@@ -1,4 +1,4 @@
-"""A model's double, on which one may do what must not happen to the user's own."""
+"""A copy of a model, for operations that must not change the user's model."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -41,8 +41,7 @@ def detached_copy(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def forked(model: nn.Module) -> Iterator[None]:
-    """What is drawn in the block is drawn again after it; buffers of scripted modules, which are shared, are put
-    back."""
+    """Restore the random generators after the block, and the buffers of scripted modules, which are shared."""
     scripted = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
     before = [(b, b.clone()) for m in scripted for b in m.buffers(recurse=False)]
     devices = {p.device for p in (*model.parameters(), *model.buffers()) if p.device.type != "cpu"}

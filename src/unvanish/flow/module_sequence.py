@@ -117,7 +117,7 @@ class ModuleSequence(Sequence):
         ends: tuple[Tensor | None, ...],
         want_dx: bool,
     ) -> tuple[Tensor | None, Measured]:
-        """(∂E/∂x if wanted, what the backward pass measured)."""
+        """(∂E/∂x if wanted, the measurement of the backward pass)."""
         layer, cut = call.layers[place], call.drawn.cuts[place]
         name, lengths, clip = self._name(layer), self._lengths(call), getattr(self.module, "clip", None)
         if isinstance(ran, engine.Pass):

@@ -34,7 +34,7 @@ class NonFiniteOrigin(NamedTuple):
         )
 
     def later(self, steps: Tensor) -> "NonFiniteOrigin":
-        """The same, where the call came after so many steps of each sample, `[B]`."""
+        """The same origin, for a call that follows this many earlier steps of each sample, `[B]`."""
         return self if self.step is None else self._replace(step=self.step + int(steps[self.sample or 0]))
 
 
@@ -52,7 +52,7 @@ def origin_of_nonfinite(
     first_step: int = 0,
     order: Tensor | None = None,
 ) -> NonFiniteOrigin:
-    """The first non-finite value of a layer's pass, which has one.
+    """The first non-finite value of a layer's pass, which must contain one.
 
     Forward, in the layer's reading order, a step is searched in the order of computation: input, previous state,
     gates, state. Backward, from the last step read to the first: the gradient that arrives at h_t, then δ of the

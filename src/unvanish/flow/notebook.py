@@ -1,4 +1,4 @@
-"""How a flow shows itself in a notebook: a table of the layers over a picture of what remains, layer × lag."""
+"""The display of a flow in a notebook: a table of the layers over a picture of the gradient remaining, layer × lag."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ from unvanish.draw import fraction, short, steps
 from unvanish.flow.record import LayerFlow
 
 CELLS = 100
-"""of a strip, at most"""
+"""the most cells of a strip"""
 DARK = -8.0
 """power of ten of the peak at which a strip is empty"""
 GROWN = 2.0
-"""powers of ten from the first step that the gradient reaches to its peak beyond which it is said to grow"""
+"""the gradient counts as growing if its peak is more than this many powers of ten above the first step it reaches"""
 STRIP, LINE = 420, 120
 """widths of the strip and of the curve in the table, pixels"""
 _FRAME = "max-width:52rem;overflow-x:auto;font:.9rem/1.5 system-ui,sans-serif"
@@ -44,19 +44,19 @@ class Course(NamedTuple):
 
     @property
     def missing(self) -> str:
-        """Why there is nothing to say about its way, in words; "" where there is something."""
+        """Why nothing can be said about the gradient's course, in words; "" where something can."""
         if self.broken is not None:
             return f"the gradient is NaN or infinite at t={self.broken}"
         return "" if self.way else "no gradient arrived"
 
     @property
     def lags(self) -> int:
-        """Steps that the gradient travels on from its peak; 0 where the peak lies at the end of its way."""
+        """The steps that the gradient travels after its peak; 0 where the peak is at the end."""
         return max(0, len(self.way) - 1)
 
     @property
     def still(self) -> bool:
-        """Whether it arrives at the end of its way alone, as at the only step, and so travels over none."""
+        """Whether it arrives only at the last step of its way, as with a single step, and so travels over none."""
         return bool(self.way) and not self.lags and self.grown == 0
 
 
@@ -182,7 +182,7 @@ def _strips(layers: Mapping[str, LayerFlow], courses: Mapping[str, Course]) -> s
 
 
 def _strip(found: Course, most: int) -> str:
-    """One row; what lies beyond the layer's own steps stays without a frame."""
+    """One row; the part beyond the layer's own steps has no frame."""
     places = _places(len(found.way), CELLS)
     own = STRIP * len(found.way) / most
     width = own / len(places)
@@ -213,7 +213,7 @@ def _reach(found: Course) -> str:
 
 
 def _rest(found: Course) -> str:
-    """What there is at the step that the gradient reaches last."""
+    """The fraction of the peak at the step that the gradient reaches last, in words."""
     if not found.lags:
         return "its peak"
     end = found.way[-1]

@@ -3,11 +3,11 @@
 from unvanish.flow.watched_sequence import Measured
 
 Token = tuple[int, int]
-"""(number of the sequence, which of its records)"""
+"""(number of the sequence, index of the record in it)"""
 
 
 class Passes:
-    """Token → what was measured, in the order of the calls; of each layer the last `keep`."""
+    """Token → its measurement, in the order of the calls; the last `keep` of each layer."""
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
@@ -19,7 +19,7 @@ class Passes:
         return bool(self._found)
 
     def add(self, token: Token, measured: Measured) -> None:
-        """The measurement of a pass; of a pass measured before, the new one in its place."""
+        """Store the measurement of a pass, replacing an earlier one of the same pass."""
         self._found[token] = measured
         same = [key for key, other in self._found.items() if other.flow.name == measured.flow.name]
         for key in same[: -self._keep]:
@@ -27,7 +27,7 @@ class Passes:
             self.dropped += 1
 
     def of(self, name: str) -> list[Measured]:
-        """Those of one layer, oldest first."""
+        """The measurements of one layer, oldest first."""
         return [measured for measured in self._found.values() if measured.flow.name == name]
 
     def latest(self, step: int | None = None) -> dict[str, Measured]:

@@ -1,4 +1,4 @@
-"""A tapped call computed again, on the CPU in a dtype of choice, by the reference rung and autograd."""
+"""A tapped call recomputed on the CPU, in a dtype of choice, by the reference rung and autograd."""
 
 import math
 from collections.abc import Iterable
@@ -37,7 +37,7 @@ Gradients = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Errors:
-    """What arrived at the outputs of a call: ∂E/∂y and ∂E/∂(final states); None where nothing did."""
+    """The gradients that arrived at the outputs of a call: ∂E/∂y and ∂E/∂(final states); None where none did."""
 
     y: Tensor | None
     final: tuple[Tensor | None, ...]
@@ -77,8 +77,8 @@ class _Ran:
 def recomputed(
     module: RecurrentModule, call: TappedCall, errors: Errors, dtype: torch.dtype, noise: Noise | None = None
 ) -> tuple[Gradients, tuple[Tensor, ...]]:
-    """The gradients of a call under what arrived at its outputs, and the outputs (y, *final); `noise` changes
-    everything that goes in."""
+    """The gradients of a call for those that arrived at its outputs, and the outputs (y, *final); `noise` perturbs
+    every input."""
     if noise is not None:
         call, errors = _noisy(call, errors, noise)
     with torch.enable_grad(), full_precision():
@@ -103,7 +103,7 @@ def recomputed(
 
 
 def outputs_of(module: RecurrentModule, call: TappedCall) -> tuple[Tensor, ...]:
-    """(y, *final) as the backend gave them, in the layout of `recomputed`'s, float64 on the CPU."""
+    """(y, *final) as the backend returned them, in the layout of `recomputed`'s, float64 on the CPU."""
     if not isinstance(module, SequenceModule):
         return tuple(s.detach().cpu().double() for s in call.final)
     inputs = time_major(module, _input(call.x, torch.float64)[0], call.lengths)

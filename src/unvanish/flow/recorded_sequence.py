@@ -1,4 +1,4 @@
-"""A watched layer of `unvanish.nn`: the engine measures as it runs, so nothing is replayed and nothing kept."""
+"""A watched layer of `unvanish.nn`: the engine measures as it runs, so nothing has to be replayed or stored."""
 
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class _Place(NamedTuple):
 
 
 class _Call:
-    """What was recorded of one call of a layer. It holds no reference to the recorders: no cycle keeps it alive."""
+    """The recording of one call of a layer. It has no reference to the recorders, so no cycle keeps it alive."""
 
     def __init__(self) -> None:
         self.places: dict[str, _Place] = {}
@@ -37,7 +37,7 @@ class _Call:
 
 
 class RecordedCall:
-    """One call of a layer, from its start on; makes the recorder of each layer and direction."""
+    """One call of a layer, from its start on; creates the recorder of each layer and direction."""
 
     def __init__(self, module: nn.RNNBase) -> None:
         self.module = module
@@ -90,11 +90,11 @@ class _DirectionRecorder:
 
 
 class _Observed(NamedTuple):
-    """What the backward pass measured of one piece of a layer and direction."""
+    """The backward pass's measurement of one piece of a layer and direction."""
 
     norms: engine.Norms
     gradients: Weights | None
-    """∂E/∂W; None once it is measured: the norms alone add up"""
+    """∂E/∂W; None once it has been measured, since only the norms add up"""
     nonfinite: NonFiniteOrigin | None
 
 
@@ -128,7 +128,7 @@ class RecordedSequence(Sequence):
         self.open = False
 
     def arrive(self, errors: Errors) -> list[Measured]:
-        # The engine adds the errors of several backwards itself; ∂E/∂W is wanted of these alone.
+        # The engine itself adds the gradients of several backward passes; ∂E/∂W is needed for this one alone.
         found = self.measure(self.errors | errors)
         for key, observed in errors.items():
             self.errors[key] = observed._replace(gradients=None)

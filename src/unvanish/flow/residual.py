@@ -18,7 +18,7 @@ def with_residual(
     autograd: dict[Hashable, Tensor],
     weights: Mapping[Hashable, tuple[Tensor, Any]],
 ) -> LayerFlow:
-    """The record with its residual, and, where it is large, with what that means."""
+    """The record with its residual, and an explanation where the residual is large."""
     pairs = {key: (mine, autograd[key]) for key, mine in ours.items() if key in autograd}
     if not pairs:
         return record

@@ -1,4 +1,4 @@
-"""The one backward pass of measuring: errors carried back through a layer, many at once and over any number of decades.
+"""The backward pass of all measurements: many errors propagated back through a layer at once, over any range of sizes.
 
 Each of `K` errors is a row per sample, `[B, K, n]` for a state of width n. Rows are kept near 1 by exact powers of two
 and carry their exponent along, so that they stay right where the numbers themselves have left the range of floating
@@ -12,8 +12,8 @@ at hand. *Collapsed*, for many rows: each sample's step formed as one matrix per
 
 which all rows of the sample share; a row then costs H² per pair and no elementwise work on G·H gates.
 
-A layer's `clip` and `h_detach` play no part here: these are derivatives of what the layer computes, whatever its
-backward pass hands on.
+A layer's `clip` and `h_detach` have no effect here: these are derivatives of what the layer computes, whatever gradient
+its backward pass returns.
 """
 
 import math
@@ -30,10 +30,10 @@ from unvanish.flow.exponents import EMPTY, Rows, log_norms, renormalisation, tim
 from unvanish.flow.stack import reading_order
 
 BLOCK_ELEMENTS = 2**19
-"""Of matrices formed at a time: few enough to stay in the cache."""
+"""The most numbers in the matrices formed at a time: few enough to stay in the cache."""
 
 TAME = 2.0**20
-"""Rows whose norm is between 1/TAME and TAME are so far from the ends of float32 that no sane step leads there."""
+"""Rows whose norm is between 1/TAME and TAME are so far from float32's limits that no sane step reaches them."""
 
 SCALED_EVERY = 8
 """Steps after which collapsed rows are brought back near 1, tame or not."""
@@ -50,10 +50,10 @@ class Some(NamedTuple):
 
 
 Entering = Callable[[int], Some | None]
-"""step → what reaches the output h_t of a layer there, not counting what comes from its own later steps"""
+"""step → the gradient at a layer's output h_t there, without the part from its own later steps"""
 
 Change = Callable[[Partials, State], State]
-"""(the step's derivatives, what has arrived at its states) → what is carried on instead"""
+"""(the step's derivatives, the gradients that arrived at its states) → the gradients to propagate instead"""
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Step:
     exponent: Tensor
     """[B, k] float64"""
     adjoint: calculus.Adjoint | None = None
-    """δ of the gates and what goes to the step before, `[B, k, ·]`; None on the collapsed way"""
+    """δ of the gates and the gradient passed to the step before, `[B, k, ·]`; None with collapsed matrices"""
     tame: bool = False
     """set by a reader that has found all rows within 1/TAME … TAME: they need not be scaled"""
 
@@ -107,8 +107,8 @@ def backwards(
         adjoint = calculus.adjoint(tr.cell, transfer.partials, here, tr.weights)
         shown = adjoint
         if tr.active is not None:
-            # Steps without input lie at one end, where a row has not entered yet or has done all its work: nothing has
-            # to be held over them.
+            # Steps without input are at one end, where a row has not entered yet or is finished: nothing has to be
+            # kept across them.
             shown = _present(adjoint, tr.active[t].unsqueeze(1))
         yield Step(t, begun, shown.state, exponent[:, begun].clone(), shown)
         for v, b in zip(rows, adjoint.previous, strict=True):
@@ -134,7 +134,7 @@ class _Collapsed:
         return self.many.partials.at(self.i)
 
     def complete(self, rows: State) -> None:
-        """δs_t of states that others of the same step are made from, in place."""
+        """Complete δs_t, in place, for states from which others of the same step are computed."""
         cell = self.tr.cell
         number = {a: n for n, a in enumerate(cell.states)}
         for b in self.many.order:
@@ -166,7 +166,7 @@ class _Matrices(NamedTuple):
     partials: Partials
     """`[τ, B, 1, H]`"""
     matrices: calculus.Diagonals
-    """(a, b) → `[τ, B, H, H]`, C_ab on the diagonal; pairs without a matrix stand in partials.s alone"""
+    """(a, b) → `[τ, B, H, H]`, C_ab on the diagonal; pairs without a matrix are only in partials.s"""
     late: calculus.Diagonals
     """(a, source) → `[τ, B, H, H]` of the gates that read a state of the same step"""
     order: list[str]
@@ -179,8 +179,8 @@ def _direct(tr: engine.Trace, order: list[int]) -> Iterator[_Direct]:
 
 
 def _collapsed(tr: engine.Trace, order: list[int]) -> Iterator[_Collapsed]:
-    """Matrices are formed several steps at a time, in memory that the next steps use again: fresh pages cost as much as
-    the arithmetic."""
+    """Forms matrices several steps at a time, in memory that the next steps reuse: fresh pages cost as much as the
+    arithmetic."""
     B, H = tr.y.shape[1:]
     block = max(1, BLOCK_ELEMENTS // (B * H * H * len(tr.final)))
     memory: dict[tuple[str, str], Tensor] = {}
@@ -212,7 +212,7 @@ def _present(adjoint: calculus.Adjoint, on: Tensor) -> calculus.Adjoint:
 
 
 def _scale(rows: State, exponent: Tensor, begun: slice) -> None:
-    """Bring rows back near 1, in place."""
+    """Rescale rows to about 1, in place."""
     shift, exponent[:, begun] = renormalisation(rows, exponent[:, begun])
     for v in rows:
         v.copy_(times_power_of_two(v, -shift))
@@ -247,7 +247,7 @@ def hull(a: slice, b: slice) -> slice:
 
 
 def made_at(steps: list[int], error: Tensor) -> Entering:
-    """error `[K, B, n]`, its k-th made at steps[k]."""
+    """The sources of error `[K, B, n]`, the k-th at steps[k]."""
     number, rows = {t: k for k, t in enumerate(steps)}, Rows.of(error.transpose(0, 1))
 
     def entering(t: int) -> Some | None:

@@ -1,7 +1,7 @@
 """Singular values of long products of Jacobians, which may lie hundreds of decades apart.
 
-The product P = J_k … J_{j+1} is never formed. An orthonormal block V, a few columns wider than asked, is turned through
-it and back, re-orthogonalised at every step:
+The product P = J_k … J_{j+1} is never formed. An orthonormal block V, a few columns wider than requested, is multiplied
+through it and back, re-orthogonalised at every step:
 
     P V = U R,   Pᵀ U = V' R'
 

@@ -1,4 +1,4 @@
-"""A stacked module run forward with everything kept: what the maps, terms and exponents are computed from."""
+"""A stacked module run forward with everything kept, from which the maps, terms and exponents are computed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,10 +78,10 @@ def run_stack(
 
 
 def check_input(layer: SequenceModule, inputs: TimeMajor) -> None:
-    """There are samples to measure, of as many features as the layer reads.
+    """Check that there are samples to measure, with as many features as the layer reads.
 
     Raises:
-        ValueError: there are not.
+        ValueError: there are none, or their features do not fit.
     """
     columns = layer.columns if isinstance(layer, CellModule) else layer.input_size
     if inputs.x.shape[-1] != columns:
@@ -96,7 +96,7 @@ def reading_order(tr: engine.Trace) -> Iterator[int]:
 
 
 def full_jacobians(tr: engine.Trace, t: int) -> Tensor:
-    """∂s_t/∂s_{t−1} `[B, S, S]`; the identity where a sample is inactive, whose state is held."""
+    """∂s_t/∂s_{t−1} `[B, S, S]`; the identity where a sample is inactive, whose state does not change."""
     sizes = tuple(s.shape[-1] for s in tr.final)
     jacobian = calculus.jacobian(tr.cell, tr.partials_by_step[t], tr.weights, sizes)
     if tr.active is None:

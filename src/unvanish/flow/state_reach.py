@@ -1,4 +1,4 @@
-"""How far a gradient reaches back through states of which nothing but autograd's graph is known."""
+"""How far a gradient reaches back through states for which only autograd's graph is known."""
 
 from collections.abc import Sequence
 

@@ -8,7 +8,7 @@ from unvanish.nn.modules import as_states, cell_of
 
 
 class SteppedStates:
-    """Per module the longest sequence of one-step calls of which each goes on from the one before, with its graph."""
+    """For each module the longest sequence of one-step calls, each continuing the one before, with its graph."""
 
     def __init__(self) -> None:
         self._last: dict[str, Returned] = {}
@@ -28,7 +28,7 @@ class SteppedStates:
             self._longest[name] = self._open[name]
 
     def take(self) -> dict[str, list[Call]]:
-        """Name → calls of the longest sequence, of at least two; from now on nothing is held."""
+        """Name → calls of the longest sequence, if it has at least two; the stored calls are released."""
         found = {name: calls for name, calls in self._longest.items() if len(calls) > 1}
         for held in (self._last, self._open, self._longest):
             held.clear()
@@ -37,7 +37,7 @@ class SteppedStates:
 
 def log_norms_of_calls(calls: list[Call], seed: int) -> dict[str, Tensor]:
     """Record name → ln‖∂E_T/∂s_t‖ of an error made at the last step's s alone, relative to lag 0, over the lag,
-    `[T, B]`; s the state that the cell remembers by (c for the LSTM)."""
+    `[T, B]`; s is the state that serves as the cell's memory (c for the LSTM)."""
     module, name = calls[0].module, calls[0].name
     cell = cell_of(module)
     which = cell.states.index(cell.remembers)

@@ -10,7 +10,7 @@ SUFFIX = ".flow"
 
 
 class Stream:
-    """A folder that records are written to, in the order in which they come.
+    """A folder to which records are written in the order of their arrival.
 
     Raises:
         FileExistsError: the folder holds files.
@@ -25,7 +25,7 @@ class Stream:
         self.written = 0
 
     def write(self, flow: Flow, step: int) -> None:
-        """Keep what one backward pass brought.
+        """Write the records of one backward pass.
 
         Raises:
             OSError: it can't be written.

@@ -28,11 +28,11 @@ BLOCK = 32
 """Steps whose subgradients are added in one matrix product."""
 
 SUM_ELEMENTS = 2**24
-"""Of the ∂E_k/∂W held at a time; more sources are taken in several rounds."""
+"""The most numbers of ∂E_k/∂W kept at a time; more sources take several rounds."""
 
 
 Pairs = list[tuple[Tensor, tuple[Tensor, ...]]]
-"""δ `[T, B, n]` and what the weights behind it are multiplied with, each `[T, B, m]`: g_t = Σ_b δ_tbᵀ [s_tb, …]"""
+"""δ `[T, B, n]` and the inputs of the weights behind it, each `[T, B, m]`: g_t = Σ_b δ_tbᵀ [s_tb, …]"""
 
 
 def weight_pairs(at: Point, da: Tensor, da_hh: Tensor | None) -> Pairs:
@@ -209,7 +209,7 @@ class _Sum:
         top = torch.maximum(self.exponent[place], exponents.amax((0, 1)))
         shrink, lower = self.exponent[place] - top, (exponents - top).unsqueeze(-1)
         order = [step.t for step in steps]
-        # δ of all sources at these steps, with the sources beside the samples.
+        # δ of all sources at these steps, with the axis of the sources after that of the samples.
         gathered = [self._gather(tr, steps, which) for which in (0, 1)]
         for whole, (d, s) in zip(self.parts, _factors(tr, tuple(gathered), order), strict=True):
             here, scaled = whole[place], times_power_of_two(d, lower)

@@ -86,7 +86,7 @@ def layer_flow(
     statistics: list[engine.Statistics],
     norms: list[engine.Norms | None],
 ) -> LayerFlow:
-    """The record of a layer that the engine measured, in consecutive pieces; None where no error came back."""
+    """The record of a layer that the engine measured, in consecutive pieces; None where no gradient arrived."""
     found = [_no_error(s, cell) if n is None else n for s, n in zip(statistics, norms, strict=True)]
     carried = [s.log_carry for s in statistics if s.log_carry is not None]
     return LayerFlow(
@@ -131,7 +131,7 @@ def all_finite(norms: Iterable[Tensor | None], gates: Tensor | None, lengths: Te
 
 
 def _finite(v: Tensor) -> bool:
-    # A sum costs a third of isfinite; where it is not finite it may be its own doing.
+    # A sum costs a third of isfinite; where it is not finite, the sum itself may have overflowed.
     return math.isfinite(float(v.sum())) or bool(v.isfinite().all())
 
 

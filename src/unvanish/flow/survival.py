@@ -54,7 +54,7 @@ class Window(NamedTuple):
 
     def _within(self, v: Tensor) -> Tensor:
         B, H = v.shape[1:]
-        # Sample by sample the inside steps are contiguous and equally many.
+        # For each sample these steps are contiguous, and their number is the same.
         return v.transpose(0, 1)[self.inside.T].reshape(B, -1, H).transpose(0, 1)
 
 
@@ -118,7 +118,7 @@ def log_survival(window: Window, paths: Paths) -> float:
     T, B = inside.shape
     memory = tr.cell.states.index(tr.cell.remembers)
     H = tr.final[memory].shape[-1]
-    # One error per unit of the memory at k, all carried back at once.
+    # One error per unit of the memory at k, all propagated back at once.
     rows = torch.eye(H, dtype=tr.x.dtype, device=tr.x.device).expand(B, H, H)
     steps = torch.arange(T, device=inside.device)[:, None]
     first, last = torch.where(inside, steps, T).amin(0), torch.where(inside, steps, -1).amax(0)

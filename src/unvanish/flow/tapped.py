@@ -1,8 +1,7 @@
-"""The calls of a model's recurrent layers, cut out of the graph: what went in, what came out, the weights in between.
+"""The calls of a model's recurrent layers, isolated in the graph: their inputs, outputs and weights.
 
 A tap puts a copy of each tensor between a layer and the rest of the model. The kept tensor belongs to the tap alone, so
-autograd's gradient with respect to it is that of this call: other uses of an input, a state or a weight have no part in
-it.
+autograd's gradient with respect to it is that of this call, without other uses of an input, a state or a weight.
 """
 
 import types
@@ -28,7 +27,7 @@ from unvanish.nn.modules import (
 from unvanish.nn.recurrent import Recurrent
 
 _LAYERS = (Recurrent, RNN, LSTM, GRU, nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
-"""whose forward computes the cell's equations; a class is listed by name, since a subclass may compute others"""
+"""classes whose forward computes the cell's equations, listed by name, since a subclass may compute others"""
 _not_compiled: Any = torch.compiler.disable
 """Compiled code must not look inside: it would trace the bookkeeping instead of doing it."""
 
@@ -59,7 +58,7 @@ class TappedCall:
 
 @dataclass
 class Tapped:
-    """What was seen of one module."""
+    """The observed calls of one module."""
 
     module: RecurrentModule
     own_forward: bool
@@ -75,8 +74,8 @@ class Tapped:
 def tap(module: RecurrentModule) -> Tapped:
     """Tap every call of `module` from now on. The module must be one that nobody else uses: it stays tapped.
 
-    This is the only place that knows how a call is observed: hooks see calls of the module, a class put between the
-    module's own and torch's sees calls of torch's forward, from a subclass's own or instead of a call of the module.
+    This is the only place that depends on how a call is observed: hooks observe calls of the module; a class inserted
+    between the module's own and torch's observes calls of torch's forward, made by a subclass's forward or directly.
     """
     standard = _standard(module)
     seen = Tapped(module, "forward" in vars(module) or type(module).forward is not standard.forward)
@@ -222,7 +221,7 @@ def _enter(
 
 
 def _leave(seen: Tapped, calls: list[TappedCall], call: TappedCall, output: Any) -> Any:
-    """The output to go on with; the call is kept if it is understood."""
+    """The output to continue with; the call is kept if its form is known."""
     pair = isinstance(output, tuple) and len(output) == 2 and not isinstance(output, PackedSequence)
     cell = isinstance(seen.module, nn.RNNCellBase)
     y: Any
@@ -257,7 +256,7 @@ def _leave(seen: Tapped, calls: list[TappedCall], call: TappedCall, output: Any)
 
 
 def _tapped(v: Any) -> tuple[Any, Any]:
-    """(the tensor to keep, the one to hand on): a clone, so that changes in place don't reach what is kept."""
+    """(the tensor to keep, the one to pass on): a clone, so that changes in place don't affect the kept one."""
     if isinstance(v, PackedSequence):
         kept, handed = _tapped(v.data)
         return v._replace(data=kept), v._replace(data=handed)

@@ -67,7 +67,7 @@ def textbook_product(stack: Stack, tr: engine.Trace, probes: int | None, seed: i
     out = torch.full((3, T, B), torch.nan, dtype=torch.float64, device=tr.x.device)
 
     def forget(d: Partials, arrived: State) -> State:
-        """δh counted into δc, and then dropped."""
+        """Add δh to δc, then drop it."""
         through = arrived[0] if tr.weights.w_hr is None else arrived[0] @ tr.weights.w_hr
         kept = list(arrived)
         kept[memory] = arrived[memory] + d.made[made] * through

@@ -1,4 +1,4 @@
-"""One watched forward pass: what ran, which errors came back to it, and the record they make.
+"""One watched forward pass: its calls, the gradients that came back to them, and the resulting record.
 
 A sequence is a list of segments that follow one another, each starting from the state the one before returned: calls
 of a module, steps of a cell, marked states. Everything kept is detached, so a sequence lives as long as the graph
@@ -38,7 +38,7 @@ Errors = dict[Hashable, Any]
 
 @dataclass
 class Measured:
-    """One layer's record, and its own ∂E/∂W to hold against autograd's."""
+    """One layer's record, and its own ∂E/∂W to compare with autograd's."""
 
     flow: LayerFlow
     gradients: dict[Hashable, Tensor] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Measured:
 
 
 class Sequence(ABC):
-    """Segments of one module, and the errors that came back to them."""
+    """Segments of one module, and the gradients that came back to them."""
 
     def __init__(self, name: str, catch: Callable[["Sequence", Hashable, Any], None]) -> None:
         self.name = name
@@ -73,15 +73,15 @@ class Sequence(ABC):
 
     @abstractmethod
     def measure(self, errors: Errors) -> list[Measured]:
-        """The records that these errors make. A segment that no error reached has zero flow."""
+        """The records for these gradients. A segment that no gradient reached has zero flow."""
 
     def arrive(self, errors: Errors) -> list[Measured]:
-        """The records of all errors so far, these included; their ∂E/∂W are of these alone."""
+        """The records of all gradients so far, including these; their ∂E/∂W are of these alone."""
         found = self.measure(errors)
         if not self.errors:
             self.errors = errors
             return found
-        # A second backward through the same graph: errors add, as .grad does.
+        # A second backward through the same graph: gradients add up, as in .grad.
         for key, error in errors.items():
             self.errors[key] = self.errors[key] + error if key in self.errors else error
         total = self.measure(self.errors)
@@ -186,7 +186,7 @@ class CellSequence(Sequence):
         made = engine.weight_gradients(tr, flow)
         mine = {"weight_ih": made.w_ih, "weight_hh": made.w_hh}
         gradients = {key: mine[name] for name, (key, _) in observable_weights(self.module).items()}
-        # What was changed in place since says nothing of the run.
+        # A tensor changed in place since then says nothing about the run.
         kept = [i for i, s in enumerate(self.last) if s._version == self._versions[i]]
         last = tuple(self.last[i] for i in kept)
         problem = apart(last, tuple(state[i][-1][: len(real)] for i, real in zip(kept, last, strict=True)))
@@ -222,7 +222,7 @@ class MarkSequence(Sequence):
         return [Measured(record, nonfinite=self._origin(norms))]
 
     def _origin(self, norms: list[Tensor]) -> NonFiniteOrigin | None:
-        """Where a NaN or infinity came from: the state forward, the gradient at it backward."""
+        """The origin of a NaN or infinity: the state in the forward pass, its gradient in the backward pass."""
         for t, h in enumerate(self.like):
             if not bool(h.isfinite().all()):
                 return NonFiniteOrigin(True, self.name, _kind(h), t, place="the state")
@@ -237,8 +237,8 @@ def _kind(v: Tensor) -> str:
 
 
 def apart(real: State, replayed: State) -> str | None:
-    """What to say where a replay ends elsewhere than the run did, by more than rounding explains; None if it does
-    not."""
+    """The problem to report if a replay's final state differs from the run's by more than rounding explains; else
+    None."""
     for a, b in zip(real, replayed, strict=True):
         if a.shape != b.shape:
             return f"the replay ends in a state of shape {tuple(b.shape)}, the run in one of {tuple(a.shape)}"
@@ -254,7 +254,7 @@ def apart(real: State, replayed: State) -> str | None:
 
 
 def rounding(v: Tensor) -> float:
-    """How far a long sequence's rounding may lead apart, relative to the size of its states."""
+    """The largest difference that rounding explains in a long sequence, relative to the size of its states."""
     if v.is_cuda and v.dtype == torch.float32:
         return 1e-2  # products in TF32
     return min(0.1, 2e3 * torch.finfo(v.dtype).eps)

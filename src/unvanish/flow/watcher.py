@@ -45,14 +45,14 @@ S = TypeVar("S", bound=Sequence)
 
 
 class MarkObserver(NamedTuple):
-    """Gets the states that `uv.mark` shows, where nothing else is recorded."""
+    """Receives the states that `uv.mark` shows, where nothing else is recorded."""
 
     mark: Callable[[str, Any], None]
 
 
 @contextmanager
 def marks_go_to(show: Callable[[str, Any], None]) -> Iterator[None]:
-    """Within, `uv.mark(h, name)` calls show(name, h), and no watch around it records the state."""
+    """Within the block, `uv.mark(h, name)` calls show(name, h), and no surrounding watch records the state."""
     observer = MarkObserver(show)
     Watch._active.append(observer)
     try:
@@ -159,10 +159,10 @@ class Watch(Flow):
 
     @property
     def layers(self) -> dict[str, LayerFlow]:
-        """Name → the record of the latest pass that an error came back to.
+        """Name → the record of the latest pass that a gradient reached.
 
         Raises:
-            NoBackwardError: no error has come back to any layer.
+            NoBackwardError: no gradient has reached any layer.
             NonFiniteError: a NaN or infinity turned up; the message says where it first appeared.
         """
         latest = self._passes.latest()
@@ -254,7 +254,7 @@ class Watch(Flow):
             self._add(call)
 
     def _add(self, call: Call) -> None:
-        """To the sequence that it goes on with, or to one of its own."""
+        """Add the call to the sequence that it continues, or to a new one."""
         name = call.name
         if isinstance(call.module, nn.RNNCellBase):
             name = name or "cell"
@@ -279,7 +279,7 @@ class Watch(Flow):
         sequence.add(call)
 
     def _going_on(self, name: str, call: Call) -> Sequence | None:
-        """The sequence that this call goes on with."""
+        """The sequence that this call continues."""
         last = self._last.get(name)
         found = link(as_states(call.hx), last)
         self._last[name] = now = returned(call.states)
@@ -288,7 +288,7 @@ class Watch(Flow):
         if found is None or sequence is None or sequence.era != (self._cut, torch_internals.backward_number()):
             return None
         if last is None or last.states[0].shape != now.states[0].shape:
-            # Samples were dropped or added on the way, and a record has the same ones at every step.
+            # Samples were dropped or added in between, but a record has the same ones at every step.
             return None
         if found.cut and sequence.ragged:
             # The cut would come after a different step of each sample, and `detached` names one for all.
@@ -327,7 +327,7 @@ class Watch(Flow):
         sequence = self._current.get(name)
         era, last = (self._cut, torch_internals.backward_number(), self._epoch), self._last.get(name)
         self._last[name] = returned((h,))
-        # A model that is itself called step after step begins no new pass with each.
+        # For a model that is itself called step after step, a step does not begin a new pass.
         same = sequence is not None and (sequence.era == era or (sequence.era[:2] == era[:2] and link((h,), last)))
         if not isinstance(sequence, MarkSequence) or not same:
             sequence = self._new(name, MarkSequence(name, self._runs.catch))
@@ -362,7 +362,7 @@ class Watch(Flow):
         self._bad_parameter = bad[0] if bad else None
         if not measured:
             return
-        # Errors arrive at the last call first; records stand in the order of the calls.
+        # Gradients arrive at the last call first; records are in the order of the calls.
         measured = sorted(measured, key=lambda m: m[0].number)
         first = first_origin(part.nonfinite for _, found in measured for part in found)
         for sequence, found in measured:
@@ -377,7 +377,7 @@ class Watch(Flow):
                     says = f"its gradient is not finite, although every gradient at {record.name} is"
                     origin = NonFiniteOrigin(False, bad[0], says)
                 elif origin is not None and not origin.forward:
-                    # What another layer made on the way forward comes back to this one.
+                    # A NaN or infinity that another layer produced in the forward pass comes back to this one.
                     origin = first if first is not None and first.forward else origin
                 self._passes.add((sequence.number, index), replace(part, gradients={}, flow=record, nonfinite=origin))
         if self._stream is not None:

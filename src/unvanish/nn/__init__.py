@@ -1,7 +1,7 @@
 """Drop-in RNN, LSTM and GRU, and `Recurrent` for any cell, run by the engine; `accelerate` and `restore` swap torch's
 layers in and out of a model.
 
-Belongs here: torch modules that run on the engine, and what a torch module consists of.
+Belongs here: torch modules that run on the engine, and the layers and directions of a torch module.
 Does not: a layer's arithmetic (`engine`), measurements (`flow`).
 """
 

@@ -81,7 +81,7 @@ def restore(model: M) -> M:
 
     Raises:
         TypeError: model is not an nn.Module.
-        ValueError: a layer uses what torch's does not have: sigmoid, clip, checkpoint_every or h_detach.
+        ValueError: a layer uses an option that torch's does not have: sigmoid, clip, checkpoint_every or h_detach.
     """
     _check(model)
     ours = [(name, m, origin) for name, m in model.named_modules() if (origin := _origin(_kind(m))) is not None]
@@ -105,7 +105,7 @@ def _check(model: Any) -> None:
 
 
 def sealed(module: nn.Module) -> str | None:
-    """What hides a recurrent layer of torch's from Python, "scripted" or "quantized"; None for anything else."""
+    """The form, "scripted" or "quantized", that hides a recurrent layer of torch from Python; None for others."""
     # A scripted subclass goes by its own name, but keeps the attributes of torch's layer.
     if isinstance(module, torch.jit.ScriptModule):
         recurrent = module.original_name in _TORCH_NAMES or hasattr(module, "_flat_weights_names")
@@ -148,7 +148,7 @@ def obstacle(module: nn.Module) -> str | None:
 
 
 def _names(ours: type[EngineSequence]) -> set[str]:
-    """What our class defines that a subclass of torch's must not define in another sense."""
+    """Names that our class defines and that a subclass of torch's must not use for something else."""
     shared = {"forward", "extra_repr"}
     return {name for name in _defined(ours, nn.RNNBase) - shared if not name.startswith("__")}
 
@@ -160,12 +160,12 @@ def _defined(kind: type[Any], base: type[Any]) -> set[str]:
 
 
 def _kind(module: nn.Module) -> type[Any]:
-    """Its class; of a parametrised module the one that it had before, from which torch has derived one of its own."""
+    """The module's class; for a parametrised module the class that it had before torch derived one from it."""
     return type(module).__bases__[0] if is_parametrized(module) else type(module)
 
 
 def _accelerated(kind: type[Any]) -> type[nn.Module]:
-    """Our class for torch's, or one derived from ours and the user's. Derived once: the user's class knows it."""
+    """Our class for torch's, or one derived from ours and the user's. Derived once and stored in the user's class."""
     if kind in _OURS:
         return _OURS[kind]
     for known in kind.__subclasses__():
@@ -174,7 +174,7 @@ def _accelerated(kind: type[Any]) -> type[nn.Module]:
     theirs = next(base for base in kind.__mro__ if base in _OURS)
 
     def reduce(self: Any, protocol: Any) -> Any:
-        """Pickled and copied by way of the user's class: the derived one can't be imported."""
+        """Pickle and copy through the user's class, because the derived one can't be imported."""
         found = super(derived, self).__reduce_ex__(protocol)
         if type(self) is not derived:
             return found

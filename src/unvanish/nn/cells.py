@@ -1,8 +1,8 @@
 """torch.nn.LSTMCell and GRUCell themselves, and torch.nn.RNNCell with a sigmoid and the mathematics of
 `unvanish.cells`.
 
-A single step has no sequence to run faster; these exist so that a model can name one family of layers, and for the
-sigmoid.
+For a single step there is no sequence to speed up; these classes exist so that a model can use a single family of
+layers, and for the sigmoid.
 """
 
 import copy

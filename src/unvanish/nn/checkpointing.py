@@ -26,11 +26,11 @@ class Piece(NamedTuple):
     end: int
 
     def of(self, v: Tensor | None) -> Any:
-        """Its part of `[T, ·]`."""
+        """The piece's part of `[T, ·]`."""
         return None if v is None else v[self.start : self.end]
 
     def lengths(self, lengths: Tensor | None) -> Tensor | None:
-        """The steps that each sample has in it."""
+        """The number of steps that each sample has in the piece."""
         return None if lengths is None else (lengths - self.start).clamp(0, self.end - self.start)
 
 
@@ -72,14 +72,14 @@ def run_in_pieces(
     pieces = [Piece(start, min(start + every, T)) for start in range(0, T, every)]
     plan = Plan(pieces[::-1] if reverse else pieces, lengths, cut, run, recorder)
     if torch.compiler.is_compiling() or transform() is not None:
-        # Graphs and transforms can't hold writes into shared memory; they know torch's own checkpoint.
+        # Graphs and transforms can't represent writes into shared memory, but they support torch's own checkpoint.
         return _checkpointed(plan, x, state, w)
     y, *final = _InPieces.apply(plan, len(state), x, *state, *w)
     return y, tuple(final)
 
 
 def _checkpointed(plan: Plan, x: Tensor, state: State, w: Weights) -> tuple[Tensor, State]:
-    """In torch's own operations."""
+    """The pieces with torch's own checkpoint and operations."""
     order = sorted(plan.pieces)
     # split, not slices: a slice's gradient is as large as the whole, once per piece.
     parts = dict(zip(order, x.split([piece.end - piece.start for piece in order]), strict=True))
@@ -92,8 +92,8 @@ def _checkpointed(plan: Plan, x: Tensor, state: State, w: Weights) -> tuple[Tens
 
 
 class _InPieces(torch.autograd.Function):
-    """The sequence as one node of the graph. torch's checkpoint takes three calls a piece and keeps gates in the first
-    of them; pieces joined by torch.cat would need their memory twice."""
+    """The sequence as one node of the graph. torch's checkpoint makes three calls per piece and keeps gates in the
+    first; pieces joined by torch.cat would need their memory twice."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, n: int, x: Tensor, *given: Any) -> Any:
@@ -102,7 +102,7 @@ class _InPieces(torch.autograd.Function):
         for piece in plan.pieces:
             kept += state
             y, state = plan.run_piece(piece, piece.of(x), state, w, plan.recorder_for(piece))
-            # Not the kernels' pool, which would hold on to as much once the output is let go.
+            # Not from the kernels' pool, which would keep as much memory after the output is freed.
             whole = whole if len(whole) else y.new_empty(len(x), *y.shape[1:])
             piece.of(whole).copy_(y)
         ctx.save_for_backward(x, *w, *kept)
@@ -119,12 +119,12 @@ class _InPieces(torch.autograd.Function):
         gradients, recorded = [], ctx.plan.recorder is not None
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             if recorded or not torch.is_grad_enabled():
-                # A second backward through the same graph: the errors of both are recorded, as .grad adds them up.
+                # A second backward through the same graph: the sum of both gradients is recorded, as in .grad.
                 total = None if ctx.errors is None else [add(a, b) for a, b in zip(ctx.errors, errors, strict=True)]
                 notices: list[Callable[[], None]] = []
                 with torch.no_grad():
                     gradients = _back(ctx.plan, x, w, kept, needs, errors, total, notices)
-                # In the grad mode of the backward pass, by which a recorder knows whether a graph is made of it.
+                # In the grad mode of the backward pass, which tells a recorder whether a graph of it is built.
                 for notify in notices:
                     notify()
                 keeps = recorded and torch_internals.keeps_graph()
@@ -144,8 +144,8 @@ def _back(
     total: Any,
     notices: list[Callable[[], None]],
 ) -> list[Tensor | None]:
-    """The gradients of x, the initial state and w from the errors of (y, final state); what is recorded is `total`, or
-    the same errors where it is None."""
+    """The gradients of x, the initial state and w from those of (y, final state); recorded are those of `total`, or the
+    same ones where it is None."""
     n = len(errors) - 1
     dx = torch.zeros_like(x) if needs[0] else None
     (dy, *d), sums = errors, [None] * len(w)
@@ -183,8 +183,8 @@ def _piece(
 def _graph_of_gradients(
     plan: Plan, x: Tensor, state: State, w: Weights, errors: Any, needs: Any
 ) -> list[Tensor | None]:
-    """Differentiable gradients. What is kept of the states knows nothing of where it came from, so this makes a graph
-    of the whole sequence."""
+    """Differentiable gradients. The stored states are detached from the graph that computed them, so this builds a
+    graph of the whole sequence."""
     n = len(state)
     # Views, so that hooks on the tensors themselves do not run twice.
     inputs = [None if v is None else v.view_as(v) for v in (x, *state, *w)]
@@ -195,8 +195,8 @@ def _graph_of_gradients(
 
 
 class _Held:
-    """Holds what a recorder is notified of until the backward pass around it: the gradients of a piece are a pass of
-    their own."""
+    """Delays a recorder's notifications until the surrounding backward pass: the gradients of a piece are a separate
+    pass."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder, self.observed = recorder, list[tuple[Norms, Weights, Recompute]]()
@@ -212,8 +212,8 @@ class _Held:
         self.observed.append((norms, gradients, recompute))
 
     def hand_on(self, gradients: list[Tensor | None]) -> None:
-        """`gradients` take the place of those observed, where there are any. Nothing is kept: `recompute` holds the
-        piece's graph, which holds this."""
+        """Notify the recorder, with `gradients` in place of those observed where given. The list is emptied, because
+        `recompute` refers to the piece's graph, which refers to this object."""
         held, self.observed = self.observed, []
         for norms, observed, recompute in held:
             both = zip(gradients, observed, strict=True)

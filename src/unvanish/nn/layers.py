@@ -1,5 +1,5 @@
-"""torch.nn.RNN, LSTM and GRU, run by the engine: options, errors, weights and state_dict are torch's; only the way in
-which a sequence runs differs.
+"""torch.nn.RNN, LSTM and GRU, run by the engine: options, errors, weights and state_dict are torch's; only the
+computation of a sequence differs.
 
 They add four options:
 
@@ -43,7 +43,7 @@ from unvanish.nn.observing import Recorders, observed
 from unvanish.nn.torch_tools import TorchTools
 
 ADDED = ("clip", "checkpoint_every", "h_detach")
-"""what a layer has beside torch's options; None where it is not used"""
+"""a layer's options in addition to torch's; None where one is not used"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class LayerStates:
 
 
 class SequenceLayer(nn.Module):
-    """How a sequence is run: layer by layer and direction by direction on `unvanish.engine`."""
+    """Runs a sequence layer by layer and direction by direction on `unvanish.engine`."""
 
     batch_first: bool
     dropout: float
@@ -174,7 +174,7 @@ class SequenceLayer(nn.Module):
         return time_major(module, input, lengths), layer_directions(module, used_weights(module))
 
     def _check(self, x: Tensor | PackedSequence, hx: Any) -> None:
-        """Input and initial state fit; errors in torch's words."""
+        """Check the input and the initial state; errors have torch's wording."""
         raise NotImplementedError
 
     def _run(
@@ -253,7 +253,7 @@ class EngineSequence(TorchTools, SequenceLayer, nn.RNNBase):
         return super().forward(input, hx, lengths=lengths)
 
     def _torch_can(self) -> bool:
-        """Whether nothing is used of this layer that torch's does not have."""
+        """Whether the layer uses no option that torch's does not have."""
         unused = self.clip is None and self.checkpoint_every is None and self.h_detach is None
         return unused and self.mode != "RNN_SIGMOID"
 
@@ -263,13 +263,13 @@ class EngineSequence(TorchTools, SequenceLayer, nn.RNNBase):
         return restore(copy(self))
 
     def extra_repr(self) -> str:
-        """torch's, and what was added."""
+        """torch's description, and the options that were added."""
         added = ["nonlinearity='sigmoid'"] if self.mode == "RNN_SIGMOID" else []
         added += [f"{k}={getattr(self, k)}" for k in ADDED if getattr(self, k) is not None]
         return ", ".join([super().extra_repr(), *added])
 
     def _check(self, x: Tensor | PackedSequence, hx: Any) -> None:
-        """torch's own errors, where its layer raises one; ours where it reads past the end of an array instead."""
+        """Raise torch's errors where its layer raises one, and ours where it would read past the end of an array."""
         misfit = self._misfit(x, hx)
         if misfit is not None:
             if self._torch_can():
@@ -308,7 +308,7 @@ class EngineSequence(TorchTools, SequenceLayer, nn.RNNBase):
         self.check_forward_args(data, given if self.mode == "LSTM" else given[0], batch_sizes)  # type: ignore[arg-type]
 
     def _initial(self, hx: Any) -> tuple[Tensor, ...]:
-        """hx as (h_0,) or (h_0, c_0); errors of the types that torch's layers end in."""
+        """hx as (h_0,) or (h_0, c_0); errors have the types that torch's layers raise."""
         form = type(hx).__name__ if not isinstance(hx, tuple | list) else f"{len(hx)} of them"
         if self.mode != "LSTM":
             if not isinstance(hx, Tensor):
@@ -344,7 +344,7 @@ class RNN(EngineSequence, nn.RNN):
             super().__init__(*args, **kwargs)
 
     def flatten_parameters(self) -> None:
-        """As torch's; cuDNN, for which it arranges the weights, knows no sigmoid."""
+        """As torch's, except for a sigmoid, which cuDNN, for which the weights are arranged, does not have."""
         if self.nonlinearity != "sigmoid":
             super().flatten_parameters()
 
@@ -379,7 +379,7 @@ def _by_layer(layers: list[LayerDirection], states: list[State]) -> list[tuple[l
 
 
 def _autocasts(layers: list[LayerDirection], inputs: TimeMajor, hx: Any) -> bool:
-    """Whether autocast is on; float64 it leaves as it is."""
+    """Whether autocast applies; it does not change float64."""
     given = (inputs.x, layers[0].weights.w_ih, *as_states(hx))
     return torch.is_autocast_enabled(inputs.x.device.type) and all(v.dtype != torch.float64 for v in given)
 

@@ -15,8 +15,8 @@ from unvanish.engine.checks import whole_lengths
 
 
 class CellModule(nn.Module):
-    """A layer over sequences for a cell of `unvanish.cells`: what `unvanish.nn.Recurrent` is to code that takes it
-    beside torch's layers."""
+    """A layer over sequences for a cell of `unvanish.cells`: the interface of `unvanish.nn.Recurrent` for code that
+    also accepts torch's layers."""
 
     cell: Cell
     input_size: int
@@ -30,11 +30,11 @@ class CellModule(nn.Module):
 
     @property
     def columns(self) -> int:
-        """How many features an input has."""
+        """The number of features of an input."""
         return self.input_size
 
     def direction_weights(self, layer: int, reverse: bool, named: Mapping[str, Tensor] | None = None) -> Weights:
-        """The weights of one layer and direction as the engine takes them, from learnt ones by name or its own."""
+        """The weights of one layer and direction as the engine takes them, from `named` learnt ones or its own."""
         raise NotImplementedError
 
     def learnt_gradients(self, layer: int, reverse: bool, gradients: Weights) -> tuple[Tensor, Tensor | None]:
@@ -43,7 +43,7 @@ class CellModule(nn.Module):
 
 
 SequenceModule = nn.RNNBase | CellModule
-"""What reads whole sequences."""
+"""The modules that read whole sequences."""
 RecurrentModule = nn.RNNBase | nn.RNNCellBase | CellModule
 
 
@@ -79,8 +79,8 @@ class TimeMajor(NamedTuple):
         return v if self.order is None else v.index_select(dim, self.order.to(v.device))
 
     def dropout_mask(self, width: int, p: float) -> Tensor:
-        """What torch's dropout between layers multiplies `[T, B, width]` with: 0 or 1/(1 − p), drawn as torch draws
-        it."""
+        """The factors by which torch's dropout between layers multiplies `[T, B, width]`: 0 or 1/(1 − p), drawn as
+        torch draws them."""
         T, B = self.x.shape[:2]
         if self.batch_sizes is None:
             return dropout(self.x.new_ones(T, B, width), p)
@@ -90,7 +90,8 @@ class TimeMajor(NamedTuple):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """For reading weights: a parametrisation may move its own state when read in training, as spectral_norm does."""
+    """Read weights without side effects: in training a parametrisation may update its own state when it is read, as
+    spectral_norm does."""
     training = [m for m in module.modules() if m.training] if isinstance(module, nn.Module) else []
     try:
         for m in training:
@@ -105,7 +106,7 @@ def cell_of(module: RecurrentModule) -> Cell:
     """The mathematics of a recurrent module.
 
     Raises:
-        TypeError: it is none of torch's RNN, LSTM, GRU and their cells, nor `unvanish.nn.Recurrent`.
+        TypeError: it is not torch's RNN, LSTM or GRU, one of their cells, or `unvanish.nn.Recurrent`.
     """
     if isinstance(module, CellModule):
         return module.cell
@@ -124,16 +125,16 @@ def cell_of(module: RecurrentModule) -> Cell:
 
 
 def used_weights(module: SequenceModule) -> list[Tensor] | None:
-    """The weights of its last forward pass, in torch's order; parametrized ones are not recomputed. None of a layer
-    that keeps no such list."""
+    """The weights of its last forward pass, in torch's order; parametrized ones are not recomputed. None for a layer
+    that does not keep this list."""
     return [w for w in module._flat_weights if w is not None] if isinstance(module, nn.RNNBase) else None
 
 
 def layer_directions(module: SequenceModule, weights: Sequence[Tensor] | None = None) -> list[LayerDirection]:
-    """Its layers and directions in torch's order, with `weights`, or its own as they are now.
+    """The module's layers and directions in torch's order, with `weights`, or with its own current ones.
 
     Raises:
-        TypeError: module is none of torch's recurrent modules, nor `unvanish.nn.Recurrent`.
+        TypeError: module is neither one of torch's recurrent modules nor `unvanish.nn.Recurrent`.
     """
     if isinstance(module, CellModule):
         return directions_of_a_cell(module)
@@ -237,8 +238,8 @@ def run_layers(
     run: Callable[[LayerDirection, Tensor, State], R],
     masks: Sequence[Tensor] = (),
 ) -> list[R]:
-    """`run(layer, x, state)` of each layer and direction in torch's order, each layer under what the one below put out,
-    which `masks`, one between any two layers, is multiplied with."""
+    """`run(layer, x, state)` of each layer and direction in torch's order; each layer reads the output of the one
+    below, multiplied by `masks`, one between any two layers."""
     D, ran = 2 if any(layer.reverse for layer in layers) else 1, []
     for first in range(0, len(layers), D):
         if first and masks:
@@ -257,8 +258,8 @@ def descend_layers(
     masks: Sequence[Tensor],
     back: Callable[[int, Tensor | None, tuple[Tensor | None, ...], bool], Tensor | None],
 ) -> None:
-    """`run_layers` the other way: `back(place, ∂E/∂y, ∂E/∂(final states), whether ∂E/∂x is wanted)` → ∂E/∂x of each
-    layer and direction, from the last to the first, each under what the one above handed down."""
+    """`run_layers` backwards: `back(place, ∂E/∂y, ∂E/∂(final states), whether ∂E/∂x is wanted)` → ∂E/∂x of each layer
+    and direction, from the last to the first; each layer receives the gradient from the one above."""
     D = 2 if any(layer.reverse for layer in layers) else 1
     for first in range(len(layers) - D, -1, -D):
         handed = []
@@ -274,7 +275,7 @@ def descend_layers(
 
 
 def as_states(hx: Any) -> tuple[Tensor, ...]:
-    """(h,) or (h, c) of what a module or cell was given or has returned; () of None."""
+    """(h,) or (h, c) from the state that a module or cell received or returned; () for None."""
     return () if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
 
 
@@ -308,15 +309,15 @@ def initial_states(module: SequenceModule, hx: Any, inputs: TimeMajor) -> list[S
 def detached_call(
     module: SequenceModule, x: Tensor | PackedSequence, hx: Any, lengths: Tensor | Sequence[int] | None = None
 ) -> tuple[TimeMajor, list[State]]:
-    """A call's input and initial states, to run it again: outside any graph, and in the weights' dtype where autocast
-    had been given another."""
+    """A call's input and initial states, to run it again: detached from any graph, and in the weights' dtype where
+    autocast received another one."""
     inputs, dtype = time_major(module, x, lengths), next(module.parameters()).dtype
     inputs = inputs._replace(x=inputs.x.detach().to(dtype))
     return inputs, [tuple(s.detach().to(dtype) for s in state) for state in initial_states(module, hx, inputs)]
 
 
 def output_error(module: SequenceModule, inputs: TimeMajor, d: Tensor | None) -> Tensor | None:
-    """∂E/∂y of a call as it came, as `[T, B, D·R]` in internal order and the input's dtype."""
+    """∂E/∂y of a call, as autograd passed it, as `[T, B, D·R]` in internal order and the input's dtype."""
     if d is None:
         return None
     if inputs.batch_sizes is None:
@@ -325,7 +326,7 @@ def output_error(module: SequenceModule, inputs: TimeMajor, d: Tensor | None) ->
 
 
 def final_error(inputs: TimeMajor, d: Tensor | None) -> Tensor | None:
-    """∂E/∂(final state) of a call as it came, as `[L·D, B, ·]` in internal order and the input's dtype."""
+    """∂E/∂(final state) of a call, as autograd passed it, as `[L·D, B, ·]` in internal order and the input's dtype."""
     if d is None:
         return None
     d = d.to(inputs.x.dtype)
@@ -333,12 +334,12 @@ def final_error(inputs: TimeMajor, d: Tensor | None) -> Tensor | None:
 
 
 class Drawn(NamedTuple):
-    """What a call in training drew at random."""
+    """The random draws of a call in training."""
 
     masks: list[Tensor]
-    """dropout between layers: what the output of each layer but the last was multiplied with, `[T, B, D·R]`"""
+    """dropout between layers: the factors of the output of each layer but the last, `[T, B, D·R]`"""
     cuts: list[Tensor | None]
-    """per layer and direction `[T]` its cut steps, as `unvanish.engine.run` takes them"""
+    """for each layer and direction its cut steps `[T]`, as `unvanish.engine.run` takes them"""
 
 
 def draws_dropout(module: nn.Module) -> bool:
@@ -352,14 +353,14 @@ def draws_cuts(module: nn.Module) -> bool:
 
 
 def draw_cuts(module: SequenceModule, T: int) -> list[Tensor | None]:
-    """The cut steps of a call that draws them: each with probability `h_detach`, for every layer and direction anew, by
-    torch's default generator of the CPU."""
+    """The cut steps of a call that draws them: each with probability `h_detach`, separately for every layer and
+    direction, from torch's default generator of the CPU."""
     p: float = module.h_detach  # type: ignore[assignment]
     return [torch.rand(T, device="cpu") < p for _ in range(module.num_layers * (2 if module.bidirectional else 1))]
 
 
 def drawn_again(module: SequenceModule, inputs: TimeMajor, rng: Tensor | None) -> Drawn:
-    """What a call drew: same generator state, shapes and order; `rng` is None where it drew nothing."""
+    """Repeat a call's draws: same generator state, shapes and order; `rng` is None where it drew nothing."""
     uncut: list[Tensor | None] = [None] * (module.num_layers * (2 if module.bidirectional else 1))
     if rng is None:
         return Drawn([], uncut)
@@ -372,10 +373,10 @@ def drawn_again(module: SequenceModule, inputs: TimeMajor, rng: Tensor | None) -
 
 
 def on_gradient(tensor: Tensor, notify: Callable[[Tensor], None]) -> RemovableHandle:
-    """`notify` is called with every gradient that reaches `tensor`."""
+    """Call `notify` with every gradient that reaches `tensor`."""
 
     def hook(d: Tensor | None) -> None:
-        # Of several outputs of one node, that of one nothing read may be undefined.
+        # If a node has several outputs, the gradient of one that was never used may be undefined.
         if d is not None:
             notify(d)
 

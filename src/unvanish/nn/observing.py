@@ -1,9 +1,9 @@
 """Where a recurrent layer reports its inputs and outputs: at the call of its kernel, inside `forward`.
 
-`unvanish.nn`'s layers come here by themselves. torch's do while somebody observes: then the *class attribute* `forward`
-of nn.RNN, LSTM, GRU and their cells is a wrapper, so that a subclass's `super().forward(...)`, `layer.forward(x)`
-called directly, and whatever hooks change before or after are all seen as the kernel sees them. Nothing is ever put on
-an instance: models pickle, copy and script as they do unobserved.
+`unvanish.nn`'s layers always report here. torch's do while there is an observer: then the *class attribute* `forward`
+of nn.RNN, LSTM, GRU and their cells is a wrapper, so that a subclass's `super().forward(...)`, a direct call of
+`layer.forward(x)`, and changes made by hooks before or after are all observed as the kernel sees them. Instances are
+never modified: models pickle, copy and script as they do unobserved.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,23 +19,23 @@ from unvanish import engine
 from unvanish.nn.modules import LayerDirection, TimeMajor
 
 Recorders = Callable[[TimeMajor, LayerDirection, int], engine.Recorder]
-"""(input, layer and direction, first step) → who is notified of it"""
+"""(input, layer and direction, first step) → its recorder"""
 
 
 class Observer(Protocol):
-    """Is notified of every call of a recurrent layer. It must not raise, and change nothing it is shown."""
+    """Is notified of every call of a recurrent layer. It must not raise, nor change any argument."""
 
     def before(self, module: nn.Module, x: Any, hx: Any, lengths: Any) -> Any:
-        """A call begins; what is returned comes back in `recorders` and `after`; None: not interested."""
+        """Called before a call; the returned token is passed to the other methods; None: ignore this call."""
 
     def recorders(self, token: Any) -> Recorders | None:
-        """Who measures inside the engine, for a layer of `unvanish.nn`; None: nobody."""
+        """The recorders that measure inside the engine, for a layer of `unvanish.nn`; None: no measurement."""
 
     def state(self, token: Any, hx: Any) -> Any:
-        """The initial state to run with: hx, or what takes its place on a copy that is only measured."""
+        """The initial state to run with: hx, or its replacement on a copy that is only measured."""
 
     def after(self, token: Any, output: Any) -> Any:
-        """It has returned. What is returned takes the place of the output, None: the output stays."""
+        """Called after a call has returned. A returned value replaces the output; None: the output stays."""
 
 
 TORCHS = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
@@ -83,7 +83,7 @@ def end(observer: Observer) -> None:
 
 
 def observed(module: nn.Module, x: Any, hx: Any, lengths: Any, run: Callable[[Any, Recorders | None], Any]) -> Any:
-    """`run(hx, recorders)`, and everybody who observes is notified of it."""
+    """`run(hx, recorders)`, notifying all observers."""
     observers = _observers
     if not observers or torch.compiler.is_compiling():
         return run(hx, None)
@@ -91,7 +91,7 @@ def observed(module: nn.Module, x: Any, hx: Any, lengths: Any, run: Callable[[An
     chosen: Recorders | None = None
     for observer, token in tokens:
         if token is not None:
-            # Of several the innermost; the others compute for themselves.
+            # The innermost observer's recorders are used; the others compute for themselves.
             chosen = observer.recorders(token) or chosen
             hx = observer.state(token, hx)
     output = run(hx, chosen)
@@ -103,7 +103,7 @@ def observed(module: nn.Module, x: Any, hx: Any, lengths: Any, run: Callable[[An
 
 
 def _of_torch(original: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    # What doesn't fit ends in torch's own error, unobserved.
+    # Invalid arguments raise torch's own error, unobserved.
     x = args[0] if args else kwargs.get("input")
     hx = args[1] if len(args) > 1 else kwargs.get("hx")
 
@@ -116,8 +116,8 @@ def _of_torch(original: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def _wrapper(original: Any) -> Any:
-    """As a function of the original's own module: torch.jit.script compiles what `__wrapped__` and the globals lead
-    to."""
+    """The wrapper, as a function of the original's module: torch.jit.script compiles what it finds through
+    `__wrapped__` and the globals."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return of_torch(original, self, args, kwargs)

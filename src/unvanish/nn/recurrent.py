@@ -122,7 +122,7 @@ class Recurrent(SequenceLayer, CellModule):
                     getattr(self, name + _suffix(layer, reverse)).copy_(value)
 
     def direction_weights(self, layer: int, reverse: bool, named: Mapping[str, Tensor] | None = None) -> Weights:
-        """The weights of one layer and direction as the engine takes them, from learnt ones by name or its own;
+        """The weights of one layer and direction as the engine takes them, from `named` learnt ones or its own;
         differentiable."""
         return self._with_given(self.cell.effective(self._weights(layer, reverse, named)), reverse)
 
@@ -151,7 +151,7 @@ class Recurrent(SequenceLayer, CellModule):
         return Weights(w_ih, w_hh, b_ih, b_hh, None, v)  # type: ignore[arg-type]
 
     def _with_given(self, w: Weights, reverse: bool) -> Weights:
-        """With the columns that hand the `given` shares through: W_ih and, below it, the identity at their place."""
+        """The weights with columns that pass the `given` shares through: W_ih and, below it, an identity for them."""
         M = len(self.cell.given) * self.hidden_size
         if not M:
             return w
@@ -163,7 +163,7 @@ class Recurrent(SequenceLayer, CellModule):
 
     @property
     def columns(self) -> int:
-        """Of x: what W_ih reads, and each direction's given shares."""
+        """The number of columns of x: those that W_ih reads and each direction's given shares."""
         return self.input_size + len(self.cell.given) * self.hidden_size * (2 if self.bidirectional else 1)
 
     def flatten_parameters(self) -> None:

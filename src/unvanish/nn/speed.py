@@ -23,11 +23,11 @@ SHAPES = (
 )  # fmt: skip
 """(T, B, I, H)"""
 STEPS = 16
-"""single steps of a stepped row, the state handed on from call to call"""
+"""single steps of a stepped row, the state passed on from call to call"""
 PAIRS = 3
-"""at least, of which the median counts"""
+"""the fewest pairs of measurements per row; the median is reported"""
 SHORTEST = 2e-3
-"""seconds that one side of a pair lasts at least; shorter calls are repeated"""
+"""the least seconds for one side of a pair; shorter calls are repeated"""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Row:
     kind: str
     """ "RNN", "GRU" or "LSTM" """
     shape: tuple[int, int, int, int]
-    """(T, B, I, H); T = 1 of a stepped row"""
+    """(T, B, I, H); T = 1 for a stepped row"""
     train: bool
-    """forward and backward with an error at every step; else forward without gradients"""
+    """forward and backward with a gradient at every step; else forward without gradients"""
     low: bool
     """under autocast to bfloat16; else float32"""
     stepped: bool
@@ -52,18 +52,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured of a row."""
+    """The measurement of a row."""
 
     row: Row
     torchs: float
-    """seconds of a call of torch's layer, the median"""
+    """the median time of a call of torch's layer, in seconds"""
     ratio: float
-    """torch's time over ours, the median of the pairs"""
+    """torch's time divided by ours, the median of the pairs"""
 
 
 def rows() -> list[Row]:
-    """Every kind and shape, training and inference, in float32 and under autocast, whole sequences; those of one step
-    also as a loop of calls."""
+    """Every kind and shape, for training and inference, in float32 and under autocast, as whole sequences; those of one
+    step also as a loop of calls."""
     found = []
     for kind, shape, train, low in product(KINDS, SHAPES, (True, False), (False, True)):
         found.append(Row(kind, shape, train, low, stepped=False))
@@ -109,7 +109,7 @@ def _timed(row: Row, seconds: float) -> Timing:
     repeats = max(1, math.ceil(SHORTEST / once))
     torchs, ratios = [], []
     while len(ratios) < PAIRS or time.perf_counter() < end:
-        # Whoever comes second finds the caches as the other has left them.
+        # The order alternates, since the second side finds the caches as the first has left them.
         order = (0, 1) if len(ratios) % 2 else (1, 0)
         took = {side: _seconds(sides[side], repeats) for side in order}
         torchs.append(took[0])

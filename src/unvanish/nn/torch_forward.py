@@ -1,5 +1,5 @@
-"""Where a layer of ours runs torch's own forward: where that alone gives what torch's class gives (overridden
-functions, graphs that others read, other devices and dtypes), and where it is faster."""
+"""When our layers run torch's own forward: where only that gives the same result as torch's class (overridden
+functions, graphs for other tools, other devices and dtypes), and where it is faster."""
 
 from functools import cache
 from operator import is_
@@ -19,7 +19,7 @@ from unvanish.nn.modules import as_states, layer_directions, time_major
 
 def explain(layer: Any, x: Tensor | PackedSequence, hx: Any = None, lengths: Any = None) -> Choice:
     """What runs a call of one of our RNN, LSTM or GRU layers: "torch", for torch's own forward, or the rung of the
-    engine that runs the layer's first direction; and why not a faster one.
+    engine that runs the layer's first direction; and why no faster one does.
 
     >>> print(explain(unvanish.nn.GRU(3, 4), torch.zeros(1, 2, 3)))  # doctest: +SKIP
     native: not used, torch's layer is faster for so short a call
@@ -57,7 +57,7 @@ def reason(layer: nn.RNNBase, x: Any, hx: Any) -> str | None:
         w_ih.requires_grad or data.requires_grad or any(getattr(h, "requires_grad", False) for h in states)
     )
     B = data.shape[0 if layer.batch_first else 1] if data.dim() == 3 else 1
-    # torch has no fast way through samples of different length.
+    # torch has no fast path for samples of different length.
     mode = "packed" if data is not x else layer.mode
     why = faster_in_torch(mode, _steps(layer, x), B, w_ih.numel() + w_hh.numel(), dtype, trains)
     return None if why is STEPS and layer.proj_size else why  # torch's cell has no projection
@@ -74,9 +74,9 @@ _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expect
 
 
 def run(layer: Any, x: Any, hx: Any, why: str) -> tuple[Any, Any] | None:
-    """torch's own forward, for the `reason` why; a padded batch that fits goes straight to its kernel, because the
-    checks in torch's forward take as long as a short call. None: it was to run step by step, and is not of the plain
-    kind or does not fit, so it is the engine's."""
+    """torch's own forward, for the `reason` why; a valid padded batch goes straight to its kernel, because the checks
+    in torch's forward take as long as a short call. None: the engine runs the call, which was meant to run step by
+    step but is not of the plain kind or not valid."""
     states = None if torch.compiler.is_compiling() else _fitting(layer, x, hx)
     if why is STEPS:
         return None if states is None or any(s.dtype != x.dtype for s in states) else _step_by_step(layer, x, states)
@@ -115,10 +115,10 @@ def _step_by_step(layer: Any, x: Tensor, initial: tuple[Tensor, Tensor]) -> tupl
 
 
 def _fitting(layer: Any, x: Any, hx: Any) -> Any:
-    """The initial states as torch's kernel takes them; None where the call is not of the plain kind, or does not fit:
-    torch's forward then runs it, or says what is wrong."""
+    """The initial states as torch's kernel takes them; None where the call is not of the plain kind or not valid:
+    torch's forward then runs it, or raises the error."""
     torchs = torchs_class(type(layer))
-    # Where somebody has replaced torch's forward, as a watch does, that is what is to run.
+    # If torch's forward has been replaced, as by a watch, the replacement must run.
     if torchs.forward is not _FORWARD[torchs] or not _checks_as_torch(type(layer)):
         return None
     if type(x) is not Tensor or x.dim() != 3 or x.shape[2] != layer.input_size:
@@ -148,7 +148,7 @@ def _checks_as_torch(kind: type[nn.RNNBase]) -> bool:
 
 @cache
 def torchs_class(kind: type[nn.RNNBase]) -> type[nn.RNNBase]:
-    """torch's RNN, LSTM or GRU, from which a class derives."""
+    """The class among torch's RNN, LSTM and GRU that a class derives from."""
     return next(base for base in kind.__mro__ if base in (nn.RNN, nn.LSTM, nn.GRU))
 
 

@@ -1,7 +1,7 @@
 """Showing what was measured: text, figures and pages, each a pure function of records.
 
 Belongs here: sentences about a result, tables, figures (`unvanish.report.plot`, also `uv.plot`), pages, the live page.
-Does not: measuring, training, or anything that touches a model; pictures that know no record are in `draw`.
+Does not: measuring, training, or anything that touches a model; pictures from plain arrays are in `draw`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ __all__ = ["plot", "print_comparison", "save_figures", "write_comparison"]
 
 
 def __getattr__(name: str) -> Any:
-    """The tables for a terminal need an extra, which the figures do without."""
+    """Import the terminal tables on demand: they need an extra that the figures do not."""
     if name == "print_comparison":
         from unvanish.report.text import print_comparison
 

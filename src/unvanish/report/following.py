@@ -1,7 +1,7 @@
-"""What stands in the folder of a running training: the records of a `stream=` folder, and the figures of a log.
+"""The folder of a running training: the records of a `stream=` folder, and the figures of a log.
 
-Nothing here waits for the trainer or writes to its folder. A file that is only half written is taken up once it is
-whole.
+Nothing here waits for the trainer or writes to its folder. A file that is only half written is read once it is
+complete.
 """
 
 import csv
@@ -20,13 +20,13 @@ from unvanish.flow.stream import SUFFIX
 LOG = "metrics.csv"
 """the file that Lightning's CSVLogger writes, `unvanish train`'s own logger by default"""
 CELLS = 80
-"""of a layer's strip, at most"""
+"""the most cells of a layer's strip"""
 KEPT = 240
-"""records shown, at most; of more, evenly chosen ones"""
+"""the most records shown; if there are more, an even selection"""
 
 
 class Following:
-    """A folder that may grow: `state` is what it holds now.
+    """A folder that may grow: `state` returns its current content.
 
     Raises:
         NotADirectoryError: there is no such folder.
@@ -100,7 +100,7 @@ def _memory(layer: LayerFlow) -> float | None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The log changed last, in the folder or up to two below it: a resumed training has several."""
+    """The most recently changed log, in the folder or up to two levels below: a resumed training has several."""
     found = [path for depth in ("", "*/", "*/*/") for path in folder.glob(depth + LOG)]
     return max(found, key=_changed, default=None)
 
@@ -115,7 +115,7 @@ def _changed(path: Path) -> float:
 def read_log(path: Path) -> dict[str, list[list[float]]]:
     """Column → [[step, value], …]; a line that is not complete yet is left out.
 
-    Figures that are not finite stand as they are said in JSON: not at all.
+    Figures that are not finite are left out too, since JSON can't represent them.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -142,7 +142,7 @@ def read_log(path: Path) -> dict[str, list[list[float]]]:
 
 
 def warnings(records: list[dict[str, Any]], figures: dict[str, list[list[float]]]) -> list[str]:
-    """What someone who watches should know, in sentences."""
+    """Notes for the reader of the page, in sentences."""
     said = []
     for name, layer in (records[-1]["layers"] if records else {}).items():
         if layer["problem"]:

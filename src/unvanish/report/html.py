@@ -29,8 +29,8 @@ LIFT = 0.35
 
 
 def write_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> None:
-    """Whose gradient survives, who learns, why, what to do, how was it measured: one HTML file, and beside it its card,
-    1200 × 630, as PNG and SVG ("report-card.png"), about the first task.
+    """Write the report as one HTML file: which gradients survive, which models learn, why, what to do, how it was
+    measured. Next to it, the card of the first task, 1200 × 630, as PNG and SVG ("report-card.png").
 
     Raises:
         OSError: the file can't be written.
@@ -93,12 +93,12 @@ def _asset(name: str) -> str:
 
 
 def _code(text: str) -> Markup:
-    """Text, escaped, with what stands between backticks as code."""
+    """Text, escaped, with the parts between backticks as code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _script_safe(data: Any) -> str:
-    """JSON that can stand inside a script element: no "<" that could end it, no line separators that JavaScript reads
-    as ends."""
+    """JSON that is safe inside a script element: no "<" that could end it, and none of the line separators that end a
+    line in JavaScript."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -54,8 +54,8 @@ class LiveServer:
     def answer(self, path: str, host: str | None) -> tuple[HTTPStatus, str, bytes]:
         """(status, content type, body) of one request.
 
-        A name other than the loopback's in Host is refused too: else a page elsewhere whose name is pointed at this
-        machine could ask.
+        A Host header other than the loopback's is refused too: otherwise another site's page could send requests after
+        pointing its host name at this machine (DNS rebinding).
         """
         asked = urlsplit(path)
         token = parse_qs(asked.query).get("token", [""])[0]
@@ -86,6 +86,6 @@ class LiveServer:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Requests are not written down: their address holds the token."""
+                """Requests are not logged, because their address contains the token."""
 
         return Handler

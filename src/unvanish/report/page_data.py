@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from unvanish.train.records import BiasReach, GradientBreakdown, Reach, Rescue, Run, TaskResult
 
 POINTS = 80
-"""of a curve that is one of many"""
+"""the most points of a curve that is one of many"""
 
 
 def task_data(task: TaskResult) -> dict[str, Any]:

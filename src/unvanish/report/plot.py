@@ -1,9 +1,9 @@
-"""The pictures for papers: matplotlib, on Axes that are given or made; each function returns its Axes.
+"""The pictures for papers: matplotlib, on given or new Axes; each function returns its Axes.
 
-Colour-blind-safe, told apart by dash too, named at their ends; norms on a logarithmic axis; medians over samples, bands
-from 10 % to 90 %. Gradients over the lag have one of three axes, down to 10⁻⁸, 10⁻²⁰ or 10⁻⁶⁰, so that models and
-moments can be compared.
-Of a record of `uv.flow` or of a diagnosis each is the record's own `plot`.
+Lines have colour-blind-safe colours and different dashes, and are named at their ends; norms are on a logarithmic axis;
+curves are medians over samples, bands go from 10 % to 90 %. Gradients over the lag have one of three axes, down to
+10⁻⁸, 10⁻²⁰ or 10⁻⁶⁰, so that models and moments of training can be compared.
+The records of `uv.flow` and of a diagnosis have these pictures as their `plot` method.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def learning(task: TaskResult, ax: Axes | None = None) -> Axes:
 
 
 def spans_decades(task: TaskResult) -> bool:
-    """Whether the errors of a task want a logarithmic axis: they span more than one power of ten, and none is 0."""
+    """Whether a task's errors need a logarithmic axis: they span more than one power of ten, and none is 0."""
     errors = [
         task.chance,
         task.solved_below,
@@ -124,12 +124,12 @@ def adjoint_map(record: AdjointMap | GradientBreakdown, sample: int | None = Non
 
     Args:
         record: the map, or the breakdown of a comparison's run.
-        sample: which one to show; None: the median over samples, which is all that a breakdown has.
+        sample: the index of the sample to show; None: the median over samples, the only choice for a breakdown.
         ax: where to draw.
 
     Raises:
         IndexError: there is no such sample.
-        ValueError: a sample is asked for of a breakdown.
+        ValueError: a sample is given for a breakdown.
     """
     if isinstance(record, AdjointMap):
         return record.plot(ax, sample)
@@ -140,15 +140,15 @@ def adjoint_map(record: AdjointMap | GradientBreakdown, sample: int | None = Non
 
 
 def terms(record: StateTerms | GradientBreakdown, ax: Axes | None = None) -> Axes:
-    """Each path's share of the gradient that comes back to step t, the median over samples; they sum to 1."""
+    """Each path's share of the gradient that arrives at step t, the median over samples; shares sum to 1."""
     if isinstance(record, StateTerms):
         return record.plot(ax)
     return draw.lines(record.share, record.steps, "step t", "share of the gradient that comes back", ax, zero=True)
 
 
 def memory(record: GateStatistics | GradientBreakdown, bins: int = 20, ax: Axes | None = None) -> Axes:
-    """How many units forget by 1/e in how many steps: the time constants that the carry implies, on an axis from 1 step
-    to 10·T.
+    """The distribution of the units' time constants, the steps in which a unit forgets by 1/e as its carry implies, on
+    an axis from 1 step to 10·T.
 
     Raises:
         ValueError: the cell carries nothing.
@@ -173,7 +173,7 @@ def subgradients(record: LayerFlow | GradientBreakdown, ax: Axes | None = None) 
     """‖g_t‖ of the T subgradients of ∂E/∂W = Σ_t g_t, and, where recorded, ‖Σ_{s ≥ t} g_s‖.
 
     Raises:
-        ValueError: the record has none: it is of marked states.
+        ValueError: the record has no subgradients, because it is of marked states.
     """
     names, y = (r"$\|g_t\|$", r"$\|\Sigma_{s \geq t} g_s\|$"), "norm of the weight's gradient"
     if not isinstance(record, LayerFlow):
@@ -197,12 +197,12 @@ def sources(record: SourceGradients, ax: Axes | None = None) -> Axes:
 
 
 def lyapunov(record: LyapunovSpectrum, ax: Axes | None = None) -> Axes:
-    """How the estimates of the Lyapunov exponents settle over the steps."""
+    """The estimates of the Lyapunov exponents over the steps, as they converge."""
     return record.plot(ax)
 
 
 def diagnosis(record: Diagnosis | Verification, ax: Axes | None = None) -> Axes:
-    """The gradient over the lag in every layer, with its verdict; of a verification before and after."""
+    """The gradient over the lag in every layer, with its verdict; for a verification, before and after."""
     return record.plot(ax)
 
 

@@ -19,7 +19,7 @@ LOWEST, HIGHEST = -60, 2
 REACHED, FLOAT32 = -2.0, math.log10(1.17549435e-38)
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 360, 190, 60, 20, 40
 APART = 17.0
-"""between the labels at the lines' ends"""
+"""the distance between the labels at the lines' ends"""
 
 
 def still(task: TaskResult) -> Markup:

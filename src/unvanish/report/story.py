@@ -22,7 +22,7 @@ def headline(task: TaskResult) -> str:
 
 
 def lead(task: TaskResult) -> str:
-    """What became of it: the cure's reach, and who solved the task from how many seeds."""
+    """The outcome: the cure's reach, and which models solved the task from how many seeds."""
     solved = [counted(run) for run in task.runs if run.solved]
     failed = [run.title for run in task.runs if outcome(task, run) == "chance"]
     parts = []
@@ -36,7 +36,7 @@ def lead(task: TaskResult) -> str:
 
 
 def enduring(task: TaskResult) -> Run | None:
-    """A run whose gradient survives: the cure of the run that the headline is about, else the first that there is."""
+    """A run whose gradient survives: the cured version of the headline's run, else the first one."""
     kept, plain = [run for run in task.runs if fate(run.before) == "survives"], forgetful(task)
     cures = [run for run in kept if plain is not None and run.name.startswith(f"{plain.name}-")]
     return next(iter([*cures, *kept]), None)
@@ -54,7 +54,7 @@ def forgetful(task: TaskResult) -> Run | None:
 
 
 def story(task: TaskResult, run: Run) -> dict[str, str]:
-    """What the pictures of one run say: in the product of factors, in training, in the weight update, in the rescue."""
+    """The sentences for the pictures of one run: the product of factors, training, the weight update, the rescue."""
     return {
         "product": product(run.before),
         "training": training(task, run),
@@ -95,7 +95,7 @@ def training(task: TaskResult, run: Run) -> str:
 
 
 def _opened(run: Run) -> str:
-    """By how much the gates' time constants grew."""
+    """The growth of the gates' time constants, in words."""
     was, now = (_memory(found) for found in run.breakdown)
     return (
         ""
@@ -124,7 +124,7 @@ def update(found: GradientBreakdown, when: str) -> str:
 
 
 def rescue(run: Run) -> str:
-    """What the smallest change of the biases is, and does; empty where there is none."""
+    """The smallest change of the biases and its effect; empty where there is none."""
     found = run.rescue
     if found is None:
         return ""
@@ -141,7 +141,7 @@ def rescue(run: Run) -> str:
 
 
 def alternatives(task: TaskResult) -> dict[str, str]:
-    """Texts for those who don't see the pictures; each states the result."""
+    """Alternative texts of the pictures; each states the result."""
     lag = task.runs[0].before.lag[-1]
     kept = "; ".join(f"{run.title} {power_of_ten(run.before.log_norm[-1])}" for run in task.runs)
     errors = "; ".join(f"{run.title} {run.test_error:.3g}" for run in task.runs)

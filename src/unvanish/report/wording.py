@@ -1,4 +1,4 @@
-"""What a comparison says, in words: computed from the records, shared by the terminal and the page."""
+"""The result of a comparison in words: computed from the records, shared by the terminal and the page."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def power_of_ten(log_norm: float) -> str:
 
 
 def fate(reach: Reach) -> str:
-    """What becomes of the last step's error at the first step: "vanishes", "survives" or "explodes".
+    """Whether the last step's gradient "vanishes", "survives" or "explodes" on its way to the first step.
 
-    Relative to its size at lag 0, so that no scale of the loss matters: below `fraction` it has vanished, above its
-    inverse exploded.
+    Relative to its size at lag 0, so that the scale of the loss does not matter: below `fraction` it has vanished,
+    above the inverse it has exploded.
     """
     end = reach.log_norm[-1]
     if end < math.log(reach.fraction):
@@ -47,20 +47,20 @@ def fate(reach: Reach) -> str:
 
 
 def survival(task: TaskResult) -> str:
-    """Whose gradient survives the length of the task, before training."""
+    """Which models' gradients survive the length of the task, before training."""
     lag = task.runs[0].before.lag[-1]
     parts = [f"{run.title}: {power_of_ten(run.before.log_norm[-1])}" for run in task.runs]
     return f"Fraction of the last step's gradient remaining {lag} steps earlier, before training: {'; '.join(parts)}."
 
 
 def success(run: Run) -> str:
-    """How many trainings solved the task, "3 of 3 (44 to 100 %)", with the 95 % interval of the rate."""
+    """The number of trainings that solved the task, "3 of 3 (44 to 100 %)", with the 95 % interval of the rate."""
     low, high = run.success_interval
     return f"{run.successes} of {len(run.trials)} ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
 def learning(task: TaskResult) -> str:
-    """Who solves the task, who learns something, who stays at chance; from how many seeds."""
+    """Which models solve the task, learn part of it or stay at chance, and from how many seeds."""
     solved = [counted(run) for run in task.runs if run.solved]
     some = [counted(run) for run in task.runs if outcome(task, run) == "partly"]
     none = [counted(run) for run in task.runs if outcome(task, run) == "chance"]
@@ -76,13 +76,13 @@ def learning(task: TaskResult) -> str:
 
 
 def counted(run: Run) -> str:
-    """The title; where several seeds did not all do alike, with how many of them solved the task."""
+    """The title; with the number of seeds that solved the task, where seeds differ."""
     alike = run.successes in (0, len(run.trials))
     return run.title if alike else f"{run.title} ({run.successes} of {len(run.trials)} seeds)"
 
 
 def explanation(task: TaskResult) -> str:
-    """What ties the two together, or that they do not agree here."""
+    """How reach and success are related, or that they disagree here."""
     kept, lost, exploding = (
         [run for run in task.runs if fate(run.before) == what] for what in ("survives", "vanishes", "explodes")
     )
@@ -115,7 +115,7 @@ def reached(run: Run) -> str:
 
 
 def advice(task: TaskResult) -> list[str]:
-    """What to do with a task like this, from what was measured."""
+    """Advice for a task like this, from the measurements."""
     best = min(task.runs, key=lambda run: run.test_error)
     out = []
     if best.solved:
@@ -142,13 +142,13 @@ def advice(task: TaskResult) -> list[str]:
 
 
 def best_cure(run: Run) -> Cured | None:
-    """The first cure after which the gradient survives; without one, that which leaves most."""
+    """The first cure after which the gradient survives; else the one after which most of it remains."""
     kept = [cure for cure in run.cures if fate(cure.reach) == "survives"]
     return kept[0] if kept else max(run.cures, key=lambda cure: cure.reach.log_norm[-1], default=None)
 
 
 def call(task: TaskResult, run: Run, cure: Cured) -> str:
-    """What to write to get a cure; code stands between backticks."""
+    """The code that applies a cure, in a phrase; code is between backticks."""
     written = f"call `{_CALLS.get(cure.name, cure.name).format(length=task.length)}`"
     if cure.name == "irnn":
         return f'make it with `nonlinearity="relu"` and {written}'
@@ -161,7 +161,7 @@ def call(task: TaskResult, run: Run, cure: Cured) -> str:
 
 
 def trained(task: TaskResult, cure: Cured) -> str:
-    """How the cured model did, where the comparison trained it too."""
+    """The result of the cured model, where the comparison trained it too."""
     return next((outcome(task, run) for run in task.runs if run.name == cure.name), "not trained here")
 
 
@@ -177,7 +177,7 @@ def _proof(task: TaskResult, cure: Cured) -> str:
 
 
 def at_chance(task: TaskResult, run: Run) -> bool:
-    """Whether the error is within 10 % of what the best constant answer has."""
+    """Whether the error is within 10 % of that of the best constant answer."""
     return run.test_error > 0.9 * task.chance
 
 

@@ -1,6 +1,6 @@
 """Tasks and training.
 
-Belongs here: tasks, data of the user's own, training, comparing, saving and exporting; needs the extra `lab`.
+Belongs here: tasks, the user's own data, training, comparing, saving and exporting; needs the extra `lab`.
 Does not: figures and pages of the results (`report`), the arguments of a command (`cli`).
 """
 

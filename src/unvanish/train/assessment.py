@@ -1,7 +1,7 @@
-"""What a training came to: whether the model beats guessing and, if it does not, where to look.
+"""The assessment of a training: whether the model beats guessing and, if it does not, where to look.
 
-The same functions as in a diagnosis decide: the best constant answer, the test of whether a loss is below it by more
-than chance, the exact tests, and the measurement of the gradient's reach.
+It uses the functions of a diagnosis: the best constant answer, the test of whether a loss is below it by more than
+chance, the exact tests, and the measurement of the gradient's reach.
 """
 
 from dataclasses import dataclass
@@ -21,16 +21,16 @@ from unvanish.train.supervised import together
 from unvanish.train.tasks.task import Split
 
 STEPS = 500_000
-"""steps of all samples together that the model is judged on, and as many that the constant is fitted on, unless a few
+"""steps, over all samples, on which the model is judged, and as many on which the constant is fitted, unless a few
 samples alone have more"""
 FOLLOWED = 50_000
-"""steps of all samples together that exact tests and the measurement look at"""
+"""steps, over all samples, used by the exact tests and the measurement"""
 LEAST, FEW = 16, 4
-"""samples that are judged and followed whatever their length"""
+"""samples that are judged and measured whatever their length"""
 ENOUGH = GROUPS * GROUP
-"""test samples from which they alone decide"""
+"""the number of test samples from which the test split alone decides"""
 HIGHER = ("accuracy", "balanced accuracy")
-"""figures that are better if they are higher"""
+"""metrics for which higher is better"""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def assess(
 
 @dataclass(frozen=True)
 class _Against:
-    """The model's first figure against that of the best baseline."""
+    """The model's first metric compared with that of the best baseline."""
 
     ahead: bool
     says: str
@@ -109,18 +109,18 @@ def _against(figures: Judgement) -> _Against | None:
 
 
 def _where_to_look(found: Diagnosis, model: SequenceModel, rows: Rows, seed: int) -> str:
-    """What exact tests found; otherwise how far the gradient reaches, and what follows."""
+    """The result of the exact tests; otherwise how far the gradient reaches, and the consequence."""
     if not found.healthy:
         return f"{found.headline[0].lower()}{found.headline[1:].removesuffix('.')}."
     return _reach(found, reaching(rows, seed), every_step=model.read == "all")
 
 
 def _reach(found: Diagnosis, first_steps: float, every_step: bool) -> str:
-    """In words, with what follows from it.
+    """The gradient's reach in words, and the consequence.
 
     Args:
         found: with the measurement of each layer.
-        first_steps: share of the gradient that arrives at the first steps by any way: see `reaching`.
+        first_steps: share of the gradient that arrives at the first steps along any path: see `reaching`.
         every_step: whether every step has a target of its own, so that much can be learnt with a short reach.
     """
     layers = [d for d in found.values() if d.verdict != "undecided"]

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside, renamed into place, and sealed with a checksum."""
+"""Checkpoints that are complete or absent: written to a temporary file, renamed, and sealed with a checksum."""
 
 import hashlib
 import io
@@ -42,7 +42,7 @@ class SealedCheckpointIO(CheckpointIO):
         """Read what `save_checkpoint` wrote.
 
         Raises:
-            ValueError: the checksum is wrong, it holds more than plain data, or what is sealed is no checkpoint.
+            ValueError: the checksum is wrong, the file contains more than plain data, or it is not a checkpoint.
         """
         data = Path(path).read_bytes()
         body = len(data) - len(SEAL) - 32
@@ -52,7 +52,7 @@ class SealedCheckpointIO(CheckpointIO):
             return torch.load(io.BytesIO(data[:body]), map_location=map_location or "cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(f"checkpoint: {path} holds more than plain data and is refused: {error}") from error
-        except Exception as error:  # torch documents none; the seal is right, so it was not damaged by chance
+        except Exception as error:  # torch documents none; the checksum is right, so this is no accidental damage
             raise ValueError(f"checkpoint: {path} holds no checkpoint of torch: {error!r}") from error
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -61,7 +61,7 @@ class SealedCheckpointIO(CheckpointIO):
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder; damaged ones are passed over with a warning."""
+    """The newest complete checkpoint in a folder; damaged ones are skipped with a warning."""
     reader = SealedCheckpointIO()
     for path in sorted(folder.glob("*.ckpt"), reverse=True):
         try:

@@ -1,4 +1,4 @@
-"""Train several recurrent models on the same tasks: whose gradient survives, and which ones learn."""
+"""Train several recurrent models on the same tasks: which gradients survive, and which models learn."""
 
 import os
 import platform
@@ -26,9 +26,9 @@ from unvanish.train.tasks.digits import PixelDigits
 from unvanish.train.untrained import cured, forget_bias_series, rescued
 
 DEFAULT_TASKS = ("adding", "digits-padded")
-"""the tasks of a comparison that names none"""
+"""the tasks of a comparison where none are given"""
 DEFAULT_CELLS = ("rnn", "gru", "lstm", "lstm-chrono", "janet-chrono", "ur_lstm")
-"""the cells of a comparison that names none"""
+"""the cells of a comparison where none are given"""
 DEFAULT_STEPS = {"adding": 800, "digits-padded": 800}
 STEPS = 600
 """updates for a task without a default of its own"""
@@ -37,7 +37,7 @@ HIDDEN, BATCH, LR, CLIP = 32, 32, 1e-2, 1.0
 Tell = Callable[[str, int, int, float | None], None]
 """(task and cell, updates done, updates in all, latest validation error)"""
 Say = Callable[[str], None]
-"""what is happening, in a line"""
+"""the current stage, in one line"""
 
 
 def run_one(
@@ -79,7 +79,7 @@ def run_one(
 
 
 class _Trained(NamedTuple):
-    """One training, and what was measured of it."""
+    """One training, and its measurements."""
 
     model: SequenceModel
     trial: Trial
@@ -234,7 +234,7 @@ def compare(
 
 
 def _told_apart(names: Sequence[str], argument: str) -> None:
-    """Raise where there is no name, or one stands twice: files and parts of the page are called by them."""
+    """Raise where there is no name or a repeated one, since files and parts of the page are named after them."""
     if not names:
         raise ValueError(f"{argument}: expected at least one name, got none")
     for name, times in Counter(names).items():
@@ -243,7 +243,7 @@ def _told_apart(names: Sequence[str], argument: str) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Versions, processor and threads: what a figure depends on besides the seed."""
+    """Versions, processor and threads, on which a figure depends besides the seed."""
     return {
         "unvanish": unvanish.__version__,
         "torch": torch.__version__,

@@ -19,7 +19,7 @@ OPTIMIZERS: dict[Optimizer, Callable[..., torch.optim.Optimizer]] = {
     "rmsprop": partial(torch.optim.RMSprop, alpha=0.9),
 }
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-"""what the launchers set: torchrun, Lightning's own, SLURM"""
+"""environment variables set by the launchers: torchrun, Lightning's own, SLURM"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TrainingConfiguration:
     optimizer: Optimizer = "adam"
     weight_decay: float = 0.0
     schedule: Schedule = "constant"
-    """of the learning rate: constant, or a half cosine down to 0"""
+    """the schedule of the learning rate: constant, or a half cosine down to 0"""
     patience: int | None = None
     """rounds without a better validation loss before training stops; None: it uses all updates"""
     omega: float = 0.0
@@ -97,5 +97,5 @@ class Machines:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """Whether this is the process that writes and prints."""
         return self.processes == 1 or all(os.environ.get(name, "0") == "0" for name in RANKS)

@@ -27,10 +27,10 @@ with extra("lab"):
 
 @dataclass(eq=False, repr=False)
 class _Estimator(BaseEstimator):
-    """What the estimators share; after `fit`, `trained_` holds the model: `trained_.save(folder)` keeps it.
+    """The base of the estimators; after `fit`, `trained_` is the trained model: `trained_.save(folder)` saves it.
 
-    A dataclass for its `__init__`, from whose signature scikit-learn reads the parameters. They are named as the
-    settings that they become, and begin as these do.
+    A dataclass for its `__init__`, from whose signature scikit-learn reads the parameters. They have the names and the
+    defaults of the settings.
     """
 
     cell: str = Settings.cell
@@ -111,7 +111,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         y = _targets(y)
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
-        # The trainer's classes are texts in their order: digits enough keep ours.
+        # The trainer sorts its classes as texts: numbers padded with zeros keep our order.
         data = self._sequences(X, [f"{code:08d}" for code in codes])
         if len(self.classes_) < 2:
             raise ValueError(f"y: expected two classes or more, got one class, {self.classes_.tolist()[0]!r}")
@@ -163,7 +163,7 @@ class Forecaster(_Estimator):
         cell: a name out of `RECIPES`.
         horizon: steps forecast at once.
         window: steps looked back on.
-        season: of the seasonal-naive forecast that the score compares with; None: the last value is repeated.
+        season: steps of a season, for the seasonal-naive forecast of the score; None: the last value is repeated.
         hidden, layers, bidirectional, dropout, read: the model, as in `Settings`.
         epochs, steps, batch, lr, clip, optimizer, weight_decay, schedule, patience, omega: the training, as there.
         missing: as in `SequenceClassifier`; in the first channel "mean" is no choice, as a forecast would be judged by
@@ -179,7 +179,7 @@ class Forecaster(_Estimator):
     season: int | None = None
 
     def fit(self, X: Any, y: None = None) -> Self:
-        """Train on one series, or a list of them; `y` is there for scikit-learn, and must be None."""
+        """Train on one series, or a list of them; `y` exists for scikit-learn and must be None."""
         if y is not None:
             raise ValueError("y: expected None, as what is forecast is the first channel of X")
         found = self._series(X)
@@ -192,8 +192,8 @@ class Forecaster(_Estimator):
         return forecast if isinstance(X, list | tuple) and np.ndim(X[0]) else forecast[0]
 
     def backtest(self, X: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`[N, horizon]` each: forecasts from every step of X that has a window before and a horizon after it, what
-        came, and the (seasonal-)naive forecasts."""
+        """`[N, horizon]` each: forecasts from every step of X that has a window before and a horizon after it, the
+        actual values, and the (seasonal-)naive forecasts."""
         seen, truth, naive = [], [], []
         for values in self._series(X):
             for end in range(max(self.window, self.season or 1), len(values) - self.horizon + 1):
@@ -247,7 +247,7 @@ def _texts(X: Any) -> list[str]:
 
 
 def _arrays(X: Any, missing: Any) -> list[np.ndarray]:
-    """`[T_i, I]` float64 each, missing values as the policy has them.
+    """`[T_i, I]` float64 each, with missing values treated according to the policy.
 
     Raises:
         ValueError: X is something else, with the index.

@@ -19,7 +19,7 @@ from unvanish.train.problems import from_json
 from unvanish.train.trained import Trained
 
 TOLERANCE = 1e-4
-"""largest difference to the model's own answers, relative to the largest of them, that is put down to rounding"""
+"""the largest difference to the model's own answers, relative to the largest of them, attributed to rounding"""
 SIZES = ((3, 7), (1, 12), (5, 2))
 """batch and steps of the sequences that are compared"""
 
@@ -29,8 +29,8 @@ class Exported(nn.Module):
 
     Scales are part of it: values go in unscaled, NaN where one is missing, and a regression comes out in the units of
     its target. A classification answers `[B, classes]` logits; a forecast `[B, horizon]` values; a language model
-    `[B, T, symbols]` logits, and in ONNX it takes no lengths, on which they don't depend. What stands behind a
-    sequence's length has no influence, except on the answers there.
+    `[B, T, symbols]` logits, and in ONNX it takes no lengths, on which they don't depend. Values after the end of a
+    sequence have no influence, except on the answers there.
 
     Args:
         trained: the model.
@@ -71,7 +71,7 @@ class Exported(nn.Module):
         return self.unscaled(m.head(self._read(states, lengths)), x, lengths)
 
     def scaled(self, x: Tensor) -> Tensor:
-        """What the model takes."""
+        """The model's input."""
         if self.model.embedding is not None:
             return x
         x = (x - self.mean) / self.deviation
@@ -145,12 +145,12 @@ def plain_state_dict(trained: Trained) -> dict[str, Tensor]:
 def export(trained: Trained, path: str | os.PathLike[str], *, steps: int | None = None) -> float:
     """Write `Exported` to a file: .onnx (ONNX), or .pt2 (torch.export).
 
-    Batch and time are open. In a .pt2 they are by an operator of unvanish's, so that the program that loads it imports
-    unvanish first; with `steps` it is of torch's own operators, for x of exactly this many steps (pad, and pass the
-    lengths). What has been written is read back and compared with the model on random sequences.
+    Batch and time are dynamic. A .pt2 file uses an operator of unvanish for this, so a program that loads it has to
+    import unvanish first; with `steps` it uses only torch's own operators, for x of exactly this many steps (pad, and
+    pass the lengths). The written file is read back and compared with the model on random sequences.
 
     Returns:
-        The largest difference that was seen, relative to the largest answer.
+        The largest difference found, relative to the largest answer.
 
     Raises:
         ValueError: another suffix, `steps` for .onnx, or a model that was trained on no data.
@@ -221,7 +221,7 @@ def _onnx(module: Exported, examples: list[Any], path: Path) -> list[Tensor]:
         open_axes = {"x": open_axes["x"], "answer": open_axes["x"]}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        # The exporter built on torch.export fixes the number of steps of a recurrent layer; this one leaves it open.
+        # The exporter built on torch.export fixes the number of steps of a recurrent layer; this one keeps it dynamic.
         torch.onnx.export(
             module,
             examples[0],

@@ -91,7 +91,7 @@ def fit(
     several = machines.processes > 1
     plugins: list[Any] = [SealedCheckpointIO()]
     if several and SLURMEnvironment.detect():
-        # Its own way to requeue would save in the middle of a round.
+        # Its own requeueing would save in the middle of a round.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     on_interrupt = signal.getsignal(signal.SIGINT)
     with _quiet(), torch.random.fork_rng():
@@ -122,7 +122,7 @@ def fit(
         except SystemExit as stop:
             if not trainer.interrupted:
                 raise
-            # Lightning makes Ctrl-C an exit, and is deaf to it from then on.
+            # Lightning turns Ctrl-C into an exit, and ignores it from then on.
             signal.signal(signal.SIGINT, on_interrupt)
             raise KeyboardInterrupt from stop
         finally:

@@ -1,4 +1,4 @@
-"""From a file and what is to be learnt to a problem, and to what a model is applied to."""
+"""Reading a file as a problem to learn, or as data to which a model is applied."""
 
 import os
 from collections.abc import Collection
@@ -27,7 +27,7 @@ USED: dict[str, tuple[str, ...]] = {
 def read_data(
     path: str | os.PathLike[str], kind: Kind, if_there: Collection[str] = (), /, **options: Any
 ) -> Sequences | Series | str:
-    """What a file holds, for a kind of problem.
+    """The content of a file, for a kind of problem.
 
     Args:
         path: .csv or .parquet; .ts of the UCR/UEA archive (classification, regression); for a language model any other
@@ -38,7 +38,7 @@ def read_data(
 
     Raises:
         DataError: the file is malformed, with file, row and column.
-        ValueError: an unknown kind, or an option that it has no use for.
+        ValueError: an unknown kind, or an option that does not apply to it.
         OSError: the file can't be read.
     """
     given, path = _given(kind, options), Path(path)
@@ -90,7 +90,7 @@ def read_problem(
     season: int | None = None,
     seed: int = 0,
 ) -> DataProblem:
-    """What is to be learnt from a file.
+    """The problem to learn from a file.
 
     Args:
         path, kind, target, id, time, text, missing: as in `read_data`.
@@ -98,8 +98,8 @@ def read_problem(
         seed: of the split.
 
     Raises:
-        DataError: the file is malformed, with file, row and column; or holds too little.
-        ValueError: an option that the kind has no use for, or that it needs.
+        DataError: the file is malformed, with file, row and column; or contains too little.
+        ValueError: an option does not apply to the kind, or a required one is missing.
         OSError: the file can't be read.
     """
     path = Path(path)
@@ -124,7 +124,7 @@ def read_problem(
 
 
 def _given(kind: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, all of use to the kind."""
+    """The options that were given, all of them applicable to the kind."""
     if kind not in USED:
         raise ValueError(f"--kind: expected one of {', '.join(USED)}, got {kind!r}")
     given = {name: value for name, value in options.items() if value is not None}

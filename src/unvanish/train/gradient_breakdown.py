@@ -58,8 +58,8 @@ def break_down(model: SequenceModel, task: Task, update: int, probes: int) -> Gr
 
 
 def ending_together(task: Task, most: int) -> tuple[Tensor, Tensor]:
-    """(x `[B, T, I]` in float64, y of the last step): out of the first validation samples those that end at one step,
-    the one at which most do."""
+    """(x `[B, T, I]` in float64, y of the last step) of those among the first validation samples that end at the most
+    common last step."""
     x, y = task.samples("validation", range(most))
     x = x.double()
     if task.answers == 1:
@@ -77,7 +77,7 @@ def steps_holding(dweight: Tensor, share: float) -> int:
 
 
 def _plain(values: Tensor) -> list[float | None]:
-    """Five digits; None where there is no number, or it is infinite."""
+    """The number to five digits; None where it is missing or infinite."""
     return [
         float(f"{v:.5g}") if ok else None for v, ok in zip(values.tolist(), values.isfinite().tolist(), strict=True)
     ]

@@ -27,9 +27,9 @@ class LanguageModel(DataProblem):
     """The next character: cross-entropy in nats.
 
     The first 70 % of the text train, the next 15 % validate, the last 15 % test. The training part is cut into as many
-    parallel streams as a batch has samples; each update takes the next `tbptt` characters of every stream, and goes on
-    from the state that the one before left (a round starts from zero). What is left of a stream after its last whole
-    piece is not trained on. Validation and test are judged in pieces of 1,000 characters.
+    parallel streams as a batch has samples; each update takes the next `tbptt` characters of every stream, starting
+    from the final state of the previous update (a round starts from zero). The rest of a stream after its last whole
+    piece is not used for training. Validation and test are judged in pieces of 1,000 characters.
 
     Args:
         text: all of it, in order.
@@ -68,7 +68,7 @@ class LanguageModel(DataProblem):
                 f"{self.length} characters (--tbptt)"
             )
         shape = settings.shape()
-        # The pieces are cut here; the model needs to know of none.
+        # The pieces are cut here, so the model need not truncate.
         shape["tbptt"] = None
         return Shape(
             **shape,
@@ -117,7 +117,7 @@ class LanguageModel(DataProblem):
             nats += float(self.loss(answer, y)) * judged
             right += float((answer.argmax(-1) == y).sum())
             count += judged
-        # Laplace's rule, so that a character that training did not hold costs finitely much.
+        # Laplace's rule, so that a character absent from training has a finite cost.
         seen = torch.bincount(self.parts["train"], minlength=len(self.vocabulary)).double() + 1
         said, truth = (seen / seen.sum()).log(), self.parts["test"][1:]
         return {

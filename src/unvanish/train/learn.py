@@ -30,7 +30,7 @@ with extra("lab"):
     from lightning.pytorch.loggers import Logger
 
 FLOW_STEPS = 200_000
-"""steps that a measurement of the gradient's reach looks at, of all samples together, unless one alone is longer"""
+"""steps, over all samples, used to measure the gradient's reach, unless a single sample is longer"""
 
 Tell = Callable[[int, int, float | None], None]
 """(updates done, updates at most, latest validation error)"""
@@ -49,10 +49,10 @@ def train_on(
     tell: Tell = lambda done, total, error: None,
     assessed: bool = True,
 ) -> Trained:
-    """Train a model, judge it once on the test split, beside the baselines.
+    """Train a model, and judge it once on the test split, together with the baselines.
 
     Args:
-        problem: what is learnt.
+        problem: the problem to learn.
         settings: the model and the training.
         out: folder for checkpoints, one per round, and in the end for the model and a page about the training
             (`report.html`, and its card as PNG and SVG); None: nothing is written.
@@ -63,8 +63,8 @@ def train_on(
         machines: where it runs; None: in this process.
         callbacks: Lightning's, further ones.
         tell: called after every update.
-        assessed: whether to say in `config["assessment"]` what the training came to, in `config["reach"]` how far the
-            gradient reached before it and after, and to write the page; takes some seconds.
+        assessed: whether to store the training's assessment in `config["assessment"]` and the gradient's reach before
+            and after it in `config["reach"]`, and to write the page; takes some seconds.
 
     Raises:
         ValueError: the settings don't fit the problem, or need more memory than there is; `out` holds something else,
@@ -144,7 +144,7 @@ def train_on(
 def _check_memory(problem: DataProblem, shape: Shape, configuration: TrainingConfiguration) -> None:
     batch, length, judged = min(configuration.batch, problem.size("train")), problem.length, 0
     if problem.size("validation"):
-        # A language model's is longer than what an update sees.
+        # A language model's sequence is longer than the piece that an update uses.
         longest = max(length, len(problem.dataset("validation")[0][0]))
         judged = min(JUDGED, problem.size("validation")) * longest
     needed = estimated(

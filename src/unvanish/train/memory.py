@@ -28,9 +28,9 @@ def estimated(
 
         4 (4 P + max(2 B (K L D (G + 2) H + T I + A O), J (2 D H + I + O)))    G = 4 gates
 
-    P weights 4 times (gradient, Adam's two averages); per sample and kept step the gates and states, and the input and
-    the answers, twice: kept from the forward pass, and worked on in the backward. K = T, or T/n + n where one state in
-    n is kept. J steps are judged at once, of which only states, input and answers are held.
+    P weights count 4 times (with gradient and Adam's two averages); gates and states per sample and kept step, input
+    and answers count twice: kept from the forward pass, and used in the backward. K = T, or T/n + n where one state in
+    n is kept. J steps are judged at once, of which only states, input and answers are kept.
 
     Args:
         inputs, hidden, outputs, length, batch, layers, directions: I, H, O, T, B, L, D.
@@ -48,19 +48,19 @@ def estimated(
 
 
 def of_csv(text: str) -> int:
-    """Bytes that a text takes as a table of strings, and then of numbers, at most: 4 a character while it is parted."""
+    """The most bytes that a text takes as a table of strings, then of numbers: 4 per character while it is split."""
     rows = text.count("\n") + 1
     return 5 * len(text) + CELL * (text.count(",") + rows) + LINE * rows
 
 
 def of_ts(text: str) -> int:
-    """Bytes that the series of a .ts file take: its lines, and two float64 a value."""
+    """Bytes that the series of a .ts file take: its lines, and two float64 per value."""
     rows = text.count("\n") + 1
     return len(text) + LINE * rows + 16 * (text.count(",") + text.count(":") + rows)
 
 
 def available() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
+    """Bytes available without swapping; None where the system does not report them."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -19,7 +19,7 @@ READS: tuple[Read, ...] = ("last", "mean", "all")
 
 
 class SequenceModel(nn.Module):
-    """answer = W r + b, r out of the states h_t of `recurrent`: the last `answers` of them, their mean, or every one.
+    """answer = W r + b, r from the states h_t of `recurrent`: the last `answers` of them, their mean, or every one.
 
     Args:
         recurrent: RNN, LSTM, GRU or `unvanish.nn.Recurrent`, batch_first.
@@ -27,8 +27,8 @@ class SequenceModel(nn.Module):
         answers: how many of the last states are read, for "last".
         read: "last" (each sample's own last state; of a bidirectional network each direction's own), "mean" or "all".
         embedding: of symbols, where x holds their numbers.
-        dropout: on what the recurrent network is given, if embedded, and on what is read.
-        tbptt: truncated backpropagation: no error passes from step n·tbptt to the step before; None: it passes.
+        dropout: on the recurrent network's input, if embedded, and on the states that are read.
+        tbptt: truncated backpropagation: no gradient passes from step n·tbptt to the step before; None: no truncation.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class SequenceModel(nn.Module):
 
     def _run(self, x: Tensor, lengths: Tensor | None, hx: Any) -> tuple[Tensor, Any]:
         if self.tbptt is None:
-            # torch's own layers know no lengths, and need not where there are none.
+            # torch's own layers take no lengths, so none are passed where there are none.
             return self.recurrent(x, hx) if lengths is None else self.recurrent(x, hx, lengths=lengths)
         pieces = []
-        # Where only the last steps are read no error comes to the pieces before them, which then need no memory.
+        # Where only the last steps are read, no gradient reaches the pieces before them, which then need no memory.
         read_from = x.shape[1] - self.answers if self.read == "last" and lengths is None else 0
         for start in range(0, x.shape[1], self.tbptt):
             piece = x[:, start : start + self.tbptt]
@@ -100,7 +100,7 @@ class SequenceModel(nn.Module):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A cell, and what is done to it before training."""
+    """A cell, and its preparation before training."""
 
     title: str
     layer: Callable[..., SequenceModule]
@@ -161,7 +161,7 @@ REMEDIES: dict[str, tuple[str, ...]] = {
 
 
 def recipe(name: str, argument: str = "cell") -> Recipe:
-    """The recipe called `name`, which the caller was given as `argument`.
+    """The recipe called `name`, the value of the caller's `argument`.
 
     Raises:
         ValueError: there is none.
@@ -173,7 +173,7 @@ def recipe(name: str, argument: str = "cell") -> Recipe:
 
 @dataclass(frozen=True)
 class Shape:
-    """All that a model is but its weights: what is saved with them."""
+    """Everything about a model except its weights, saved together with them."""
 
     cell: str
     """a name out of `RECIPES`"""
@@ -184,11 +184,11 @@ class Shape:
     layers: int = 1
     bidirectional: bool = False
     dropout: float = 0.0
-    """between layers, on embedded symbols, and on what is read"""
+    """dropout between layers, on embedded symbols, and on the states that are read"""
     read: Read = "last"
     answers: int = 1
     symbols: int | None = None
-    """how many there are, where x holds symbols"""
+    """the number of symbols, where x contains symbols"""
     tbptt: int | None = None
     checkpoint_every: int | None = None
     """the backward pass keeps one state in this many; None: all"""

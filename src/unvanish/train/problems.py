@@ -26,17 +26,17 @@ Example = tuple[Tensor, Tensor]
 """(x `[T, I]` or symbols `[T]`, y)"""
 Item = TypeVar("Item")
 Judgement = dict[str, dict[str, float]]
-"""who answers: "model", or a baseline → metric → value on the test split"""
+""" "model" or the name of a baseline → metric → value on the test split"""
 
 
 class DataProblem(ABC):
-    """A `Problem` out of the user's data, and all that is needed to apply the model later."""
+    """A `Problem` from the user's data, and everything needed to apply the model later."""
 
     kind: ClassVar[str]
     applied_to: ClassVar[type]
     """the data that `Trained.predict` takes; a task has none"""
     metric: str
-    """the error that is reported along the way"""
+    """the error that is reported during training"""
     shuffle: bool = True
     carry: bool = False
     length: int
@@ -75,15 +75,15 @@ class DataProblem(ABC):
 
     @abstractmethod
     def judge(self, model: SequenceModel) -> Judgement:
-        """Of the model and of the baselines on the test split; empty where there is none."""
+        """The metrics of the model and of the baselines on the test split; empty where there is none."""
 
     @abstractmethod
     def tensors(self) -> Iterable[Tensor]:
-        """What the problem consists of, to tell it from another."""
+        """The problem's data, to distinguish it from another."""
 
     @abstractmethod
     def keep(self) -> dict[str, Any]:
-        """Plain data that `apply` needs, and what is worth knowing."""
+        """Plain data that `apply` needs, and information for the user."""
 
 
 class Labelled(DataProblem):
@@ -201,7 +201,7 @@ class Classification(Labelled):
         """y of sequences, as in training.
 
         Raises:
-            DataError: no targets, or a class that training did not know.
+            DataError: no targets, or a class that did not occur in training.
         """
         place = {label: torch.tensor(k) for k, label in enumerate(config["classes"])}
         for label in data.targets():
@@ -310,7 +310,7 @@ def evenly(items: Sequence[Item], most: int) -> list[Item]:
 
 
 def input_of(x: Sequence[Any]) -> Scale | Vocabulary:
-    """What makes tensors of training sequences, or of training texts."""
+    """The encoder that turns training sequences, or training texts, into tensors."""
     return Vocabulary.of(x, "word") if isinstance(x[0], str) else Scale.of(list(x))
 
 

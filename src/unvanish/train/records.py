@@ -1,4 +1,4 @@
-"""What a comparison measured: frozen data, as it stands in `results.json`. Drawn by `unvanish.report`."""
+"""The measurements of a comparison: frozen data, as saved in `results.json`. Drawn by `unvanish.report`."""
 
 import json
 import math
@@ -40,17 +40,17 @@ class Reach:
 class GradientBreakdown:
     """Why the gradient survives or dies in the recurrent layer, at one moment of training; medians over the batch.
 
-    None stands where there is no number: a logarithm of zero, a share of no gradient.
+    None marks a missing number: the logarithm of zero, or a share of no gradient.
     """
 
     update: int
     steps: list[int]
     """t of all curves below"""
     share: dict[str, list[float | None]]
-    """path, in words → its signed share of the last step's gradient that comes back to step t; they sum to 1"""
+    """path, in words → its signed share of the last step's gradient that arrives at step t; shares sum to 1"""
     kept: dict[str, list[float | None]]
-    """path, in words → ln(‖term‖ / ‖δ_{t+1}‖): what this path alone keeps of the gradient in the step from t + 1 to t,
-    δ the gradient of the state that the cell remembers by"""
+    """path, in words → ln(‖term‖ / ‖δ_{t+1}‖): the fraction of the gradient that this path alone keeps in the step from
+    t + 1 to t, δ the gradient of the state that serves as the cell's memory"""
     kept_in_all: list[float | None]
     """ln(‖Σ terms‖ / ‖δ_{t+1}‖)"""
     subgradient: list[float | None]
@@ -69,7 +69,7 @@ class GradientBreakdown:
 
 @dataclass(frozen=True)
 class Cured:
-    """What a cure alone does, before any training: another recipe from the same seed."""
+    """The effect of a cure alone, before any training: another recipe from the same seed."""
 
     name: str
     """the recipe, "lstm-chrono" """
@@ -96,7 +96,7 @@ class Rescue:
     survival: float
     """before the change"""
     before: list[float]
-    """the gate's bias, per unit; of a gate that carries by 1 − γ too, as it stands in the layer"""
+    """the gate's bias, per unit, as stored in the layer, also for a gate that carries by 1 − γ"""
     after: list[float]
     reach: Reach
     """after the change"""
@@ -129,7 +129,7 @@ class Run:
     parameters: int
     trials: list[Trial]
     moments: list[Reach]
-    """of the first trial: before training, along it, after it"""
+    """the first trial's moments: before, during and after training"""
     breakdown: list[GradientBreakdown]
     """of the first trial, before and after training"""
     cures: list[Cured]
@@ -197,7 +197,7 @@ class TaskResult:
     describe: str
     source: str
     note: str
-    """what a short first reach can be worth on this task; "" where nothing is known"""
+    """a caution on what a short first reach means for this task; "" where nothing is known"""
     length: int
     metric: str
     """"mean squared error", "error rate", ..."""
@@ -208,12 +208,12 @@ class TaskResult:
     """hidden, steps, batch, lr, seed, clip, optimizer"""
     runs: list[Run]
     forget_bias: list[BiasReach]
-    """what the forget bias alone does to a fresh LSTM on this task"""
+    """the effect of the forget bias alone on a fresh LSTM on this task"""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything `unvanish compare` found out."""
+    """The complete result of `unvanish compare`."""
 
     tasks: list[TaskResult]
     environment: dict[str, str]

@@ -1,4 +1,4 @@
-"""The folder of a training: what it is of, its checkpoints, in the end its model and a page about it."""
+"""The folder of a training: its description, its checkpoints and, in the end, its model and a page about it."""
 
 import hashlib
 import json
@@ -21,8 +21,8 @@ class RunFolder:
 
     Args:
         path: new, empty, or of the same training if `resume`.
-        run: plain data that tells trainings apart.
-        resume: whether to go on from what is there.
+        run: plain data that identifies the training.
+        resume: whether to continue from what is there.
         first: whether this process writes.
 
     Raises:
@@ -69,7 +69,7 @@ class RunFolder:
         return (self.path / CONFIG).is_file()
 
     def finish(self, trained: Trained, page: tuple[str, Preview] | None = None) -> None:
-        """Write the page and its card, if there is one, then the model; its checkpoints have done their work.
+        """Write the page and its card, if there is one, then the model; the checkpoints are no longer needed.
 
         Raises:
             OSError: it can't be written.
@@ -82,11 +82,11 @@ class RunFolder:
 
     @contextmanager
     def in_its_words(self) -> Iterator[None]:
-        """What stops a training says where, and what there is to go on from; one that is refused leaves no trace."""
+        """Add the folder, and what a resumed training can start from, to errors; a refused training leaves no trace."""
         try:
             yield
         except ValueError:
-            # What `fit` refuses comes before the first file: the same name is free for the command put right.
+            # `fit` rejects arguments before it writes a file, so the corrected command can use the same folder.
             if self._new and [entry.name for entry in self.path.iterdir()] == [RUN]:
                 (self.path / RUN).unlink()
             raise
@@ -98,7 +98,7 @@ class RunFolder:
             raise OSError(f"--out: {self.path} can't be written: {error.strerror}; {self._kept()}") from error
 
     def _half_written(self) -> list[Path]:
-        """What a kill left behind of files that were being written."""
+        """Partly written files that a killed process left behind."""
         cards = (path.name for path in preview_paths(PAGE))
         names = [self.path.glob(f".{name}.*") for name in (RUN, CONFIG, WEIGHTS, PAGE, *cards)]
         return [half for found in (*names, self.checkpoints.glob(".*.ckpt.*")) for half in found]
@@ -122,7 +122,7 @@ class RunFolder:
 
 
 def fingerprint(problem: Any) -> str:
-    """SHA-256 of what a problem consists of."""
+    """SHA-256 of a problem's data."""
     digest = hashlib.sha256()
     for tensor in problem.tensors():
         digest.update(str(tuple(tensor.shape)).encode())

@@ -20,7 +20,7 @@ class Settings:
     layers: int = 1
     bidirectional: bool = False
     dropout: float = 0.0
-    """between layers, on embedded symbols, and on what is read"""
+    """dropout between layers, on embedded symbols, and on the states that are read"""
     read: Read | None = None
     """states that the output is computed from: the "last", their "mean", or "all"; None: what suits the problem"""
     epochs: int | None = None
@@ -71,7 +71,7 @@ class Settings:
     def configuration(
         self, size: int, default_steps: int | None = None, default_patience: int | None = None
     ) -> TrainingConfiguration:
-        """The configuration for so many training samples; the defaults are for what the settings leave open."""
+        """The configuration for this many training samples; the defaults replace settings that are None."""
         one_pass = -(-size // max(1, self.batch))
         steps = self.steps
         if steps is None:
@@ -93,6 +93,6 @@ class Settings:
         )
 
     def shape(self) -> dict[str, Any]:
-        """What of the settings a `Shape` holds."""
+        """The settings that belong to a `Shape`."""
         names = ("cell", "hidden", "layers", "bidirectional", "dropout", "tbptt", "checkpoint_every", "clip_recurrence")
         return {name: getattr(self, name) for name in names}

@@ -1,4 +1,4 @@
-"""What is trained, as Lightning sees it: rounds of updates, each of which follows from the seed and its number."""
+"""The training as Lightning sees it: rounds of updates, each determined by the seed and its number."""
 
 import math
 from collections.abc import Callable
@@ -23,12 +23,12 @@ with extra("lab"):
 
 
 class Problem(Protocol):
-    """What is learnt: a task, or the user's data."""
+    """The problem to learn: a task, or the user's data."""
 
     shuffle: bool
     """whether a pass over the training samples has an order of its own"""
     carry: bool
-    """whether an update goes on from the state in which the one before left the network"""
+    """whether an update continues from the final state of the previous one"""
 
     def size(self, split: Split) -> int:
         """Samples in a split."""
@@ -49,7 +49,7 @@ class Problem(Protocol):
 
 @dataclass
 class Progress:
-    """How training went: the validation error along the way."""
+    """The course of a training: the validation error during training."""
 
     update: list[int] = field(default_factory=list)
     error: list[float] = field(default_factory=list)
@@ -60,7 +60,7 @@ Tell = Callable[[int, float | None], None]
 
 
 class Supervised(lightning.LightningModule):
-    """One round of updates is one epoch of Lightning's: data, order and randomness follow from (seed, update)."""
+    """One round of updates is one epoch in Lightning: data, order and randomness follow from (seed, update)."""
 
     def __init__(
         self, model: SequenceModel, problem: Problem, configuration: TrainingConfiguration, tell: Tell
@@ -217,5 +217,5 @@ def together(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | Non
 
 
 def judged(y: Tensor) -> int:
-    """How many answers a batch's mean is of: its samples, or the classes that aren't `IGNORED`."""
+    """The number of answers in a batch's mean: its samples, or the classes that aren't `IGNORED`."""
     return len(y) if y.is_floating_point() else int((y != IGNORED).sum())

@@ -15,7 +15,7 @@ from unvanish.train.tasks.task import Generated, Split, Task
 
 
 class TaskProblem(DataProblem):
-    """A task out of `TASKS`, of some length and seed."""
+    """A task from `TASKS`, with a length and a seed."""
 
     kind = "task"
     patience = None

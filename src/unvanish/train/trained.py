@@ -31,7 +31,7 @@ KINDS: dict[str, Any] = {kind.kind: kind for kind in (Classification, Regression
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with all that is needed to apply it."""
+    """A model with everything needed to apply it."""
 
     model: SequenceModel
     config: dict[str, Any]
@@ -99,7 +99,7 @@ class Trained:
         """A folder that `save` wrote.
 
         Raises:
-            ValueError: it is not one, or its weights are damaged.
+            ValueError: it is not such a folder, or its weights are damaged.
         """
         folder = Path(folder)
         missing = next((name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()), None)

@@ -1,4 +1,4 @@
-"""What a training came to, as a page: the judgement, the gradient's reach before and after, findings, what follows."""
+"""The page about a training: the assessment, the gradient's reach before and after, findings, next steps."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ from unvanish.train.models import RECIPES
 from unvanish.train.tasks import TASKS
 
 DECADES = 6
-"""powers of ten of the validation error that are drawn, at most"""
+"""the most powers of ten of the validation error that are drawn"""
 
 
 def training_page(config: dict[str, Any], was: Diagnosis, now: Diagnosis) -> str:
@@ -52,7 +52,7 @@ def training_page(config: dict[str, Any], was: Diagnosis, now: Diagnosis) -> str
 
 
 def _finding(finding: Finding, now: Diagnosis, better: bool) -> str:
-    """As on a diagnosis's page; but that no copy was trained says nothing of a model that was."""
+    """As on a diagnosis's page; but for a trained model it does not matter that no copy was trained."""
     if finding.code != "healthy":
         return finding_card(finding, now)
     says = "No exact test found a fault in the trained model."
@@ -60,16 +60,16 @@ def _finding(finding: Finding, now: Diagnosis, better: bool) -> str:
 
 
 def _next(config: dict[str, Any]) -> tuple[str, str]:
-    """What to do with the folder that the page lies in."""
+    """How to use the folder that contains the page."""
     kind, data = config["kind"], {"task": "", "language": " --prompt TEXT"}.get(config["kind"], " --data FILE")
     if config["assessment"]["better"] and kind != "task":
-        return paragraph("Apply the model; FOLDER is the one that this page lies in."), code(
+        return paragraph("Apply the model; FOLDER is the folder that contains this page."), code(
             f"unvanish predict FOLDER{data}"
         )
     return (
         paragraph(
-            "Nothing was tried out to make this page. A diagnosis tries changes on copies of the model and gives the "
-            "one that makes the loss fall as code to copy; FOLDER is the one that this page lies in."
+            "No changes were tried for this page. A diagnosis tries changes on copies of the model and returns the one "
+            "that makes the loss fall as code to copy; FOLDER is the folder that contains this page."
         ),
         code(f"unvanish diagnose FOLDER{'' if kind == 'task' else ' --data FILE'} --out diagnosis.html"),
     )

@@ -1,4 +1,4 @@
-"""What biases alone do to the gradient before any training: cures, one forget bias for all units, the rescue."""
+"""The effect of biases alone on the gradient before any training: cures, one forget bias for all units, the rescue."""
 
 import torch
 
@@ -14,11 +14,11 @@ from unvanish.train.tasks import Task
 BIASES = tuple(step / 2 for step in range(-2, 15))
 """forget biases that are measured, −1 to 7"""
 SURVIVAL = 0.5
-"""what a rescue asks for"""
+"""the survival that a rescue aims for"""
 
 
 def cured(task: Task, name: str, hidden: int, seed: int) -> list[Cured]:
-    """What each cure of a plain recipe does to the gradient before training; global random numbers stay."""
+    """The effect of each cure of a plain recipe on the gradient before training; the global random state is kept."""
     found = []
     with torch.random.fork_rng(devices=[]):
         for remedy in REMEDIES.get(name, ()):
@@ -29,7 +29,7 @@ def cured(task: Task, name: str, hidden: int, seed: int) -> list[Cured]:
 
 
 def forget_bias_series(task: Task, hidden: int, seed: int) -> list[BiasReach]:
-    """A fresh LSTM from one seed, its forget biases all set to each of `BIASES`; global random numbers stay."""
+    """A fresh LSTM from one seed with all forget biases set to each of `BIASES`; the global random state is kept."""
     found = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

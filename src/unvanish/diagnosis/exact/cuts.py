@@ -17,7 +17,7 @@ DO_CUT = (
 
 
 def state_cut(bench: Bench) -> list[Finding]:
-    """Answers move when an early step changes, yet ∂ans/∂x_t there is exactly 0: autograd does not see the way."""
+    """Answers move when an early step changes, yet ∂ans/∂x_t there is exactly 0: autograd does not see the path."""
     return _by_value(bench) or _by_identity(bench) or _rebuilt(bench)
 
 
@@ -173,7 +173,7 @@ def state_carried(bench: Bench) -> list[Finding]:
 
 
 def _made_once(bench: Bench) -> list[Finding]:
-    """A tensor with a graph that every pass goes back through, and none makes anew: made in __init__, for instance."""
+    """A tensor with a graph that every backward pass traverses but none rebuilds, e.g. one made in __init__."""
     for path, module in bench.subject.model.named_modules():
         for name, value in vars(module).items():
             if name.startswith("_") or not isinstance(value, Tensor) or value.grad_fn is None:
@@ -217,7 +217,7 @@ def _leaks(bench: Bench) -> list[Finding]:
         return []
     return [
         Finding(
-            # Harm is not proved by it: consecutive pieces of long sequences are trained so (truncated BPTT).
+            # This does not prove harm: consecutive pieces of long sequences are trained like this (truncated BPTT).
             "state_carried", "note", "",
             "The model carries a state from one batch to the next: its answers depend on what was run before. With "
             "shuffled batches that belongs to other samples.",

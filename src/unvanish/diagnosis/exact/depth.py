@@ -52,7 +52,7 @@ def _recurrent_stack(bench: Bench) -> list[Finding]:
 
 
 def _fading(spreads: list[tuple[str, float]], weights: str) -> Finding:
-    """Not proved to spoil anything: only training shows whether enough is left."""
+    """Not proved to be harmful: only training shows whether enough of the gradient remains."""
     listed = ", ".join(f"{s:.1g}" for _, s in spreads)
     return Finding(
         "depth", "note", spreads[-1][0],
@@ -64,7 +64,7 @@ def _fading(spreads: list[tuple[str, float]], weights: str) -> Finding:
 
 
 def _any_stack(bench: Bench) -> list[Finding]:
-    """Layers of all kinds, of which no single one takes most of the differences between samples."""
+    """Layers of all kinds, where no single one removes most of the differences between samples."""
     chain = lost_by_degrees(bench)
     if chain is None:
         return []
@@ -82,12 +82,12 @@ def _any_stack(bench: Bench) -> list[Finding]:
 
 
 GRADUAL = 0.4
-"""of the fall in orders of magnitude that a single module may cause; beyond, it is the fault of that one"""
+"""the share of the fall, in orders of magnitude, that a single module may cause; beyond it, that module is at fault"""
 
 
 def lost_by_degrees(bench: Bench) -> list[tuple[str, float]] | None:
-    """(module, spread of its output over samples), from where it is largest to the end; None unless it falls to less
-    than `LOST` along them by degrees."""
+    """(module, spread of its output over samples), from where it is largest to the end; None unless it falls gradually
+    to less than `LOST` along them."""
     k = bench.count
     if k is None or k < 3:
         return None

@@ -1,4 +1,4 @@
-"""What gets through: the input to the answers, a gradient to each parameter."""
+"""Connections: whether the input reaches the answers, and a gradient each parameter."""
 
 import itertools
 import math
@@ -86,7 +86,7 @@ DROPPED = 0.1
 
 
 def steps_dropped(bench: Bench) -> list[Finding]:
-    """A recurrent module runs over all steps, but the answers move with the first ones alone."""
+    """A recurrent module runs over all steps, but the answers move only with the first ones."""
     if bench.reach is None or bench.steps < 3:
         return []
     moves = [t for t in bench.probed if float(bench.reach[1][:, t].max()) > 0]
@@ -171,7 +171,7 @@ def _apart(was: list[Tensor], now: list[Tensor]) -> float:
 
 
 def parameters_unmoved(bench: Bench, optimizer: Any = None) -> list[Finding]:
-    """Parameters that no gradient reaches, that are frozen, that no optimizer holds, or that the model does not own."""
+    """Parameters that no gradient reaches, are frozen, missing in the optimizer, or not registered in the model."""
     done = bench.training
     found: list[Finding] = []
     if done.loss is not None and done.error is None:

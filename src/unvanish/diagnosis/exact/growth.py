@@ -10,7 +10,7 @@ from unvanish.diagnosis.exact.testbench import RECURRENT, Bench
 from unvanish.diagnosis.finding import Finding
 
 ERROR, LEAST = 1e6, 1e2
-"""growth over the lag: from the first on no learning rate fits all steps; below the second it is none"""
+"""growth over the lag: from the first value on, no learning rate fits all steps; below the second it does not count"""
 
 
 def growth(layers: Mapping[str, Any]) -> list[Finding]:
@@ -47,7 +47,7 @@ def growth(layers: Mapping[str, Any]) -> list[Finding]:
 
 
 STEADY = 0.9
-"""R² of a line through ln ‖∂answer/∂x_t‖ over t, from which the growth is one of every step, not of a few"""
+"""R² of a line through ln ‖∂answer/∂x_t‖ over t, from which growth is attributed to every step, not to a few"""
 
 
 def explosion(bench: Bench) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""What goes into cross-entropy and its relatives: scores, not probabilities."""
+"""The inputs of cross-entropy and its relatives: scores, not probabilities."""
 
 import math
 
@@ -11,7 +11,7 @@ from unvanish.diagnosis.structure import tensors
 from unvanish.diagnosis.trace import Called, traced
 
 MANY = 20
-"""targets that are all the same, from which that is no accident"""
+"""the number of equal targets from which that is no accident"""
 _VIEWS = (
     "View", "UnsafeView", "Squeeze", "Unsqueeze", "Transpose", "T", "Permute", "Select", "Slice", "Alias", "Expand",
     "Clone", "AsStrided", "Index", "Cat", "Stack", "ToCopy", "Reshape", "Unbind", "Split", "Gather", "Movedim",
@@ -99,7 +99,7 @@ def output_not_logits(bench: Bench) -> list[Finding]:
 
 
 def _certain(made: str, values: Tensor) -> bool:
-    """Whether these are probabilities by their making, or too many to sum to 1 by chance."""
+    """Whether these are probabilities by construction, or too many values to sum to 1 by chance."""
     return made == "Softmax" or values.shape.numel() >= 8
 
 
@@ -204,7 +204,7 @@ def _given(call: Called, bench: Bench) -> bool:
 
 
 def _masked_away(bench: Bench) -> list[Finding]:
-    """Of all steps only those count that have one and the same target: the padding, by a mask the wrong way round."""
+    """Only steps with one and the same target count: the padding, because of an inverted mask."""
     for answers, asked in zip(bench.training.answers, bench.asked, strict=True):
         if asked is None:
             continue
@@ -247,7 +247,7 @@ def _by_value(bench: Bench) -> list[Finding]:
 
 
 def _apart(goal: Tensor, counts: Tensor) -> bool:
-    """Whether what counts and what does not are many different targets each, on two sides of a threshold."""
+    """Whether the targets that count and those that don't are many different ones, on two sides of a threshold."""
     kept, gone = goal[counts], goal[~counts]
     if len(kept.unique()) < MANY or len(gone.unique()) < MANY:
         return False
@@ -264,7 +264,7 @@ def _left_out(by: str, gone: Tensor) -> Finding:
 
 
 def _padded_too(bench: Bench, gone: Tensor) -> bool:
-    """Whether what is left out stands at the end of its sequence: the usual padding."""
+    """Whether the steps left out are at the end of their sequence: the usual padding."""
     by_step = _by_step(bench, gone)
     if by_step is None:
         return False
@@ -273,7 +273,7 @@ def _padded_too(bench: Bench, gone: Tensor) -> bool:
 
 
 def _scattered(bench: Bench, gone: Tensor) -> bool:
-    """Whether it is no block of steps that all samples share, such as the part before an answer."""
+    """Whether the steps are not one block shared by all samples, such as the part before an answer."""
     by_step = _by_step(bench, gone)
     if by_step is None:
         return gone.dim() == 1
@@ -281,7 +281,7 @@ def _scattered(bench: Bench, gone: Tensor) -> bool:
 
 
 def _leading(by_step: Tensor) -> bool:
-    """Whether each sample's part stands at its start, or at its start and its end."""
+    """Whether each sample's part is at its start, or at its start and its end."""
     kept = ~by_step
     first = kept.long().argmax(1)
     last = by_step.shape[1] - 1 - kept.flip(1).long().argmax(1)
@@ -303,7 +303,7 @@ def _by_step(bench: Bench, gone: Tensor) -> Tensor | None:
 
 
 def loss_unbalanced(bench: Bench) -> list[Finding]:
-    """Terms that the loss is the sum of, by the gradient each sends to the weights that they share."""
+    """The terms of a loss that is a sum, compared by the gradients that they send to shared weights."""
     done = bench.training
     if done.loss is None or done.error is not None:
         return []
@@ -328,7 +328,7 @@ def loss_unbalanced(bench: Bench) -> list[Finding]:
         return []
     severity = "error" if ratio > 3_000 and largest > 100 * smallest else "warning"
     if severity == "warning" and not bench.subject.has_target:
-        return []  # which of the terms are penalties can't be told
+        return []  # it is unknown which of the terms are penalties
     listed = ", ".join(f"{value:.3g} (gradient {gradient:.2g})" for gradient, value, _ in sizes)
     return [
         Finding(
@@ -341,7 +341,7 @@ def loss_unbalanced(bench: Bench) -> list[Finding]:
 
 
 def _depend_on_target(bench: Bench, terms: int) -> list[bool]:
-    """Of each term of the loss, whether its value changes with the order of the targets; all, if that can't be told."""
+    """For each term of the loss, whether its value changes with the order of the targets; all True if it is unknown."""
     subject = bench.subject
     n = subject.samples
     if not subject.has_target or n is None or n < 2:

@@ -15,7 +15,7 @@ from unvanish.nn.modules import SequenceModule
 
 
 def nan(bench: Bench) -> list[Finding]:
-    """The first value that is not finite, in the order in which a training pass makes them."""
+    """The first value that is not finite, in the order in which a training pass computes them."""
     subject = bench.subject
     for name, parameter in subject.model.named_parameters():
         if not bool(parameter.isfinite().all()):
@@ -41,7 +41,7 @@ def nan(bench: Bench) -> list[Finding]:
 
 
 GROWN = 1e6
-"""times its size at the first step, to which a state grows where that growth is what overflows"""
+"""a state that grows to this many times its size at the first step is the cause of the overflow"""
 
 
 def _growing_states(bench: Bench) -> Finding | None:

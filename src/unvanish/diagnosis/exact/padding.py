@@ -9,11 +9,11 @@ from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import tensors
 
 SHARE = 0.15
-"""of the samples that have to end in the same value to call it padding"""
+"""the share of samples that have to end in the same value for it to count as padding"""
 
 FADED, DEAD = 0.2, 0.02
-"""of the gradient on padded steps that still arrives on real ones: worth a remark, and a fault. Any network crosses
-short padding and the dark rows at the edge of an image."""
+"""fractions of the gradient on padded steps that still arrive at real ones: worth a remark, and a fault. Any network
+bridges short padding and the dark rows at the edge of an image."""
 
 
 def tails(sequence: Tensor) -> Tensor | None:
@@ -74,7 +74,7 @@ def _read(bench: Bench, front: bool) -> list[Finding]:
     if len(pick) < (bench.count or 0):
         return []
     given = bench.taken(pick)
-    # By the loss's own gradient: answers on padded steps that it leaves out do no harm.
+    # The loss's own gradient decides: answers on padded steps that the loss leaves out do no harm.
     asked = [None if g is None else bench.subject.rows(g, pick).abs() for g in bench.asked]
 
     def used(answers: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pairing: the answers that a sample's input moves are those that its target is compared with."""
+"""Pairing: whether a sample's target is compared with the answers that the sample's input moves."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import detached_copy, floating, mapped
 
 MOST = 0.5
-"""of what a sample's target is compared with, the share that its own input has to move"""
+"""the share of the answers compared with a sample's target that the sample's own input has to move"""
 SHARE = 2.0
-"""times its equal share of the answers that a target may be compared with; beyond, the loss compares all with all"""
+"""how many times its equal share of the answers a target may be compared with; beyond, the loss compares all pairs"""
 
 
 def compared_with_others(bench: Bench) -> list[Finding]:
@@ -72,7 +72,7 @@ def compared_with_others(bench: Bench) -> list[Finding]:
 
 
 def _with_classes(bench: Bench, masks: list[Tensor]) -> list[Tensor]:
-    """All scores of a prediction if any of them: a target that is a class changes the gradient of two of them."""
+    """All scores of a prediction where any one is marked: a class target changes the gradient of two of them."""
     per_sample = sum(g.numel() for g in bench.subject.goals) // (bench.subject.samples or 1)
     found = []
     for mask in masks:
@@ -83,7 +83,7 @@ def _with_classes(bench: Bench, masks: list[Tensor]) -> list[Tensor]:
 
 
 def _separable(bench: Bench, output: Any, own: list[Tensor]) -> bool:
-    """Whether ∂E/∂f of the other entries stays, but for a factor that all share, when those of one sample change."""
+    """Whether ∂E/∂f of the other entries stays the same, up to a common factor, when those of one sample change."""
     k = bench.count or 0
     index = torch.arange(k)
     index[0] = 1

@@ -53,7 +53,7 @@ def _pairs(bench: Bench, was: Tensor, now: Tensor) -> list[tuple[Tensor, Tensor]
 
 
 def _moved(was: Tensor, now: Tensor, tolerance: float) -> Tensor:
-    """[samples] whether its answer changed."""
+    """[samples] whether each sample's answer changed."""
     size = was.abs().amax().clamp_min(1e-30)
     return ((was - now).abs() > tolerance * size).any(1).cpu()
 

@@ -14,7 +14,7 @@ MOST = 0.6
 
 
 def input_scale(bench: Bench) -> list[Finding]:
-    """Saturation by W_ih x + b alone, as the inputs are and standardised per feature."""
+    """Saturation by W_ih x + b alone, with the inputs unchanged and standardised per feature."""
     seen: set[str] = set()
     found: list[Finding] = []
     for call in bench.training.trace.modules:
@@ -74,8 +74,8 @@ def _weights(module: nn.Module) -> tuple[Tensor | None, Tensor]:
 
 
 def _saturated(module: nn.Module, before: Tensor) -> float:
-    """Share of pre-activations on a flat part of their sigmoid or tanh. An open gate by its bias is meant so, and does
-    not count: what counts is what remains without the mean over the data."""
+    """Share of pre-activations on a flat part of their sigmoid or tanh. A gate held open by its bias is intentional and
+    does not count, so the mean over the data is subtracted first."""
     size = getattr(module, "hidden_size", before.shape[-1])
     gates = before.unflatten(-1, (-1, size)) if before.shape[-1] % size == 0 else before.unsqueeze(-2)
     limits = torch.full((gates.shape[-2],), SIGMOID)
@@ -91,7 +91,7 @@ def _saturated(module: nn.Module, before: Tensor) -> float:
 
 
 def ids_as_numbers(bench: Bench) -> list[Finding]:
-    """Whole numbers of an integer input that reach a weight as they are, without an embedding."""
+    """Whole numbers of an integer input that reach a weight directly, without an embedding."""
     ids = [
         t for t in tensors(bench.subject.call) if not t.is_floating_point() and t.dtype in (torch.int64, torch.int32)
     ]

@@ -94,7 +94,7 @@ def _moved(bench: Bench) -> tuple[int, int] | None:
         return mapped(subject.target, change)
 
     most = 0
-    # Far to both sides: the gradient of an absolute error knows no more than the side.
+    # Far to both sides: the gradient of an absolute error depends only on the side.
     for was, now in zip(gradient(first_moved(-10.0)), gradient(first_moved(10.0)), strict=True):
         rows = bench.by_sample((was - now).abs(), n)
         if rows:

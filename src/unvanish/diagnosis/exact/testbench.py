@@ -1,4 +1,4 @@
-"""What the exact tests share: a float64 copy in eval mode, some samples, and passes of it on changed inputs."""
+"""Shared by the exact tests: a float64 copy in eval mode, some samples, and passes of the copy on changed inputs."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -14,7 +14,7 @@ from unvanish.nn.accelerate import accelerate, obstacle
 from unvanish.nn.modules import RecurrentModule
 
 SAMPLES = (12, 13, 11, 14, 10, 15, 9, 16)
-"""how many are perturbed; the first number that no other axis has, so that their axis can be told"""
+"""the number of perturbed samples: the first one that no other axis has, so that their axis is unambiguous"""
 LONG = 4096
 """steps"""
 RECURRENT = RecurrentModule
@@ -33,7 +33,7 @@ class Bench:
         with self.subject.rng(0):
             done = traced(self.subject.twin(), self.subject.loss)
         if done.error is not None:
-            # A failure of the user's own pass is theirs to see; one that comes of watching it is not.
+            # A failure of the user's own pass is reported; one caused by observing it is not.
             with self.subject.rng(0), torch.enable_grad():
                 value = self.subject.loss(self.subject.twin())
                 if value.requires_grad:
@@ -43,7 +43,7 @@ class Bench:
 
     @cached_property
     def count(self) -> int | None:
-        """How many samples are looked at; None where the batch has no axis of them."""
+        """The number of samples used; None where the batch has no axis of samples."""
         n = self.subject.samples
         if n is None:
             return None
@@ -79,7 +79,7 @@ class Bench:
         )
 
     def cast(self, value: Any) -> Any:
-        """In the precision of `model`."""
+        """The arguments in the precision of `model`."""
         return double(value) if self.in_double else value
 
     @cached_property
@@ -95,7 +95,7 @@ class Bench:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The copy that passes start from: eval mode, float64 where it can, torch's layers on our engine."""
+        """The copy from which passes start: eval mode, float64 where possible, torch's layers on our engine."""
         twin = self._on_engine()
         return twin.double() if self.in_double else twin
 
@@ -109,7 +109,7 @@ class Bench:
 
     @property
     def tolerance(self) -> float:
-        """Relative; what counts as having moved."""
+        """The relative change from which an answer counts as moved."""
         return 1e-10 if self.in_double else 1e-4
 
     def run(self, given: tuple[tuple[Any, ...], dict[str, Any]] | None = None, *, train: bool = False) -> list[Tensor]:
@@ -212,14 +212,14 @@ class Bench:
 
     @property
     def steps(self) -> int:
-        """Of the main sequence; 0 without one."""
+        """The number of steps of the main sequence; 0 without one."""
         if self.sequence is None:
             return 0
         which, _, axis = self.sequence
         return tensors(self.given[0])[which].shape[axis]
 
     def steps_of(self, which: int | None) -> int:
-        """Of this input tensor, or of the main sequence."""
+        """The number of steps of this input tensor, or of the main sequence."""
         if which is None or self.sequence is None:
             return self.steps
         return tensors(self.given[0])[which].shape[self.sequence[2]]
@@ -251,7 +251,7 @@ class Bench:
         return bool((at != at[:1]).any())
 
     def at_step(self, tensor: Tensor, t: int, steps: int | None = None) -> Tensor | None:
-        """The answers at this step, where an output has an axis of steps, the main sequence's or so many; else None."""
+        """The answers at this step, where an output has an axis as long as `steps` or the main sequence; else None."""
         if self.sequence is None or tensor.dim() < 2:
             return None
         steps = self.steps if steps is None else steps
@@ -297,7 +297,7 @@ class Bench:
     @cached_property
     def reach(self) -> tuple[Tensor, Tensor] | None:
         """‖∂ans/∂x_t‖ per sample and step, `[samples, steps]`, and |Δans| when step t is exchanged, `[samples, steps]`,
-        over all ways; of the last step's answers. None where it can't be told."""
+        along all paths; for the last step's answers. None where it is unknown."""
         if self.sequence is None or self.steps < 2 or not (base := self.run()):
             return None
         _, samples, steps = self.sequence

@@ -55,7 +55,7 @@ def _at(bench: Bench, answers: Tensor, step: int, which: int | None) -> Tensor |
 
 
 def target_in_input(bench: Bench) -> list[Finding]:
-    """The target of a step stands in the input that its answer sees: the sequence, or what a decoder is shown."""
+    """The target of a step is contained in the input that its answer sees: the sequence, or a decoder's input."""
     if bench.sequence is None:
         return []
     for which in range(len(tensors(bench.subject.call[0]))):
@@ -93,7 +93,7 @@ def _target_in(bench: Bench, which: int) -> list[Finding]:
         proof = f"Target at step t equals {'the ids' if ids else f'feature {columns[0]}'} of the input at step t" + (
             " + 1" if shift else ""
         ) + f" for all {goal.numel()} values, and the answer of step {middle} moves with it."  # fmt: skip
-        # With a second target it may be a second task, a reconstruction.
+        # With a second target this may be a second task, a reconstruction.
         sure = "error" if ids or shift else "warning" if len(bench.subject.goals) == 1 else "note"
         return [Finding("target_in_input", sure, "target", says, proof, do)]
     return []
@@ -190,7 +190,7 @@ def _explained(x: Tensor, y: Tensor, samples: int) -> float:
 
 
 def axes_mixed(bench: Bench) -> list[Finding]:
-    """What a layer or the loss is given has the sizes of a transposed tensor, but the numbers of a view of it."""
+    """The input of a layer or the loss has the sizes of a transposed tensor, but the numbers of a view of it."""
     given = [(t.detach(), "the batch") for t in tensors(bench.subject.call) if t.dim() == 3 and t.is_floating_point()]
     # What convolutions make is [samples, channels, steps] until an operation changes its shape.
     trace = bench.training.trace
@@ -221,7 +221,7 @@ def axes_mixed(bench: Bench) -> list[Finding]:
                         f"{who} receives a view where a transposition was meant: each step contains values of several "
                         "steps.",
                         f"Its input of shape {tuple(tensor.shape)} is what {source} gives, {tuple(x.shape)}, read in "
-                        f"the same order; {off} of {x.numel()} values stand where they would not after a "
+                        f"the same order; {off} of {x.numel()} values are not where they would be after a "
                         "transposition.",
                         "Exchange axes with `x.transpose(1, 2)` (or permute); view and reshape only regroup.",
                     )
@@ -230,8 +230,8 @@ def axes_mixed(bench: Bench) -> list[Finding]:
 
 
 def _viewed(r: Tensor, x: Tensor) -> int:
-    """How many values of r, which has the sizes of x with axes exchanged, stand elsewhere than they would then, if r is
-    a view of x; 0 if it is not."""
+    """The number of values of r that are misplaced if r, with the sizes of x after exchanging axes, is only a view of
+    x; 0 if it is not a view."""
     B, a, b = x.shape
     if a == b or r.numel() != x.numel() or r.dtype != x.dtype or r.dim() != 3:
         return 0

@@ -1,13 +1,13 @@
 """Interventions: copies of the model are trained on the user's own loss, each with one change.
 
-What makes the loss fall below the best constant answer on samples that a copy was not trained on names the cause, and
-is the plan. `run` is the way in; each file holds one idea:
+The change with which the loss falls below the best constant answer, on samples that a copy was not trained on, names
+the cause and becomes the plan. `run` is the entry point; each file contains one idea:
 
-- `material`    what copies are trained and judged on
+- `material`    the samples that copies are trained and judged on
 - `bar`         the best constant answer
-- `optimizers`  the user's optimizer, made again for a copy
-- `candidates`  what is worth trying
-- `arm`, `race` copies in training, and who is trained how long
+- `optimizers`  the user's optimizer, rebuilt for a copy
+- `candidates`  the changes worth trying
+- `arm`, `race` copies in training, and how long each is trained
 - `score`       when a loss counts as below the bar
 - `readout`     whether the states hold the target
 - `head`        whether the model's own head reads it there

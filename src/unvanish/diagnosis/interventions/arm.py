@@ -1,4 +1,4 @@
-"""One copy in training: a candidate, its optimizer, and what became of its loss."""
+"""One copy in training: a candidate, its optimizer, and its losses."""
 
 import copy
 import math
@@ -18,9 +18,9 @@ from unvanish.diagnosis.interventions.score import CLEAR, SURE_OF_PAIRS, Score, 
 CHUNK = 25
 """updates between two looks at the clock; also between the first judgements"""
 SHRUNK = 0.4
-"""of the way from the constant answer to the copy's own, for copies that are over-confident"""
+"""shares of the way from the constant answer to the copy's own, for copies that are over-confident"""
 SPIKE = 30.0
-"""times its median that a gradient's norm reaches where clipping is worth a trial"""
+"""clipping is worth a trial where a gradient's norm reaches this many times its median"""
 
 
 class Arm:
@@ -54,7 +54,7 @@ class Arm:
         self.optimizer = candidate.recipe(recipe).build(self.model)
 
     def train(self, updates: int, until: float = math.inf) -> None:
-        """Make some updates, in the order of samples that every arm has; fewer if the clock is past `until`."""
+        """Make some updates, in the same order of samples for every arm; fewer if the clock is past `until`."""
         end = self.updates + updates
         while self.updates < end and not self.failed and time.perf_counter() < until:
             with self.material.subject.rng(self.seed + self.updates):
@@ -93,7 +93,7 @@ class Arm:
         self.updates += 1
 
     def judge(self) -> None:
-        """Note its losses on the samples it is judged on, now; see `judged`."""
+        """Record its present losses on the samples it is judged on; see `judged`."""
         begun = time.perf_counter()
         with self.material.subject.rng(self.seed):
             self.judgements.append(judged(self.model, self.material, self.bar, self.updates))
@@ -106,7 +106,7 @@ class Arm:
 
     @property
     def clear(self) -> bool:
-        """Whether its last two judgements both were clearly below the bar."""
+        """Whether its last two judgements were both clearly below the bar."""
         last = self.judgements[-2:]
         return len(last) == 2 and all(j.clear for j in last)
 
@@ -125,7 +125,7 @@ class Arm:
 
     @property
     def memorises(self) -> bool:
-        """Whether it fits its training samples ever better and those it is judged on ever worse."""
+        """Whether its loss keeps falling on its training samples and rising on those it is judged on."""
         if not self.material.unseen or self.material.trained_on is None or len(self.judgements) < 4:
             return False
         recent, bar = self.losses[-CHUNK:], self.bar.mean
@@ -135,7 +135,7 @@ class Arm:
 
     @property
     def spikes(self) -> bool:
-        """Whether its gradients' norms vary as where a gradient explodes now and then."""
+        """Whether its gradients' norms vary as much as if the gradient exploded now and then."""
         if not self.norms:
             return False
         median = sorted(self.norms)[len(self.norms) // 2]

@@ -3,8 +3,8 @@
 The model's outermost modules are replaced by constants of the same structure and shape, which are fitted under the
 user's own loss. Two kinds: one answer for all samples and steps, and one per step; the lower loss is the bar.
 
-A freely fitted constant is no answer of a model that ends in a softmax: the constant then goes through the same last
-function, which is read from the output's autograd node, so that the bar is a loss which the model can attain.
+A model that ends in a softmax can't return an arbitrary constant: the constant then passes through the same last
+function, which is read from the output's autograd node, so that the model can attain the bar's loss.
 """
 
 import math
@@ -37,7 +37,7 @@ LINKS: dict[str, Callable[[Tensor], Tensor]] = {
 """autograd node of a last activation → a smooth function with its range"""
 VIEWS = ("View", "Reshape", "Squeeze", "Unsqueeze", "Select", "Slice", "Transpose", "Permute", "T", "Expand", "Clone",
          "Stack", "Cat", "Alias", "Index", "Unbind", "Split", "ToCopy", "UnsafeView", "AsStrided")  # fmt: skip
-"""autograd nodes that only arrange numbers"""
+"""autograd nodes that only rearrange numbers"""
 ROUNDS = 3
 """of LBFGS, of up to 20 iterations each, before Adam, which also settles losses with corners"""
 
@@ -47,7 +47,7 @@ class Bar:
     """The best constant answer, fitted."""
 
     losses: Tensor
-    """`[G]` of the groups that copies are judged on"""
+    """`[G]` the losses of the groups that copies are judged on"""
     per_step: bool = False
     """whether it is one answer per step"""
     answers: dict[str, "_Constant"] = field(default_factory=dict)
@@ -63,8 +63,8 @@ class Bar:
         """Within this, a copy's answers are `constant + share · (answer − constant)`.
 
         A copy that has seen few samples is over-confident: its loss on others can be above the bar although its
-        answers go the right way, which this shows. For a loss that is convex in the answers nothing is gained by it
-        where the answers say nothing of the samples.
+        answers point in the right direction, which this reveals. For a loss that is convex in the answers, nothing is
+        gained where the answers carry no information about the samples.
         """
         modules = [model.get_submodule(path) for path in self.answers]
         reals = [module.forward for module in modules]
@@ -158,7 +158,7 @@ class _Constant:
     """by the tensor's number among the floats of the output; of those that depend on the model's parameters"""
     links: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     templates: dict[Any, Any] = field(default_factory=dict)
-    """by the shapes of the input, while no answer is made yet, and where nothing but answers is handed out"""
+    """by the shapes of the input, while no answer exists yet, and where only answers are returned"""
     steps: bool = False
     """whether an answer per step can differ from one for all steps"""
 
@@ -213,7 +213,7 @@ class _Constant:
                 made = made.index_select(
                     d, torch.arange(like.shape[d], device=made.device).clamp(max=made.shape[d] - 1)
                 )
-        # Laid out in memory as the model's own answer is: losses take views of it.
+        # With the memory layout of the model's own answer, because losses take views of it.
         return torch.empty_like(like, requires_grad=False).copy_(made.expand(like.shape))
 
 

@@ -1,4 +1,4 @@
-"""What is worth trying on a copy: each candidate is one hypothesis about why the model does not learn."""
+"""Changes worth trying on a copy: each candidate is one hypothesis about why the model does not learn."""
 
 import math
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class Candidate:
     clip: float | None = None
     """bound on the norm of the whole gradient"""
     suspect: bool = False
-    """whether a setting far from what is common speaks for it before any trial, so that it is tried at length first"""
+    """whether an uncommon setting makes it likely before any trial, so that it is tried first and at length"""
 
     def recipe(self, own: Recipe) -> Recipe:
         """The optimizer it is trained with."""
@@ -115,7 +115,7 @@ def clipped() -> Candidate:
 
 
 def unregularised(model: nn.Module, recipe: Recipe) -> list[Candidate]:
-    """Without dropout, without weight decay, where there is some."""
+    """Candidates without dropout and without weight decay, where there is any."""
     found = []
     if any(_dropouts(m) for m in model.modules()):
         step = Step("switch dropout off", _NO_DROPOUT, _without_dropout)
@@ -225,7 +225,7 @@ def _replaceable(model: nn.Module) -> bool:
 
 
 def hooked(m: nn.Module) -> bool:
-    """Whether somebody's hooks would be lost with this module."""
+    """Whether replacing this module would lose hooks."""
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 

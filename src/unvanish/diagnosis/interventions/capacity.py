@@ -17,7 +17,7 @@ from unvanish.nn.modules import RecurrentModule
 NARROW, WIDE = 8, 64
 """units up to which a layer is tried with more, and how many it gets"""
 SHARE = 0.5
-"""of what the budget leaves over after the copy as it is, for trials of narrow models with more units"""
+"""the share of the budget left after the unchanged copy that is used to try narrow models with more units"""
 DONE = 0.9
 """gain of a copy that learns as it is, as a share of the bar, from which more units could do little"""
 HALF = 0.5
@@ -26,7 +26,7 @@ SETTLED = 0.15
 """of the distance to the loss with more units: what the last third of a narrow copy's updates gains at most. At that
 pace it would take twice its updates again to get there"""
 LONGER, ENOUGH = 4, 400
-"""how long the unchanged copy may train on once it was found to learn: so many times the updates that this took, or so
+"""how long the unchanged copy may continue once it was found to learn: this many times the updates until then, or this
 many updates, whichever is more"""
 LEAST = 60
 """updates of every narrow copy, below which widths are not compared"""
@@ -152,14 +152,14 @@ def _like(arm: Arm, widen: Step) -> Arm:
 
 
 def longer(own: Arm) -> tuple[Arm, int]:
-    """The copy as it is, anew, and for how many updates to train it past the moment at which it was found to learn."""
+    """A new unchanged copy, and how many updates to train it after the point at which the first was found to learn."""
     arm = Arm(own.candidate, own.material, own.recipe, own.bar, own.seed)
     arm.judge()
     return arm, max(LONGER * own.updates, ENOUGH)
 
 
 def _train_on(arm: Arm, until: float, most: int, progress: Callable[[str], None]) -> None:
-    """Until the updates or the clock run out, it fails, memorises or has learnt as much as there is."""
+    """Train until the updates or the clock run out, or the copy fails, memorises or has learnt all there is."""
     while not arm.failed and arm.updates < most and time.perf_counter() + arm.judging < until:
         progress(
             f"{arm.candidate.name}: {arm.updates} updates, loss {arm.judgements[-1].score.loss:.3g} (best constant "

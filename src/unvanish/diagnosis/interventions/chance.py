@@ -1,9 +1,9 @@
-"""The chance that a training learns within `HORIZON` updates, from what a copy did in its own.
+"""The chance that a training learns within `HORIZON` updates, estimated from the training of a copy.
 
     chance = σ(w₀ + Σ w_k z_k),   z: the features below
 
-The weights are fitted by benchmarks/diagnosis.py on a grid of small trainings, and hold for such. Kinds of task left
-out of the fit altogether tell how far the chance can be trusted.
+The weights are fitted by benchmarks/diagnosis.py on a grid of small trainings, and are valid for trainings like these.
+Kinds of task that the fit leaves out show how far the chance can be trusted.
 """
 
 import math
@@ -14,11 +14,11 @@ from typing import Any
 from unvanish.diagnosis.interventions.arm import CHUNK, Arm
 
 EARLY = 100
-"""updates of the model as it is, after which its states are read out"""
+"""updates of the unchanged model after which its states are read out"""
 HORIZON = 400
-"""updates within which a training is to have learnt"""
+"""updates within which a training should have learnt"""
 FAINTEST = -20.0
-"""ln of a survival below which less does not matter"""
+"""ln of the survival below which smaller values make no difference"""
 
 WEIGHTS = (-2.52, 3.56, 2.01, 2.22, 0.66, 0.12, -0.38)
 """(w₀, w₁, …) in the order of `Features`"""
@@ -26,7 +26,7 @@ WEIGHTS = (-2.52, 3.56, 2.01, 2.22, 0.66, 0.12, -0.38)
 
 @dataclass(frozen=True)
 class Features:
-    """What is known of a training from that of a copy; each about between −1 and 1."""
+    """Features of a training from that of a copy; each roughly between −1 and 1."""
 
     quick: float
     """½ log₂(`HORIZON` / updates after which the copy clearly learnt); where it did not, of twice the updates it had"""
@@ -79,5 +79,5 @@ def features(arm: Arm, readable: float, layers: Mapping[str, Any]) -> Features:
 
 
 def _clipped(value: float, most: float) -> float:
-    """In [−most, most]; what is not a number counts as the worst."""
+    """The value clipped to [−most, most]; NaN counts as the worst."""
     return -most if math.isnan(value) else max(-most, min(most, value))

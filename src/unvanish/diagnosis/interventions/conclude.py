@@ -16,9 +16,9 @@ from unvanish.diagnosis.plan import Plan, Prediction
 Concluded = tuple[tuple[Finding, ...], Plan, tuple[str, ...]]
 
 SIMPLER = 0.5
-"""of the best candidate's gain: a simpler change that gains as much names the cause"""
+"""the share of the best candidate's gain with which a simpler change names the cause instead"""
 TIMES = 2.0
-"""the gain of the model as it is, which a candidate must exceed to name a cause"""
+"""times the unchanged model's gain that a candidate must exceed to name a cause"""
 FAR = 0.4
 """of the bar: a candidate's gain below which a model that learns as it is, if little, is healthy"""
 ORDER: tuple[Kind, ...] = ("input", "rate", "clip", "regularisation", "radius", "depth", "reach")
@@ -26,8 +26,8 @@ ORDER: tuple[Kind, ...] = ("input", "rate", "clip", "regularisation", "radius", 
 REACHES = 0.01
 """share of the gradient at the first steps from which a short reach is no cause of memorising"""
 SAMPLES, UPDATES, TRIED, EACH, ALL = 128, 300, 2, 60, 240
-"""training samples, updates as it is, candidates, updates of each, and of all together, below which a failure is thin
-evidence"""
+"""training samples, updates of the unchanged model, candidates, updates of each, and of all together, below which a
+failure is weak evidence"""
 HINT = 2.0
 """standard errors below the bar at which a copy may have begun to learn"""
 
@@ -36,10 +36,10 @@ def conclude(race: Race, recipe: Recipe, readout: Readout | None, head: Head | N
     """(findings, plan, notes).
 
     Args:
-        race: who was trained, and how it ended.
-        recipe: the optimizer of the model as it is.
+        race: the copies that were trained, and how it ended.
+        recipe: the optimizer of the unchanged model.
         readout: what a linear read-out finds in the states of the unchanged copy, if that copy does not learn.
-        head: how heads trained alone on these states do, if the states contain the target.
+        head: the result of heads trained alone on these states, if the states contain the target.
         reaching: share of the gradient that reaches the first steps along any path, if the unchanged copy memorises.
     """
     own = race.as_is
@@ -220,7 +220,7 @@ def _unread(own: Arm, head: Head) -> Finding:
 
 
 def _drowned(own: Arm, head: Head, plan: Plan) -> Finding:
-    """The states are the same, so that nothing but dropout is between the two heads."""
+    """The states are the same, so the two heads differ only in dropout."""
     assert head.dropout is not None
     alone, dropped = head.own[-1], head.dropout
     return Finding(

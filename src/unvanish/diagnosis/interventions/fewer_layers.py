@@ -1,4 +1,4 @@
-"""Is the model too deep to learn? A copy that keeps the first layers of each deep stack alone."""
+"""Is the model too deep to learn? A copy that keeps only the first layers of each deep stack."""
 
 from collections import Counter
 from typing import Any
@@ -10,7 +10,7 @@ from unvanish.diagnosis.interventions.candidates import Candidate, hooked
 from unvanish.diagnosis.plan import Step
 
 DEEP, KEPT = 4, 2
-"""stacked layers from which fewer are tried, and how many stay"""
+"""the number of stacked layers from which fewer are tried, and how many are kept"""
 SUSPECT = 6
 """stacked layers from which depth is a suspect"""
 STACKS = (nn.RNN, nn.LSTM, nn.GRU)

@@ -28,7 +28,7 @@ SLOWER = 0.1
 MOST = 300
 """updates of the linear head at each rate, at most"""
 LONGER, LEAST = 2, 150
-"""how long the model's own head is trained: so many times what the linear one needed, and so many updates at least"""
+"""how long the model's own head is trained: this many times the updates of the linear one, and at least this many"""
 
 
 class Linear(NamedTuple):
@@ -44,7 +44,7 @@ class Linear(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What became of heads that were trained alone."""
+    """The result of heads that were trained alone."""
 
     where: str
     """the recurrent module whose states they read"""
@@ -52,7 +52,7 @@ class Head(NamedTuple):
     own: tuple[Arm, ...]
     """the model's own head; trained alone until one of them learnt"""
     dropout: Arm | None = None
-    """the one that learnt, trained anew with the model's dropout; None where there is none"""
+    """the one that learnt, retrained with the model's dropout; None where there is none"""
 
     @property
     def fails(self) -> bool:
@@ -96,7 +96,7 @@ def head(arm: Arm, recipe: Recipe, seed: int, until: float) -> Head | None:
 def _linear(question: Question, seed: int, until: float) -> Linear | None:
     """A linear layer that is trained as the model's own head will be; None where it does not learn.
 
-    The states are left as they are: where gradient descent makes nothing of them, no head is to blame.
+    The states are not rescaled: if gradient descent can't use them, no head is to blame.
     """
     mean, spread = question.y.mean(0), question.y.std(0).clamp_min(1e-9)
     x, x_out = question.x.float(), question.x_out.float()
@@ -121,7 +121,7 @@ def _linear(question: Question, seed: int, until: float) -> Linear | None:
 
 
 def _behind_the_states(arm: Arm) -> tuple[str, ...]:
-    """Names of the parameters outside recurrent modules that a gradient reaches when these hand out detached states."""
+    """Names of the parameters outside recurrent modules that a gradient reaches if these return detached states."""
     recurrent = {p for m in arm.model.modules() if isinstance(m, RecurrentModule) for p in m.parameters(recurse=False)}
     twin = _alone(arm, arm.recipe, (), False, RATES[0])
     with torch.enable_grad(), evaluating(twin.model), arm.material.subject.rng(arm.seed):
@@ -134,7 +134,7 @@ def _behind_the_states(arm: Arm) -> tuple[str, ...]:
 
 
 def _alone(arm: Arm, recipe: Recipe, names: tuple[str, ...], fresh: bool, lr: float) -> Arm:
-    """A copy whose recurrent modules hand out detached states, and of which only these parameters are trained."""
+    """A copy whose recurrent modules return detached states, and of which only these parameters are trained."""
     held = names or tuple(name for name, _ in arm.model.named_parameters())
     one = Arm(AS_IS, arm.material, Recipe(torch.optim.Adam, ((held, {"lr": lr}),), recipe.known, given=True), arm.bar,
               arm.seed, start=arm.model)  # fmt: skip
@@ -157,7 +157,7 @@ def _detached(module: nn.Module, args: Any, out: Any) -> Any:
 
 
 def _trained(one: Arm, updates: int, until: float) -> bool:
-    """Train until it learns, it can't be trained further or so many updates are made; whether the time allowed it."""
+    """Train until it learns, can't be trained further or reaches this many updates; whether the time allowed it."""
     one.judge()
     while one.updates < updates and not one.failed and not one.learns:
         if time.perf_counter() + one.judging >= until:

@@ -1,4 +1,4 @@
-"""What each recurrent module of a model is fed: its steps, and the scale of its input."""
+"""The inputs of a model's recurrent modules: their steps and their scale."""
 
 import math
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Fed:
     squares: Tensor | float = 0.0
 
     def add(self, x: Tensor, steps: int) -> None:
-        """More of it: x `[…, I]`."""
+        """Add x `[…, I]` to the statistics."""
         rows = x.detach().double().flatten(0, -2)
         self.steps += steps
         self.count += len(rows)
@@ -56,7 +56,7 @@ class Fed:
 
 
 def fed(material: Material, seed: int) -> dict[str, Fed]:
-    """Path → what torch's recurrent modules and cells are fed, in one pass over the samples that are judged."""
+    """Path → the input of each of torch's recurrent modules and cells, in one pass over the judging samples."""
     twin = material.subject.twin()
     found: dict[str, Fed] = {}
     handles = []
@@ -94,12 +94,12 @@ def fed(material: Material, seed: int) -> dict[str, Fed]:
 
 
 def reaching(material: Material, seed: int) -> float:
-    """How much of the gradient reaches the first steps, by whatever way: recurrence, attention, pooling, or a target of
+    """How much of the gradient reaches the first steps, along any path: recurrence, attention, pooling, or a target of
     their own.
 
         min over recurrent modules of   mean over the first tenth of the steps of ‖∂E/∂x_t‖ / max over t of ‖∂E/∂x_t‖
 
-    1 where no module has a sequence. With a target at every step this says nothing of how far a single error goes.
+    1 where no module has a sequence. With a target at every step this does not show how far a single error reaches.
     """
     twin = material.subject.twin()
     steps: dict[str, list[tuple[Tensor, int | None]]] = {}

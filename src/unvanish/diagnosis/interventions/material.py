@@ -1,4 +1,4 @@
-"""What copies are trained and judged on: rows of the user's batch, fresh draws of a step, or the whole batch.
+"""The samples that copies are trained and judged on: rows of the user's batch, fresh draws of a step, or all of it.
 
 A copy memorises a small batch within a hundred updates (coin-flip targets fall to a quarter of their loss), so it is
 judged on samples that its training has not seen. They come in groups: the user's loss is one number per call, and a
@@ -20,12 +20,12 @@ from unvanish.diagnosis.subject import Subject
 from unvanish.nn.modules import evaluating
 
 BATCH = 32
-"""samples of one update, at most"""
+"""the most samples of one update"""
 LEAST = 32
 """samples from which some can be held out"""
 HELD_OUT = 0.3
 GROUPS, GROUP = 16, 4
-"""groups of held-out samples at most, and samples of one group at least"""
+"""the most groups of held-out samples, and the fewest samples of one group"""
 MOST = 512
 """samples that are judged on, and as many that a constant is fitted on besides"""
 PAIRINGS = 24
@@ -35,7 +35,7 @@ DRAWS = 16
 
 
 class Material(Protocol):
-    """Where losses come from."""
+    """A source of losses, to train and to judge by."""
 
     subject: Subject
 
@@ -108,7 +108,7 @@ class Rows:
         )
 
     def fitted(self, model: nn.Module) -> Tensor:
-        # On all rows: a constant that has seen the held-out ones is a bar that is a little too strict, not too lax.
+        # On all rows: a constant fitted on the held-out ones too makes the bar slightly too strict, not too lax.
         return self.loss_of(model, torch.cat([*self.groups, self.train[:MOST]]))
 
     def informed(self, model: nn.Module) -> float:
@@ -136,7 +136,7 @@ class Rows:
         return self.subject.loss(model, self.subject.rows(self.subject.inputs, rows), self.targets(rows))
 
     def targets(self, rows: Tensor) -> Any:
-        """These samples' targets. What numbers the samples of its batch (contrastive losses) is numbered anew."""
+        """These samples' targets. Those that number the samples of their batch (contrastive losses) are renumbered."""
         target = self.subject.target
         return target[: len(rows)] if self.numbered else self.subject.rows(target, rows)
 
@@ -195,7 +195,7 @@ class Whole:
 
 
 def material(subject: Subject, seed: int) -> tuple[Material, tuple[str, ...]]:
-    """The strictest that the subject offers, and notes on what it does not offer."""
+    """The strictest material that the subject allows, and notes on what it does not allow."""
     if subject.step is not None:
         draws = Draws(subject, seed)
         twin = subject.twin()
@@ -232,7 +232,7 @@ def material(subject: Subject, seed: int) -> tuple[Material, tuple[str, ...]]:
 def _without_training(subject: Subject, model: nn.Module, losses: list[Any]) -> Tensor:
     """The losses in eval mode; with batch norm also by the batch's own statistics, whichever is lower on the whole.
 
-    A fresh running mean and variance says nothing of the data yet, and a model whose norms use it seems to ignore its
+    A fresh running mean and variance do not reflect the data yet, and a model whose norms use them seems to ignore its
     input.
     """
     with torch.no_grad(), evaluating(model):

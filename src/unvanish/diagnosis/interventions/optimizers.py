@@ -1,4 +1,4 @@
-"""The user's optimizer, made again for a copy: the same class, options and parameter groups, with changes.
+"""The user's optimizer, rebuilt for a copy: the same class, options and parameter groups, with changes.
 
 Groups are remembered by the names of their parameters, so that they can be rebuilt for any copy. A parameter that the
 user's optimizer does not hold is not trained in a copy either; one that only a changed copy has (a replaced layer's)
@@ -25,7 +25,7 @@ USUAL = {
 }
 """learning rates at which each optimizer is commonly used"""
 FAR = 5.0
-"""how many times smaller or larger than all of these a rate is suspect"""
+"""a rate that is this many times smaller or larger than all of these is suspect"""
 CLOSE = 1.5
 """two rates within this factor count as one"""
 
@@ -95,7 +95,7 @@ class Recipe:
         return self.kind(groups)
 
     def code(self) -> str:
-        """Python that makes it for `model`."""
+        """Python code that builds the optimizer for `model`."""
         where = f"torch.optim.{self.name}"
         if self.kind.__module__.partition(".")[0] != "torch":
             where = f"{self.kind.__module__}.{self.kind.__qualname__}"

@@ -1,4 +1,4 @@
-"""The race: the model as it is first, then the candidates by successive halving, within a budget of seconds."""
+"""The race: first the unchanged model, then the candidates by successive halving, within a budget of seconds."""
 
 import math
 import time
@@ -19,26 +19,26 @@ from unvanish.diagnosis.subject import Subject
 Progress = Callable[[str], None]
 
 LEAST = 60
-"""updates of the model as it is, below which nothing is concluded and so nothing is tried"""
+"""updates of the unchanged model below which no conclusion is possible, so nothing is tried"""
 MOST = 2000
-"""updates of the model as it is, at most"""
+"""the most updates of the unchanged model"""
 OWN = 0.4
-"""share of the budget for the model as it is"""
+"""share of the budget for the unchanged model"""
 SUSPECTED = 0.6
-"""share of what is left for the candidates that are suspects, before all others"""
+"""share of the remaining budget for the candidates that are suspects, before all others"""
 ROUNDS = (0.4, 0.35, 0.25)
-"""shares of what is left, for all candidates, for the better half, for the better half of those"""
+"""shares of the remaining budget for all candidates, for the better half, and for the better half of those"""
 FITTING, LATER = 0.1, 0.1
 """shares of the budget for the best constant answer, and for what is asked after the race"""
 TIMED, AFFORDABLE = 4, 0.05
 """updates of which the fastest is timed, and the share of the budget that one may take for another to be made"""
 POINTLESS = 1e-3
-"""of the fresh model's loss: what a constant answer leaves at most where it is right for every sample"""
+"""a constant answer whose loss is below this share of the fresh model's is right for every sample"""
 
 
 @dataclass
 class Race:
-    """Who ran, how far, and how it ended."""
+    """The copies that ran, how far, and how the race ended."""
 
     as_is: Arm | None = None
     bar: Bar | None = None
@@ -49,7 +49,7 @@ class Race:
     end: float = float("inf")
     """`time.perf_counter()` at which the budget is used up"""
     widths: Widths | None = None
-    """copies with more units and their like, where the model is narrow and nothing else made it learn well"""
+    """copies with more units and matching narrow ones, if the model is narrow and nothing else made it learn well"""
     pointless: bool = False
     """whether a constant answer is right for every sample, so that there is nothing to learn from the input"""
 

@@ -1,4 +1,4 @@
-"""Do the states hold the target? A linear read-out of a trained copy's states, judged on held-out rows.
+"""Do the states contain the target? A linear read-out of a trained copy's states, judged on held-out rows.
 
     R = 1 − Σ‖y − ŷ(h)‖² / Σ‖y − ȳ‖²       ŷ: ridge regression fitted on the rows that the copy was trained on
 
@@ -21,9 +21,9 @@ from unvanish.diagnosis.structure import mapped, tensors
 from unvanish.nn.modules import RecurrentModule, evaluating
 
 HOLDS = 0.5
-"""R from which the states are said to hold the target"""
+"""R from which the states count as containing the target"""
 PER_FEATURE = 4
-"""rows that are fitted per feature, at least: with fewer a read-out tells of the rows, not of the state"""
+"""the fewest rows per feature to fit: with fewer, a read-out reflects the rows, not the state"""
 RIDGE = 1e-2
 STEPS, CLASSES = 6, 64
 MOST = 512
@@ -31,25 +31,25 @@ MOST = 512
 
 
 class Readout(NamedTuple):
-    """What a linear read-out finds in the states."""
+    """The result of a linear read-out of the states."""
 
     readable: float
     """R on held-out rows: at most 1; 0 or less where it finds nothing"""
     error: float
     """standard error of R over held-out rows"""
     where: str
-    """the module whose states say most"""
+    """the module whose states give the best read-out"""
     enough: bool
-    """whether there were enough rows that a low R means something"""
+    """whether there were enough rows for a low R to be meaningful"""
 
     @property
     def holds(self) -> bool:
-        """Whether the states hold the target, by more than chance."""
+        """Whether the states contain the target, by more than chance."""
         return self.readable > max(HOLDS, SURE * self.error)
 
 
 class Question(NamedTuple):
-    """States and the answers they are asked for, to fit on and to judge by."""
+    """States and the targets to read from them, to fit on and to judge by."""
 
     x: Tensor
     """`[N, H]`"""
@@ -142,7 +142,7 @@ def _answers(target: Any, samples: int) -> Tensor | None:
 
 
 def _last(model: nn.Module, rows: Rows, at: Tensor, paths: list[str]) -> set[str]:
-    """Recurrent modules whose outputs, if they are changed, change what no other one is given."""
+    """Recurrent modules whose outputs do not affect the input of any other one."""
 
     def given(changed: str) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {path: [] for path in paths if path != changed}
@@ -188,7 +188,7 @@ def _last_or_all(x: Tensor, y: Tensor, x_out: Tensor, y_out: Tensor) -> Iterator
 
 
 def _questions(x: Tensor, y: Tensor, x_out: Tensor, y_out: Tensor) -> Iterator[Question]:
-    """For each way to read."""
+    """The read-out for each way to read."""
     steps = _per_step(x, y, x_out, y_out)
     if steps:
         for t in steps:

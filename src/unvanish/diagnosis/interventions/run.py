@@ -1,4 +1,4 @@
-"""The way in: from a subject and a budget to findings, a plan, and a table of what was tried."""
+"""The entry point: from a subject and a budget to findings, a plan, and a table of the trials."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -34,7 +34,7 @@ DEFAULT_LR = 3e-3
 
 @dataclass(frozen=True)
 class Tried:
-    """One row of the table: a copy with one change, and where its loss got."""
+    """One row of the table: a copy with one change, and its lowest loss."""
 
     name: str
     updates: int
@@ -50,18 +50,18 @@ class Tried:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the interventions found."""
+    """The result of the interventions."""
 
     findings: tuple[Finding, ...] = ()
     plan: Plan = Plan()  # noqa: RUF009 (frozen; nothing to do)
     notes: tuple[str, ...] = ()
     tried: tuple[Tried, ...] = ()
     features: Features | None = None
-    """what a copy of the model as it is showed in its first updates; None if there was none"""
+    """features of an unchanged copy's first updates; None if there was no such copy"""
 
     @property
     def chance(self) -> float | None:
-        """That a training learns within `chance.HORIZON` updates, from `features`; None without them."""
+        """The chance that a training learns within `chance.HORIZON` updates, from `features`; None without them."""
         return None if self.features is None else self.features.chance()
 
     def to_dataframe(self) -> "pd.DataFrame":
@@ -83,9 +83,9 @@ def run(
     seed: int = 0,
     lag: int | None = None,
 ) -> Outcome:
-    """Train copies on the user's own loss, and say what made it fall.
+    """Train copies on the user's own loss, and report which change made it fall.
 
-    The model as it is comes first and ends the race as soon as it clearly learns. Otherwise other learning rates,
+    The unchanged model comes first and ends the race as soon as it clearly learns. Otherwise other learning rates,
     cures of reach on all recurrent modules together, clipping, a smaller spectral radius, standardised inputs and
     training without regularisation are raced against it. Where recurrent layers have few units, and nothing else made
     the copy learn all there is, copies with more of them come last. All copies are judged on samples that they do not
@@ -113,7 +113,7 @@ def run(
         raise ValueError(f"budget: expected a finite number of seconds, 0 or more, got {budget}")
     proved = [f for f in exact if f.severity == "error"]
     if proved:
-        # Before the optimizer is looked at: that it holds none of the parameters may be what is proved.
+        # Before the optimizer is checked: its missing parameters may be exactly what was proved.
         codes = ", ".join(dict.fromkeys(f.code for f in proved))
         return Outcome(notes=(f"no copy was trained: first repair what is already proved ({codes})",))
     own, notes = recipe(optimizer, subject.model, DEFAULT_LR)
@@ -166,7 +166,7 @@ def _run(
 def _candidates(
     arm: Arm, own: Recipe, inputs: dict[str, Fed], layers: Mapping[str, Any], lag: int | None, seed: int
 ) -> list[Candidate]:
-    """Suspects first, then the most promising: they get what the budget leaves over."""
+    """Suspects first, then the most promising, since these get the rest of the budget."""
     model = arm.material.subject.model
     if lag is None:
         lag = max([int(d.lag) for d in layers.values()], default=0) or max(

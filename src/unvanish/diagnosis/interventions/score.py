@@ -10,13 +10,13 @@ SURE = 3.5
 SURE_OF_PAIRS = 5.0
 """standard deviations over random pairings of answers and targets"""
 LIKELY = 1.5
-"""standard errors from which it is worth asking further"""
+"""standard errors from which further tests are worthwhile"""
 VISIBLE = 0.03
-"""of the bar: a fall that is smaller is not called learning, however certain"""
+"""share of the bar: a smaller fall is not called learning, however certain it is"""
 CLEAR = 0.25
-"""of the bar: a fall from which nothing else needs a trial"""
+"""share of the bar: with such a fall nothing else needs a trial"""
 ALONE = 0.3
-"""of the bar: what must be fallen where a single loss leaves no standard error"""
+"""share of the bar: the fall required where a single loss gives no standard error"""
 
 
 class Score(NamedTuple):
@@ -45,7 +45,7 @@ class Score(NamedTuple):
 
     @property
     def visible(self) -> bool:
-        """Whether the loss is below the bar by something to see, if not yet beyond doubt."""
+        """Whether the loss is noticeably below the bar, if not yet beyond doubt."""
         return self.gain > LIKELY * self.error and self.share > VISIBLE
 
 

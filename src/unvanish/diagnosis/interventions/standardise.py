@@ -32,7 +32,7 @@ class Standardiser:
 
 
 def standardise_(module: nn.Module, mean: Sequence[float], spread: Sequence[float]) -> nn.Module:
-    """Standardise what a recurrent module or cell is fed, before every forward pass.
+    """Standardise the input of a recurrent module or cell before every forward pass.
 
     Args:
         module: whose first argument is x `[…, I]`, or a packed sequence of such.

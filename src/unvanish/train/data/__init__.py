@@ -1,1 +1,1 @@
-"""The user's own data: files in, sequences out; every refusal names file, row and column."""
+"""The user's own data: files in, sequences out; every error names file, row and column."""

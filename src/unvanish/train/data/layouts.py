@@ -1,5 +1,5 @@
-"""What the rows of a table mean: wide, a sequence per row and a step per column; long, a step per row, sequences told
-apart by an id; text, a column of it; or a time series."""
+"""The layouts of a table: wide, a sequence per row and a step per column; long, a step per row, with an id for each
+sequence; a column of texts; or a time series."""
 
 from itertools import pairwise
 
@@ -32,7 +32,7 @@ def sequences(
         target: the column of the answers; None: there is none, as when predicting.
         id: the column that tells sequences apart, in a long table; None: a wide one.
         time: the column of times of a long table, checked to increase within each sequence; not an input.
-        text: the column of the texts, where the sequences are texts; other columns are not looked at.
+        text: the column of the texts, where the sequences are texts; other columns are ignored.
         missing: "error", "mean" or "previous"; of texts "error".
 
     Raises:
@@ -116,7 +116,7 @@ def series(
         for step in np.flatnonzero(np.isnan(known[name][:, 0]))[:1]:
             raise DataError(
                 f"{table.where(rows[step], target)}: the value to forecast is missing; fill it in"
-                + (", or choose --missing previous" if missing == "mean" else ": no value stands before it")
+                + (", or choose --missing previous" if missing == "mean" else ": no value precedes it")
             )
     return Series(known, channels)
 

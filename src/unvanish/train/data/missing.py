@@ -1,4 +1,4 @@
-"""What happens to missing values."""
+"""The treatment of missing values."""
 
 import math
 from typing import Literal, get_args
@@ -12,7 +12,7 @@ MISSING_POLICIES: tuple[Missing, ...] = get_args(Missing)
 
 
 def check_missing(missing: str) -> None:
-    """Is this a policy for missing values?
+    """Check that this is a policy for missing values.
 
     Raises:
         ValueError: it isn't.
@@ -22,7 +22,7 @@ def check_missing(missing: str) -> None:
 
 
 def refuse(where: str, missing: Missing, option: str = "--missing ") -> None:
-    """There is a missing value here; does the policy, which the user chooses by `option`, allow it?
+    """Check that the policy, which the user chooses by `option`, allows the missing value here.
 
     Raises:
         DataError: the policy is "error".

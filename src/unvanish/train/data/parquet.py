@@ -1,4 +1,4 @@
-"""A table out of a Parquet file, whatever is wrong with it."""
+"""A table from a Parquet file, with a precise error for anything wrong with it."""
 
 import math
 from pathlib import Path
@@ -28,7 +28,7 @@ def read_parquet(path: Path) -> Table:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-    with path.open("rb") as stream:  # what fails from here on is the file's fault
+    with path.open("rb") as stream:  # any failure from here on is the file's fault
         try:
             with pq.ParquetFile(stream) as file:
                 schema = file.schema_arrow

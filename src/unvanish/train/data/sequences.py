@@ -10,12 +10,12 @@ from torch import Tensor
 from unvanish.train.data.table import DataError, numbers
 
 LARGEST = 1e150
-"""magnitude whose square float64 still holds"""
+"""the largest magnitude whose square float64 can represent"""
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """What a data file holds."""
+    """The sequences of a data file, with their targets."""
 
     x: list[np.ndarray] | list[str]
     """[T_i, I] each, float64, NaN where a value is missing; or texts"""
@@ -31,7 +31,7 @@ class Sequences:
         return len(self.x)
 
     def place(self, index: int) -> str:
-        """Where a target stands, as messages name it."""
+        """The place of a target, as messages name it."""
         return self.places[index] if self.places else f"data: {self.names[index]}"
 
     def targets(self) -> list[str]:
@@ -72,7 +72,7 @@ class Sequences:
 def split(y: list[str] | None, n: int, seed: int, *, test: bool = True) -> dict[str, list[int]]:
     """70 % train, 15 % validation, 15 % test; whole sequences, drawn by `seed`, within each class where `y` is given.
 
-    Without `test`, what would be tested trains.
+    Without `test`, the test part is used for training.
 
     Raises:
         DataError: a split would stay empty.
@@ -104,7 +104,7 @@ class Scale:
 
     @classmethod
     def of(cls, x: list[np.ndarray]) -> "Scale":
-        """Of these sequences, NaN left out; a constant channel is only shifted.
+        """The scale of these sequences, ignoring NaN; a constant channel is only shifted.
 
         Raises:
             DataError: values so large that their deviation overflows.
@@ -119,7 +119,7 @@ class Scale:
             raise DataError(
                 f"data: values are too large to be scaled in float64; expected magnitudes below about {LARGEST:g}"
             )
-        # What is left of a constant channel is the rounding of its mean.
+        # A constant channel's deviation is only the rounding of its mean.
         varies = deviation > 4 * np.finfo(np.float64).eps * np.abs(mean)
         return cls(mean.tolist(), np.where(varies, deviation, 1.0).tolist())
 

@@ -21,7 +21,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Window:
-    """Where a forecast stands: made after step `end − 1` of a series, from the `length` steps before `end`."""
+    """The place of a forecast: made after step `end − 1` of a series, from the `length` steps before `end`."""
 
     series: str
     end: int
@@ -29,7 +29,7 @@ class Window:
 
 
 def shares(test: bool) -> dict[str, float]:
-    """Of the steps of a series, in order."""
+    """The splits of a series' steps, in order."""
     return SHARES if test else {"train": SHARES["train"] + SHARES["test"], "validation": SHARES["validation"]}
 
 
@@ -37,7 +37,7 @@ def split_in_time(series: Series, horizon: int, window: int, *, test: bool = Tru
     """The windows of each split: in every series the first 70 % of the steps train, the next 15 % validate, the last
     15 % test; without `test` the first 85 % train.
 
-    All that a window forecasts lies inside its split. What it looks back on may lie before: that is known by then.
+    All steps that a window forecasts are inside its split. The steps it looks back on may be earlier: they are known.
 
     Raises:
         DataError: a series is too short.
@@ -67,8 +67,8 @@ def training_steps(values: np.ndarray, *, test: bool = True) -> np.ndarray:
 
 
 def last_season(values: np.ndarray, end: int, horizon: int, season: int = 1) -> np.ndarray:
-    """The seasonal-naive forecast of steps end … end + horizon − 1: what stood there one whole number of seasons
-    before, the last that is known; season 1 repeats the last value.
+    """The seasonal-naive forecast of steps end … end + horizon − 1: the latest known value a whole number of seasons
+    before each; season 1 repeats the last value.
 
     Raises:
         ValueError: there is no whole season before `end`.

@@ -1,4 +1,4 @@
-"""A table out of a file: CSV or Parquet; every refusal names file, row and column.
+"""A table from a file: CSV or Parquet; every error names file, row and column.
 
 Rows are counted as lines of the file, the header being row 1; in Parquet, which has no lines, the first row is 1. A
 missing value is an empty cell, NA, NaN or null.
@@ -18,14 +18,14 @@ from unvanish.train.memory import of_csv, require
 MISSING = {"", "na", "nan", "null"}
 MAX_COLUMNS = 100_000
 MAX_BYTES = 4 * 2**30
-"""of a file, and of what a compressed file unpacks to"""
+"""the limit for a file, and for the unpacked size of a compressed file"""
 SMALLER = "free some, or split the file"
 EXACT = 2**53
 """whole numbers up to here are exact in float64"""
 
 
 class DataError(ValueError):
-    """What is wrong with a data file, and where."""
+    """An error in a data file, with its place."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Table:
     columns: dict[str, list[str] | np.ndarray]
     """name → cells as written in the file, or float64 where the file itself says that they are numbers"""
     rows: list[int]
-    """where each row stands in the file"""
+    """the number of each row in the file"""
 
     def where(self, row: int, column: str) -> str:
         """Place of a cell, as messages name it."""
@@ -60,7 +60,7 @@ class Table:
             )
 
     def text(self, column: str) -> list[str]:
-        """The cells of a column as they stand there, none empty.
+        """The cells of a column as written, none empty.
 
         Raises:
             DataError: one is.
@@ -209,15 +209,15 @@ def _read_csv(path: Path) -> Table:
 
 
 def _hint(header: list[str]) -> str:
-    """What to do, where all columns are taken for one."""
+    """Advice for a file whose columns were all read as one."""
     return "; separate columns by commas" if len(header) == 1 and any(mark in header[0] for mark in ";\t|") else ""
 
 
 def check_header(path: Path, header: list[str]) -> None:
-    """Has every column a name of its own, and are there no more than can be dealt with?
+    """Check that every column has a unique name, and that there are not too many.
 
     Raises:
-        DataError: no, with the column.
+        DataError: otherwise, with the column.
     """
     if not header:
         raise DataError(f"{path}: row 1: empty; expected the names of the columns")

@@ -17,7 +17,7 @@ UNKNOWN = ("?", "nan", "")
 
 @dataclass
 class _Header:
-    """What the `@` lines promise; None where they don't say."""
+    """The content of the `@` lines; None where they don't say."""
 
     classes: list[str] = field(default_factory=list)
     labelled: bool = False
@@ -35,7 +35,7 @@ def read_ts(path: Path, *, missing: Missing = "error") -> Sequences:
         missing: as in `sequences`.
 
     Raises:
-        DataError: it is none, with file, row and channel.
+        DataError: it is not a valid .ts file, with file, row and channel.
         OSError: the file can't be read.
     """
     check_missing(missing)
@@ -126,7 +126,7 @@ def _series(where: str, channels: list[str], missing: Missing) -> np.ndarray:
 
 
 def _agree(where: str, x: list[np.ndarray], header: _Header) -> None:
-    """Raise where the last series isn't what the header promises."""
+    """Raise where the last series contradicts the header."""
     length, channels = x[-1].shape
     if channels != (expected := header.channels or x[0].shape[1]):
         raise DataError(f"{where}: expected {expected} channels, got {channels}; is a label missing, or one too many?")

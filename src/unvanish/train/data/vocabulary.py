@@ -20,14 +20,14 @@ Unit = Literal["word", "character"]
 
 
 class Vocabulary:
-    """Words (lower case, punctuation apart), or characters → their numbers; what training did not hold is 0."""
+    """Words (lower case, punctuation apart), or characters → their numbers; those not seen in training are 0."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     @classmethod
     def of(cls, texts: Iterable[str], unit: Unit) -> "Vocabulary":
-        """Of the training texts: every character, or the words that stand there at least twice, at most 30,000."""
+        """Built from the training texts: every character, or the words that occur at least twice, at most 30,000."""
         tokenizer = Tokenizer(WordLevel(unk_token=UNKNOWN))
         if unit == "word":
             tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])  # type: ignore[assignment]

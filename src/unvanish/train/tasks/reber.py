@@ -36,7 +36,7 @@ def _embedded() -> tuple[dict[str, int], ...]:
 
 EMBEDDED = _embedded()
 LONG_RANGE = (2 + len(REBER), 3 + 2 * len(REBER))
-"""the nodes at which the symbol is due that was second"""
+"""the nodes at which the second symbol is due again"""
 
 
 _NEXT = torch.tensor([[node.get(symbol, -1) for symbol in SYMBOLS] for node in EMBEDDED])
@@ -130,7 +130,7 @@ class EmbeddedReber(Task):
 
 
 def _nodes(y: Tensor) -> Tensor:
-    """[B, T] the node of the grammar from which y_t goes on; the first answer is what follows B."""
+    """[B, T] the node of the grammar before y_t; the first answer is the symbol after B."""
     following = _NEXT.to(y.device)
     node, nodes = torch.ones_like(y[:, 0]), []
     for y_t in y.unbind(1):

@@ -1,4 +1,4 @@
-"""One symbol at the start, asked for at the end: without noise in between, and with it."""
+"""One symbol at the start, to be recalled at the end: without noise in between, and with it."""
 
 from collections.abc import Sequence
 

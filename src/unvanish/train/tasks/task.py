@@ -1,4 +1,4 @@
-"""What a task is: samples that can be drawn again from (seed, index), a metric, and what chance reaches."""
+"""The definition of a task: samples that can be redrawn from (seed, index), a metric, and the chance level."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Task(ABC):
     """how an answer is judged: squared error, share of wrong classes, or cross-entropy over all answered steps"""
     default_length: ClassVar[int]
     note: ClassVar[str] = ""
-    """what a short first reach can be worth on this task, with the experiment that shows it"""
+    """a caution on what a short first reach means for this task, with the experiment that shows it"""
 
     shuffle: bool = True
     carry: bool = False
@@ -75,7 +75,7 @@ class Task(ABC):
         """The samples with these indices."""
 
     def dataset(self, split: Split) -> Dataset[Samples]:
-        """The split for a DataLoader that hands over whole batches (`batch_size=None` and a batch sampler, or
+        """The split for a DataLoader that requests whole batches (`batch_size=None` and a batch sampler, or
         `__getitems__`)."""
         return _Samples(self, split)
 

@@ -11,7 +11,7 @@ from unvanish.train.tasks.task import Generated, Samples, Split, as_float
 
 
 class TemporalOrder(Generated):
-    """Among distractors a, b, c, d two symbols X or Y stand, in the second tenth and the sixth tenth; the answer is
+    """Two symbols X or Y occur among distractors a, b, c, d, in the second tenth and the sixth tenth; the answer is
     which, in order.
 
     x is one-hot over {X, Y, a, b, c, d}; four classes XX, XY, YX, YY. A constant answer errs in 3 of 4: chance.
@@ -19,7 +19,7 @@ class TemporalOrder(Generated):
 
     name = "temporal-order"
     title = "Temporal order, 2 symbols"
-    describe = "Two telling symbols stand among many distractors; the answer is which two, and in which order."
+    describe = "Two relevant symbols occur among many distractors; the answer is which two, and in which order."
     source = "Hochreiter & Schmidhuber 1997, experiment 6a; Pascanu, Mikolov & Bengio 2013"
     kind = "classification"
     default_length = 100
@@ -29,7 +29,7 @@ class TemporalOrder(Generated):
     chance = 0.75
     solved_below = 0.01
     tenths: ClassVar[tuple[int, ...]] = (1, 5)
-    """where the symbols stand: from this tenth of the sequence to the next"""
+    """the positions of the symbols: from this tenth of the sequence to the next"""
 
     def samples(self, split: Split, indices: Sequence[int]) -> Samples:
         T = self.length
@@ -50,7 +50,7 @@ class TemporalOrder3(TemporalOrder):
 
     name = "temporal-order-3"
     title = "Temporal order, 3 symbols"
-    describe = "Three telling symbols stand among many distractors; the answer is which three, and in which order."
+    describe = "Three relevant symbols occur among many distractors; the answer is which three, and in which order."
     source = "Hochreiter & Schmidhuber 1997, experiment 6b; Pascanu, Mikolov & Bengio 2013"
     outputs = 8
     chance = 0.875
