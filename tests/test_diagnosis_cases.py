@@ -60,6 +60,7 @@ def test_a_target_that_is_used_or_that_nothing_asks_for_is_not_ignored() -> None
 
 
 def test_answers_that_are_nan_do_not_look_like_a_state_that_is_carried() -> None:
+    torch.manual_seed(0)
     model, batch, loss = not_finite("log")
     found = uv.diagnose(model, *batch, loss=loss, budget=0)
     assert [f.code for f in found.findings] == ["nan"]
