@@ -63,7 +63,9 @@ def test_a_stack_that_learns_with_fewer_layers_is_too_deep() -> None:
     with torch.no_grad():
         for p in model.rnn.parameters():
             p.mul_(0.3)
+    drawn = torch.get_rng_state()
     found = outcome(model, *recall(256, 3))
+    assert torch.equal(torch.get_rng_state(), drawn)  # the copies' new layers are drawn as well
     assert codes(found) == ["depth"]
     assert "the loss falls with 2 of its 12 layers" in found.findings[0].says
     assert found.plan.apply(copy.deepcopy(model)).rnn.num_layers == 2

@@ -77,6 +77,16 @@ def every_candidate(model: nn.Module) -> list[Candidate]:
     return [*found, *rates(own), clipped(), *(c.with_rate(0.01) for c in found)]
 
 
+def test_a_stack_of_two_names_or_with_frozen_weights_is_not_shortened() -> None:
+    model = Model(rnn_of("deep"))
+    assert of_depth(model)
+    model.again = model.get_submodule(next(p for p, m in model.named_modules() if isinstance(m, nn.LSTM)))
+    assert of_depth(model) == []
+    frozen = Model(rnn_of("deep"))
+    next(frozen.parameters()).requires_grad_(False)
+    assert of_depth(frozen) == []
+
+
 def plan_of(candidate: Candidate, model: nn.Module) -> Plan:
     own, _ = recipe(torch.optim.AdamW(model.parameters(), lr=1e-5), model, 1e-3)
     return Plan(candidate.plan_steps(own), Prediction(1.0, 0.5, 1.1, 100))

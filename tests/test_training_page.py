@@ -79,6 +79,18 @@ def test_a_training_that_is_not_judged_has_no_page(tmp_path: Path) -> None:
     assert not (tmp_path / "m" / "report.html").exists()
 
 
+def test_a_page_that_fails_does_not_cost_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("unvanish.train.learn.examine", out_of_memory)
+    with pytest.warns(UserWarning, match="MemoryError: no room"):
+        trained = train.train_on(noise(), Settings(hidden=4, epochs=1), out=tmp_path / "m", flow_every=None)
+    assert "assessment" not in trained.config
+    assert train.Trained.load(tmp_path / "m").config["test"] == trained.config["test"]
+    assert not (tmp_path / "m" / "report.html").exists()
+
+
 def test_what_a_kill_left_of_a_page_is_removed(tmp_path: Path) -> None:
     run = {"kind": "task"}
     RunFolder(tmp_path, run, resume=False)
