@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import mse_loss
@@ -18,7 +19,7 @@ from unvanish import train
 from unvanish.diagnosis import Diagnosis
 from unvanish.diagnosis.finding import Finding
 from unvanish.draw.preview import preview_files
-from unvanish.train import Settings
+from unvanish.train import Classification, Sequences, Settings
 from unvanish.train.assessment import examine
 from unvanish.train.run_folder import RunFolder
 from unvanish.train.training_page import reaches, training_page, training_preview
@@ -167,3 +168,26 @@ def test_in_a_browser(browser: Any, was: Diagnosis, now: Diagnosis, tmp_path: Pa
     assert page.evaluate("getSelection().toString().trim()") == "unvanish diagnose FOLDER --out diagnosis.html"
     assert said == []
     context.close()
+
+
+def test_changes_are_tried_on_copies_where_the_training_came_to_nothing(tmp_path: Path) -> None:
+    """A rate far too small: the plan of a diagnosis makes the loss fall, and stands on the page with its code."""
+    settings = Settings(cell="gru", hidden=16, epochs=1, lr=1e-7, seed=1)
+    trained = train.train_on(tone(), settings, out=tmp_path / "m", flow_every=None, budget=10.0)
+    assert not trained.config["assessment"]["better"]
+    assert "optimizer" in trained.config["plan"]
+    page = (tmp_path / "m" / "report.html").read_text("utf-8")
+    assert 'id="plan"' in page
+    assert "learning_rate" in page
+    assert train.Trained.load(tmp_path / "m").config["plan"] == trained.config["plan"]
+    better = train.train_on(tone(), replace(settings, lr=1e-2, epochs=20), flow_every=None, budget=10.0)
+    assert better.config["assessment"]["better"]
+    assert "plan" not in better.config
+
+
+def tone() -> Classification:
+    """Slow or fast oscillations."""
+    rng = np.random.default_rng(0)
+    labels = list("ab" * 100)
+    x = [np.sin(np.arange(20) * (0.3 if k == "a" else 1.2) + rng.uniform(0, 6))[:, None] for k in labels]
+    return Classification(Sequences(x, labels, [str(k) for k in range(200)], ["value"]))

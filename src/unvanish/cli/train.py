@@ -1,5 +1,6 @@
 """`unvanish train` and `unvanish predict`."""
 
+import math
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -101,6 +102,10 @@ def train(
     devices: Annotated[int, _option(RUN, "Processes per machine.")] = 1,
     nodes: Annotated[int, _option(RUN, "Number of machines.")] = 1,
     accelerator: Annotated[str, _option(RUN, "cpu, gpu, or another accelerator of Lightning.")] = "cpu",
+    budget: Annotated[
+        float,
+        _option(RUN, "Seconds for trying changes on copies, if the model is no better than guessing; see report.html."),
+    ] = 0.0,
     as_json: Annotated[bool, _option(RUN, "Print the model's config.json instead of a summary.", "--json")] = False,
     quiet: Annotated[bool, _option(RUN, "Print nothing but errors.", "--quiet", "-q")] = False,
 ) -> None:
@@ -112,8 +117,9 @@ def train(
     given = locals()  # each option is called what it sets
     if (task is None) == (data is None):
         raise UserError("--task, --data: expected one of them")
-    if flow_every < 0:
-        raise UserError(f"--flow-every: expected 0 or more, got {flow_every}")
+    for name, value in (("flow-every", flow_every), ("budget", budget)):
+        if not 0 <= value < math.inf:
+            raise UserError(f"--{name}: expected 0 or more, got {value}")
     from unvanish import train as training
     from unvanish.cli.progress import TrainingBars
 
@@ -138,6 +144,7 @@ def train(
             out=out,
             resume=resume,
             flow_every=flow_every or None,
+            budget=budget,
             loggers=training.make_loggers(logger, out / "logs"),
             machines=machines,
             tell=lambda done, total, error: bars.update(f"{label} {cell}", done, total, error),

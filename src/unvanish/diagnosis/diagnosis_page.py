@@ -42,8 +42,8 @@ def diagnosis_page(found: "Diagnosis") -> str:
         top(f"Diagnosis of {found.model}", found.headline, tag, tone),
         pictures(found.layers),
         section("Findings", *(finding_card(f, found) for f in found.findings), name="findings"),
-        _plan(found),
-        _tried(found),
+        plan_section(found),
+        tried_section(found),
         layer_tables(found.layers),
         notes_and_words(found),
     )
@@ -60,8 +60,8 @@ def verification_page(proved: "Verification") -> str:
         pictures(now.layers, was.layers),
         change(was, now, *_losses(was, now)),
         section("Findings now", *(finding_card(f, now) for f in now.findings), name="findings"),
-        _plan(now),
-        _tried(now),
+        plan_section(now),
+        tried_section(now),
         layer_tables(now.layers),
         notes_and_words(now),
     )
@@ -204,7 +204,8 @@ def _decades(curve: tuple[float, ...]) -> list[float]:
     return [value / LN10 for value in curve]
 
 
-def _plan(found: "Diagnosis") -> str:
+def plan_section(found: "Diagnosis") -> str:
+    """The plan with its code; "" where there is none."""
     if not found.plan:
         return ""
     return section(
@@ -217,7 +218,8 @@ def _plan(found: "Diagnosis") -> str:
     )
 
 
-def _tried(found: "Diagnosis") -> str:
+def tried_section(found: "Diagnosis") -> str:
+    """The copies that were trained; "" where none was."""
     rows = []
     for row in found.tried:
         ended = f"; ended early: {row.failed}" if row.failed else ""

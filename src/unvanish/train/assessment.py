@@ -15,6 +15,7 @@ from unvanish.diagnosis.interventions.conclude import REACHES
 from unvanish.diagnosis.interventions.inputs import reaching
 from unvanish.diagnosis.interventions.material import GROUP, GROUPS, MOST, Rows
 from unvanish.diagnosis.subject import Subject
+from unvanish.train.configuration import OPTIMIZERS, TrainingConfiguration
 from unvanish.train.models import SequenceModel
 from unvanish.train.problems import DataProblem, Judgement
 from unvanish.train.supervised import together
@@ -49,6 +50,17 @@ def examine(problem: DataProblem, model: SequenceModel, seed: int) -> Diagnosis:
     few = problem.examples("train", max(FEW, min(ENOUGH, FOLLOWED // problem.length)))
     subject = _subject(problem, model, few)
     return diagnose(model, *subject.inputs, subject.target, loss=problem.loss, budget=0, seed=seed)
+
+
+def remedied(problem: DataProblem, model: SequenceModel, training: TrainingConfiguration, budget: float) -> Diagnosis:
+    """A diagnosis of the model before training that also tries changes on copies, for `budget` seconds, with the
+    training's optimizer: which of them make the loss fall."""
+    subject = _subject(problem, model, problem.examples("train", MOST))
+    rate = {"lr": training.lr, "weight_decay": training.weight_decay}
+    return diagnose(
+        model, *subject.inputs, subject.target, loss=problem.loss, budget=budget, seed=training.seed,
+        optimizer=lambda parameters: OPTIMIZERS[training.optimizer](parameters, **rate),
+    )  # fmt: skip
 
 
 def assess(

@@ -14,7 +14,7 @@ import torch
 
 from unvanish.extras import extra
 from unvanish.flow.callback import GradientFlow
-from unvanish.train.assessment import assess, examine
+from unvanish.train.assessment import assess, examine, remedied
 from unvanish.train.configuration import Machines, TrainingConfiguration
 from unvanish.train.fit import JUDGED, fit
 from unvanish.train.memory import estimated, require
@@ -48,6 +48,7 @@ def train_on(
     callbacks: Sequence[lightning.Callback] = (),
     tell: Tell = lambda done, total, error: None,
     assessed: bool = True,
+    budget: float = 0.0,
 ) -> Trained:
     """Train a model, and judge it once on the test split, together with the baselines.
 
@@ -65,6 +66,8 @@ def train_on(
         tell: called after every update.
         assessed: whether to store the training's assessment in `config["assessment"]` and the gradient's reach before
             and after it in `config["reach"]`, and to write the page; takes some seconds.
+        budget: seconds for trying changes on copies of the model before training, if the trained one is no better
+            than guessing; the page then has the plan that makes the loss fall.
 
     Raises:
         ValueError: the settings don't fit the problem, or need more memory than there is; `out` holds something else,
@@ -127,8 +130,12 @@ def train_on(
                 was, now = (examine(problem, m, settings.seed) for m in (untrained, model))
                 found = reaches(was, now), asdict(assess(problem, model, now, config["test"], settings.seed))
                 config["reach"], config["assessment"] = found
+                tried = None
+                if budget and not config["assessment"]["better"]:
+                    tried = remedied(problem, untrained, configuration, budget)
+                    config["plan"] = tried.plan.code
                 if folder is not None:
-                    page = training_page(config, was, now), training_preview(config, was, now)
+                    page = training_page(config, was, now, tried), training_preview(config, was, now)
             except Exception as error:
                 warnings.warn(
                     f"the trained model could not be examined ({type(error).__name__}: {error}); it is kept without "

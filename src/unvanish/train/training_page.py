@@ -11,6 +11,8 @@ from unvanish.diagnosis.diagnosis_page import (
     layer_tables,
     notes_and_words,
     pictures,
+    plan_section,
+    tried_section,
 )
 from unvanish.diagnosis.finding import Finding
 from unvanish.draw.html_parts import Tone, card, code, page, paragraph, section, table, top
@@ -23,13 +25,14 @@ DECADES = 6
 """the most powers of ten of the validation error that are drawn"""
 
 
-def training_page(config: dict[str, Any], was: Diagnosis, now: Diagnosis) -> str:
+def training_page(config: dict[str, Any], was: Diagnosis, now: Diagnosis, tried: Diagnosis | None = None) -> str:
     """The page of one training.
 
     Args:
         config: of the trained model.
         was: the diagnosis of the model before training, in which no copy was trained.
         now: likewise, after training.
+        tried: of the model before training, with copies that were trained; None: there were none.
     """
     found = config["assessment"]
     first, _, where_to_look = found["says"].removesuffix(".").partition("; ")
@@ -45,6 +48,7 @@ def training_page(config: dict[str, Any], was: Diagnosis, now: Diagnosis) -> str
         section("Learning", _learning(config), name="learning"),
         section("Test", _test(config["test"]), name="test"),
         section("Findings after training", *(_finding(f, now, found["better"]) for f in now.findings), name="findings"),
+        *(() if tried is None else _changes(tried)),
         section("Next", *_next(config), name="next"),
         layer_tables(now.layers),
         notes_and_words(now),
@@ -59,6 +63,12 @@ def _finding(finding: Finding, now: Diagnosis, better: bool) -> str:
     return card("no fault found", "", says, [("Proof", finding.proof)], "good" if better else "")
 
 
+def _changes(tried: Diagnosis) -> tuple[str, str, str]:
+    """What changes to the model before training, tried on copies, have shown."""
+    cards = (finding_card(f, tried) for f in tried.findings)
+    return section("Changes tried on copies", *cards, name="changes"), plan_section(tried), tried_section(tried)
+
+
 def _next(config: dict[str, Any]) -> tuple[str, str]:
     """How to use the folder that contains the page."""
     kind, data = config["kind"], {"task": "", "language": " --prompt TEXT"}.get(config["kind"], " --data FILE")
@@ -66,9 +76,11 @@ def _next(config: dict[str, Any]) -> tuple[str, str]:
         return paragraph("Apply the model; FOLDER is the folder that contains this page."), code(
             f"unvanish predict FOLDER{data}"
         )
+    if config.get("plan"):
+        return paragraph("Apply the plan before training, then train again."), ""
     return (
         paragraph(
-            "No changes were tried for this page. A diagnosis tries changes on copies of the model and returns the one "
+            "No change that helps is known yet. A diagnosis tries changes on copies of the model and returns the one "
             "that makes the loss fall as code to copy; FOLDER is the folder that contains this page."
         ),
         code(f"unvanish diagnose FOLDER{'' if kind == 'task' else ' --data FILE'} --out diagnosis.html"),
