@@ -179,6 +179,7 @@ def test_changes_are_tried_on_copies_where_the_training_came_to_nothing(tmp_path
     page = (tmp_path / "m" / "report.html").read_text("utf-8")
     assert 'id="plan"' in page
     assert "learning_rate" in page
+    assert "look at the reach" not in page
     assert train.Trained.load(tmp_path / "m").config["plan"] == trained.config["plan"]
     better = train.train_on(tone(), replace(settings, lr=1e-2, epochs=20), flow_every=None, budget=10.0)
     assert better.config["assessment"]["better"]

@@ -36,13 +36,16 @@ def training_page(config: dict[str, Any], was: Diagnosis, now: Diagnosis, tried:
     """
     found = config["assessment"]
     first, _, where_to_look = found["says"].removesuffix(".").partition("; ")
+    where_to_look = f"{where_to_look[0].upper()}{where_to_look[1:]}." if where_to_look else ""
+    if tried is not None and tried.plan:
+        where_to_look = tried.headline  # what is proved takes the place of where to look
     tag: tuple[str, Tone] = (
         ("better than guessing", "good") if found["better"] else ("not better than guessing", "some")
     )
     return page(
         f"{_about(config)}: training by unvanish",
         top(_about(config), f"{first}.", *tag),
-        paragraph(f"{where_to_look[0].upper()}{where_to_look[1:]}." if where_to_look else ""),
+        paragraph(where_to_look),
         pictures(now.layers, was.layers),
         change(was, now, *_errors(config)),
         section("Learning", _learning(config), name="learning"),
