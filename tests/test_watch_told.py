@@ -92,7 +92,7 @@ def test_a_module_that_keeps_its_state_is_named_and_one_that_keeps_its_output_is
     with uv.watch(model) as flow:
         model(X).backward()
     assert list(flow.skipped) == ["neuron"]
-    assert "returned or holds" in flow.skipped["neuron"]
+    assert "returned or stores" in flow.skipped["neuron"]
     model = Both()
     with uv.watch(model, states={"neuron": lambda module, args, out: module.potential}) as flow:
         model(X).backward()
