@@ -70,6 +70,7 @@ CHANGED: dict[str, tuple[dict[str, str], dict[str, str], Effect]] = {
     "every": (SMALL, {"--every": "2"}, kept("validation")),
     "seed": (SMALL, {"--seed": "1"}, weights),
     "flow_every": (SMALL, {"--flow-every": "4"}, kept("gradient_flow")),
+    "budget": (SMALL | {"--lr": "1e-9"}, {"--budget": "2"}, lambda a, b: "plan" in b.config.keys() - a.config.keys()),
 }
 # seen elsewhere: below, in test_resume, and in test_distributed
 ELSEWHERE = {"time", "out", "resume", "logger", "devices", "nodes", "accelerator", "as_json", "quiet"}
