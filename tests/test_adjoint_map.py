@@ -56,7 +56,8 @@ def test_scaling_the_error_shifts_the_logarithm(case: ModuleCase, scale: float) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_right_at_ten_to_the_minus_400(dtype: torch.dtype, layers: int) -> None:
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_right_beyond_ten_to_the_400(dtype: torch.dtype, layers: int, factor: float) -> None:
     torch.manual_seed(0)
     T, H = 1400, 4
     rnn = nn.RNN(H, H, num_layers=layers, dtype=dtype)
@@ -64,13 +65,27 @@ def test_right_at_ten_to_the_minus_400(dtype: torch.dtype, layers: int) -> None:
         for p in rnn.parameters():
             p.zero_()
         q, _ = torch.linalg.qr(torch.randn(H, H, dtype=torch.float64))
-        rnn.weight_hh_l0.copy_(0.5 * q)
+        rnn.weight_hh_l0.copy_(factor * q)
         if layers == 2:
             rnn.weight_ih_l1.copy_(q)
     log = uv.flow.adjoint_map(rnn, torch.zeros(T, 1, H, dtype=dtype), sources=[T - 1], at="l0").log_norms[0, :, 0]
-    expected = torch.arange(T - 1, -1, -1, dtype=torch.float64) * math.log(0.5)
+    expected = torch.arange(T - 1, -1, -1, dtype=torch.float64) * math.log(factor)
     torch.testing.assert_close(log, expected, rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-9)
-    assert float(log[0]) < -400 * math.log(10)
+    assert abs(float(log[0])) > 400 * math.log(10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_right_where_all_components_grow_beyond_the_range(dtype: torch.dtype) -> None:
+    """Other signs, or units of padding, would make NaN of infinities; here they would stay."""
+    T, H = 1400, 64
+    rnn, ones = nn.RNN(H, H, dtype=dtype), torch.ones(1, 1, H, dtype=dtype)
+    with torch.no_grad():
+        for p in rnn.parameters():
+            p.zero_()
+        rnn.weight_hh_l0.fill_(2 / H)
+    log = uv.flow.adjoint_map(rnn, torch.zeros(T, 1, H, dtype=dtype), sources=[T - 1], error=ones).log_norms[0, :, 0]
+    expected = torch.arange(T - 1, -1, -1, dtype=torch.float64) * math.log(2) + math.log(math.sqrt(H))
+    torch.testing.assert_close(log, expected, rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -107,5 +107,8 @@ def test_a_flow_is_about_the_layer_that_fades_soonest(tmp_path: Path) -> None:
     assert flow_preview(uv.flow.Flow({"a": at_its_end, "f": fast})).result == "reach 1 of 9 steps"
     ordered = flow_preview(uv.flow.Flow({"a": at_its_end, "f": fast})).curves
     assert [curve.name for curve in ordered] == ["fast.reverse", "at its end"]
+    two = torch.tensor([[1e-3, 1e-3], [1.0, 1.0]], dtype=torch.float64)
+    short = replace(slow, name="short", lengths=torch.tensor([2, 2]), dh=two)
+    assert flow_preview(uv.flow.Flow({"short": short, "f": fast})).curves[0].name == "fast.reverse"
     nothing = uv.flow.Flow({"slow": replace(slow, dh=torch.zeros(10, 2, dtype=torch.float64))})
     assert flow_preview(nothing).result == "no gradient"
