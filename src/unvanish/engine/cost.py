@@ -37,8 +37,8 @@ CALLS: dict[tuple[str, bool], Call] = {
 torch's layer, however short the call: in float32 it has no second derivatives and its output can't be modified"""
 LAYER = "torch's layer is faster for so short a call"
 STEPS = "torch's cell is faster for so few steps"
-FEW = 2
-"""up to this many steps an LSTM trains with torch's LSTMCell: 1.4 to 3 times as fast as torch's layer for one step, 1.0
+FEW = {"LSTM": 2}
+"""mode → up to so many steps it trains with torch's cell. An LSTM: 1.4 to 3 times as fast as torch's layer for one step, 1.0
 to 1.3 times for two, slower from three on; torch's layer packs its weights again at each call"""
 
 
@@ -50,7 +50,7 @@ def faster_in_torch(mode: str, T: int, B: int, weights: int, dtype: torch.dtype,
     """
     if dtype not in (torch.float32, torch.float64):
         return f"torch has kernels for {dtype}, the engine has none" if torch_internals.multiplies(dtype) else None
-    if mode == "LSTM" and training and 0 < T <= FEW:
+    if training and 0 < T <= FEW.get(mode, 0):
         return STEPS
     cost = CALLS.get((mode, training))
     if cost is None:

@@ -54,7 +54,10 @@ def trace(
 @torch.no_grad()
 def adjoint_of_steps(tr: manual.Trace, steps: slice, dafter: State) -> tuple[State, State]:
     """(δs_t at these steps `[n, B, ·]`, ∂E/∂(state before the first read of them)), from dafter = ∂E/∂(state after the
-    last read of them), for a trace of this rung without lengths."""
+    last read of them), for a trace of this rung without lengths:
+
+        δs_t = (∂s_{t+1}/∂s_t)ᵀ δs_{t+1},  no error being made on the way
+    """
     kept, (T, B) = tr.native, tr.x.shape[:2]
     first_read = steps.stop - 1 if tr.reverse else steps.start
     h0, c0 = (*(s[first_read].contiguous() for s in tr.before), None)[:2]

@@ -136,7 +136,7 @@ def train_on(
                     config["plan"] = tried.plan.code
                 if folder is not None:
                     page = training_page(config, was, now, tried), training_preview(config, was, now)
-            except Exception as error:
+            except Exception as error:  # a measurement must not cost the trained model
                 warnings.warn(
                     f"the trained model could not be examined ({type(error).__name__}: {error}); it is kept without "
                     "an assessment or a page",

@@ -58,7 +58,5 @@ def _shortened(path: str, stack: Any) -> Step:
 
 
 def _options(stack: Any) -> dict[str, Any]:
-    names = ["bias", "batch_first", "dropout", "bidirectional"]
-    names += ["proj_size"] if isinstance(stack, nn.LSTM) else []
-    names += ["nonlinearity"] if type(stack) is nn.RNN else []
-    return {name: getattr(stack, name) for name in names}
+    names = ("bias", "batch_first", "dropout", "bidirectional", "proj_size", "nonlinearity")
+    return {name: getattr(stack, name) for name in names if hasattr(stack, name)}
