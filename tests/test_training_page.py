@@ -186,6 +186,19 @@ def test_changes_are_tried_on_copies_where_the_training_came_to_nothing(tmp_path
     assert "plan" not in better.config
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"budget": -1.0}, "0 or more"),
+        ({"budget": math.nan}, "finite"),
+        ({"budget": 1.0, "assessed": False}, "assessed"),
+    ],
+)
+def test_a_budget_that_can_not_be_used_is_an_error(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        train.train_on(noise(), Settings(hidden=4, epochs=1), flow_every=None, **options)
+
+
 def tone() -> Classification:
     """Slow or fast oscillations."""
     rng = np.random.default_rng(0)

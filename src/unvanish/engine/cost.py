@@ -38,8 +38,8 @@ torch's layer, however short the call: in float32 it has no second derivatives a
 LAYER = "torch's layer is faster for so short a call"
 STEPS = "torch's cell is faster for so few steps"
 FEW = {"LSTM": 2}
-"""mode → up to so many steps it trains with torch's cell. An LSTM: 1.4 to 3 times as fast as torch's layer for one step, 1.0
-to 1.3 times for two, slower from three on; torch's layer packs its weights again at each call"""
+"""mode → the most steps for which it trains with torch's cell. An LSTM: 1.4 to 3 times as fast as torch's layer for one
+step, 1.0 to 1.3 times for two, slower from three on; torch's layer packs its weights again at each call"""
 
 
 def faster_in_torch(mode: str, T: int, B: int, weights: int, dtype: torch.dtype, training: bool) -> str | None:

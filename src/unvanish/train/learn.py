@@ -71,12 +71,16 @@ def train_on(
 
     Raises:
         ValueError: the settings don't fit the problem, or need more memory than there is; `out` holds something else,
-            or another training.
+            or another training; budget is negative or not finite, or is given without an assessment.
         FileExistsError: `out` holds a training, and `resume` is off.
         ArithmeticError: the loss became NaN or infinite.
         KeyboardInterrupt: Ctrl-C; the last good checkpoint is kept.
         OSError: `out` can't be written; the last good checkpoint is kept.
     """
+    if not 0 <= budget < math.inf:
+        raise ValueError(f"budget: expected a finite number of seconds, 0 or more, got {budget}")
+    if budget and not assessed:
+        raise ValueError("budget: changes are tried after an assessment; leave assessed=True, or budget out")
     shape = problem.begin(settings)
     configuration = settings.configuration(problem.size("train"), problem.steps, problem.patience)
     machines = machines or Machines()
