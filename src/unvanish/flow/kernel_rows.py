@@ -1,8 +1,8 @@
 """A few gradients propagated back over many steps by the kernels, a stretch of steps at a time.
 
 Within a stretch the rows are plain numbers; between two stretches they are rescaled to about 1, and their exponents are
-updated. A stretch over which a row leaves the middle of the range is repeated at half the length. Steps of one row cost
-a tenth of those in torch operations (`unvanish.flow.scaled_rows`), which handle everything else.
+updated. A stretch over which a row leaves the middle of the range is repeated at half the length. For a few samples,
+steps cost a tenth of those in torch operations (`unvanish.flow.scaled_rows`), which handle everything else.
 """
 
 import torch
