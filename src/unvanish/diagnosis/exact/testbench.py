@@ -16,7 +16,7 @@ from unvanish.nn.modules import RecurrentModule
 SAMPLES = (12, 13, 11, 14, 10, 15, 9, 16)
 """the number of perturbed samples: the first one that no other axis has, so that their axis is unambiguous"""
 LONG = 4096
-"""steps"""
+"""steps beyond which half as many of them are exchanged"""
 RECURRENT = RecurrentModule
 
 
