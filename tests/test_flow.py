@@ -282,6 +282,23 @@ def test_gate_statistics_of_known_biases() -> None:
         _ = uv.flow.gate_statistics(nn.RNN(1, 2), torch.zeros(3, 1, 1)).time_constant
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_gate_statistics_do_not_depend_on_how_the_steps_are_read(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x = kind(2, 3, dtype=torch.float64), torch.randn(20, 3, 2, dtype=torch.float64)
+    expected = uv.flow.gate_statistics(layer, x, lengths=[20, 7, 12])
+    alone = [uv.flow.gate_statistics(layer, x[:n, b : b + 1]) for b, n in enumerate((20, 7, 12))]
+    mean = sum(n * s.mean for n, s in zip((20, 7, 12), alone, strict=True)) / 39
+    torch.testing.assert_close(expected.mean, mean, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr("unvanish.flow.gates.STRETCH", 6)
+    found = uv.flow.gate_statistics(layer, x, lengths=[20, 7, 12])
+    torch.testing.assert_close(found.mean, expected.mean, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found.saturation, expected.saturation)
+    if expected.log_carry is not None:
+        assert found.log_carry is not None
+        torch.testing.assert_close(found.log_carry, expected.log_carry, rtol=1e-12, atol=1e-12)
+
+
 def test_source_gradients_equal_autograd() -> None:
     torch.manual_seed(0)
     lstm, x = nn.LSTM(2, 3, num_layers=2, dtype=torch.float64), torch.randn(5, 2, 2, dtype=torch.float64)

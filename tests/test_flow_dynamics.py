@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import unvanish as uv
 from tests.strategies import ModuleCase, module_cases
 from unvanish.flow import tangents
+from unvanish.flow.lyapunov import spectrum_of
 from unvanish.flow.stack import full_jacobians, run_stack
 
 
@@ -240,3 +241,13 @@ def test_each_sample_warms_up_on_its_own_steps(at: str) -> None:
     torch.testing.assert_close(found.exponents, torch.stack(alone).mean(0), rtol=1e-12, atol=1e-12)
     assert found.history[:5].isnan().all()
     assert found.history[5:].isfinite().any(1).all()
+
+
+@pytest.mark.parametrize("at", ["l0", "l0.reverse"])
+def test_the_last_steps_alone_continue_from_the_state_before_them(at: str) -> None:
+    torch.manual_seed(0)
+    gru, x = nn.GRU(2, 3, bidirectional=True, dtype=torch.float64), torch.randn(20, 3, 2, dtype=torch.float64)
+    found = spectrum_of(run_stack(gru, x), at, 2, warmup=2, last=8)
+    before, last = (x[8:], x[:8]) if at == "l0.reverse" else (x[:12], x[12:])
+    expected = uv.flow.lyapunov(gru, last, gru(before)[1].detach(), at=at, n=2, warmup=2)
+    torch.testing.assert_close(found.per_sample, expected.per_sample, rtol=1e-12, atol=1e-12)

@@ -17,7 +17,7 @@ from unvanish.flow.lyapunov import spectrum_of
 from unvanish.flow.stack import Stack, run_stack
 from unvanish.nn.modules import LayerDirection, layer_directions
 
-EXPONENT_STEPS = 4096
+EXPONENT_STEPS = 2048
 """the last steps, over which the leading Lyapunov exponent is averaged: more would not make it more certain"""
 SOURCES = 6
 """the most error sources that are followed"""

@@ -66,6 +66,13 @@ class Trace(Point):
         """[T, B, R] h_t, 0 at inactive steps."""
         return self.after[0]
 
+    def stretch(self, steps: slice) -> "Trace":
+        """These steps alone, without what a backward pass needs; `final` is that of the whole."""
+        before, after = (tuple(s[steps] for s in states) for states in (self.before, self.after))
+        kept = None if self.kept is None else self.kept[steps]
+        active = None if self.active is None else self.active[steps]
+        return Trace(self.cell, self.weights, self.x[steps], before, after, self.final, active, self.reverse, kept=kept)
+
 
 @dataclass(frozen=True)
 class Deltas:

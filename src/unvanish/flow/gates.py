@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from unvanish.engine import SATURATED
+from unvanish.engine import SATURATED, Trace
 from unvanish.engine.precision import full_precision
 from unvanish.extras import extra
 from unvanish.flow.files import Record
@@ -18,6 +18,9 @@ from unvanish.nn.modules import SequenceModule
 
 if TYPE_CHECKING:
     import pandas as pd
+
+STRETCH = 256
+"""steps read at a time"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,13 +121,27 @@ def gate_statistics(
 def gates_of(stack: Stack, at: str | None) -> GateStatistics:
     """`gate_statistics` of a module that has been run."""
     tr = stack.traces[stack.index(at)]
+    T = tr.x.shape[0]
+    # Every value is read once, so a stretch of steps at a time stays in the cache.
+    sums = [_sums(tr.stretch(slice(t, t + STRETCH))) for t in range(0, T, STRETCH)]
+    read = sum(n for n, *_ in sums)
+
+    def mean(number: int) -> Tensor:
+        return (torch.stack([found[number] for found in sums]).sum(0) / read).cpu()
+
+    log_carry = mean(3) if len(sums[0]) > 3 else None
+    return GateStatistics(tr.cell.name, tr.cell.gates, mean(1), mean(2), log_carry, T)
+
+
+def _sums(tr: Trace) -> tuple[Any, ...]:
+    """(number of values of each gate, their sum, how many are saturated, and where there is a carry the sum of
+    ln|carry|) over steps and samples; the gates' `[G, H]`, the carry's `[H]`."""
 
     def read(v: Tensor) -> Tensor:
         """[N, ...] the values at the steps that samples have."""
         return v.flatten(0, 1) if tr.active is None else v[tr.active.squeeze(-1)]
 
-    values, closed = read(tr.gates).double(), read(tr.cell.sensitivity(tr)) < SATURATED
-    carry = tr.cell.carry(tr)
-    log_carry = None if carry is None else read(carry).double().abs().log().mean(0).cpu()
-    saturation = closed.double().mean(0).cpu()
-    return GateStatistics(tr.cell.name, tr.cell.gates, values.mean(0).cpu(), saturation, log_carry, tr.x.shape[0])
+    gates, carry = read(tr.gates).double(), tr.cell.carry(tr)
+    closed = (read(tr.cell.sensitivity(tr)) < SATURATED).sum(0)
+    logs = () if carry is None else (read(carry).double().abs().log().sum(0),)
+    return (len(gates), gates.sum(0), closed, *logs)

@@ -138,7 +138,9 @@ def spectrum_of(
     total = torch.zeros(B, n, dtype=torch.float64, device=tr.x.device)
     read = torch.zeros(B, 1, dtype=torch.float64, device=tr.x.device)
     estimates = []
-    for t in list(reading_order(tr))[-(last or T) :]:
+    if last is not None and last < T:
+        tr = tr.stretch(slice(last) if tr.reverse else slice(T - last, None))
+    for t in reading_order(tr):
         q, factor = _orthonormalised(tangents.forward(tr, t, q))
         read = read + (1 if tr.active is None else tr.active[t])
         grown = factor.double().log()

@@ -142,7 +142,7 @@ def _started_anew(path: str, proof: str) -> Finding:
 def state_carried(bench: Bench) -> list[Finding]:
     """Two training passes in a row through one copy: the second must not need the first one's graph."""
     held = graph_tensors(bench.subject.model)
-    twin = bench.subject.twin()
+    twin = bench.twin()
     raised = ""
     with torch.enable_grad(), bench.subject.rng(0):
         for number in range(2):

@@ -4,12 +4,8 @@ import itertools
 import math
 from typing import Any
 
-import torch
-
 from unvanish.diagnosis.exact.testbench import RECURRENT, Bench
 from unvanish.diagnosis.finding import Finding
-from unvanish.diagnosis.structure import detached_copy
-from unvanish.diagnosis.trace import Trace
 from unvanish.nn.modules import SequenceModule
 
 LOST = 1e-3
@@ -91,12 +87,8 @@ def lost_by_degrees(bench: Bench) -> list[tuple[str, float]] | None:
     k = bench.count
     if k is None or k < 3:
         return None
-    twin = detached_copy(bench.model)
-    args, named = bench.given
-    with torch.no_grad(), bench.subject.rng(0), Trace(twin) as trace:
-        twin(*args, **named)
     chain: dict[str, float] = {}
-    for call in trace.modules:
+    for call in bench.evaluation().modules:
         if not call.outputs or next(call.module.children(), None) is not None:
             continue
         rows = bench.by_sample(call.outputs[0])

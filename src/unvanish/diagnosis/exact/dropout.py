@@ -1,22 +1,15 @@
 """Dropout that evaluation does not switch off."""
 
-import torch
-
 from unvanish.diagnosis.exact.testbench import Bench
 from unvanish.diagnosis.finding import Finding
-from unvanish.diagnosis.structure import detached_copy
-from unvanish.diagnosis.trace import DROPPING, Trace
+from unvanish.diagnosis.trace import DROPPING
 
 
 def dropout_in_evaluation(bench: Bench) -> list[Finding]:
     """Functional dropout in eval mode: its default is training=True."""
-    twin = detached_copy(bench.model)
-    args, named = bench.given
-    with torch.no_grad(), bench.subject.rng(0), Trace(twin) as trace:
-        twin(*args, **named)
     calls = [
         (call, float(p))
-        for call in trace.functions
+        for call in bench.evaluation().functions
         # torch.nn.functional's say training=, torch's own train=.
         if call.name in DROPPING
         and call.argument(2, "training", call.options.get("train", True))

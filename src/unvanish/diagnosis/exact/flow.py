@@ -12,7 +12,7 @@ from unvanish.diagnosis.exact.depth import lost_by_degrees
 from unvanish.diagnosis.exact.testbench import RECURRENT, Bench
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import detached_copy, mapped, tensors
-from unvanish.diagnosis.trace import THRESHOLDS, Trace
+from unvanish.diagnosis.trace import THRESHOLDS
 
 
 def input_ignored(bench: Bench) -> list[Finding]:
@@ -22,10 +22,12 @@ def input_ignored(bench: Bench) -> list[Finding]:
         return []
     index = torch.roll(torch.arange(k), 1)
     other = bench.taken(index)
-    apart = max(_apart(bench.run(), bench.run(other)), _apart(bench.run(train=True), bench.run(other, train=True)))
+    apart = _apart(bench.run(), bench.run(other))
+    if apart <= MOVES:
+        apart = max(apart, _apart(bench.run(train=True), bench.run(other, train=True)))
     if apart < 0:
         return []
-    if apart > 1e-9:
+    if apart > MOVES:
         return _part_ignored(bench, other)
     if lost_by_degrees(bench) is not None:
         return []  # lost on its way, which `depth` says
@@ -46,6 +48,8 @@ def input_ignored(bench: Bench) -> list[Finding]:
 
 UPDATE = 0.01
 """largest change of a weight in a trial update"""
+MOVES = 1e-9
+"""relative change of an answer beyond rounding"""
 
 
 def _moves_after_an_update(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
@@ -61,17 +65,15 @@ def _moves_after_an_update(bench: Bench, other: tuple[tuple[Any, ...], dict[str,
                 p.sub_(gradients[name] * (UPDATE / most))
     with torch.no_grad(), bench.subject.rng(0):
         was, now = (bench.subject.answers(twin, given[0], **given[1]) for given in (bench.given, other))
-    return _apart(was, now) > 1e-9
+    return _apart(was, now) > MOVES
 
 
 def _lost_at(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[str, str]:
     """(module that is the last to return something else for other samples, sentence about it)"""
-    calls = []
-    for args, named in (bench.given, other):
-        twin = detached_copy(bench.model)
-        with torch.no_grad(), bench.subject.rng(0), Trace(twin) as trace:
-            twin(*args, **named)
-        calls.append([c for c in trace.modules if c.path and next(c.module.children(), None) is None])
+    calls = [
+        [c for c in trace.modules if c.path and next(c.module.children(), None) is None]
+        for trace in (bench.evaluation(), bench.evaluation(other))
+    ]
     pairs = list(zip(*calls, strict=False))
     moved = [i for i, (a, b) in enumerate(pairs) if _apart(a.outputs, b.outputs) > 0]
     if not moved or moved[-1] + 1 == len(pairs):
@@ -126,10 +128,7 @@ def _part_ignored(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -
     unmoved = _unmoved_modules(bench)
     if len(given) < 2 or not unmoved:
         return []
-    twin = detached_copy(bench.model)
-    with torch.no_grad(), bench.subject.rng(0), Trace(twin) as trace:
-        twin(*bench.given[0], **bench.given[1])
-    read = {x.untyped_storage().data_ptr() for c in trace.modules if c.path for x in c.inputs}
+    read = {x.untyped_storage().data_ptr() for c in bench.evaluation().modules if c.path for x in c.inputs}
     exchanged = tensors(other)
     for number, tensor in enumerate(given):
         if tensor.untyped_storage().data_ptr() not in read or torch.equal(tensor, exchanged[number]):

@@ -5,8 +5,6 @@ from torch import Tensor, nn
 
 from unvanish.diagnosis.exact.testbench import RECURRENT, Bench
 from unvanish.diagnosis.finding import Finding
-from unvanish.diagnosis.structure import detached_copy
-from unvanish.diagnosis.trace import Trace
 
 
 def samples_mixed(bench: Bench) -> list[Finding]:
@@ -60,11 +58,7 @@ def _moved(was: Tensor, now: Tensor, tolerance: float) -> Tensor:
 
 def _culprit(bench: Bench) -> tuple[str, str]:
     """(module, change): a recurrent layer that is given the samples where it expects the steps."""
-    twin = detached_copy(bench.model)
-    args, named = bench.given
-    with torch.no_grad(), bench.subject.rng(0), Trace(twin) as trace:
-        twin(*args, **named)
-    for call in trace.modules:
+    for call in bench.evaluation().modules:
         if not isinstance(call.module, RECURRENT) or isinstance(call.module, nn.RNNCellBase) or not call.inputs:
             continue
         x, first = call.inputs[0], call.module.batch_first

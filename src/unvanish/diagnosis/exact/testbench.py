@@ -9,15 +9,20 @@ from torch import Tensor, nn
 
 from unvanish.diagnosis.structure import detached_copy, floating, mapped, tensors
 from unvanish.diagnosis.subject import Subject
-from unvanish.diagnosis.trace import Pass, double, traced
+from unvanish.diagnosis.trace import Pass, Trace, double, traced
 from unvanish.nn.accelerate import accelerate, obstacle
 from unvanish.nn.modules import RecurrentModule
 
-SAMPLES = (12, 13, 11, 14, 10, 15, 9, 16)
-"""the number of perturbed samples: the first one that no other axis has, so that their axis is unambiguous"""
+SAMPLES, FEW = (12, 13, 11, 14, 10, 15, 9, 16), (6, 7, 5, 8)
+"""the number of perturbed samples, and that for very long sequences: the first one that no other axis has, so that
+their axis is unambiguous"""
 LONG = 4096
-"""steps beyond which half as many of them are exchanged"""
+"""steps beyond which a sequence is very long: fewer samples are perturbed, and fewer steps exchanged"""
+ROWS = 3
+"""the samples among which the exchanges of a very long sequence are spread"""
 RECURRENT = RecurrentModule
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""(args, kwargs) of the model"""
 
 
 class Bench:
@@ -49,7 +54,8 @@ class Bench:
             return None
         sizes = {size for t in tensors(self.subject.call) for a, size in enumerate(t.shape) if a != self._axis_in(t)}
         sizes |= {size for t in self.training.answers for a, size in enumerate(t.shape) if a != self._axis_in(t)}
-        few = next((k for k in SAMPLES if k < n and k not in sizes), n)
+        tried = FEW if max(sizes, default=0) > LONG else SAMPLES
+        few = next((k for k in tried if k < n and k not in sizes), n)
         return few if few == n or self._takes(few) else n
 
     def _takes(self, samples: int) -> bool:
@@ -58,7 +64,7 @@ class Bench:
         args, named = self.subject.call
         try:
             with torch.no_grad(), self.subject.rng(0):
-                self._on_engine()(*self.subject.rows(args, index), **self.subject.rows(named, index))
+                self.twin().eval()(*self.subject.rows(args, index), **self.subject.rows(named, index))
         except (RuntimeError, ValueError, IndexError, AssertionError):
             return False
         return True
@@ -68,12 +74,12 @@ class Bench:
         return -1 if axis is None else axis
 
     @cached_property
-    def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) of these samples."""
+    def given(self) -> Call:
+        """These samples."""
         return self.taken(torch.arange(self.count)) if self.count is not None else self.cast(self.subject.call)
 
-    def taken(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) of these samples of the whole batch."""
+    def taken(self, index: Tensor) -> Call:
+        """These samples of the whole batch."""
         return self.cast(self.subject.rows(self.subject.call[0], index)), self.cast(
             self.subject.rows(self.subject.call[1], index)
         )
@@ -88,7 +94,7 @@ class Bench:
         try:
             args, named = self.subject.call
             with torch.no_grad(), self.subject.rng(0):
-                self._on_engine().double()(*double(args), **double(named))
+                self.twin().eval().double()(*double(args), **double(named))
         except (RuntimeError, TypeError, ValueError, IndexError):
             return False
         return True
@@ -96,12 +102,12 @@ class Bench:
     @cached_property
     def model(self) -> nn.Module:
         """The copy from which passes start: eval mode, float64 where possible, torch's layers on our engine."""
-        twin = self._on_engine()
+        twin = self.twin().eval()
         return twin.double() if self.in_double else twin
 
-    def _on_engine(self) -> nn.Module:
-        """A copy in eval mode, torch's layers on our engine."""
-        twin = self.subject.twin().eval()
+    def twin(self) -> nn.Module:
+        """A copy in the user's own mode and precision, torch's layers on our engine."""
+        twin = self.subject.twin()
         for module in list(twin.modules()):
             if isinstance(module, nn.RNNBase) and obstacle(module) is None:
                 accelerate(module)
@@ -112,16 +118,36 @@ class Bench:
         """The relative change from which an answer counts as moved."""
         return 1e-10 if self.in_double else 1e-4
 
-    def run(self, given: tuple[tuple[Any, ...], dict[str, Any]] | None = None, *, train: bool = False) -> list[Tensor]:
+    def run(self, given: Call | None = None, *, train: bool = False) -> list[Tensor]:
         """The answers of a fresh copy, without a graph; equal inputs give equal answers."""
+        if given is None and not train:
+            return self._own_answers
         args, named = self.given if given is None else given
         twin = detached_copy(self.model).train(train)
         with torch.no_grad(), self.subject.rng(0):
             return [t.detach() for t in floating(twin(*args, **named))]
 
+    @cached_property
+    def _own_answers(self) -> list[Tensor]:
+        return self.run(self.given)
+
+    def evaluation(self, given: Call | None = None) -> Trace:
+        """A pass of a fresh copy in eval mode, without a graph, seen from outside."""
+        return self._own_evaluation if given is None else self._evaluated(given)
+
+    @cached_property
+    def _own_evaluation(self) -> Trace:
+        return self._evaluated(self.given)
+
+    def _evaluated(self, given: Call) -> Trace:
+        twin = detached_copy(self.model)
+        with torch.no_grad(), self.subject.rng(0), Trace(twin) as trace:
+            twin(*given[0], **given[1])
+        return trace
+
     def gradients_at(
         self,
-        given: tuple[tuple[Any, ...], dict[str, Any]],
+        given: Call,
         scalar: Callable[[list[Tensor]], Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(entries, gradients) of a scalar of the answers at the floating-point inputs, or at what embeddings make of
@@ -224,10 +250,15 @@ class Bench:
             return self.steps
         return tensors(self.given[0])[which].shape[self.sequence[2]]
 
-    def with_step(self, t: int, donor: Tensor, which: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_step(self, t: int, donor: Tensor, which: int | None = None) -> Call:
         """These samples, with step t of the main sequence, or of this input tensor, taken from other samples."""
+        return self.with_steps(self.given, [t] * len(donor), donor, which)
+
+    def with_steps(self, given: Call, steps: list[int], donor: Tensor, which: int | None = None) -> Call:
+        """These inputs, with a step of each sample's own of the main sequence, or of this input tensor, taken from
+        other samples of `given`."""
         assert self.sequence is not None
-        main, samples, steps = self.sequence
+        main, samples, time = self.sequence
         which = main if which is None else which
         number = -1
 
@@ -236,12 +267,14 @@ class Bench:
             number += 1
             if number != which:
                 return tensor
-            other = tensor.index_select(samples, donor.to(tensor.device)).select(steps, t)
-            tensor = tensor.clone()
-            tensor.select(steps, t).copy_(other)
-            return tensor
+            changed = tensor.clone()
+            rows, others = changed.movedim((samples, time), (0, 1)), tensor.movedim((samples, time), (0, 1))
+            own = torch.arange(len(steps), device=tensor.device)
+            at = torch.tensor(steps, device=tensor.device)
+            rows[own, at] = others[donor.to(tensor.device), at]
+            return changed
 
-        return mapped(self.given[0], change), self.given[1]
+        return mapped(given[0], change), given[1]
 
     def differs_at(self, t: int) -> bool:
         """Whether the samples' inputs differ at step t of the main sequence."""
@@ -314,18 +347,27 @@ class Bench:
                     break
         if not seen:
             return None
-        donor = torch.roll(torch.arange(k), 1)
         moved = torch.zeros(k, T, dtype=torch.float64)
         scale = [t.abs().mean().clamp_min(1e-30) for t in base]
-        for t in self.probed:
-            changed = self.run(self.with_step(t, donor))
+        # In a very long sequence each sample of a pass is one of few, and has a step of its own exchanged.
+        few = k if T <= LONG else min(ROWS, k)
+        own, number, together = torch.arange(k) % few, torch.arange(k) // few, k // few
+        given = self.given
+        if few < k:
+            given = self.taken(own)
+            base = self.run(given)
+        for first in range(0, len(self.probed), together):
+            some = torch.tensor(self.probed[first : first + together])
+            at = some[number.clamp_max(len(some) - 1)]
+            changed = self.run(self.with_steps(given, at.tolist(), (own - 1) % few))
             for was, now, size in zip(base, changed, scale, strict=False):
                 a, b = self.at_step(was, T - 1), self.at_step(now, T - 1)
                 if a is None or b is None:
                     a, b = was, now
                 rows = self.by_sample(((a - b) / size).abs())
                 if rows:
-                    moved[:, t] = torch.maximum(moved[:, t], rows[0].amax(-1).double().cpu())
+                    before, found = moved[own, at], rows[0].amax(-1).double().cpu()
+                    moved[own, at] = torch.maximum(before, found)
         return norms, moved
 
     @cached_property
