@@ -154,11 +154,28 @@ def report(folder: Path) -> None:
     for task, published, ours, differences in ROWS:
         if found := ours(folder):
             print(f"| {task} | {published or '–'} | {found} | {differences} |")
+    exponents(tasks.read(folder, "spectra"))
     print(
         "\n| cell | χ | reach | " + " | ".join(f"T = {lag}" for lag in LAGS) + " |\n|---|---|---|" + "---|" * len(LAGS)
     )
     for cell, chi, reach, learnt in by_chi(tasks.read(folder, "critical")):
         print(f"| {cell} | {chi:g} | {reach:g} | {' | '.join('' if v is None else f'{v:.2f}' for v in learnt)} |")
+
+
+def exponents(runs: list[Found]) -> None:
+    """Exponents before and after training beside the answers, means over seeds; and how their ranks correlate."""
+    if not runs:
+        return
+    print("\n| weights within ± | λ_1, before → after | mean λ, before → after | right |\n|---|---|---|---|")
+    for within in dict.fromkeys(r["within"] for r in runs):
+        mine = [r for r in runs if r["within"] == within]
+        first, all_ = (
+            " → ".join(f"{mean(r[when][i] for r in mine):.2f}" for when in ("before", "after")) for i in (0, 1)
+        )
+        right = [100 * r["right"] for r in mine]
+        print(f"| {within:g} | {first} | {all_} | {mean(right):.1f} % ({min(right):.1f} to {max(right):.1f}) |")
+    ranks = [np.argsort(np.argsort(v)) for v in ([-abs(r["after"][0]) for r in runs], [r["right"] for r in runs])]
+    print(f"\nRank correlation of −|λ_1| after training and right answers: {np.corrcoef(*ranks)[0, 1]:.2f}")
 
 
 def by_chi(runs: list[Found]) -> list[tuple[str, float, float, list[float | None]]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unvanish import cures, flow
 from unvanish import nn as layers
@@ -143,6 +143,28 @@ def mnist_rows(cell: str, seed: int) -> Found:
     return {"right": 1 - judged(model, *task.samples("test", range(500)), wrong)}
 
 
+def spectra(within: float, seed: int) -> Found:
+    """A GRU of 64 units whose weights start uniform in ±`within`: its exponents before and after 10 passes over 4,000
+    images row by row, and the share of right answers."""
+    task, batch = RowsOfMNIST(seed=seed), 32
+    torch.manual_seed(seed)
+    layer = layers.GRU(28, 64, batch_first=True)
+    for weight in layer.parameters():
+        nn.init.uniform_(weight, -within, within)
+    model = SequenceModel(layer, 10)
+    x, y = task.samples("test", range(500))
+
+    def exponents() -> list[float]:
+        found = flow.lyapunov(layer, x[:16]).exponents
+        return [float(found[0]), float(found.mean())]
+
+    before, training = exponents(), updates(model, task, 1e-3, batch)
+    for _ in range(10 * (task.size("train") // batch)):
+        next(training)
+    right = judged(model, x, y, lambda answer, y: answer.argmax(-1) == y)
+    return {"right": right, "before": before, "after": exponents()}
+
+
 @cache
 def flossed(seed: int) -> dict[str, Tensor]:
     """The weights of a tanh-RNN of 80 units after 60 updates on the squares of its first 20 exponents alone."""
@@ -201,6 +223,7 @@ def critical(cell: str, chi: float, lag: int, seed: int) -> Found:
     return {"learnt_at": learnt, "reach": flow.decay(curve).reach, "rate": flow.decay(curve).rate}
 
 
+WITHIN = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 CHI, LAGS = (0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0), (10, 20, 40, 80, 160)
 EXPERIMENTS: dict[str, tuple[Callable[..., Found], list[dict[str, Any]]]] = {
     "adding-1997": (
@@ -221,6 +244,7 @@ EXPERIMENTS: dict[str, tuple[Callable[..., Found], list[dict[str, Any]]]] = {
             for seed, delay, first in product(range(3), (10, 20, 40), (False, True))
         ],
     ),
+    "spectra": (spectra, [{"within": within, "seed": seed} for seed, within in product(range(3), WITHIN)]),
     "critical": (
         critical,
         [
