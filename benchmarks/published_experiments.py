@@ -173,7 +173,7 @@ def flossed(seed: int) -> dict[str, Tensor]:
     penalty = cures.GradientFlossing(layer, n=20, every=5, warmup=20)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
     for number in range(60):
-        x, _ = DelayedCopy(1, seed).samples("validation", range(4 * number, 4 * number + 4))
+        x, _ = DelayedCopy(2, seed).samples("validation", range(4 * number, 4 * number + 4))
         optimizer.zero_grad()
         penalty(x[:, :100]).backward()
         optimizer.step()

@@ -115,9 +115,13 @@ class Point:
         kept: Tensor | None = None,
     ) -> None:
         self.cell, self.weights, self.x, self.before, self.after = cell, weights, x, before, after
-        self.kept = kept
+        self._kept = kept
+
+    @cached_property
+    def kept(self) -> Tensor | None:
         """[..., ≥ G, H] the gates' values, where whoever ran the steps kept them, and after them what else the cell's
-        own `partials` reads"""
+        own `partials` reads."""
+        return self._kept
 
     @cached_property
     def p(self) -> Tensor:

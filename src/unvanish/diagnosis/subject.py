@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from unvanish.diagnosis.order import axis_of_time
 from unvanish.diagnosis.structure import detached_copy, floating, mapped, tensors
 from unvanish.diagnosis.trace import COMPARING, traced
+from unvanish.nn.accelerate import accelerate, obstacle
 from unvanish.nn.modules import SequenceModule
 
 Loss = Callable[..., Tensor]
@@ -210,6 +211,14 @@ class Subject:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+
+
+def on_engine(twin: nn.Module) -> nn.Module:
+    """This copy, with torch's layers on our engine: the same numbers in less time."""
+    for module in list(twin.modules()):
+        if isinstance(module, nn.RNNBase) and obstacle(module) is None:
+            accelerate(module)
+    return twin
 
 
 def _agreement(size: int, others: list[Tensor]) -> int:

@@ -9,6 +9,7 @@ backward  the derivatives of the step at all steps at once; then, step by step, 
 weights   ∂E/∂W_ih = Σ_t δp_tᵀ x_t,  ∂E/∂W_γ = Σ_t δq^γ_tᵀ s^{src γ}_{t-1}: one matrix product over all steps
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -44,17 +45,24 @@ class Trace(Point):
         active: Tensor | None,
         reverse: bool,
         *,
-        kept: Tensor | None = None,
+        kept: Tensor | Callable[[slice], Tensor] | None = None,
         native: Any = None,
         ran: "Ran | None" = None,
         fused: Any = None,
     ) -> None:
-        super().__init__(cell, weights, x, before, after, kept)
+        super().__init__(cell, weights, x, before, after)
+        self._kept_at = kept
+        """`kept`, or a function of steps that lays them out: what the kernels keep of a long sequence is large"""
         self.final, self.active, self.reverse = final, active, reverse
         self.native, self.ran, self.fused = native, ran, fused
         """final: the states after the last step read; active: [T, B, 1], None when all samples have T steps; native:
         what the native rung's backward needs, None when another ran; ran, fused: likewise for the manual rung's
         programs and the fused rung. x is 0 at inactive steps."""
+
+    @cached_property
+    def kept(self) -> Tensor | None:
+        """[T, B, ≥ G, H] as `Point.kept`."""
+        return self._kept_at(slice(None)) if callable(self._kept_at) else self._kept_at
 
     @cached_property
     def partials_by_step(self) -> list[Partials]:
@@ -69,7 +77,8 @@ class Trace(Point):
     def stretch(self, steps: slice) -> "Trace":
         """These steps alone, without what a backward pass needs; `final` is that of the whole."""
         before, after = (tuple(s[steps] for s in states) for states in (self.before, self.after))
-        kept = None if self.kept is None else self.kept[steps]
+        at = self._kept_at
+        kept = None if at is None else at(steps) if callable(at) else at[steps]
         active = None if self.active is None else self.active[steps]
         return Trace(self.cell, self.weights, self.x[steps], before, after, self.final, active, self.reverse, kept=kept)
 

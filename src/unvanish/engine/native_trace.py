@@ -30,20 +30,25 @@ def trace(
     y, h, c, gates, cells, *_ = native.forward(*inputs, **how, save=True, closed=0.0)
     T, B, H = *x.shape[:2], w.w_ih.shape[0] // len(cell.gates)
     kept = native.layout(cell, H, x.dtype)
-    if len(cell.gates) == 1:
-        values = y.unsqueeze(2)
-    else:
-        panels = _by_step(gates, T, B).view(T, B, kept.padded // kept.lanes, -1, kept.lanes)
-        values = panels.transpose(2, 3).reshape(T, B, -1, kept.padded)[..., :H]
+    active = active_steps(lengths, T, x.device)
+
+    def values(steps: slice) -> Tensor:
+        if len(cell.gates) == 1:
+            found = y[steps].unsqueeze(2)
+        else:
+            some = torch.cat([block[steps] for block in _blocks(gates, T, B)], dim=1)
+            panels = some.view(*some.shape[:2], kept.padded // kept.lanes, -1, kept.lanes)
+            found = panels.transpose(2, 3).reshape(*some.shape[:2], -1, kept.padded)[..., :H]
+        found = found if given.back is None else found.index_select(1, given.back)
+        return found if active is None else torch.where(active[steps].unsqueeze(-1), found, 0.0)
+
     states = [y, *([_by_step(cells, T, B)[..., :H]] if len(cell.states) > 1 else [])]
     final = (h, c)[: len(cell.states)]
     if given.back is not None:
-        values, states = values.index_select(1, given.back), [s.index_select(1, given.back) for s in states]
+        states = [s.index_select(1, given.back) for s in states]
         final = tuple(s.index_select(0, given.back) for s in final)
-    active = active_steps(lengths, T, x.device)
     if active is not None:
         # The kernels write nothing there, and the uninitialised memory may hold a NaN.
-        values = torch.where(active.unsqueeze(-1), values, 0.0)
         states = [torch.where(active, s, 0.0) for s in states]
     before = tuple(states_before(s, s0, lengths, reverse) for s, s0 in zip(states, state, strict=True))
     left = _Kept(given, y, gates, cells)

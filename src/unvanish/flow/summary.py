@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unvanish import engine
-from unvanish.cells import Cell, Point
+from unvanish.cells import Cell
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.subgradients import dweight, partial_sums, weight_pairs
 
@@ -49,9 +49,7 @@ def summarise(name: str, tr: engine.Trace, deltas: engine.Deltas, want_partial: 
 
 def _summarise_steps(tr: engine.Trace, deltas: engine.Deltas, span: slice) -> tuple[Tensor | None, ...]:
     """(dh, dc, dgates, dweight, gates, saturation, Σ ln carry) of a span of steps small enough to stay in the cache."""
-    cell, w = tr.cell, tr.weights
-    before, after = (tuple(s[span] for s in kind) for kind in (tr.before, tr.after))
-    at = Point(cell, w, tr.x[span], before, after, None if tr.kept is None else tr.kept[span])
+    cell, at = tr.cell, tr.stretch(span)
     states = {a: row_norms(d[span]) for a, d in zip(cell.states, deltas.dstate, strict=True)}
     memory = cell.remembers
     dc = states[memory] if memory != cell.states[0] else None

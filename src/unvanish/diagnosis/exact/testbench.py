@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from unvanish.diagnosis.structure import detached_copy, floating, mapped, tensors
-from unvanish.diagnosis.subject import Subject
+from unvanish.diagnosis.subject import Subject, on_engine
 from unvanish.diagnosis.trace import Pass, Trace, double, traced
-from unvanish.nn.accelerate import accelerate, obstacle
 from unvanish.nn.modules import RecurrentModule
 
 SAMPLES, FEW = (12, 13, 11, 14, 10, 15, 9, 16), (6, 7, 5, 8)
@@ -107,11 +106,7 @@ class Bench:
 
     def twin(self) -> nn.Module:
         """A copy in the user's own mode and precision, torch's layers on our engine."""
-        twin = self.subject.twin()
-        for module in list(twin.modules()):
-            if isinstance(module, nn.RNNBase) and obstacle(module) is None:
-                accelerate(module)
-        return twin
+        return on_engine(self.subject.twin())
 
     @property
     def tolerance(self) -> float:
