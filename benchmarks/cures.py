@@ -1,15 +1,15 @@
 """Which cure helps which cell, on which kind of long-lag task: every cure of `unvanish.cures`, each alone.
 
-    python benchmarks/cures.py run FILE.jsonl [--reduced] [--workers 2] [--seconds 600]
-    python benchmarks/cures.py report FILE.jsonl [--reduced] [--picture docs/pictures/cures.png]
+    python benchmarks/cures.py run [FILE.csv] [--reduced] [--workers 2] [--seconds 600]
+    python benchmarks/cures.py report [FILE.csv] [--reduced] [--picture docs/pictures/cures.png]
 
-`run` does the trainings that FILE.jsonl lacks, one line each, and goes on where it was stopped. The grid is walked in
-blocks of one lag, learning rate and seed, each with every cell, cure and task, so that a part of the grid is balanced;
-`--reduced` is the first block. A cure that refuses a cell is recorded with its reason and counts as no training.
+`run` does the trainings that FILE.csv lacks, one line each, and goes on where it was stopped; without FILE it extends
+the published ones, benchmarks/cures.csv. The grid is walked in blocks of one lag, learning rate and seed, each with
+every cell, cure and task, so that a part of the grid is balanced; `--reduced` is the first block.
 """
 
 import argparse
-import json
+import csv
 import math
 import multiprocessing
 import sys
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cures_report import LAGS, RATES, SEEDS, TASKS, case_of, draw, report
-from cures_trial import CELLS, CURES, Case, material, train
+from cures_report import case_of, draw, report
+from cures_trial import CELLS, CURES, LAGS, RATES, SEEDS, TASKS, Case, material, refusals, train
 
 
 def grid(blocks: int | None = None) -> list[Case]:
-    """All trainings, block by block."""
+    """All trainings, block by block; a cure that refuses a cell is left out."""
     # Neighbours differ in all three, so that a part of the grid is spread over lags, rates and seeds.
     count = len(SEEDS) * len(LAGS) * len(RATES)
     settings = [(SEEDS[(i // 6 + i) % 3], LAGS[i % 3], RATES[i % 2]) for i in range(count)][:blocks]
@@ -33,7 +33,13 @@ def grid(blocks: int | None = None) -> list[Case]:
         Case(lag, rate, seed, task, cell, cure)
         for seed, lag, rate in settings
         for task, cell, cure in product(TASKS, CELLS, CURES)
+        if (cell, cure) not in refusals()
     ]
+
+
+PUBLISHED = Path(__file__).with_suffix(".csv")
+FOUND = ("learnt_at", "diverged", "reach_before", "reach_after", "seconds")
+HEADER = (*Case._fields, *FOUND)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -44,7 +50,20 @@ def read(path: Path) -> list[dict[str, Any]]:
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         path.write_bytes(content[:whole])
-    return [json.loads(line) for line in content[:whole].splitlines()]
+    return [_parsed(row) for row in csv.DictReader(content[:whole].decode().splitlines())]
+
+
+def _parsed(row: dict[str, str]) -> dict[str, Any]:
+    case = Case(int(row["lag"]), float(row["rate"]), int(row["seed"]), row["task"], row["cell"], row["cure"])._asdict()
+    whole = {name: int(row[name]) if row[name] else None for name in ("learnt_at", "reach_before", "reach_after")}
+    return case | whole | {"diverged": row["diverged"] == "1", "seconds": float(row["seconds"])}
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Append a training."""
+    found = {**found, "diverged": int(found["diverged"])}
+    with path.open("a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerow([found[name] for name in HEADER])
 
 
 def run_group(path: Path, cases: list[Case], until: float) -> list[str]:
@@ -54,15 +73,15 @@ def run_group(path: Path, cases: list[Case], until: float) -> list[str]:
     for case in cases:
         if time.time() > until:
             break
-        found = train(case)
-        with path.open("a") as file:
-            file.write(json.dumps(found) + "\n")
+        write(path, train(case))
         done.append(case.cure)
     material.cache_clear()
     return done
 
 
 def run(path: Path, cases: list[Case], workers: int, seconds: float) -> None:
+    if not path.exists():
+        path.write_text(",".join(HEADER) + "\n")
     done = {case_of(found) for found in read(path)}
     missing = [case for case in cases if case not in done]
     groups = [list(group) for _, group in groupby(missing, key=lambda case: case[:5])]
@@ -86,7 +105,7 @@ def run(path: Path, cases: list[Case], workers: int, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, nargs="?", default=PUBLISHED)
     parser.add_argument("--reduced", action="store_true", help="the first block of the grid")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no training after that")
