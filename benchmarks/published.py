@@ -88,11 +88,10 @@ def of_flossing(folder: Path) -> str:
         plain, first = (
             [100 * r["right"] for r in runs if (r["delay"], r["flossing"]) == (delay, kind)] for kind in (False, True)
         )
-        if not (plain and first):
-            continue
-        shown.append(
-            f"d = {delay}: {median(plain):.0f} % right plain, {median(first):.0f} % flossed (n = {len(first)})"
-        )
+        if plain and first:
+            shown.append(
+                f"d = {delay}: {median(plain):.0f} % right plain, {median(first):.0f} % flossed (n = {len(first)})"
+            )
     return "; ".join(shown)
 
 

@@ -358,3 +358,14 @@ def test_the_adjoint_map_is_that_of_the_exact_derivatives() -> None:
     exact = uv.flow.adjoint_map(layer, x).log_norms
     cures.h_detach_(layer, 1.0)
     assert torch.equal(uv.flow.adjoint_map(layer, x).log_norms, exact)
+
+
+def test_a_vmap_draws_one_cut_for_all_samples_or_says_so() -> None:
+    layer, x = cures.h_detach_(nn.LSTM(2, 3).double(), 0.5), torch.randn(9, 1, 4, 2, dtype=torch.float64)
+
+    def mapped(randomness: str) -> torch.Tensor:
+        return torch.func.vmap(lambda v: layer(v)[0], in_dims=2, out_dims=2, randomness=randomness)(x)
+
+    torch.testing.assert_close(mapped("same"), layer(x[:, 0])[0].unsqueeze(1))
+    with pytest.raises(ValueError, match=r"same steps for all samples of a vmap.*randomness='same'"):
+        mapped("different")

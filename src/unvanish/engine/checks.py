@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from unvanish import torch_internals
 from unvanish.cells import Cell, State, Weights
 
 
@@ -60,9 +61,16 @@ def check_cut(cut: Tensor | None, x: Tensor) -> None:
     """Check that `cut` has one flag for each step of x `[T, B, I]`.
 
     Raises:
-        ValueError: it is not a bool tensor `[T]` on the CPU.
+        ValueError: it is not a bool tensor `[T]` on the CPU, or differs from sample to sample of a vmap.
     """
-    if cut is not None and (cut.dtype != torch.bool or cut.shape != x.shape[:1] or cut.device.type != "cpu"):
+    if cut is None:
+        return
+    if torch_internals.wrapped_by_transform(cut):
+        raise ValueError(
+            "cut: expected the same steps for all samples of a vmap, got other ones for each; h_detach draws them once "
+            "with vmap(…, randomness='same')"
+        )
+    if cut.dtype != torch.bool or cut.shape != x.shape[:1] or cut.device.type != "cpu":
         found = f"{tuple(cut.shape)} of {cut.dtype} on {cut.device}"
         raise ValueError(f"cut: expected {(x.shape[0],)} of torch.bool on the CPU, got {found}")
 
