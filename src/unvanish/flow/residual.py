@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unvanish.flow.record import LayerFlow
+from unvanish.flow.transfer import numbers
 from unvanish.flow.watched_sequence import rounding
 
 
@@ -22,10 +23,14 @@ def with_residual(
     pairs = {key: (mine, autograd[key]) for key, mine in ours.items() if key in autograd}
     if not pairs:
         return record
-    apart, size = (
-        math.hypot(*(float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in vs))
-        for vs in ([mine - theirs for mine, theirs in pairs.values()], [theirs for _, theirs in pairs.values()])
+    norms = numbers(
+        [
+            torch.linalg.vector_norm(v, dtype=torch.float64)
+            for mine, theirs in pairs.values()
+            for v in (mine - theirs, theirs)
+        ]
     )
+    apart, size = math.hypot(*norms[::2]), math.hypot(*norms[1::2])
     residual = apart / size if size > 0 else (0.0 if apart == 0 else math.inf)
     allowed = rounding(next(iter(pairs.values()))[1])
     record = replace(record, residual=residual)

@@ -29,7 +29,7 @@ def summarise(name: str, tr: engine.Trace, deltas: engine.Deltas, want_partial: 
         None if column[0] is None else torch.cat(column).cpu() for column in zip(*pieces, strict=True)
     )
     assert dh is not None
-    count = B * T if active is None else int(active.sum())
+    count = B * T if active is None else int(lengths.sum())
     whole = weight_pairs(tr, deltas.da, deltas.da_hh) if want_partial else []
     return LayerFlow(
         name=name,

@@ -21,6 +21,7 @@ from unvanish.cells import State, Weights, calculus
 from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin, origin_of_nonfinite
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.summary import healthy, summarise
+from unvanish.flow.transfer import numbers
 from unvanish.nn.modules import (
     CellModule,
     LayerDirection,
@@ -242,8 +243,8 @@ def apart(real: State, replayed: State) -> str | None:
     for a, b in zip(real, replayed, strict=True):
         if a.shape != b.shape:
             return f"the replay ends in a state of shape {tuple(b.shape)}, the run in one of {tuple(a.shape)}"
-        size = float(a.double().abs().max()) if a.numel() else 0.0
-        off = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+        largest = [v.abs().max() for v in (a.double(), a.double() - b.double())] if a.numel() else []
+        size, off = numbers(largest) or (0.0, 0.0)
         allowed = rounding(a) * max(size, 1.0)
         if off > allowed:
             return (

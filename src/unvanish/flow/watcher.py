@@ -37,6 +37,7 @@ from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteErro
 from unvanish.flow.recorded_sequence import RecordedCall, RecordedSequence
 from unvanish.flow.residual import with_residual
 from unvanish.flow.stream import Stream
+from unvanish.flow.transfer import numbers
 from unvanish.flow.watched_sequence import CellSequence, MarkSequence, Measured, Sequence
 from unvanish.nn.layers import EngineSequence
 from unvanish.nn.modules import RecurrentModule, as_states
@@ -343,8 +344,9 @@ class Watch(Flow):
                 self._capture.guarded("", lambda: self._measure(run))
 
     def _measure(self, run: BackwardRun) -> None:
-        bad = [name for name, total in run.sums if not math.isfinite(float(total))]
-        self._reached.update(name for name, _ in run.sums)
+        names, totals = [name for name, _ in run.sums], numbers([total for _, total in run.sums])
+        bad = [name for name, total in zip(names, totals, strict=True) if not math.isfinite(total)]
+        self._reached.update(names)
         ours: dict[Hashable, Tensor] = {}
         measured: list[tuple[Sequence, list[Measured]]] = []
         for sequence, errors in run.errors.items():

@@ -1,0 +1,19 @@
+"""Numbers from a device to Python, which waits for everything that the device has been given to do."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """Scalars on any devices as numbers, with one wait for each device."""
+    found = [float(v) if v.is_cpu else 0.0 for v in scalars]
+    elsewhere: dict[torch.device, list[int]] = {}
+    for i, v in enumerate(scalars):
+        if not v.is_cpu:
+            elsewhere.setdefault(v.device, []).append(i)
+    for places in elsewhere.values():
+        for i, value in zip(places, torch.stack([scalars[i].double() for i in places]).tolist(), strict=True):
+            found[i] = value
+    return found
