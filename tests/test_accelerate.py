@@ -205,6 +205,8 @@ def test_the_clip_needs_every_layer() -> None:
 def test_accelerate_needs_a_recurrent_layer() -> None:
     with pytest.raises(ValueError, match="has none"):
         uv.accelerate(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="has only cells, which take one step at a time"):
+        uv.accelerate(nn.Sequential(nn.LSTMCell(2, 2)))
     for call in (uv.accelerate, uv.restore):
         with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
             call(3)  # type: ignore[type-var]
