@@ -171,7 +171,8 @@ def exponents(runs: list[Found]) -> None:
     for within in dict.fromkeys(r["within"] for r in runs):
         mine = [r for r in runs if r["within"] == within]
         first, all_ = (
-            " → ".join(f"{mean(r[when][i] for r in mine):.2f}" for when in ("before", "after")) for i in (0, 1)
+            " → ".join(f"{mean(r[when][i] for r in mine):.2f}" for when in ("before", "after")).replace("-", "−")
+            for i in (0, 1)
         )
         right = [100 * r["right"] for r in mine]
         print(f"| {within:g} | {first} | {all_} | {mean(right):.1f} % ({min(right):.1f} to {max(right):.1f}) |")
