@@ -369,3 +369,21 @@ def test_a_vmap_draws_one_cut_for_all_samples_or_says_so() -> None:
     torch.testing.assert_close(mapped("same"), layer(x[:, 0])[0].unsqueeze(1))
     with pytest.raises(ValueError, match=r"same steps for all samples of a vmap.*randomness='same'"):
         mapped("different")
+
+
+def test_other_transforms_cut_as_autograd_does() -> None:
+    layer, x = cures.h_detach_(nn.LSTM(2, 3).double(), 0.5), torch.randn(9, 4, 2, dtype=torch.float64)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return layer(x)[0].square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+
+    def of_one(x: torch.Tensor) -> torch.Tensor:
+        return layer(x.unsqueeze(1))[0].square().sum()
+
+    torch.manual_seed(3)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(of_one), 1, 1, randomness="same")(x), expected)

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from unvanish.diagnosis.exact import testbench
-from unvanish.diagnosis.exact.testbench import Bench
 from unvanish.diagnosis.finding import CODES, Finding, ranked
 from unvanish.diagnosis.order import axis_of_time
 from unvanish.diagnosis.subject import Subject
@@ -156,30 +154,3 @@ def test_one_target_for_each_sample_settles_the_axis_however_the_samples_are_sor
     x = torch.arange(24.0).sin().repeat_interleave(2).reshape(24, 2, 1) + torch.arange(24.0)[:, None, None]
     assert axis_of_time(x * torch.tensor([[[1.0], [-1.0]]]), []) == 0
     assert subject(x * torch.tensor([[[1.0], [-1.0]]]), torch.zeros(24), batch_first=True).samples == 24
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_few_samples_of_a_very_long_sequence_move_as_they_do_among_all(
-    batch_first: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    x, y = torch.randn(20, 40, 3), torch.randn(20, 40, 2)
-    if not batch_first:
-        x, y = x.transpose(0, 1), y.transpose(0, 1)
-
-    def reached() -> tuple[Bench, Tensor]:
-        torch.manual_seed(1)
-        bench = Bench(subject(x, y, batch_first=batch_first))
-        assert bench.reach is not None
-        return bench, bench.reach[1]
-
-    monkeypatch.setattr(testbench, "FEW", testbench.SAMPLES)
-    all_of_them, every = reached()
-    monkeypatch.setattr(testbench, "LONG", 30)
-    bench, few = reached()
-    assert bench.count == 12
-    # Samples 1 and 2 get their steps from the same donors in both.
-    both = sorted({*bench.probed} & {*all_of_them.probed})
-    torch.testing.assert_close(few[1:3, both], every[1:3, both])
-    assert (few[:3, bench.probed] > 0).all()
-    assert (few[3:] == 0).all()

@@ -145,9 +145,25 @@ def as_plain_tensors() -> AbstractContextManager[Any]:
     return torch._C.DisableTorchFunctionSubclass()
 
 
+def no_functions_overridden() -> Any:
+    """A context in which no mode or subclass sees torch's functions. Instead: leave the mode, and enter it again."""
+    return torch._C.DisableTorchFunction()
+
+
 def fake(v: Tensor) -> bool:
     """Whether v has a shape but no memory. Instead: the name of its class."""
     return isinstance(v, torch._subclasses.FakeTensor)
+
+
+def batched(v: Tensor) -> bool:
+    """Whether v differs from sample to sample of a vmap that is running. Instead: `transform_active`, for all
+    transforms alike."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    while functorch.is_functorch_wrapped_tensor(v):
+        if functorch.is_batchedtensor(v):
+            return True
+        v = functorch.get_unwrapped(v)
+    return False
 
 
 def wrapped_by_transform(v: Tensor) -> bool:

@@ -18,7 +18,7 @@ from unvanish.flow.stack import Stack, run_stack
 from unvanish.nn.modules import LayerDirection, layer_directions
 
 EXPONENT_STEPS = 2048
-"""the last steps, over which the leading Lyapunov exponent is averaged: more would not make it more certain"""
+"""the last steps, over which the leading Lyapunov exponent is averaged"""
 SOURCES = 6
 """the most error sources that are followed"""
 FRACTION = 0.01

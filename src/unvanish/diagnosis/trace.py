@@ -1,7 +1,7 @@
 """One training pass of a copy, seen from outside: the arguments and results of its modules and of torch's functions."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from unvanish import torch_internals
 from unvanish.diagnosis.structure import mapped, tensors
+from unvanish.nn.layers import SequenceLayer
 
 
 @dataclass
@@ -77,7 +79,8 @@ class Trace(TorchFunctionMode):
         super().__init__()
         self.functions: list[Called] = []
         self.modules: list[ModuleCall] = []
-        self._running: list[ModuleCall] = []
+        self._running: list[tuple[ModuleCall, AbstractContextManager[Any]]] = []
+        """calls that have not returned, each with the context it runs in"""
         self._model = model
         self._handles: list[RemovableHandle] = []
 
@@ -100,13 +103,18 @@ class Trace(TorchFunctionMode):
         def hook(module: nn.Module, args: Any, options: Any) -> None:
             call = ModuleCall(path, module, args, options)
             self.modules.append(call)
-            self._running.append(call)
+            # A mode would make layers of ours leave the engine for torch's own forward.
+            ours = isinstance(module, SequenceLayer)
+            within = torch_internals.no_functions_overridden() if ours else nullcontext()
+            self._running.append((call, within))
+            within.__enter__()
 
         return hook
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         while self._running:
-            call = self._running.pop()
+            call, within = self._running.pop()
+            within.__exit__(None, None, None)
             if call.module is module:
                 call.output = output
                 return
@@ -116,7 +124,7 @@ class Trace(TorchFunctionMode):
         result = func(*args, **options)
         name = getattr(func, "__name__", "")
         if name in WATCHED:
-            path = self._running[-1].path if self._running else ""
+            path = self._running[-1][0].path if self._running else ""
             self.functions.append(Called(name, args, options, result, path, bool(self._running)))
         return result
 

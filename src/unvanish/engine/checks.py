@@ -65,7 +65,7 @@ def check_cut(cut: Tensor | None, x: Tensor) -> None:
     """
     if cut is None:
         return
-    if torch_internals.wrapped_by_transform(cut):
+    if torch_internals.batched(cut):
         raise ValueError(
             "cut: expected the same steps for all samples of a vmap, got other ones for each; h_detach draws them once "
             "with vmap(…, randomness='same')"

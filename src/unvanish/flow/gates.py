@@ -142,6 +142,6 @@ def _sums(tr: Trace) -> tuple[Any, ...]:
         return v.flatten(0, 1) if tr.active is None else v[tr.active.squeeze(-1)]
 
     gates, carry = read(tr.gates).double(), tr.cell.carry(tr)
-    closed = (read(tr.cell.sensitivity(tr)) < SATURATED).sum(0)
+    closed = (read(tr.cell.sensitivity(tr)) < SATURATED).sum(0, dtype=torch.float64)
     logs = () if carry is None else (read(carry).double().abs().log().sum(0),)
     return (len(gates), gates.sum(0), closed, *logs)

@@ -37,8 +37,8 @@ def accelerate(model: M, strict: bool = False) -> M:
     Only the class of each layer changes: weights, optimizer state, hooks and state_dict stay as they are. A subclass
     that leaves `forward` to torch is accelerated too and remains an instance of its own class. A layer that cannot be
     accelerated stays as it is and is named in one UserWarning: it has a forward of its own, is scripted or quantized,
-    or uses a name that unvanish's layers use. nn.RNNCell, nn.LSTMCell and nn.GRUCell stay torch's, which are as fast
-    for the single step that they take.
+    or uses a name that unvanish's layers use. nn.RNNCell, nn.LSTMCell and nn.GRUCell stay torch's: the
+    engine runs sequences.
 
     Args:
         model: any module with recurrent layers, or one of them.
@@ -70,7 +70,7 @@ def accelerate(model: M, strict: bool = False) -> M:
         cells = any(isinstance(m, nn.RNNCellBase) for m in model.modules())
         raise ValueError(
             f"model: expected an nn.RNN, nn.LSTM or nn.GRU in it; {type(model).__name__} has "
-            + ("only cells, which take one step at a time: torch's own are as fast for that" if cells else "none")
+            + ("only cells, which take one step at a time; the engine runs sequences" if cells else "none")
         )
     if left and strict:
         raise ValueError(f"model: cannot accelerate {'; '.join(left)}. Leave out strict=True to skip these layers")

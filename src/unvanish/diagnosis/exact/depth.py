@@ -6,7 +6,6 @@ from typing import Any
 
 from unvanish.diagnosis.exact.testbench import RECURRENT, Bench
 from unvanish.diagnosis.finding import Finding
-from unvanish.diagnosis.trace import ModuleCall, Trace
 from unvanish.nn.modules import SequenceModule
 
 LOST = 1e-3
@@ -78,25 +77,20 @@ def _any_stack(bench: Bench) -> list[Finding]:
     ]  # fmt: skip
 
 
-LONG = 6
-"""the fewest modules one after the other along which a signal is lost by degrees"""
 GRADUAL = 0.4
 """the share of the fall, in orders of magnitude, that a single module may cause; beyond it, that module is at fault"""
-
-
-def _leaves(trace: Trace) -> list[ModuleCall]:
-    """Calls of modules without parts, that returned a tensor."""
-    return [c for c in trace.modules if c.outputs and next(c.module.children(), None) is None]
 
 
 def lost_by_degrees(bench: Bench) -> list[tuple[str, float]] | None:
     """(module, spread of its output over samples), from where it is largest to the end; None unless it falls gradually
     to less than `LOST` along them."""
     k = bench.count
-    if k is None or k < 3 or len(_leaves(bench.training.trace)) < LONG:
+    if k is None or k < 3:
         return None
     chain: dict[str, float] = {}
-    for call in _leaves(bench.evaluation()):
+    for call in bench.evaluation().modules:
+        if not call.outputs or next(call.module.children(), None) is not None:
+            continue
         rows = bench.by_sample(call.outputs[0])
         if rows and rows[0].is_floating_point():
             chain.pop(call.path, None)
@@ -104,7 +98,7 @@ def lost_by_degrees(bench: Bench) -> list[tuple[str, float]] | None:
     spreads = list(chain.items())
     top = max(range(len(spreads)), key=lambda i: spreads[i][1], default=0)
     spreads = spreads[top:]
-    if len(spreads) < LONG or spreads[-1][1] <= 0 or spreads[-1][1] > LOST * spreads[0][1]:
+    if len(spreads) < 6 or spreads[-1][1] <= 0 or spreads[-1][1] > LOST * spreads[0][1]:
         return None
     falls = [math.log(a / b) if b > 0 else math.inf for (_, a), (_, b) in itertools.pairwise(spreads)]
     return spreads if max(falls) < GRADUAL * math.log(spreads[0][1] / spreads[-1][1]) else None

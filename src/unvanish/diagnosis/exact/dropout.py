@@ -7,8 +7,6 @@ from unvanish.diagnosis.trace import DROPPING
 
 def dropout_in_evaluation(bench: Bench) -> list[Finding]:
     """Functional dropout in eval mode: its default is training=True."""
-    if not any(call.name in DROPPING for call in bench.training.trace.functions):
-        return []
     calls = [
         (call, float(p))
         for call in bench.evaluation().functions

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unvanish.diagnosis.exact.depth import lost_by_degrees
-from unvanish.diagnosis.exact.testbench import RECURRENT, Bench
+from unvanish.diagnosis.exact.testbench import RECURRENT, Arguments, Bench
 from unvanish.diagnosis.finding import Finding
 from unvanish.diagnosis.structure import detached_copy, mapped, tensors
 from unvanish.diagnosis.trace import THRESHOLDS
@@ -23,11 +23,11 @@ def input_ignored(bench: Bench) -> list[Finding]:
     index = torch.roll(torch.arange(k), 1)
     other = bench.taken(index)
     apart = _apart(bench.run(), bench.run(other))
-    if apart <= MOVES:
+    if apart <= ROUNDING:
         apart = max(apart, _apart(bench.run(train=True), bench.run(other, train=True)))
     if apart < 0:
         return []
-    if apart > MOVES:
+    if apart > ROUNDING:
         return _part_ignored(bench, other)
     if lost_by_degrees(bench) is not None:
         return []  # lost on its way, which `depth` says
@@ -48,11 +48,11 @@ def input_ignored(bench: Bench) -> list[Finding]:
 
 UPDATE = 0.01
 """largest change of a weight in a trial update"""
-MOVES = 1e-9
-"""relative change of an answer beyond rounding"""
+ROUNDING = 1e-9
+"""the largest relative change of an answer that is not counted as one"""
 
 
-def _moves_after_an_update(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
+def _moves_after_an_update(bench: Bench, other: Arguments) -> bool:
     """Whether one step of gradient descent makes the answers depend on the input."""
     gradients = {n: g for n, g in bench.training.gradients.items() if g is not None}
     most = max((float(g.abs().max()) for g in gradients.values()), default=0.0)
@@ -65,10 +65,10 @@ def _moves_after_an_update(bench: Bench, other: tuple[tuple[Any, ...], dict[str,
                 p.sub_(gradients[name] * (UPDATE / most))
     with torch.no_grad(), bench.subject.rng(0):
         was, now = (bench.subject.answers(twin, given[0], **given[1]) for given in (bench.given, other))
-    return _apart(was, now) > MOVES
+    return _apart(was, now) > ROUNDING
 
 
-def _lost_at(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[str, str]:
+def _lost_at(bench: Bench, other: Arguments) -> tuple[str, str]:
     """(module that is the last to return something else for other samples, sentence about it)"""
     calls = [
         [c for c in trace.modules if c.path and next(c.module.children(), None) is None]
@@ -122,7 +122,7 @@ def steps_dropped(bench: Bench) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _part_ignored(bench: Bench, other: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Finding]:
+def _part_ignored(bench: Bench, other: Arguments) -> list[Finding]:
     """One of several input tensors, which a module without any gradient reads, moves no answer."""
     given = tensors(bench.given)
     unmoved = _unmoved_modules(bench)

@@ -11,8 +11,8 @@ from unvanish.nn.modules import RecurrentModule
 SIGMOID, TANH = 4.4, 2.2
 """|pre-activation| beyond which the slope is below 5 % of its maximum"""
 MOST = 0.6
-ROWS = 1 << 16
-"""the most steps of all samples that a share is taken of"""
+DRAWN = 1 << 16
+"""of more steps of all samples than these, as many are drawn"""
 
 
 def input_scale(bench: Bench) -> list[Finding]:
@@ -31,7 +31,10 @@ def input_scale(bench: Bench) -> list[Finding]:
         if not x.is_floating_point() or x.shape[-1] != weight.shape[1]:
             continue
         flat = x.reshape(-1, x.shape[-1])
-        flat = flat[:: max(1, len(flat) // ROWS)]
+        if len(flat) > DRAWN:
+            # Not every n-th: that could be the steps of one sample.
+            drawn = torch.randint(len(flat), (DRAWN,), generator=torch.Generator().manual_seed(0))
+            flat = flat[drawn.to(flat.device)]
         share = _saturated(module, flat @ weight.T + bias)
         if share < MOST:
             continue

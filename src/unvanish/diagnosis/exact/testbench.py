@@ -15,12 +15,12 @@ from unvanish.nn.modules import RecurrentModule
 SAMPLES, FEW = (12, 13, 11, 14, 10, 15, 9, 16), (6, 7, 5, 8)
 """the number of perturbed samples, and that for very long sequences: the first one that no other axis has, so that
 their axis is unambiguous"""
-LONG = 4096
-"""steps beyond which a sequence is very long: fewer samples are perturbed, and fewer steps exchanged"""
-ROWS = 3
-"""the samples among which the exchanges of a very long sequence are spread"""
+VERY_LONG = 4096
+"""steps beyond which fewer samples are perturbed, and fewer steps exchanged"""
+EXCHANGED = 3
+"""the samples of a very long sequence whose steps are exchanged"""
 RECURRENT = RecurrentModule
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """(args, kwargs) of the model"""
 
 
@@ -53,9 +53,18 @@ class Bench:
             return None
         sizes = {size for t in tensors(self.subject.call) for a, size in enumerate(t.shape) if a != self._axis_in(t)}
         sizes |= {size for t in self.training.answers for a, size in enumerate(t.shape) if a != self._axis_in(t)}
-        tried = FEW if max(sizes, default=0) > LONG else SAMPLES
-        few = next((k for k in tried if k < n and k not in sizes), n)
-        return few if few == n or self._takes(few) else n
+        wanted = FEW if self._steps_given > VERY_LONG else SAMPLES
+        number = next((k for k in wanted if k < n and k not in sizes), n)
+        return number if number == n or self._takes(number) else n
+
+    @property
+    def _steps_given(self) -> int:
+        """The steps of the largest sequence of the batch; 0 where there is none."""
+        packed: list[int] = []
+        mapped(self.subject.call, lambda t: t, lambda p: packed.append(len(p.batch_sizes)) or p)
+        found = [t for t in tensors(self.subject.call[0]) if t.dim() > 1 and self._axis_in(t) in (0, 1)]
+        main = max(found, key=lambda t: (t.dim() > 2, t.numel()), default=None)
+        return max([*packed, 0 if packed or main is None else main.shape[1 - self._axis_in(main)]])
 
     def _takes(self, samples: int) -> bool:
         """Whether the model runs on a part of the batch: a kept state may fix its size."""
@@ -73,11 +82,11 @@ class Bench:
         return -1 if axis is None else axis
 
     @cached_property
-    def given(self) -> Call:
+    def given(self) -> Arguments:
         """These samples."""
         return self.taken(torch.arange(self.count)) if self.count is not None else self.cast(self.subject.call)
 
-    def taken(self, index: Tensor) -> Call:
+    def taken(self, index: Tensor) -> Arguments:
         """These samples of the whole batch."""
         return self.cast(self.subject.rows(self.subject.call[0], index)), self.cast(
             self.subject.rows(self.subject.call[1], index)
@@ -113,7 +122,7 @@ class Bench:
         """The relative change from which an answer counts as moved."""
         return 1e-10 if self.in_double else 1e-4
 
-    def run(self, given: Call | None = None, *, train: bool = False) -> list[Tensor]:
+    def run(self, given: Arguments | None = None, *, train: bool = False) -> list[Tensor]:
         """The answers of a fresh copy, without a graph; equal inputs give equal answers."""
         if given is None and not train:
             return self._own_answers
@@ -126,7 +135,7 @@ class Bench:
     def _own_answers(self) -> list[Tensor]:
         return self.run(self.given)
 
-    def evaluation(self, given: Call | None = None) -> Trace:
+    def evaluation(self, given: Arguments | None = None) -> Trace:
         """A pass of a fresh copy in eval mode, without a graph, seen from outside."""
         return self._own_evaluation if given is None else self._evaluated(given)
 
@@ -134,7 +143,7 @@ class Bench:
     def _own_evaluation(self) -> Trace:
         return self._evaluated(self.given)
 
-    def _evaluated(self, given: Call) -> Trace:
+    def _evaluated(self, given: Arguments) -> Trace:
         twin = detached_copy(self.model)
         with torch.no_grad(), self.subject.rng(0), Trace(twin) as trace:
             twin(*given[0], **given[1])
@@ -142,7 +151,7 @@ class Bench:
 
     def gradients_at(
         self,
-        given: Call,
+        given: Arguments,
         scalar: Callable[[list[Tensor]], Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(entries, gradients) of a scalar of the answers at the floating-point inputs, or at what embeddings make of
@@ -245,11 +254,11 @@ class Bench:
             return self.steps
         return tensors(self.given[0])[which].shape[self.sequence[2]]
 
-    def with_step(self, t: int, donor: Tensor, which: int | None = None) -> Call:
+    def with_step(self, t: int, donor: Tensor, which: int | None = None) -> Arguments:
         """These samples, with step t of the main sequence, or of this input tensor, taken from other samples."""
         return self.with_steps(self.given, [t] * len(donor), donor, which)
 
-    def with_steps(self, given: Call, steps: list[int], donor: Tensor, which: int | None = None) -> Call:
+    def with_steps(self, given: Arguments, steps: list[int], donor: Tensor, which: int | None = None) -> Arguments:
         """These inputs, with a step of each sample's own of the main sequence, or of this input tensor, taken from
         other samples of `given`."""
         assert self.sequence is not None
@@ -272,11 +281,11 @@ class Bench:
         return mapped(given[0], change), given[1]
 
     def differs_at(self, t: int) -> bool:
-        """Whether the samples' inputs differ at step t of the main sequence."""
+        """Whether the inputs of the samples whose steps are exchanged differ at step t of the main sequence."""
         assert self.sequence is not None
         which, samples, steps = self.sequence
         at = tensors(self.given[0])[which].select(steps, t).movedim(samples - (steps < samples), 0)
-        return bool((at != at[:1]).any())
+        return bool((at[: self.exchanged] != at[:1]).any())
 
     def at_step(self, tensor: Tensor, t: int, steps: int | None = None) -> Tensor | None:
         """The answers at this step, where an output has an axis as long as `steps` or the main sequence; else None."""
@@ -344,17 +353,19 @@ class Bench:
             return None
         moved = torch.zeros(k, T, dtype=torch.float64)
         scale = [t.abs().mean().clamp_min(1e-30) for t in base]
-        # In a very long sequence each sample of a pass is one of few, and has a step of its own exchanged.
-        few = k if T <= LONG else min(ROWS, k)
-        own, number, together = torch.arange(k) % few, torch.arange(k) // few, k // few
+        # A pass holds `together` copies of each of these samples, each copy with another step exchanged. They stay in
+        # order: the lengths of samples may have to be sorted.
+        together = k // self.exchanged
+        own = (torch.arange(k) // together).clamp_max(self.exchanged - 1)
+        number, donor = torch.arange(k) - own * together, (own - 1) % self.exchanged * together
         given = self.given
-        if few < k:
+        if together > 1:
             given = self.taken(own)
             base = self.run(given)
         for first in range(0, len(self.probed), together):
             some = torch.tensor(self.probed[first : first + together])
             at = some[number.clamp_max(len(some) - 1)]
-            changed = self.run(self.with_steps(given, at.tolist(), (own - 1) % few))
+            changed = self.run(self.with_steps(given, at.tolist(), donor))
             for was, now, size in zip(base, changed, scale, strict=False):
                 a, b = self.at_step(was, T - 1), self.at_step(now, T - 1)
                 if a is None or b is None:
@@ -366,11 +377,26 @@ class Bench:
         return norms, moved
 
     @cached_property
+    def exchanged(self) -> int:
+        """The number of samples, the first ones, whose steps are exchanged: all of them, or of a very long sequence
+        `EXCHANGED`, where no sample's answers depend on the others."""
+        k = self.count or 0
+        if self.steps <= VERY_LONG or k <= EXCHANGED:
+            return k
+        index = torch.arange(k)
+        index[0] = 1
+        for was, now in zip(self.run(), self.run(self.taken(index)), strict=False):
+            rows = self.by_sample((was - now).abs()) if was.shape == now.shape else []
+            if not rows or float(rows[0][1:].max()) > self.tolerance * float(was.abs().max()):
+                return k
+        return EXCHANGED
+
+    @cached_property
     def probed(self) -> list[int]:
         """Steps that are exchanged: all of a short sequence, else the last ones and some of the others; half as many of
         a very long one, as each takes a pass over all steps."""
         T = self.steps
         if T <= 24:
             return list(range(T))
-        n = 12 if T <= LONG else 6
+        n = 12 if T <= VERY_LONG else 6
         return sorted({*range(T - n, T), *(round(i * (T - 1) / (n - 1)) for i in range(n))})
