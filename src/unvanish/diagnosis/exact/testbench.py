@@ -137,17 +137,16 @@ class Bench:
 
     def evaluation(self, given: Arguments | None = None) -> Trace:
         """A pass of a fresh copy in eval mode, without a graph, seen from outside."""
-        return self._own_evaluation if given is None else self._evaluated(given)
-
-    @cached_property
-    def _own_evaluation(self) -> Trace:
-        return self._evaluated(self.given)
-
-    def _evaluated(self, given: Arguments) -> Trace:
+        if given is None:
+            return self._own_evaluation
         twin = detached_copy(self.model)
         with torch.no_grad(), self.subject.rng(0), Trace(twin) as trace:
             twin(*given[0], **given[1])
         return trace
+
+    @cached_property
+    def _own_evaluation(self) -> Trace:
+        return self.evaluation(self.given)
 
     def gradients_at(
         self,
@@ -185,8 +184,6 @@ class Bench:
                 return entries, [torch.zeros_like(e) for e in entries]
             got = torch.autograd.grad(value, entries, allow_unused=True) if entries else ()
         return entries, [torch.zeros_like(e) if g is None else g for e, g in zip(entries, got, strict=True)]
-
-    # Axes -----------------------------------------------------------------------------------------------------------
 
     def by_sample(self, tensor: Tensor, count: int | None = None) -> list[Tensor]:
         """The possible readings `[samples, …]` of an output: several where samples and steps are folded into an axis,
