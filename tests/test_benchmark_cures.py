@@ -72,3 +72,13 @@ def test_outcomes(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not learnt["diverged"]
     assert "no recurrent matrix" in script.refusals()["IndRNN", "orthogonal_"]
     script.material.cache_clear()
+
+
+def test_the_published_tables_are_those_of_the_published_trainings(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.report(script.read(script.PUBLISHED))
+    shown = {line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")}
+    page = (SCRIPT.parent / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(shown) > 60
+    assert shown <= set(page)

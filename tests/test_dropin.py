@@ -352,8 +352,12 @@ def test_low_precision_runs_torchs_layer_or_is_as_accurate(kind: str) -> None:
     x = given(kind)
     exact = copy.deepcopy(theirs).double()(x.double())[0]
     with torch.autocast("cpu", torch.bfloat16):
-        found, like = ours(x)[0], theirs(x)[0]
-    assert found.dtype == like.dtype
+        found = ours(x)[0]
+        try:
+            like = theirs(x)[0].dtype
+        except RuntimeError:  # torch 2.13's LSTM on a processor without AVX-512
+            like = torch.bfloat16
+    assert found.dtype == like
     assert (found.double() - exact).abs().max() < 0.02
 
 

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
 
 import unvanish as uv
+from unvanish.engine import cost
 
 pytestmark = pytest.mark.by_cost
 
@@ -207,3 +208,16 @@ def test_a_subclass_keeps_its_own_checks() -> None:
     layer(torch.zeros(1, 2, 3))
     with pytest.raises(ValueError, match="an input above 1"):
         layer(torch.full((1, 2, 3), 2.0))
+
+
+@pytest.mark.by_cost
+def test_where_no_multiplication_is_of_low_precision_short_calls_are_torchs_but_no_lstm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cost.torch_internals, "multiplies", lambda dtype: False)
+    low = torch.bfloat16
+    for training in (False, True):
+        for mode in ("RNN_TANH", "GRU"):
+            assert cost.faster_in_torch(mode, 1, 1, 1024, low, training) == cost.LAYER
+            assert cost.faster_in_torch(mode, 500, 32, 1024, low, training) is None
+        assert cost.faster_in_torch("LSTM", 1, 1, 1024, low, training) is None

@@ -62,6 +62,27 @@ def test_a_ratio_is_torchs_time_over_ours(monkeypatch: pytest.MonkeyPatch) -> No
     assert speed.geometric_mean([found, speed.Timing(found.row, 1.0, 1 / 3)]) == pytest.approx(1.0)
 
 
+def test_where_torchs_layer_cannot_run_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = speed._call
+
+    def call(row: speed.Row, ours: bool):
+        def refuse() -> None:
+            raise RuntimeError("could not create a primitive descriptor")
+
+        return refuse if row.low and row.kind == "LSTM" and not ours else plain(row, ours)
+
+    monkeypatch.setattr(speed, "_call", call)
+    monkeypatch.setattr(speed, "SHAPES", ((1, 1, 2, 3),))
+    monkeypatch.setattr(speed, "SHORTEST", 0.0)
+    text = CliRunner().invoke(app, ["bench", "--seconds", "0.001"])
+    assert text.exit_code == 0
+    words = " ".join(text.stdout.split())
+    assert "only ours runs" in words
+    assert "Not timed: 4 rows in which torch's layer raises an error here, ours does not." in words
+    rows = json.loads(CliRunner().invoke(app, ["bench", "--seconds", "0.001", "--json"]).stdout)
+    assert {r["ratio"] is None for r in rows if r["kind"] == "LSTM" and r["low"]} == {True}
+
+
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.inf])
 def test_seconds_are_a_positive_number(seconds: float) -> None:
     with pytest.raises(ValueError, match="seconds: expected a positive number"):
@@ -76,4 +97,4 @@ def test_the_command_says_what_is_gained(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "accelerate makes float32 training this many times as fast: RNN" in text.stdout.replace("\n", " ")
     rows = json.loads(CliRunner().invoke(app, ["bench", "--seconds", "0.001", "--json"]).stdout)
     assert len(rows) == len(speed.rows())
-    assert all(row["ratio"] > 0 for row in rows)
+    assert all(row["ratio"] > 0 for row in rows if row["ratio"] is not None)

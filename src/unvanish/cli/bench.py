@@ -34,14 +34,21 @@ def bench(
     table = Table("torch's time / ours, geometric means", *kinds)
     for (train, low, stepped), name in uses.items():
         here = [t for t in found if (t.row.train, t.row.low, t.row.stepped) == (train, low, stepped)]
-        table.add_row(name, *(f"{geometric_mean(t for t in here if t.row.kind == kind):.2f}" for kind in kinds))
+        means = [geometric_mean(t for t in here if t.row.kind == kind) for kind in kinds]
+        table.add_row(name, *("only ours runs" if mean is None else f"{mean:.2f}" for mean in means))
     console.print(table)
+    timed = [(t.ratio, t.torchs, t) for t in found if t.ratio is not None and t.torchs is not None]
+    if len(timed) < len(found):
+        console.print(
+            f"Not timed: {len(found) - len(timed)} rows in which torch's layer raises an error here, ours does not.",
+            soft_wrap=True,
+        )
     lowest = Table("lowest rows: layer, T, B, I, H", "torch ms", "torch / ours")
-    for t in sorted(found, key=lambda t: t.ratio)[:10]:
-        lowest.add_row(str(t.row), f"{1e3 * t.torchs:.3g}", f"{t.ratio:.2f}")
+    for ratio, torchs, t in sorted(timed, key=lambda found: found[0])[:10]:
+        lowest.add_row(str(t.row), f"{1e3 * torchs:.3g}", f"{ratio:.2f}")
     console.print(lowest)
     gains = ", ".join(
-        f"{kind} {geometric_mean(t for t in found if t.row.kind == kind and t.row.train and not t.row.low):.1f}"
+        f"{kind} {geometric_mean(t for *_, t in timed if t.row.kind == kind and t.row.train and not t.row.low):.1f}"
         for kind in kinds
     )
     console.print(

@@ -46,10 +46,14 @@ def faster_in_torch(mode: str, T: int, B: int, weights: int, dtype: torch.dtype,
     """Why torch is faster for a call, as the end of a sentence: `STEPS` if its cell is faster, called step by step;
     else the reason for its layer. None: the engine is faster.
 
-    Below single precision only torch has kernels.
+    Below single precision only torch has kernels. Where the processor does not multiply in such a dtype they are slow,
+    and torch's LSTM can raise an error; the engine, in float32, is then chosen as for float32, and always for an LSTM.
     """
     if dtype not in (torch.float32, torch.float64):
-        return f"torch has kernels for {dtype}, the engine has none" if torch_internals.multiplies(dtype) else None
+        if torch_internals.multiplies(dtype):
+            return f"torch has kernels for {dtype}, the engine has none"
+        if mode == "LSTM":
+            return None
     if training and 0 < T <= FEW.get(mode, 0):
         return STEPS
     cost = CALLS.get((mode, training))

@@ -55,10 +55,11 @@ class Timing:
     """The measurement of a row."""
 
     row: Row
-    torchs: float
-    """the median time of a call of torch's layer, in seconds"""
-    ratio: float
-    """torch's time divided by ours, the median of the pairs"""
+    torchs: float | None
+    """the median time of a call of torch's layer, in seconds; None where torch's layer can't run on this machine, as
+    its LSTM under autocast to bfloat16 can't without AVX-512"""
+    ratio: float | None
+    """torch's time divided by ours, the median of the pairs; None likewise"""
 
 
 def rows() -> list[Row]:
@@ -95,9 +96,10 @@ def compare_speed(
     return found
 
 
-def geometric_mean(timings: Iterable[Timing]) -> float:
-    """Of the ratios."""
-    return statistics.geometric_mean(t.ratio for t in timings)
+def geometric_mean(timings: Iterable[Timing]) -> float | None:
+    """Of the ratios; None where there are none."""
+    ratios = [t.ratio for t in timings if t.ratio is not None]
+    return statistics.geometric_mean(ratios) if ratios else None
 
 
 def _timed(row: Row, seconds: float) -> Timing:
@@ -105,6 +107,10 @@ def _timed(row: Row, seconds: float) -> Timing:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sides = [_call(row, ours) for ours in (False, True)]
+    try:
+        sides[0]()
+    except RuntimeError:
+        return Timing(row, None, None)
     once = max(min(_seconds(side, 1) for _ in range(2)) for side in sides)
     repeats = max(1, math.ceil(SHORTEST / once))
     torchs, ratios = [], []
