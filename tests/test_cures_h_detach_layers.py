@@ -387,3 +387,14 @@ def test_other_transforms_cut_as_autograd_does() -> None:
 
     torch.manual_seed(3)
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(of_one), 1, 1, randomness="same")(x), expected)
+
+
+def test_a_layer_that_draws_cuts_compiles_in_one_graph() -> None:
+    layer, x = cures.h_detach_(uv.nn.LSTM(2, 3), 0.5), torch.randn(9, 4, 2)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(layer(x)[0].sum(), layer.weight_hh_l0)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        torch.manual_seed(3)
+        found = torch.autograd.grad(compiled(x)[0].sum(), layer.weight_hh_l0)
+    torch.testing.assert_close(found, expected)

@@ -156,8 +156,10 @@ def fake(v: Tensor) -> bool:
 
 
 def batched(v: Tensor) -> bool:
-    """Whether v differs from sample to sample of a vmap that is running. Instead: `transform_active`, for all
-    transforms alike."""
+    """Whether v differs from sample to sample of a vmap that is running, outside torch.compile. Instead:
+    `transform_active`, for all transforms alike."""
+    if torch.compiler.is_compiling():
+        return False  # torch.compile can't trace the question
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     while functorch.is_functorch_wrapped_tensor(v):
         if functorch.is_batchedtensor(v):
