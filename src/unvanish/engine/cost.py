@@ -41,18 +41,21 @@ FEW = {"LSTM": 2}
 """mode → the most steps for which it trains with torch's cell. An LSTM: 1.4 to 3 times as fast as torch's layer for one
 step, 1.0 to 1.3 times for two, slower from three on; torch's layer packs its weights again at each call"""
 
+RAISING = ("LSTM",)
+"""modes of which torch 2.13's layer raises an error under autocast to a dtype that the processor does not multiply"""
+
 
 def faster_in_torch(mode: str, T: int, B: int, weights: int, dtype: torch.dtype, training: bool) -> str | None:
     """Why torch is faster for a call, as the end of a sentence: `STEPS` if its cell is faster, called step by step;
     else the reason for its layer. None: the engine is faster.
 
-    Below single precision only torch has kernels. Where the processor does not multiply in such a dtype they are slow,
-    and torch's LSTM can raise an error; the engine, in float32, is then chosen as for float32, and always for an LSTM.
+    Below single precision only torch has kernels. Where the processor does not multiply in such a dtype they are slow:
+    the engine, in float32, is then chosen as for float32, and always for `RAISING`.
     """
     if dtype not in (torch.float32, torch.float64):
         if torch_internals.multiplies(dtype):
             return f"torch has kernels for {dtype}, the engine has none"
-        if mode == "LSTM":
+        if mode in RAISING:
             return None
     if training and 0 < T <= FEW.get(mode, 0):
         return STEPS

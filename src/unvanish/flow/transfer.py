@@ -7,13 +7,14 @@ from torch import Tensor
 
 
 def numbers(scalars: Sequence[Tensor]) -> list[float]:
-    """Scalars on any devices as numbers, with one wait for each device."""
+    """Scalars on any devices as numbers, with one wait for each device and dtype."""
     found = [float(v) if v.is_cpu else 0.0 for v in scalars]
-    elsewhere: dict[torch.device, list[int]] = {}
+    elsewhere: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, v in enumerate(scalars):
         if not v.is_cpu:
-            elsewhere.setdefault(v.device, []).append(i)
+            # Not all cast to float64, which some devices lack.
+            elsewhere.setdefault((v.device, v.dtype), []).append(i)
     for places in elsewhere.values():
-        for i, value in zip(places, torch.stack([scalars[i].double() for i in places]).tolist(), strict=True):
+        for i, value in zip(places, torch.stack([scalars[i] for i in places]).tolist(), strict=True):
             found[i] = value
     return found

@@ -110,6 +110,7 @@ def _timed(row: Row, seconds: float) -> Timing:
     try:
         sides[0]()
     except RuntimeError:
+        sides[1]()
         return Timing(row, None, None)
     once = max(min(_seconds(side, 1) for _ in range(2)) for side in sides)
     repeats = max(1, math.ceil(SHORTEST / once))
