@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import unvanish as uv
 from unvanish.cells import ZOO
 from unvanish.engine import fused
+from unvanish.flow.transfer import numbers
 
 DEVICE, LENGTHS = "meta", (7, 5, 4)
 LAYERS: dict[str, Callable[[], Any]] = {
@@ -135,3 +136,14 @@ def test_cures_keep_to_their_device(name: str) -> None:
 def test_two_devices_are_told_apart() -> None:
     with pytest.raises(RuntimeError, match="device"):
         torch.zeros(3, device=DEVICE) + torch.zeros(3)
+
+
+def test_numbers_keep_their_order_whatever_device_and_dtype_they_are_in() -> None:
+    class Elsewhere(Tensor):
+        is_cpu = False  # type: ignore[assignment]
+
+    def elsewhere(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(value, dtype=dtype).as_subclass(Elsewhere)
+
+    given = [elsewhere(1.0), torch.tensor(2.0), elsewhere(3.0, torch.float64), elsewhere(4.0)]
+    assert numbers(given) == [1.0, 2.0, 3.0, 4.0]
