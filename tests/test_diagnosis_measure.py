@@ -22,7 +22,7 @@ class _Own(nn.GRU):
 class _Classifier(nn.Module):
     def __init__(self, layer: nn.RNNBase) -> None:
         super().__init__()
-        self.layer, self.head = layer, nn.Linear(layer.hidden_size, 2)
+        self.layer, self.head = layer, nn.Linear(layer.hidden_size * (2 if layer.bidirectional else 1), 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layer(x)[0][-1])
@@ -33,10 +33,11 @@ def _subject(layer: nn.RNNBase) -> Subject:
     return Subject(_Classifier(layer), (x,), y, nn.functional.cross_entropy)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_sensitivity_is_that_of_the_last_source(kind: type[nn.RNNBase]) -> None:
+def test_sensitivity_is_that_of_the_last_source(kind: type[nn.RNNBase], bidirectional: bool) -> None:
     torch.manual_seed(0)
-    subject = _subject(kind(3, 5, num_layers=2))
+    subject = _subject(kind(3, 5, num_layers=2, bidirectional=bidirectional))
     (given,), _ = capture(subject.model, subject.loss, seed=0)
     for place, found in zip(layer_directions(given.layer), measure(given, None, 16, 0, 3e-3), strict=True):
         error, weights = torch.zeros_like(given.error), [w for w in place.weights[:2] if w is not None]

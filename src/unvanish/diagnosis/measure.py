@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from unvanish import flow
+from unvanish import engine, flow
 from unvanish.diagnosis.layer_inputs import Given
 from unvanish.diagnosis.student import t_quantile
 from unvanish.engine.precision import full_precision
@@ -121,7 +121,7 @@ def _measure_place(
     step = (
         lr * math.sqrt(sum(w.numel() for w in weights)) / max(math.hypot(*(float(w.norm()) for w in weights)), 1e-300)
     )
-    evidence["sensitivity"] = _sensitivity(given, place, fed, hx, error, sources[-1 if not place.reverse else 0])
+    evidence["sensitivity"] = _sensitivity(given, place, fed, hx, stack, error, sources[-1 if not place.reverse else 0])
     evidence["step_change"] = evidence["sensitivity"] * step
     above = layer.num_layers - 1 - place.layer
     return Measured(place, above, curve, slopes, wanted if lag is None else lag, asked or lag is None, decay, evidence)
@@ -213,20 +213,41 @@ def half_width(values: Tensor) -> float:
 
 
 def _sensitivity(
-    given: Given, place: LayerDirection, fed: Tensor | PackedSequence, hx: object, error: Tensor, k: int
+    given: Given,
+    place: LayerDirection,
+    fed: Tensor | PackedSequence,
+    hx: object,
+    stack: Stack,
+    error: Tensor,
+    k: int,
 ) -> float:
     """‖∂E_k/∂W‖ ‖W‖ / (‖∂E_k/∂h_k‖ ‖h_k‖): the relative change of the state per relative change of the weights."""
     wanted = [w for w in place.weights[:2] if w is not None]
-    with torch.enable_grad():
-        for w in wanted:
-            w.requires_grad_(True)
-        y, _ = given.layer(fed, hx)
-        h = nn.utils.rnn.pad_packed_sequence(y)[0] if isinstance(y, PackedSequence) else y
-        gradients = torch.autograd.grad((h[k] * error[k]).sum(), wanted)
-        for w in wanted:
-            w.requires_grad_(False)
+    if place.layer == given.layer.num_layers - 1:
+        h, gradients = _last_layer(stack, stack.index(place.name), error, k, getattr(given.layer, "clip", None))
+    else:
+        with torch.enable_grad():
+            for w in wanted:
+                w.requires_grad_(True)
+            y, _ = given.layer(fed, hx)
+            h = (nn.utils.rnn.pad_packed_sequence(y)[0] if isinstance(y, PackedSequence) else y)[k]
+            gradients = torch.autograd.grad((h * error[k]).sum(), wanted)
+            for w in wanted:
+                w.requires_grad_(False)
     norm = math.hypot(*(float(d.norm()) for d in gradients))
     weights = math.hypot(*(float(w.norm()) for w in wanted))
-    below = float((error[k].norm(dim=-1) * h[k].detach().norm(dim=-1)).sum())
+    below = float((error[k].norm(dim=-1) * h.detach().norm(dim=-1)).sum())
     # A gradient beyond float64 counts as e⁷⁰⁰, which is near the end of float64's range.
     return (norm if math.isfinite(norm) else math.exp(700.0)) * weights / below if below > 0 else math.nan
+
+
+def _last_layer(stack: Stack, place: int, error: Tensor, k: int, clip: float | None) -> tuple[Tensor, list[Tensor]]:
+    """(h_k in the user's order, ∂E_k/∂W of the place), from the pass that was kept."""
+    tr, width = stack.traces[place], stack.traces[place].y.shape[-1]
+    part = slice((place % stack.directions) * width, (place % stack.directions + 1) * width)
+    dy = torch.zeros_like(tr.y)
+    dy[k] = stack.inputs.in_internal_order(error[k], 0)[:, part]
+    deltas = engine.adjoint(tr, dy, (None,) * len(tr.final), clip)
+    gradients = engine.weight_gradients(tr, deltas)[:2]
+    above = torch.cat([other.y[k] for other in stack.traces[-stack.directions :]], dim=-1)
+    return stack.inputs.in_user_order(above, 0), [d for d in gradients if d is not None]

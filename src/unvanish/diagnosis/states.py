@@ -13,7 +13,7 @@ from unvanish import flow
 from unvanish.capture.named_states import Getter, NamedStates
 from unvanish.diagnosis.measure import FRACTION, half_width, middle, slope
 from unvanish.diagnosis.results import LayerDiagnosis
-from unvanish.diagnosis.subject import Subject
+from unvanish.diagnosis.subject import Subject, on_engine
 from unvanish.diagnosis.verdict import Verdict
 from unvanish.flow.state_reach import log_norms_of_states
 from unvanish.flow.watcher import marks_go_to
@@ -33,7 +33,7 @@ def of_states(subject: Subject, states: Mapping[str, Getter], lag: int | None, s
         if isinstance(h, Tensor):
             shown.setdefault(name, []).append(h)
 
-    twin, problems = subject.twin(), dict[str, str]()
+    twin, problems = on_engine(subject.twin()), dict[str, str]()
     named = NamedStates(twin, states, show, problems)
     with subject.rng(seed), torch.enable_grad(), marks_go_to(show):
         named.open()
