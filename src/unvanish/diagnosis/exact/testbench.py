@@ -33,9 +33,9 @@ class Bench:
 
     @cached_property
     def training(self) -> Pass:
-        """A training pass as the user would run it: own dtype, own mode, whole batch."""
+        """A training pass in the user's own dtype and mode, of the whole batch, torch's layers on our engine."""
         with self.subject.rng(0):
-            done = traced(self.subject.twin(), self.subject.loss)
+            done = traced(self.twin(), self.subject.loss)
         if done.error is not None:
             # A failure of the user's own pass is reported; one caused by observing it is not.
             with self.subject.rng(0), torch.enable_grad():
@@ -68,11 +68,10 @@ class Bench:
 
     def _takes(self, samples: int) -> bool:
         """Whether the model runs on a part of the batch: a kept state may fix its size."""
-        index = torch.arange(samples)
-        args, named = self.subject.call
+        args, named = self.subject.rows(self.subject.call, torch.arange(samples))
         try:
             with torch.no_grad(), self.subject.rng(0):
-                self.twin().eval()(*self.subject.rows(args, index), **self.subject.rows(named, index))
+                self.twin().eval()(*args, **named)
         except (RuntimeError, ValueError, IndexError, AssertionError):
             return False
         return True
@@ -84,13 +83,16 @@ class Bench:
     @cached_property
     def given(self) -> Arguments:
         """These samples."""
-        return self.taken(torch.arange(self.count)) if self.count is not None else self.cast(self.subject.call)
+        return self.cast(self._given)
+
+    @cached_property
+    def _given(self) -> Arguments:
+        whole = self.subject.call
+        return whole if self.count is None else self.subject.rows(whole, torch.arange(self.count))
 
     def taken(self, index: Tensor) -> Arguments:
         """These samples of the whole batch."""
-        return self.cast(self.subject.rows(self.subject.call[0], index)), self.cast(
-            self.subject.rows(self.subject.call[1], index)
-        )
+        return self.cast(self.subject.rows(self.subject.call, index))
 
     def cast(self, value: Any) -> Any:
         """The arguments in the precision of `model`."""
@@ -99,10 +101,10 @@ class Bench:
     @cached_property
     def in_double(self) -> bool:
         """Whether the model runs in float64 at all; some make float32 tensors of their own."""
+        args, named = double(self._given)
         try:
-            args, named = self.subject.call
             with torch.no_grad(), self.subject.rng(0):
-                self.twin().eval().double()(*double(args), **double(named))
+                self.twin().eval().double()(*args, **named)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return False
         return True
@@ -149,9 +151,7 @@ class Bench:
         return self.evaluation(self.given)
 
     def gradients_at(
-        self,
-        given: Arguments,
-        scalar: Callable[[list[Tensor]], Tensor],
+        self, given: Arguments, scalar: Callable[[list[Tensor]], Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(entries, gradients) of a scalar of the answers at the floating-point inputs, or at what embeddings make of
         the others."""
