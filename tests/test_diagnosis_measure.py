@@ -65,6 +65,17 @@ def test_a_gradient_beyond_float64_is_told_as_its_end() -> None:
     assert 1e200 < found.evidence["sensitivity"] < math.inf
 
 
+def test_the_training_pass_is_bitwise_the_users() -> None:
+    torch.manual_seed(0)
+    model, x = _Classifier(nn.LSTM(3, 20)), torch.randn(60, 4, 3)
+    target = model(x).detach()
+    # A square root at exactly 0 has no finite slope; anything but torch's own kernels lands beside it.
+    subject = Subject(model, (x,), target, lambda z, y: (z - y).square().mean().sqrt())
+    done = Bench(subject).training
+    assert torch.equal(done.answers[0], target)
+    assert uv.diagnose(model, x, target, loss=subject.loss_function, budget=0).findings[0].code == "nan"
+
+
 @pytest.mark.parametrize(("layer", "ours"), [(nn.LSTM(3, 4), True), (nn.GRU(3, 4), True), (_Own(3, 4), False)])
 def test_exact_tests_run_on_our_engine_where_it_is_the_same_layer(layer: nn.RNNBase, ours: bool) -> None:
     subject = _subject(layer)

@@ -33,9 +33,10 @@ class Bench:
 
     @cached_property
     def training(self) -> Pass:
-        """A training pass in the user's own dtype and mode, of the whole batch, torch's layers on our engine."""
+        """A training pass as the user would run it: own dtype, own mode, own kernels, whole batch."""
         with self.subject.rng(0):
-            done = traced(self.twin(), self.subject.loss)
+            # Bitwise the user's: a loss may be singular exactly where it lands.
+            done = traced(self.subject.twin(), self.subject.loss)
         if done.error is not None:
             # A failure of the user's own pass is reported; one caused by observing it is not.
             with self.subject.rng(0), torch.enable_grad():
