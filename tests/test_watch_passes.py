@@ -51,6 +51,27 @@ def test_cells_in_a_loop(kind: Callable[..., nn.RNNCellBase], detach_every: int 
     assert record.detached == ((2, 4) if detach_every else ())
 
 
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell, uv.nn.RNNCell])
+def test_a_single_sample_without_a_batch_axis_is_recorded_as_a_batch_of_one(
+    kind: Callable[..., nn.RNNCellBase],
+) -> None:
+    torch.manual_seed(0)
+    cell, x = kind(3, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    found = []
+    for rows in (x, x.unsqueeze(1)):
+        with uv.watch(cell) as flow, uv.cures.Omega(cell) as omega:
+            hx, total = None, x.new_zeros(())
+            for row in rows:
+                hx = cell(row, hx)
+                total = total + sum(
+                    (i + 1) * s.square().sum() for i, s in enumerate(hx if isinstance(hx, tuple) else [hx])
+                )
+            total.backward()
+        assert flow["cell"].residual <= 1e-12
+        found.append((flow["cell"].dh, *((flow["cell"].dc,) if kind is nn.LSTMCell else ()), omega.penalty()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("family", [nn, uv.nn])
 def test_states_may_come_in_a_list(family: Any) -> None:
     torch.manual_seed(0)

@@ -25,6 +25,7 @@ from unvanish.nn.modules import (
     final_error,
     layer_directions,
     on_gradient,
+    output_comes_from,
     output_error,
     run_layers,
 )
@@ -148,7 +149,7 @@ class Omega:
     def _after(self, call: Call) -> None:
         states, cell = call.states, isinstance(call.module, nn.RNNCellBase)
         attached = any(s.requires_grad for s in as_states(call.hx))
-        fused = cell and len(states) == 2 and states[0].grad_fn is states[1].grad_fn
+        fused = cell and not output_comes_from(states)
         outputs = states if cell else (call.y, *states)
         call.x, call.hx, call.output = _detached(call.x), _detached(call.hx), _detached(call.output)
         observed = _ObservedCall(call, attached, fused)

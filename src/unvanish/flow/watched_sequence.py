@@ -31,6 +31,7 @@ from unvanish.nn.modules import (
     cell_of,
     evaluating,
     on_gradient,
+    output_comes_from,
 )
 
 Errors = dict[Hashable, Any]
@@ -152,8 +153,7 @@ class CellSequence(Sequence):
         dtype = self.weights.w_ih.dtype
         self.x.append(_batched(x.detach().to(dtype)))
         self.previous.append(tuple(_batched(s.detach().to(dtype)) for s in given))
-        # A fused step (CUDA) returns h_t and c_t from one node: its ∂E/∂c_t lacks the path through h_t.
-        self.exposed.append(len(states) == 1 or states[0].grad_fn is not states[1].grad_fn)
+        self.exposed.append(output_comes_from(states))
         self.last = tuple(_batched(s.detach()) for s in states)
         self._versions = tuple(s._version for s in self.last)
         for i, state in enumerate(states):

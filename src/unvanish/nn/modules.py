@@ -279,6 +279,14 @@ def as_states(hx: Any) -> tuple[Tensor, ...]:
     return () if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
 
 
+def output_comes_from(states: tuple[Tensor, ...]) -> bool:
+    """Whether h_t was made from the very tensors of the other states, so that ∂E/∂c_t includes the path through h_t.
+
+    It was not where a fused kernel returns both (torch's cells on CUDA), nor for a single sample: its states are views.
+    """
+    return len(states) == 1 or (states[0].dim() > 1 and states[0].grad_fn is not states[1].grad_fn)
+
+
 def state_sizes(module: SequenceModule) -> tuple[int, ...]:
     """The width of each state."""
     cell = cell_of(module)
