@@ -13,7 +13,7 @@ from tests.fused_traces import EXACT, TORCHS
 from unvanish import engine, torch_internals
 from unvanish.cells import CELLS, LSTM, State, Weights
 from unvanish.engine import fused, manual
-from unvanish.engine.precision import full_precision
+from unvanish.engine.precision import full_precision, rounds_to_tf32
 
 
 def settings_of_products() -> list[Any]:
@@ -61,6 +61,18 @@ def test_settings_that_a_library_has_frozen_are_no_obstacle() -> None:
             layer(x)[0].sum().backward()
         assert flow["l0"].valid
         assert settings_of_products() == before
+
+
+def test_tf32_is_read_from_the_setting_of_the_kernel_that_runs() -> None:
+    backends: Any = torch.backends
+    before = settings_of_products()
+    try:
+        for rnn, products in (("ieee", "tf32"), ("tf32", "ieee")):
+            backends.cudnn.rnn.fp32_precision, backends.cuda.matmul.fp32_precision = rnn, products
+            assert (rounds_to_tf32(cudnn=True), rounds_to_tf32(cudnn=False)) == (rnn == "tf32", products == "tf32")
+    finally:
+        backends.cuda.matmul.fp32_precision, backends.cudnn.rnn.fp32_precision = before[:2]
+    assert settings_of_products() == before
 
 
 def test_settings_of_products_go_on_following_the_one_above_them() -> None:

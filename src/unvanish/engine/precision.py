@@ -36,6 +36,15 @@ def _exact_products(stack: ExitStack) -> None:
                 part.fp32_precision = "ieee"
 
 
+def rounds_to_tf32(cudnn: bool) -> bool:
+    """Whether float32 products on CUDA are rounded to TF32: those of cuDNN's recurrent layers, else those of cuBLAS."""
+    backends: Any = torch.backends
+    if not hasattr(backends.cudnn, "fp32_precision"):  # torch before 2.9
+        return (backends.cudnn if cudnn else backends.cuda.matmul).allow_tf32
+    # The older getter raises an error where the newer settings were used.
+    return (backends.cudnn.rnn if cudnn else backends.cuda.matmul).fp32_precision == "tf32"
+
+
 def _restore(whole: Any, value: str) -> None:
     """Restore the setting; if its value equals that of the setting above, let it follow that one again."""
     whole.fp32_precision = "none"

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unvanish.engine.precision import rounds_to_tf32
 from unvanish.flow.audit_report import LayerAudit, StepError
 from unvanish.flow.recomputed import Errors, Noise, outputs_of, recomputed, relative_error, step_norms
 from unvanish.flow.tapped import Tapped, TappedCall
@@ -76,7 +77,8 @@ def compare(
     )
     eps, label = torch.finfo(rounded).eps, str(coarse).removeprefix("torch.")
     factor = torch.finfo(coarse).eps / eps
-    if coarse == torch.float32 and _rounds_to_tf32(_data(calls[0].x)):
+    cudnn = isinstance(module, nn.RNNBase) and torch.backends.cudnn.enabled
+    if coarse == torch.float32 and _data(calls[0].x).is_cuda and rounds_to_tf32(cudnn):
         label, factor = "TF32", 2.0**13
     explained = MARGIN[coarse] * factor * max(rounding, eps / 2)
     kind = next(b.__name__ for b in type(module).__mro__ if not b.__name__.startswith("Parametrized"))
@@ -110,10 +112,6 @@ def _found(gradients: dict[int, Tensor], v: Tensor) -> Tensor:
     """The backend's gradient in float64 on the CPU; 0 where it gave none."""
     d = gradients.get(id(v))
     return (torch.zeros_like(v) if d is None else d).detach().cpu().double()
-
-
-def _rounds_to_tf32(x: Tensor) -> bool:
-    return x.device.type == "cuda" and torch.backends.cudnn.enabled and torch.backends.cudnn.allow_tf32
 
 
 def _label(module: nn.Module, key: str) -> str:

@@ -14,7 +14,7 @@ from unvanish.cells import State, Weights
 from unvanish.flow.nonfinite import origin_of_nonfinite
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.summary import healthy, layer_flow, reorder, summarise
-from unvanish.flow.watched_sequence import Errors, Measured, Sequence, apart, join, weight_keys
+from unvanish.flow.watched_sequence import Errors, Measured, Sequence, apart, join, rounding, weight_keys
 from unvanish.nn.modules import (
     CellModule,
     Drawn,
@@ -64,6 +64,7 @@ class ModuleSequence(Sequence):
     def add(self, call: Call) -> None:
         """A call that has just returned."""
         module, index = self.module, len(self.calls)
+        self.rounding = max(self.rounding, rounding(call.y))
         with torch.no_grad(), evaluating(module):
             inputs, states = detached_call(module, call.x, call.hx, call.lengths)
             used = layer_directions(module, used_weights(module))
@@ -84,7 +85,7 @@ class ModuleSequence(Sequence):
         dy = output_error(self.module, call.inputs, errors.get((index, "y")))
         passes = self._forward(call)
         replayed = tuple(torch.stack(s) for s in zip(*(p.final for p in passes), strict=True))
-        problem = apart(call.final, replayed)
+        problem = apart(call.final, replayed, self.rounding)
         dfinal = [final_error(call.inputs, errors.get((index, i))) for i in range(len(call.states[0]))]
         measured: list[Measured] = []
 

@@ -66,6 +66,8 @@ class Sequence(ABC):
         self.era: tuple[int, ...] = (0, 0)
         self.differentiated = False
         """whether a gradient of it has been kept as part of a graph, to be differentiated again"""
+        self.rounding = 0.0
+        """the largest relative difference to the run that rounding explains"""
         self._catch = catch
 
     @property
@@ -141,6 +143,7 @@ class CellSequence(Sequence):
     def add(self, call: Call) -> None:
         """A step that has just returned."""
         t, module, x, states = self.steps, self.module, call.x, call.states
+        self.rounding = max(self.rounding, rounding(call.y))
         given = as_states(call.hx) or tuple(torch.zeros_like(s) for s in states)
         p = module._parameters
         used = tuple(p.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
@@ -190,7 +193,9 @@ class CellSequence(Sequence):
         # A tensor changed in place since then says nothing about the run.
         kept = [i for i, s in enumerate(self.last) if s._version == self._versions[i]]
         last = tuple(self.last[i] for i in kept)
-        problem = apart(last, tuple(state[i][-1][: len(real)] for i, real in zip(kept, last, strict=True)))
+        problem = apart(
+            last, tuple(state[i][-1][: len(real)] for i, real in zip(kept, last, strict=True)), self.rounding
+        )
         resets = self.reset_steps(T, B)
         record = replace(record, detached=tuple(self.detached), resets=resets, problem=problem)
         return [
@@ -237,7 +242,7 @@ def _kind(v: Tensor) -> str:
     return "NaN" if bool(v.isnan().any()) else "infinity"
 
 
-def apart(real: State, replayed: State) -> str | None:
+def apart(real: State, replayed: State, rounding: float) -> str | None:
     """The problem to report if a replay's final state differs from the run's by more than rounding explains; else
     None."""
     for a, b in zip(real, replayed, strict=True):
@@ -245,7 +250,7 @@ def apart(real: State, replayed: State) -> str | None:
             return f"the replay ends in a state of shape {tuple(b.shape)}, the run in one of {tuple(a.shape)}"
         largest = [v.abs().max() for v in (a.double(), a.double() - b.double())] if a.numel() else []
         size, off = numbers(largest) or (0.0, 0.0)
-        allowed = rounding(a) * max(size, 1.0)
+        allowed = rounding * max(size, 1.0)
         if off > allowed:
             return (
                 f"the replay of the layer ends {off:.1e} from where the run ended (rounding explains {allowed:.0e}): "
@@ -254,11 +259,18 @@ def apart(real: State, replayed: State) -> str | None:
     return None
 
 
-def rounding(v: Tensor) -> float:
-    """The largest difference that rounding explains in a long sequence, relative to the size of its states."""
-    if v.is_cuda and v.dtype == torch.float32:
-        return 1e-2  # products in TF32
-    return min(0.1, 2e3 * torch.finfo(v.dtype).eps)
+def rounding(y: Tensor) -> float:
+    """The largest difference that rounding explains in a long sequence, relative to the size of its states.
+
+    Args:
+        y: what the run has just returned, in the dtype and under the autocast that it ran in.
+    """
+    least = 1e-2 if y.is_cuda and y.dtype == torch.float32 else 0.0  # products in TF32
+    dtypes, device = [y.dtype], y.device.type
+    # Under autocast torch's GRU may return float32 and yet multiply in bfloat16.
+    if y.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtypes.append(torch.get_autocast_dtype(device))
+    return max(least, min(0.1, 2e3 * max(torch.finfo(dtype).eps for dtype in dtypes)))
 
 
 def observable_weights(module: RecurrentModule) -> dict[str, tuple[Hashable, Tensor]]:

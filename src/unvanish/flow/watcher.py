@@ -371,9 +371,8 @@ class Watch(Flow):
             for index, part in enumerate(found):
                 record = replace(part.flow, step=self._epoch)
                 if not isinstance(sequence, RecordedSequence):
-                    record = with_residual(
-                        record, {key: ours[key] for key in part.gradients}, run.gradients, self._runs.weights
-                    )
+                    mine = {key: ours[key] for key in part.gradients}
+                    record = with_residual(record, mine, run.gradients, self._runs.weights, sequence.rounding)
                 origin = part.nonfinite
                 if origin is None and bad:
                     says = f"its gradient is not finite, although every gradient at {record.name} is"
