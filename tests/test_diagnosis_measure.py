@@ -1,6 +1,8 @@
 """What the measurement of a layer rests on, and what the exact tests run on."""
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import unvanish as uv
 from unvanish.diagnosis.exact.testbench import Bench
 from unvanish.diagnosis.layer_inputs import capture
 from unvanish.diagnosis.measure import measure
-from unvanish.diagnosis.subject import Subject
+from unvanish.diagnosis.subject import Subject, able_to_go_back
 from unvanish.nn.modules import layer_directions
 
 
@@ -74,6 +76,48 @@ def test_the_training_pass_is_bitwise_the_users() -> None:
     done = Bench(subject).training
     assert torch.equal(done.answers[0], target)
     assert uv.diagnose(model, x, target, loss=subject.loss_function, budget=0).findings[0].code == "nan"
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+@pytest.mark.parametrize("training", [True, False])
+def test_no_layer_goes_back_in_eval_mode_as_cudnn_can_not(
+    kind: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    gone_back: list[bool] = []
+
+    def run(self: nn.RNNBase, *given: Any, **options: Any) -> Any:
+        y, final = forward(self, *given, **options)
+        if y.requires_grad:
+            y.register_hook(lambda _: gone_back.append(self.training))
+        return y, final
+
+    ours = getattr(uv.nn, kind)
+    forward = ours.forward
+    monkeypatch.setattr(ours, "forward", run)
+    layer = ours(3, 5, num_layers=2, dropout=0.5)
+    layer.h_detach = 0.5
+    found = uv.diagnose(
+        _Classifier(layer).train(training), torch.randn(9, 12, 3), torch.randint(2, (12,)),
+        loss=nn.functional.cross_entropy, budget=0,
+    )  # fmt: skip
+    assert not any("not tested" in note or "not measured" in note for note in found.notes)
+    # The user's own passes are in the user's mode.
+    assert gone_back.count(False) <= (0 if training else 3)
+    assert True in gone_back
+
+
+def test_what_goes_back_instead_of_a_layer_in_eval_mode_is_the_same_function() -> None:
+    torch.manual_seed(0)
+    layer, x = uv.nn.LSTM(3, 5, num_layers=2, dropout=0.5).eval(), torch.randn(9, 4, 3)
+    layer.h_detach = 0.5
+    twin = able_to_go_back(copy.deepcopy(layer))
+    expected, found = (
+        (y := m(x)[0], *torch.autograd.grad(y.square().sum(), list(m.parameters()))) for m in (layer, twin)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert twin.training
+    assert able_to_go_back(layer.train()).dropout == 0.5, "in training nothing is changed"
 
 
 @pytest.mark.parametrize(("layer", "ours"), [(nn.LSTM(3, 4), True), (nn.GRU(3, 4), True), (_Own(3, 4), False)])

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from unvanish.capture import Call, Capture, Returned, link, returned
 from unvanish.diagnosis.cell_loop import CellLoop
 from unvanish.diagnosis.structure import detached_copy
-from unvanish.diagnosis.subject import on_engine
+from unvanish.diagnosis.subject import able_to_go_back, on_engine
 from unvanish.nn.accelerate import accelerate
 from unvanish.nn.modules import (
     CellModule,
@@ -101,7 +101,7 @@ def capture(model: nn.Module, loss: Callable[[nn.Module], Tensor], seed: int) ->
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    twin = on_engine(detached_copy(model))
+    twin = able_to_go_back(on_engine(detached_copy(model)))
     calls: dict[str, list[_Call]] = {}
     last: dict[str, Returned] = {}
     seen = Capture(

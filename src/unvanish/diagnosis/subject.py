@@ -14,6 +14,7 @@ from unvanish.diagnosis.order import axis_of_time
 from unvanish.diagnosis.structure import detached_copy, floating, mapped, tensors
 from unvanish.diagnosis.trace import COMPARING, traced
 from unvanish.nn.accelerate import accelerate, obstacle
+from unvanish.nn.layers import EngineSequence
 from unvanish.nn.modules import SequenceModule
 
 Loss = Callable[..., Tensor]
@@ -218,6 +219,16 @@ def on_engine(twin: nn.Module) -> nn.Module:
     for module in list(twin.modules()):
         if isinstance(module, nn.RNNBase) and obstacle(module) is None:
             accelerate(module)
+    return twin
+
+
+def able_to_go_back(twin: nn.Module) -> nn.Module:
+    """This copy, with its layers on our engine out of eval mode, in which cuDNN's kernels have no backward pass; what
+    that mode keeps from being drawn is off instead."""
+    for module in twin.modules():
+        if isinstance(module, EngineSequence) and not module.training:
+            module.dropout, module.h_detach = 0.0, None
+            module.train()
     return twin
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unvanish.diagnosis.structure import detached_copy, floating, mapped, tensors
-from unvanish.diagnosis.subject import Subject, on_engine
+from unvanish.diagnosis.subject import Subject, able_to_go_back, on_engine
 from unvanish.diagnosis.trace import Pass, Trace, double, traced
 from unvanish.nn.modules import RecurrentModule
 
@@ -156,7 +156,7 @@ class Bench:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(entries, gradients) of a scalar of the answers at the floating-point inputs, or at what embeddings make of
         the others."""
-        twin = detached_copy(self.model)
+        twin = able_to_go_back(detached_copy(self.model))
         entries: list[Tensor] = []
 
         def enter(tensor: Tensor) -> Tensor:
