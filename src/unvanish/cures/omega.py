@@ -28,6 +28,7 @@ from unvanish.nn.modules import (
     output_comes_from,
     output_error,
     run_layers,
+    weights_dtype,
 )
 
 
@@ -144,7 +145,7 @@ class Omega:
             parts = [
                 self._of_cell(h) if isinstance(h.call.module, nn.RNNCellBase) else self._of_module(h) for h in observed
             ]
-        return torch.stack(parts).sum().to(next(observed[0].call.module.parameters()).dtype)
+        return torch.stack(parts).sum().to(weights_dtype(observed[0].call.module))
 
     def _after(self, call: Call) -> None:
         states, cell = call.states, isinstance(call.module, nn.RNNCellBase)

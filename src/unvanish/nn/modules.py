@@ -314,12 +314,21 @@ def initial_states(module: SequenceModule, hx: Any, inputs: TimeMajor) -> list[S
     return [tuple(h[k] for h in given) for k in range(rows)]
 
 
+def weights_dtype(module: RecurrentModule) -> torch.dtype:
+    """Of the weights that it computes with; a replica of nn.DataParallel has no parameters."""
+    if isinstance(module, nn.RNNBase):
+        return module._flat_weights[0].dtype
+    if isinstance(module, nn.RNNCellBase):
+        return module.weight_ih.dtype
+    return next(w.dtype for w in directions_of_a_cell(module)[0].weights if w is not None)
+
+
 def detached_call(
     module: SequenceModule, x: Tensor | PackedSequence, hx: Any, lengths: Tensor | Sequence[int] | None = None
 ) -> tuple[TimeMajor, list[State]]:
     """A call's input and initial states, to run it again: detached from any graph, and in the weights' dtype where
     autocast received another one."""
-    inputs, dtype = time_major(module, x, lengths), next(module.parameters()).dtype
+    inputs, dtype = time_major(module, x, lengths), weights_dtype(module)
     inputs = inputs._replace(x=inputs.x.detach().to(dtype))
     return inputs, [tuple(s.detach().to(dtype) for s in state) for state in initial_states(module, hx, inputs)]
 
