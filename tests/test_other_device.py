@@ -4,7 +4,9 @@ Layers on the meta device, which torch keeps apart from the CPU as it does a GPU
 raise an error, and shapes are computed, but no numbers. A number that is asked for is 0 here, a count 1, a flag True.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -101,6 +103,24 @@ def test_how_often_a_watched_step_waits_does_not_depend_on_its_length(name: str,
     assert len(waits) == number, waits
     watched(name, steps=50)
     assert len(waits) == 2 * number
+
+
+def test_a_run_that_a_devices_thread_did_not_end_is_forgotten_at_the_next_step() -> None:
+    layer, failing = LAYERS["lstm"](), [True, False]
+
+    def fail(_: Tensor) -> None:
+        if failing.pop(0):
+            raise MemoryError("as when the device is full")
+
+    layer.weight_ih_l0.register_hook(fail)
+    watched = uv.watch(layer)
+    with watched as flow:
+        for _ in range(2):
+            loss = layer(sequence())[0].square().sum()
+            with contextlib.suppress(MemoryError), ThreadPoolExecutor(1) as device:
+                device.submit(loss.backward).result()
+        assert flow["l0"].step == 2
+        assert not watched._runs._begun  # type: ignore[attr-defined]
 
 
 MEASUREMENTS: dict[str, Callable[..., Any]] = {

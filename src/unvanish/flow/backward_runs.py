@@ -28,7 +28,7 @@ class BackwardRun:
     sums: list[tuple[str, Tensor]] = field(default_factory=list)
     """(parameter, the sum of its gradient): not finite where the gradient is not"""
     thread: int = 0
-    """that it runs in"""
+    """that it runs in, or that waits for it"""
     differentiable: bool = False
     """whether its gradients are kept as part of a graph (create_graph)"""
 
@@ -65,7 +65,11 @@ class BackwardRuns:
 
     def catch(self, sequence: Sequence, key: Hashable, error: Any) -> None:
         """Record a gradient that arrived at a sequence."""
-        errors = self._current().errors.setdefault(sequence, {})
+        run = self._current()
+        if isinstance(error, Tensor) and not error.is_cpu:
+            # Hooks run in a thread of the device's own, while the one that ran forward waits.
+            run.thread = sequence.thread
+        errors = run.errors.setdefault(sequence, {})
         errors[key] = errors[key] + error if key in errors else error
 
     def forget_aborted(self) -> None:

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -64,6 +65,8 @@ class Sequence(ABC):
         """whether samples of a call so far had different lengths"""
         self.number = 0
         self.era: tuple[int, ...] = (0, 0)
+        self.thread = get_ident()
+        """that ran forward"""
         self.differentiated = False
         """whether a gradient of it has been kept as part of a graph, to be differentiated again"""
         self.rounding = 0.0
