@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from unvanish.diagnosis.finding import CODES, Finding, ranked
 from unvanish.diagnosis.order import axis_of_time
 from unvanish.diagnosis.subject import Subject
+from unvanish.seeding import seeded
 
 N, T = 12, 7
 
@@ -85,6 +86,22 @@ def test_rows_are_the_same_samples_of_everything() -> None:
     assert torch.equal(padded[0, : left[0]], x[4, : left[0]])
     folded = subject(x, torch.arange(N * T), batch_first=True)
     assert folded.rows(folded.target, index).tolist() == [*range(4 * T, 5 * T), *range(T, 2 * T)]
+
+
+def test_the_generators_of_every_gpu_go_on_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {0: "as the user left it", 1: "another"}
+    before = dict(states)
+    for name, value in {
+        "is_initialized": lambda: True,
+        "device_count": lambda: len(states),
+        "get_rng_state": lambda device: states[device],
+        "set_rng_state": lambda state, device: states.__setitem__(device, state),
+        "manual_seed_all": lambda seed: states.update(dict.fromkeys(states, f"seed {seed}")),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with Subject(Net(), (torch.zeros(1),), None, mse_loss).rng(3), seeded(4):
+        assert states == {0: "seed 4", 1: "seed 4"}
+    assert states == before
 
 
 def test_random_numbers_go_on_as_if_nothing_had_been_drawn() -> None:

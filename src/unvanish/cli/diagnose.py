@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from unvanish.cli.output import UserError
+from unvanish.seeding import generators_kept
 
 if TYPE_CHECKING:
     from unvanish.diagnosis import Diagnosis
@@ -175,7 +176,6 @@ def _made(source: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
 def _try_out(source: str, model: Any, batch: tuple[Any, ...], how: dict[str, Any]) -> None:
     """Reports what the user's model and loss raise on the user's batch as a one-line error."""
-    import torch
 
     from unvanish.diagnosis.structure import detached_copy
 
@@ -183,7 +183,7 @@ def _try_out(source: str, model: Any, batch: tuple[Any, ...], how: dict[str, Any
     calls = {"step": "step(model)", "loss": "loss(model(input), target)"}
     what = calls.get(next(iter(how), ""), "training_step(batch, 0)")
     try:
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with generators_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the diagnosis says what matters
             twin = detached_copy(model)
             if "step" in how:

@@ -27,6 +27,7 @@ from unvanish.nn.modules import (
     time_major,
 )
 from unvanish.nn.recurrent import Recurrent
+from unvanish.seeding import seeded
 
 
 @dataclass
@@ -120,9 +121,7 @@ def capture(model: nn.Module, loss: Callable[[nn.Module], Tensor], seed: int) ->
             raise ValueError(f"model: weight {name!r} holds a NaN or infinity; nothing can be measured of it")
         parameter.requires_grad_(True)
         parameter.grad = None
-    devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
-        torch.manual_seed(seed)
+    with seeded(seed), torch.enable_grad():
         with seen:
             value = loss(twin)
         if not isinstance(value, Tensor) or value.numel() != 1:

@@ -18,6 +18,7 @@ from unvanish.diagnosis.results import BAD, LayerDiagnosis, Prescription
 from unvanish.diagnosis.structure import detached_copy
 from unvanish.nn.layers import EngineSequence
 from unvanish.nn.modules import RecurrentModule, cell_of, layer_directions
+from unvanish.seeding import seeded
 
 Act = Callable[[nn.Module], nn.Module]
 
@@ -162,8 +163,7 @@ def _scale_input(module: nn.Module, factor: float) -> nn.Module:
 
 def _gru(module: nn.Module, max_lag: float, seed: int) -> nn.Module:
     """The successor of a module; one of unvanish's for a module of unvanish."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         ours = isinstance(module, EngineSequence)
         successor = cures.replace_(layers.restore(copy.deepcopy(module)) if ours else module, "gru")
     cures.chrono_(successor, max_lag=max_lag, generator=torch.Generator().manual_seed(seed))

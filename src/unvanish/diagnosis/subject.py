@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from unvanish.diagnosis.trace import COMPARING, traced
 from unvanish.nn.accelerate import accelerate, obstacle
 from unvanish.nn.layers import EngineSequence
 from unvanish.nn.modules import SequenceModule
+from unvanish.seeding import seeded
 
 Loss = Callable[..., Tensor]
 
@@ -199,13 +200,14 @@ class Subject:
         """Start random numbers from this seed within the block; afterwards they continue as if none had been drawn."""
         import numpy as np
 
-        devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "meta")}
-        kinds = {d.type for d in devices} or {"cuda"}
+        devices = {p.device for p in self.model.parameters() if p.device.type not in ("cpu", "cuda", "meta")}
         python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the user's code draws from it)
-        kind = next(iter(kinds))
         try:
-            with torch.random.fork_rng(devices=[d for d in devices if d.type == kind], device_type=kind):
-                torch.manual_seed(seed)
+            with ExitStack() as stack:
+                for kind in {d.type for d in devices}:
+                    here = [d for d in devices if d.type == kind]
+                    stack.enter_context(torch.random.fork_rng(devices=here, device_type=kind))
+                stack.enter_context(seeded(seed))
                 random.seed(seed)
                 np.random.seed(seed % 2**32)  # noqa: NPY002
                 yield

@@ -317,7 +317,7 @@ def initial_states(module: SequenceModule, hx: Any, inputs: TimeMajor) -> list[S
 def weights_dtype(module: RecurrentModule) -> torch.dtype:
     """Of the weights that it computes with; a replica of nn.DataParallel has no parameters."""
     if isinstance(module, nn.RNNBase):
-        return module._flat_weights[0].dtype
+        return next(w.dtype for w in module._flat_weights if w is not None)
     if isinstance(module, nn.RNNCellBase):
         return module.weight_ih.dtype
     return next(w.dtype for w in directions_of_a_cell(module)[0].weights if w is not None)

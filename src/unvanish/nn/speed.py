@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from unvanish.nn.accelerate import accelerate
+from unvanish.seeding import seeded
 
 KINDS = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
 SHAPES = (
@@ -104,8 +105,7 @@ def geometric_mean(timings: Iterable[Timing]) -> float | None:
 
 def _timed(row: Row, seconds: float) -> Timing:
     end = time.perf_counter() + seconds
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         sides = [_call(row, ours) for ours in (False, True)]
     try:
         sides[0]()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from unvanish.extras import extra
+from unvanish.seeding import generators_kept
 from unvanish.train.checkpoints import SaveEachRound, SealedCheckpointIO, newest
 from unvanish.train.configuration import Machines, TrainingConfiguration
 from unvanish.train.models import SequenceModel
@@ -94,7 +95,7 @@ def fit(
         # Its own requeueing would save in the middle of a round.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     on_interrupt = signal.getsignal(signal.SIGINT)
-    with _quiet(), torch.random.fork_rng():
+    with _quiet(), generators_kept():
         try:
             trainer = lightning.Trainer(
                 accelerator=machines.accelerator,

@@ -10,10 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unvanish.extras import extra
 from unvanish.flow.callback import GradientFlow
+from unvanish.seeding import seeded
 from unvanish.train.assessment import assess, examine, remedied
 from unvanish.train.configuration import Machines, TrainingConfiguration
 from unvanish.train.fit import JUDGED, fit
@@ -86,8 +85,7 @@ def train_on(
     machines = machines or Machines()
     if machines.accelerator == "cpu":
         _check_memory(problem, shape, configuration)
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed):
         model = shape.build(problem.length)
     untrained = deepcopy(model) if assessed else None
     # Fewer samples of very long sequences: measuring keeps every state of them.

@@ -5,6 +5,7 @@ import torch
 from unvanish import cures, flow
 from unvanish.cures.layer_weights import layers_of
 from unvanish.nn.modules import RecurrentModule, cell_of
+from unvanish.seeding import generators_kept, seeded
 from unvanish.train.gradient_breakdown import ending_together
 from unvanish.train.gradient_reach import PROBES, measure
 from unvanish.train.models import REMEDIES, recipe
@@ -20,7 +21,7 @@ SURVIVAL = 0.5
 def cured(task: Task, name: str, hidden: int, seed: int) -> list[Cured]:
     """The effect of each cure of a plain recipe on the gradient before training; the global random state is kept."""
     found = []
-    with torch.random.fork_rng(devices=[]):
+    with generators_kept():
         for remedy in REMEDIES.get(name, ()):
             torch.manual_seed(seed)
             chosen = recipe(remedy)
@@ -31,8 +32,7 @@ def cured(task: Task, name: str, hidden: int, seed: int) -> list[Cured]:
 def forget_bias_series(task: Task, hidden: int, seed: int) -> list[BiasReach]:
     """A fresh LSTM from one seed with all forget biases set to each of `BIASES`; the global random state is kept."""
     found = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = recipe("lstm").build(task, hidden)
         for bias in BIASES:
             cures.forget_bias_(model.recurrent, bias)
@@ -45,8 +45,7 @@ def rescued(task: Task, name: str, hidden: int, seed: int) -> Rescue | None:
 
     None: no gate carries the state, or the states' reaction kept the survival from the target.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = recipe(name).build(task, hidden)
         layer = model.recurrent
         if cell_of(layer).carry_gate is None:

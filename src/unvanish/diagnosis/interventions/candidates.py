@@ -18,6 +18,7 @@ from unvanish.diagnosis.interventions.standardise import standardise_
 from unvanish.diagnosis.plan import Step
 from unvanish.nn.layers import EngineSequence
 from unvanish.nn.modules import RecurrentModule, SequenceModule, cell_of
+from unvanish.seeding import seeded
 
 Kind = Literal["as_is", "rate", "clip", "radius", "depth", "reach", "input", "regularisation", "capacity"]
 
@@ -289,8 +290,7 @@ def _replaced(plain: Modules, seed: int) -> Step:
     given = "uv.restore(model)" if ours else "model"
 
     def act(model: nn.Module) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             return cures.replace_(layers.restore(model) if ours else model, "gru")
 
     names = ", ".join(path or "the model" for path in plain)

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from unvanish.cures.widen import can_widen, widen_
@@ -13,6 +12,7 @@ from unvanish.diagnosis.interventions.candidates import AS_IS, Candidate
 from unvanish.diagnosis.interventions.score import ahead
 from unvanish.diagnosis.plan import Step
 from unvanish.nn.modules import RecurrentModule
+from unvanish.seeding import seeded
 
 NARROW, WIDE = 8, 64
 """units up to which a layer is tried with more, and how many it gets"""
@@ -73,8 +73,7 @@ def more_units(model: nn.Module, seed: int) -> Step | None:
         return None
 
     def act(model: nn.Module) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             return widen_(model, WIDE)
 
     units = ", ".join(f"{path or 'the model'}: {size}" for path, size in sizes.items() if size < WIDE)

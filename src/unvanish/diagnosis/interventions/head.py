@@ -20,6 +20,7 @@ from unvanish.diagnosis.interventions.readout import HOLDS, Question, explained,
 from unvanish.diagnosis.interventions.score import SURE
 from unvanish.diagnosis.structure import mapped
 from unvanish.nn.modules import RecurrentModule, evaluating
+from unvanish.seeding import seeded
 
 RATES = (1e-2, 3e-2, 1e-1)
 """of the linear head, one after the other until it learns; the model's own head gets the same"""
@@ -102,8 +103,7 @@ def _linear(question: Question, seed: int, until: float) -> Linear | None:
     x, x_out = question.x.float(), question.x_out.float()
     y, y_out = ((answers - mean).div(spread).float() for answers in (question.y, question.y_out))
     for lr in RATES:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
+        with seeded(seed), torch.enable_grad():
             layer = nn.Linear(x.shape[1], y.shape[1]).to(x.device)
             optimizer = torch.optim.Adam(layer.parameters(), lr=lr)
             for update in range(1, MOST + 1):
