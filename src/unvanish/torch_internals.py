@@ -112,6 +112,12 @@ def overridden(given: Iterable[Any]) -> bool:
     return any(getattr(type(v), "__torch_function__", disabled) is not disabled for v in given if type(v) is not Tensor)
 
 
+def another_default_device() -> bool:
+    """Whether tensors that name no device are made elsewhere than on the CPU (`torch.set_default_device`). Instead:
+    `torch.get_default_device` alone, which takes microseconds."""
+    return torch._C._len_torch_function_stack() > 0 and torch.get_default_device().type != "cpu"
+
+
 def fixed(size: int | torch.SymInt) -> bool:
     """Whether an axis has the same size in every run of a graph that is being captured. Instead: `isinstance(size,
     int)`, which torch.compile answers with yes for any size. Takes a second to import."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.capture.parts import Parts, unseen
+from unvanish.engine.precision import cpu_by_default
 from unvanish.nn import observing
 from unvanish.nn.modules import RecurrentModule, as_states, draws_cuts, draws_dropout
 
@@ -84,7 +85,8 @@ class Capture:
     def guarded(self, name: str, do: Callable[[], Any]) -> Any:
         """do(), or None if it raises; the error is then stored as the problem of `name`."""
         try:
-            return do()
+            with cpu_by_default():
+                return do()
         except Exception as error:
             self.problems[name] = f"could not be recorded: {type(error).__name__}: {error}"
             return None

@@ -81,7 +81,7 @@ def whole_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     Raises:
         ValueError: they are not one whole number from 0 to T per sample.
     """
-    given, (T, B) = torch.as_tensor(lengths), x.shape[:2]
+    given, (T, B) = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu"), x.shape[:2]
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool or given.shape != (B,):
         found = f"{tuple(given.shape)} of {given.dtype}"
         raise ValueError(f"lengths: expected {B} whole numbers, one per sample, got {found}")

@@ -2,13 +2,13 @@
 can be set to use inside a float32 product."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from threading import Lock
 from typing import Any
 
 import torch
 
-from unvanish.torch_internals import writable_backends
+from unvanish.torch_internals import another_default_device, writable_backends
 
 _lock = Lock()
 _depth = 0
@@ -63,15 +63,22 @@ def without_autocast() -> Iterator[None]:
 
 
 @contextmanager
+def cpu_by_default() -> Iterator[None]:
+    """Tensors that name no device are the CPU's, whatever the user's default device is."""
+    with torch.device("cpu") if another_default_device() else nullcontext():
+        yield
+
+
+@contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute products at full precision within the block.
+    """Compute products at full precision within the block, with tensors of our own on the CPU where no device is named.
 
     Autocast is set per thread. The precision of products is set per process: it is changed when the first thread
     enters and restored when the last one has left, so that products in other threads are exact meanwhile, too (and
     torch's older getter `cudnn.allow_tf32` raises an error, as it does whenever the newer settings differ).
     """
     global _depth
-    with without_autocast():
+    with without_autocast(), cpu_by_default():
         with _lock:
             if _depth == 0:
                 with writable_backends():

@@ -44,7 +44,7 @@ class Reading:
     def _piece(self, first: int, last: int) -> Piece:
         if self._lengths is None or self._order is None:
             return Piece(first, last, None, None)
-        number = torch.arange(first, last)[:, None]
+        number = torch.arange(first, last, device="cpu")[:, None]
         here = number < self._lengths
         t = self._lengths - 1 - number if self.reverse else number
         return Piece(first, last, here.sum(1), (t * self.B + self._order)[here].to(self.device))

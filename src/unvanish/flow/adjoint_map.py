@@ -64,7 +64,9 @@ class AdjointMap(Record):
             import pandas as pd
 
         k, t, b = torch.meshgrid(
-            torch.tensor(self.sources), *map(torch.arange, self.log_norms.shape[1:]), indexing="ij"
+            torch.tensor(self.sources, device="cpu"),
+            *(torch.arange(n, device="cpu") for n in self.log_norms.shape[1:]),
+            indexing="ij",
         )
         lag = t - k if self.at.endswith(".reverse") else k - t
         columns = {"source": k, "t": t, "lag": lag, "sample": b, "log_norm": self.log_norms, "norm": self.norms}

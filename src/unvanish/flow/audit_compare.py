@@ -63,7 +63,12 @@ def compare(
                 # Calls may share a weight's tensor, whose gradient then is their sum.
                 new = id(w) not in views.setdefault(key, {})
                 views[key][id(w)] = w
-                sums.add(key, _found(gradients, w) if new else torch.zeros(()), exact[key], *(r[key] for r in rough))
+                sums.add(
+                    key,
+                    _found(gradients, w) if new else torch.zeros((), device="cpu"),
+                    exact[key],
+                    *(r[key] for r in rough),
+                )
     names = [*views, *(key for key in sums.reference if key not in views)]
     if compiled is not None:
         names = [key for key in views if key in compiled]

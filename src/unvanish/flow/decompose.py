@@ -70,7 +70,7 @@ class Term(Record):
         with extra("report"):
             import pandas as pd
 
-        t, b = torch.meshgrid(*map(torch.arange, self.log_norm.shape), indexing="ij")
+        t, b = torch.meshgrid(*(torch.arange(n, device="cpu") for n in self.log_norm.shape), indexing="ij")
         columns = {"t": t, "sample": b, "term": self.name}
         columns |= {"log_norm": self.log_norm, "norm": self.norm, "share": self.share}
         return pd.DataFrame({k: v.flatten().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()})

@@ -135,7 +135,7 @@ def _layer_norms(record: LayerFlow) -> _LayerNorms:
 def _median(norms: Tensor, lengths: Tensor) -> list[float]:
     if not norms.numel():
         return [-math.inf] * len(norms)
-    present = torch.arange(len(norms))[:, None] < lengths[None, :]
+    present = torch.arange(len(norms), device="cpu")[:, None] < lengths[None, :]
     middle = torch.where(present, norms.double(), torch.nan).nanmedian(1).values
     return middle.nan_to_num(0.0).log10().tolist()
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unvanish import engine
 from unvanish.cells import CELLS, Cell, State, Weights
+from unvanish.engine.precision import cpu_by_default
 from unvanish.flow.frameworks import Sizes, as_float64, as_weights
 from unvanish.flow.nonfinite import NonFiniteOrigin, origin_of_nonfinite
 from unvanish.flow.record import LayerFlow, NonFiniteError
@@ -89,6 +90,7 @@ def from_arrays(
     return record
 
 
+@cpu_by_default()
 def _measure(
     cell: Cell, w: Weights, x: Tensor, dy: Tensor, state: State, lengths: Tensor | Sequence[int] | None, reverse: bool
 ) -> tuple[LayerFlow, NonFiniteOrigin | None]:

@@ -65,7 +65,7 @@ class GateStatistics(Record):
         Time constants outside 10⁻³ … 10⁹ steps, 0 and infinity among them, count as these."""
         tau = self.time_constant.clamp(1e-3, 1e9).log10()
         low, high = float(tau.min()), float(tau.max())
-        edges = torch.linspace(low, high if high > low else low + 1, bins + 1, dtype=torch.float64)
+        edges = torch.linspace(low, high if high > low else low + 1, bins + 1, dtype=torch.float64, device="cpu")
         return torch.histogram(tau, edges).hist, 10**edges
 
     def to_dataframe(self) -> "pd.DataFrame":
@@ -73,7 +73,7 @@ class GateStatistics(Record):
         with extra("report"):
             import pandas as pd
 
-        columns: dict[str, Any] = {"unit": torch.arange(self.mean.shape[1])}
+        columns: dict[str, Any] = {"unit": torch.arange(self.mean.shape[1], device="cpu")}
         for prefix, value in (("mean", self.mean), ("saturation", self.saturation)):
             columns |= {f"{prefix}_{gate}": v for gate, v in zip(self.gate_names, value, strict=True)}
         if self.log_carry is not None:

@@ -39,7 +39,7 @@ class LyapunovSpectrum(Record):
         with extra("report"):
             import pandas as pd
 
-        t, i = torch.meshgrid(*map(torch.arange, self.history.shape), indexing="ij")
+        t, i = torch.meshgrid(*(torch.arange(n, device="cpu") for n in self.history.shape), indexing="ij")
         columns = {"t": t, "exponent": i, "estimate": self.history}
         return pd.DataFrame({name: v.flatten().numpy() for name, v in columns.items()})
 

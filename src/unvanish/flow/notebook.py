@@ -63,7 +63,7 @@ class Course(NamedTuple):
 def course(record: LayerFlow) -> Course:
     """The course of ∂E/∂c_t where there is a cell state, of ∂E/∂h_t elsewhere."""
     norms = record.dh if record.dc is None else record.dc
-    present = torch.arange(len(norms))[:, None] < record.lengths[None, :]
+    present = torch.arange(len(norms), device="cpu")[:, None] < record.lengths[None, :]
     if not norms.numel():
         return Course([], 0.0, 0, 0, 0.0)
     backwards = record.name.endswith(".reverse")

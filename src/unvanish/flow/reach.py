@@ -39,7 +39,7 @@ def decay(log_norm: Tensor, fraction: float = 0.01) -> Decay:
         raise ValueError(
             "log_norm: expected a finite value at lag 0 and none that is NaN or +inf; no error at the source?"
         )
-    lag = torch.arange(len(y), dtype=torch.float64)
+    lag = torch.arange(len(y), dtype=torch.float64, device="cpu")
     above = (y - y[0] > math.log(fraction)).nonzero().flatten()
     present = y.isfinite()
     rate = _slope(lag[present], y[present])

@@ -60,7 +60,7 @@ def _noisy(call: TappedCall, errors: Errors, noise: Noise) -> tuple[TappedCall, 
         if isinstance(v, PackedSequence):
             return v._replace(data=change(v.data))
         v = v.detach().cpu().double()
-        signs = torch.randint(0, 2, v.shape, generator=generator) * 2 - 1
+        signs = torch.randint(0, 2, v.shape, generator=generator, device="cpu") * 2 - 1
         return v * (1 + noise.size * signs)
 
     weights = {name: change(w) for name, w in call.weights.items()}

@@ -124,7 +124,7 @@ class LayerFlow(Record):
             import pandas as pd
 
         T, B = self.dh.shape
-        t, b = torch.meshgrid(torch.arange(T), torch.arange(B), indexing="ij")
+        t, b = torch.meshgrid(*(torch.arange(n, device="cpu") for n in (T, B)), indexing="ij")
         columns: dict[str, Any] = {"layer": self.name, "t": t, "sample": b, "dh": self.dh}
         for name in ("dc", "dweight", "partial"):
             value = getattr(self, name)

@@ -31,7 +31,7 @@ class _Call:
         self.statistics: dict[str, dict[int, engine.Statistics]] = {}
         """layer and direction → first step of a checkpointed piece (0: all) → statistics"""
         self.steps = 0
-        self.lengths = torch.empty(0)
+        self.lengths = torch.empty(0, device="cpu")
         self.order: Tensor | None = None
         self.trainable = True
 
@@ -56,7 +56,9 @@ class RecordedCall:
         if not facts.steps:
             facts.steps, B = inputs.x.shape[:2]
             facts.order = inputs.order
-            facts.lengths = torch.full((B,), facts.steps) if inputs.lengths is None else inputs.lengths.cpu()
+            facts.lengths = (
+                torch.full((B,), facts.steps, device="cpu") if inputs.lengths is None else inputs.lengths.cpu()
+            )
         return _DirectionRecorder(self, place.name, start)
 
     def complete(self, x: Any) -> bool:

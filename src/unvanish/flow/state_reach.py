@@ -23,7 +23,7 @@ def log_norms_of_states(states: Sequence[Tensor], seed: int = 0, layer: int | No
         return v.unsqueeze(0) if v.dim() == 1 else v.flatten(1)
 
     last = rows(states[-1])
-    unit = torch.randn(last.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    unit = torch.randn(last.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     error = torch.zeros_like(states[-1])
     part = error if layer is None else error[layer]
     part.copy_((unit / unit.norm()).to(last).expand_as(last).reshape(part.shape))

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import engine
 from unvanish.cells import State
+from unvanish.engine.precision import full_precision
 from unvanish.flow.exponents import Rows, log_norms
 from unvanish.flow.scaled_rows import Some, backwards
 from unvanish.flow.stack import check_input
@@ -109,6 +110,7 @@ def survival(
 
 
 @torch.no_grad()
+@full_precision()
 def log_survival(window: Window, paths: Paths) -> float:
     """ln S, right where S itself would underflow."""
     if paths == "carry":
@@ -139,6 +141,7 @@ def log_survival(window: Window, paths: Paths) -> float:
 
 
 @torch.no_grad()
+@full_precision()
 def windows(
     layer: SequenceModule,
     x: Tensor | PackedSequence,

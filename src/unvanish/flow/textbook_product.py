@@ -46,7 +46,7 @@ class TextbookProduct(Record):
         with extra("report"):
             import pandas as pd
 
-        t, b = torch.meshgrid(*map(torch.arange, self.log_exact.shape), indexing="ij")
+        t, b = torch.meshgrid(*(torch.arange(n, device="cpu") for n in self.log_exact.shape), indexing="ij")
         columns = {"t": t, "sample": b, "apart": self.apart}
         columns |= {"log_exact": self.log_exact, "log_textbook": self.log_textbook}
         present = ~self.log_exact.isnan()

@@ -208,7 +208,9 @@ def in_layout(
 ) -> tuple[Any, Any]:
     """(output, final state) as torch returns them for an input as the user gave it."""
     if isinstance(given, PackedSequence):
-        lengths = torch.full((y.shape[1],), y.shape[0]) if inputs.lengths is None else inputs.lengths.cpu()
+        lengths = (
+            torch.full((y.shape[1],), y.shape[0], device="cpu") if inputs.lengths is None else inputs.lengths.cpu()
+        )
         data = pack_padded_sequence(y, lengths).data
         final = tuple(inputs.in_user_order(s, 1) for s in final)
         output: Any = PackedSequence(data, given.batch_sizes, given.sorted_indices, given.unsorted_indices)
