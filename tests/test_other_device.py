@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import unvanish as uv
 from unvanish.cells import ZOO
 from unvanish.engine import fused
+from unvanish.flow import collapsed_rows
 from unvanish.flow.transfer import numbers
 
 DEVICE, LENGTHS = "meta", (7, 5, 4)
@@ -103,6 +104,18 @@ def test_how_often_a_watched_step_waits_does_not_depend_on_its_length(name: str,
     assert len(waits) == number, waits
     watched(name, steps=50)
     assert len(waits) == 2 * number
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_map_of_many_sources_waits_once_in_eight_steps(
+    kind: type[nn.RNNBase], waits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, T = kind(3, 128, device=DEVICE), 64
+    # No number is ever out of range, so that stretches stay whole.
+    norms = collapsed_rows._log_norms
+    monkeypatch.setattr(collapsed_rows, "_log_norms", lambda *given: (norms(*given)[0], True))
+    uv.flow.adjoint_map(layer, torch.empty(T, 32, 3, device=DEVICE))
+    assert len(waits) <= T // 8 + 12, waits
 
 
 def test_a_run_that_a_devices_thread_did_not_end_is_forgotten_at_the_next_step() -> None:

@@ -21,11 +21,12 @@ from unvanish.flow.exponents import EMPTY, log_norms
 from unvanish.flow.scaled_rows import Entering, Some, enter, hull, per_row, scale
 from unvanish.flow.stack import reading_order
 
-MATRIX_ELEMENTS = 2**19
-"""The most numbers in the matrices formed at a time: few enough to stay in the cache."""
+MATRIX_ELEMENTS, LAUNCHED_MATRIX_ELEMENTS = 2**19, 2**24
+"""The most numbers in the matrices formed at a time: on the CPU few enough to stay in the cache; elsewhere many, since
+each block of steps waits for the device."""
 
-ROW_ELEMENTS = 2**20
-"""The most numbers in the rows of a state over a stretch, if it is longer than a step."""
+ROW_ELEMENTS, LAUNCHED_ROW_ELEMENTS = 2**20, 2**24
+"""The most numbers in the rows of a state over a stretch, if it is longer than a step; the same of other devices."""
 
 STRETCH = 8
 """The most steps of a stretch, and of those between which rows are brought back near 1."""
@@ -51,7 +52,8 @@ def log_norms_of_many(tr: engine.Trace, K: int, entering: Entering, state: int) 
     """ln‖δs_t‖ of each error at every step, `[K, T, B]` float64; −inf where none arrives."""
     T, B = tr.x.shape[:2]
     found = torch.full((T, B, K), -torch.inf, dtype=torch.float64, device=tr.x.device)
-    length = max(1, min(STRETCH, ROW_ELEMENTS // (B * K * tr.y.shape[-1])))
+    most = ROW_ELEMENTS if tr.x.is_cpu else LAUNCHED_ROW_ELEMENTS
+    length = max(1, min(STRETCH, most // (B * K * tr.y.shape[-1])))
     memory = tuple(s.new_empty(length * B * K * s.shape[-1]) for s in tr.final)
     arriving = None
     for matrices in _matrices(tr):
@@ -187,7 +189,8 @@ def _matrices(tr: engine.Trace) -> Iterator[_Matrices]:
     arithmetic."""
     order = list(reversed(list(reading_order(tr))))
     B, H = tr.y.shape[1:]
-    block = max(1, MATRIX_ELEMENTS // (B * H * H * len(tr.final)))
+    most = MATRIX_ELEMENTS if tr.x.is_cpu else LAUNCHED_MATRIX_ELEMENTS
+    block = max(1, most // (B * H * H * len(tr.final)))
     memory: dict[tuple[str, str], Tensor] = {}
     for first in range(0, len(order), block):
         steps = order[first : first + block]
