@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from unvanish.diagnosis.finding import CODES, Finding, ranked
 from unvanish.diagnosis.order import axis_of_time
 from unvanish.diagnosis.subject import Subject
+from unvanish.flow import model_copy
 from unvanish.seeding import seeded
 
 N, T = 12, 7
@@ -86,6 +87,15 @@ def test_rows_are_the_same_samples_of_everything() -> None:
     assert torch.equal(padded[0, : left[0]], x[4, : left[0]])
     folded = subject(x, torch.arange(N * T), batch_first=True)
     assert folded.rows(folded.target, index).tolist() == [*range(4 * T, 5 * T), *range(T, 2 * T)]
+
+
+def test_copies_hold_weights_in_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    arranged: list[nn.Module] = []
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda layer: arranged.append(layer))
+    model = Net()
+    for twin in (Subject(model, (torch.zeros(1),), None, mse_loss).twin(), model_copy.detached_copy(model)):
+        assert twin.rnn in arranged
+        assert twin.rnn is not model.rnn
 
 
 def test_the_generators_of_every_gpu_go_on_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,30 @@ def test_a_map_of_many_sources_waits_once_in_eight_steps(
     assert len(waits) <= T // 8 + 12, waits
 
 
+@pytest.mark.parametrize("what", ["survival", "marks", "clipping"])
+def test_waits_do_not_become_more_with_the_steps_or_parameters(what: str, waits: list[str]) -> None:
+    def run(T: int) -> int:
+        waits.clear()
+        if what == "survival":
+            uv.flow.survival(nn.LSTM(3, 4, device=DEVICE), sequence(T), lag=T // 2, paths="exact")
+        elif what == "marks":
+            w = torch.empty(3, 3, device=DEVICE, requires_grad=True)
+            with uv.watch(nn.Identity()):
+                h = sequence(T)[0]
+                for _ in range(T):
+                    h = uv.mark(torch.tanh(h @ w), "h")
+                h.sum().backward()
+        else:
+            layers = nn.Sequential(*(nn.Linear(2, 2, device=DEVICE) for _ in range(T)))
+            for p in layers.parameters():
+                p.grad = torch.empty_like(p)
+            uv.cures.GradientClipper(layers.parameters()).clip_()
+        return len(waits)
+
+    few = run(20)
+    assert run(60) <= few + 4, waits
+
+
 def test_a_run_that_a_devices_thread_did_not_end_is_forgotten_at_the_next_step() -> None:
     layer, failing = LAYERS["lstm"](), [True, False]
 

@@ -29,6 +29,17 @@ class Call:
         return as_states(self.output if isinstance(self.module, nn.RNNCellBase) else self.output[1])
 
     @property
+    def output_comes_from_states(self) -> bool:
+        """Whether h_t of a cell was made from the very c_t that it returned, so that ∂E/∂c_t includes the path through
+        h_t.
+
+        It was not where a fused kernel returns both (torch's cells on CUDA), nor for a single sample: its states are
+        views.
+        """
+        states = self.states
+        return len(states) == 1 or (states[0].dim() > 1 and states[0].grad_fn is not states[1].grad_fn)
+
+    @property
     def y(self) -> Tensor:
         """The output as one tensor; the data of a packed output."""
         out = self.output if isinstance(self.module, nn.RNNCellBase) else self.output[0]

@@ -209,8 +209,9 @@ def handed_back(
     if w.w_hh is not None and not cut:
         assert dq is not None
         for source, rows, weights in _by_source(cell, w):
-            part = dq if rows is None else dq[..., rows, :]
-            found[source] = part.flatten(-2) @ weights
+            # Not by a list of indices, which a GPU would be sent, and waited for, at every step.
+            part = dq.flatten(-2) if rows is None else torch.cat([dq[..., row, :] for row in rows], dim=-1)
+            found[source] = part @ weights
     for (a, b), c in d.s.items():
         found[b] = torch.addcmul(found[b], c, total[a]) if b in found else c * total[a]
     return found
@@ -229,7 +230,7 @@ def _by_source(cell: Cell, w: Weights) -> list[tuple[str, list[int] | None, Tens
     found = []
     for source, rows in groups:
         chosen = [row for _, row in rows]
-        found.append((source, chosen, stacked[chosen].flatten(0, 1)))
+        found.append((source, chosen, torch.cat([stacked[row] for row in chosen])))
     return found
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from unvanish.cures.layer_weights import M, finite, recurrent_modules
 from unvanish.cures.state_read import StateRead, set_state_read
 from unvanish.engine.sequence import clip_rows
+from unvanish.flow.transfer import numbers
 from unvanish.nn import accelerate
 from unvanish.nn.modules import SequenceModule
 
@@ -109,8 +110,7 @@ class GradientClipper:
         if not grads:
             raise ValueError("parameters: none has a gradient; call clip_ after loss.backward()")
         # float64, because squares of float32 overflow at 1e19: just where a gradient explodes.
-        parts = [float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in grads]
-        norm = math.hypot(*parts)
+        norm = math.hypot(*numbers([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]))
         if not math.isfinite(norm):
             bad = [i for i, p in enumerate(self.parameters) if p.grad is not None and not bool(p.grad.isfinite().all())]
             raise ArithmeticError(

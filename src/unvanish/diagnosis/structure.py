@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from unvanish.flow.model_copy import in_one_block
+
 
 def mapped(value: Any, change: Callable[[Tensor], Any], packed: Callable[[PackedSequence], Any] | None = None) -> Any:
     """The same structure with `change` applied to every tensor in it; to a packed sequence `packed`, or `change` to its
@@ -70,7 +72,7 @@ def detached_copy(model: nn.Module) -> nn.Module:
         elif (trainer := getattr(item, "__dict__", {}).get("_trainer")) is not None:
             memo[id(trainer)] = None
     try:
-        return copy.deepcopy(model, memo)
+        return in_one_block(copy.deepcopy(model, memo))
     except (TypeError, RuntimeError, ValueError, NotImplementedError) as error:
         raise TypeError(
             f"model: expected one that copy.deepcopy can copy, since it is tried on copies only; it raised "

@@ -36,7 +36,16 @@ def detached_copy(model: nn.Module) -> nn.Module:
             visit(vars(value))
 
     visit(model)
-    return copy.deepcopy(model, memo)
+    return in_one_block(copy.deepcopy(model, memo))
+
+
+def in_one_block(copied: nn.Module) -> nn.Module:
+    """This copy, with each recurrent layer's weights in one block again: others are copied into one at every call of
+    cuDNN, and torch warns of them."""
+    for module in copied.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+    return copied
 
 
 @contextmanager

@@ -208,12 +208,12 @@ class _Sum:
             exponents = torch.where(samples[:, None], exponents, EMPTY)
         top = torch.maximum(self.exponent[place], exponents.amax((0, 1)))
         shrink, lower = self.exponent[place] - top, (exponents - top).unsqueeze(-1)
-        order = [step.t for step in steps]
+        shrinks, order = bool((shrink < 0).any()), [step.t for step in steps]
         # δ of all sources at these steps, with the axis of the sources after that of the samples.
         gathered = [self._gather(tr, steps, which) for which in (0, 1)]
         for whole, (d, s) in zip(self.parts, _factors(tr, tuple(gathered), order), strict=True):
             here, scaled = whole[place], times_power_of_two(d, lower)
-            if bool((shrink < 0).any()):
+            if shrinks:
                 here.copy_(times_power_of_two(here, shrink[:, None, None]))
             left = scaled.permute(2, 3, 0, 1).reshape(-1, len(steps) * B)
             here.flatten(0, 1).addmm_(left, s.flatten(0, 1))

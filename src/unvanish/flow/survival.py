@@ -125,16 +125,17 @@ def log_survival(window: Window, paths: Paths) -> float:
     steps = torch.arange(T, device=inside.device)[:, None]
     first, last = torch.where(inside, steps, T).amin(0), torch.where(inside, steps, -1).amax(0)
     end, start = (first, last) if tr.reverse else (last, first)
+    ends, starts = set(end.tolist()), set(start.tolist())
 
     def entering(t: int) -> Some | None:
-        here = (end == t)[:, None, None]
-        return Some(slice(0, H), Rows.of(torch.where(here, rows, 0.0)), memory) if bool(here.any()) else None
+        if t not in ends:
+            return None
+        return Some(slice(0, H), Rows.of(torch.where((end == t)[:, None, None], rows, 0.0)), memory)
 
     logs = torch.full((B, H), -torch.inf, dtype=torch.float64, device=tr.x.device)
     for step in backwards(tr, H, entering):
-        assert step.adjoint is not None
-        here = (start == step.t)[:, None]
-        if bool(here.any()):
+        if step.t in starts:
+            here = (start == step.t)[:, None]
             logs = torch.where(here, log_norms(step.adjoint.previous[memory], step.exponent), logs)
     log_square = (2 * logs).logsumexp(1)
     return 0.5 * float(log_square.logsumexp(0) - math.log(B * H))

@@ -100,11 +100,13 @@ def _at_the_end(tr: engine.Trace, rows: Tensor, state: int) -> Entering:
     T, B = tr.x.shape[:2]
     lengths = torch.full((B,), T, device=tr.x.device) if tr.active is None else tr.active.sum(0).flatten()
     last = torch.zeros_like(lengths) if tr.reverse else lengths - 1
-    wide = rows.expand(B, *rows.shape)
+    wide, ends = rows.expand(B, *rows.shape), set(last.tolist())
 
     def entering(t: int) -> Some | None:
+        if t not in ends:
+            return None
         here = (last == t)[:, None, None]
-        return Some(slice(0, len(rows)), Rows.of(torch.where(here, wide, 0.0)), state) if bool(here.any()) else None
+        return Some(slice(0, len(rows)), Rows.of(torch.where(here, wide, 0.0)), state)
 
     return entering
 

@@ -32,7 +32,6 @@ from unvanish.nn.modules import (
     cell_of,
     evaluating,
     on_gradient,
-    output_comes_from,
 )
 
 Errors = dict[Hashable, Any]
@@ -159,7 +158,7 @@ class CellSequence(Sequence):
         dtype = self.weights.w_ih.dtype
         self.x.append(_batched(x.detach().to(dtype)))
         self.previous.append(tuple(_batched(s.detach().to(dtype)) for s in given))
-        self.exposed.append(output_comes_from(states))
+        self.exposed.append(call.output_comes_from_states)
         self.last = tuple(_batched(s.detach()) for s in states)
         self._versions = tuple(s._version for s in self.last)
         for i, state in enumerate(states):
@@ -228,7 +227,9 @@ class MarkSequence(Sequence):
         d = [_batched(errors[t]) if t in errors else torch.zeros_like(h) for t, h in enumerate(self.like)]
         norms = [torch.linalg.vector_norm(step.flatten(1), dim=1, dtype=torch.float64) for step in d]
         record = LayerFlow(self.name, "mark", (), lengths, _stack(norms, B).cpu())
-        return [Measured(record, nonfinite=self._origin(norms))]
+        whole = torch.stack([h.isfinite().all() for h in self.like]).all()
+        sound = bool(record.dh.isfinite().all()) and bool(whole)
+        return [Measured(record, nonfinite=None if sound else self._origin(norms))]
 
     def _origin(self, norms: list[Tensor]) -> NonFiniteOrigin | None:
         """The origin of a NaN or infinity: the state in the forward pass, its gradient in the backward pass."""

@@ -208,9 +208,8 @@ def in_layout(
 ) -> tuple[Any, Any]:
     """(output, final state) as torch returns them for an input as the user gave it."""
     if isinstance(given, PackedSequence):
-        lengths = (
-            torch.full((y.shape[1],), y.shape[0], device="cpu") if inputs.lengths is None else inputs.lengths.cpu()
-        )
+        T, B = y.shape[:2]
+        lengths = torch.full((B,), T, device="cpu") if inputs.lengths is None else inputs.lengths.cpu()
         data = pack_padded_sequence(y, lengths).data
         final = tuple(inputs.in_user_order(s, 1) for s in final)
         output: Any = PackedSequence(data, given.batch_sizes, given.sorted_indices, given.unsorted_indices)
@@ -279,14 +278,6 @@ def descend_layers(
 def as_states(hx: Any) -> tuple[Tensor, ...]:
     """(h,) or (h, c) from the state that a module or cell received or returned; () for None."""
     return () if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
-
-
-def output_comes_from(states: tuple[Tensor, ...]) -> bool:
-    """Whether h_t was made from the very tensors of the other states, so that ∂E/∂c_t includes the path through h_t.
-
-    It was not where a fused kernel returns both (torch's cells on CUDA), nor for a single sample: its states are views.
-    """
-    return len(states) == 1 or (states[0].dim() > 1 and states[0].grad_fn is not states[1].grad_fn)
 
 
 def state_sizes(module: SequenceModule) -> tuple[int, ...]:

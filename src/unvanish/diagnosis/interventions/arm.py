@@ -14,6 +14,7 @@ from unvanish.diagnosis.interventions.candidates import Candidate
 from unvanish.diagnosis.interventions.material import Material
 from unvanish.diagnosis.interventions.optimizers import Recipe
 from unvanish.diagnosis.interventions.score import CLEAR, SURE_OF_PAIRS, Score, score
+from unvanish.flow.model_copy import in_one_block
 
 CHUNK = 25
 """updates between two looks at the clock; also between the first judgements"""
@@ -48,7 +49,7 @@ class Arm:
         self.losses: list[float] = []
         """of the training samples"""
         self.judgements: list[Judgement] = []
-        self.model = candidate.applied(material.subject.twin() if start is None else copy.deepcopy(start))
+        self.model = candidate.applied(material.subject.twin() if start is None else in_one_block(copy.deepcopy(start)))
         if not self.model.training:
             self.model.train()
         self.optimizer = candidate.recipe(recipe).build(self.model)
