@@ -7,6 +7,7 @@ import pickle
 import threading
 import warnings
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 import unvanish as uv
 from tests.capture_subjects import F, Normed, X
+from unvanish.capture.parts import unseen
 from unvanish.flow.record import NoBackwardError
 from unvanish.nn import observing
 
@@ -165,3 +167,10 @@ def test_an_invalid_record_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         (lstm(F)[0].square().mean() + 0.1 * sum(p.square().sum() for p in lstm.parameters())).backward()
     assert flow["l0"].residual > 1e-2
     assert flow["l0"].valid, "a penalty on the weights explains the difference"
+
+
+def test_nothing_is_recorded_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu: Any = SimpleNamespace(is_cuda=True, is_meta=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "CUDA graph" in (unseen([on_gpu]) or "")
+    assert unseen([torch.zeros(1)]) is None

@@ -60,6 +60,8 @@ def unseen(tensors: list[Tensor]) -> str | None:
         return "ran inside torch.jit.trace, which would trace the recording too; call the model itself"
     transforms = torch_internals.transform_active()
     for v in tensors:
+        if v.is_cuda and torch.cuda.is_current_stream_capturing():
+            return "ran while a CUDA graph was captured, from which nothing can be read; watch steps outside of it"
         if v.is_meta and not torch_internals.fake(v):
             return "ran on meta tensors, which hold no numbers"
         if type(v) not in _PLAIN and torch_internals.fake(v):

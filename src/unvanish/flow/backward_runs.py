@@ -88,6 +88,8 @@ class BackwardRuns:
         self._begun.clear()
 
     def _add_gradient(self, key: Hashable, grad: Tensor) -> None:
+        if unseen([grad]) is not None:
+            return
         gradients = self._current().gradients
         gradients[key] = gradients[key] + grad if key in gradients else grad
 
