@@ -16,8 +16,6 @@ from tests.strategies import ModuleCase, module_cases
 from tests.test_adjoint_map import outputs
 from unvanish import engine
 from unvanish.cells import ZOO
-from unvanish.flow import collapsed_rows
-from unvanish.flow.collapsed_rows import log_norms_of_many
 from unvanish.flow.descent import arriving_at, flow_at
 from unvanish.flow.exponents import Rows, log_norms, times_power_of_two
 from unvanish.flow.scaled_rows import backwards, log_norms_of, made_at
@@ -35,8 +33,8 @@ def test_collapsed_and_direct_maps_agree(case: ModuleCase, data: Any) -> None:
     error = scale * torch.randn(len(sources), B, stack.directions * tr.y.shape[-1], dtype=torch.float64)
     for state in range(len(tr.final)):
         direct, collapsed = (
-            way(tr, len(sources), arriving_at(stack, place, len(sources), made_at(sources, error)), state)
-            for way in (log_norms_of, log_norms_of_many)
+            log_norms_of(tr, len(sources), arriving_at(stack, place, len(sources), made_at(sources, error)), state, way)
+            for way in (False, True)
         )
         torch.testing.assert_close(collapsed, direct, rtol=1e-11, atol=1e-10)
 
@@ -98,15 +96,15 @@ def test_right_however_much_one_step_changes(scale: float, dtype: torch.dtype, s
     error = torch.nn.functional.normalize(torch.rand(sources, 2, H, dtype=dtype), dim=-1)
     lag = torch.tensor([[k - t for t in range(T)] for k in steps], dtype=torch.float64)
     expected = torch.where(lag >= 0, lag * math.log(scale), -torch.inf).unsqueeze(-1).expand(-1, -1, 2)
-    for way in (log_norms_of, log_norms_of_many):
-        found = way(tr, sources, made_at(steps, error), 0)
+    for way in (False, True):
+        found = log_norms_of(tr, sources, made_at(steps, error), 0, way)
         torch.testing.assert_close(found, expected, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gain", [0.3, 1.0, 30.0])
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "peephole", "reversed"])
-def test_many_ragged_sources_over_many_stretches(name: str, gain: float, dtype: torch.dtype) -> None:
+def test_many_ragged_sources_both_ways(name: str, gain: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     if name == "peephole":
         layer = uv.nn.Recurrent(ZOO["peephole"](), 2, 5, dtype=dtype)
@@ -127,35 +125,24 @@ def test_many_ragged_sources_over_many_stretches(name: str, gain: float, dtype: 
         stack, len(stack.traces) - 1, len(steps), made_at(steps, error.repeat(1, 1, stack.directions))
     )
     for state in range(len(tr.final)):
-        one, other = (way(tr, len(steps), entering, state) for way in (log_norms_of, log_norms_of_many))
+        one, other = (log_norms_of(tr, len(steps), entering, state, way) for way in (False, True))
         torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-9 if dtype == torch.float64 else 2e-4)
 
 
-def test_a_steady_decay_keeps_stretches_long(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM])
+def test_a_nan_reaches_only_errors_that_pass_its_step(kind: type[nn.RNNBase]) -> None:
     torch.manual_seed(0)
-    tr = run_stack(nn.RNN(2, 3), torch.randn(200, 2, 2)).traces[0]
-    lengths = []
-
-    def counted(tr: Any, matrices: Any, steps: list[int], *rest: Any) -> Any:
-        lengths.append(len(steps))
-        return stretch(tr, matrices, steps, *rest)
-
-    stretch = collapsed_rows._stretch
-    monkeypatch.setattr(collapsed_rows, "_stretch", counted)
-    found = log_norms_of_many(tr, 200, made_at(list(range(200)), torch.randn(200, 2, 3)), 0)
-    assert float(found[-1, 0].max()) < -100, "float32 ends at e^-103"
-    assert set(lengths) == {collapsed_rows.STRETCH}
-
-
-def test_a_number_that_is_none_stays_where_it_was_made() -> None:
-    torch.manual_seed(0)
-    rnn, x = nn.RNN(2, 3), torch.randn(30, 2, 2)
-    x[12, 0] = torch.nan
-    tr = run_stack(rnn, x).traces[0]
-    error = torch.randn(30, 2, 3)
-    one, other = (way(tr, 30, made_at(list(range(30)), error), 0) for way in (log_norms_of, log_norms_of_many))
-    torch.testing.assert_close(other, one, rtol=0, atol=1e-4, equal_nan=True)
-    assert other[:, :, 1].isnan().sum() == 0
+    T, at = 40, 17
+    layer, x, error = kind(2, 3), torch.randn(T, 2, 2), torch.randn(T, 2, 3)
+    x[at, 0] = torch.nan
+    # Errors of the sample beyond the NaN are zero: only Jacobians carry it.
+    error[at:, 0] = 0
+    tr = run_stack(layer, x).traces[0]
+    for state in range(len(tr.final)):
+        one, other = (log_norms_of(tr, T, made_at(list(range(T)), error), state, way) for way in (False, True))
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-4, equal_nan=True)
+        assert not bool(other[:, :, 1].isnan().any())
+        assert not bool(other[:at, :, 0].isnan().any())
 
 
 def test_rows_far_apart_add_up() -> None:

@@ -20,7 +20,6 @@ from unvanish import engine
 from unvanish.engine.precision import full_precision
 from unvanish.extras import extra
 from unvanish.flow import kernel_rows
-from unvanish.flow.collapsed_rows import log_norms_of_many
 from unvanish.flow.descent import HELD_ELEMENTS, arriving_at
 from unvanish.flow.files import Record
 from unvanish.flow.scaled_rows import log_norms_of, made_at
@@ -172,10 +171,8 @@ def map_of(
         number = tr.cell.states.index(chosen)
         if not below and kernel_rows.able(tr, K):
             parts.append(torch.stack([kernel_rows.log_norms_of_one(tr, t, entering(t), number) for t in here]))
-        elif K >= MANY and tr.weights.w_hr is None:
-            parts.append(log_norms_of_many(tr, K, entering, number))
         else:
-            parts.append(log_norms_of(tr, K, entering, number))
+            parts.append(log_norms_of(tr, K, entering, number, K >= MANY and tr.weights.w_hr is None))
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     log_norms = stack.inputs.in_user_order(whole, 2)
     return AdjointMap(log_norms.cpu(), tuple(steps), chosen, stack.layers[place].name)

@@ -5,10 +5,18 @@ and carry their exponent along, so that they stay right where the numbers themse
 point. The adjoint map, the decomposition, the subgradients of separate sources, the textbook product and survival all
 read this pass.
 
+There are two ways to take a step. *Directly*, by the cell's adjoint: one product of all rows with W_hh, δ of the gates
+at hand. *Collapsed*, for many rows: each sample's step formed as one matrix per pair of states,
+
+    M_ab = diag(C_ab) + Σ_{γ: src γ = b} diag(K_aγ) W_γ            (the symbols of `unvanish.cells.calculus`)
+
+which all rows of the sample share; a row then costs H² per pair and no elementwise work on G·H gates.
+
 A layer's `clip` and `h_detach` have no effect here: these are derivatives of what the layer computes, whatever gradient
 its backward pass returns.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +28,15 @@ from unvanish import engine
 from unvanish.cells import Partials, State, calculus
 from unvanish.flow.exponents import EMPTY, Rows, log_norms, renormalisation, times_power_of_two
 from unvanish.flow.stack import reading_order
+
+BLOCK_ELEMENTS = 2**19
+"""The most numbers in the matrices formed at a time: few enough to stay in the cache."""
+
+TAME = 2.0**20
+"""Rows whose norm is between 1/TAME and TAME are so far from float32's limits that no sane step reaches them."""
+
+SCALED_EVERY = 8
+"""Steps after which collapsed rows are brought back near 1, tame or not."""
 
 
 class Some(NamedTuple):
@@ -50,27 +67,44 @@ class Step:
     """δs_t, the total derivative per state, `[B, k, n]`, to be multiplied by 2^exponent"""
     exponent: Tensor
     """[B, k] float64"""
-    adjoint: calculus.Adjoint
-    """δ of the gates and the gradient passed to the step before, `[B, k, ·]`"""
+    adjoint: calculus.Adjoint | None = None
+    """δ of the gates and the gradient passed to the step before, `[B, k, ·]`; None with collapsed matrices"""
+    tame: bool = False
+    """set by a reader that has found all rows within 1/TAME … TAME: they need not be scaled"""
 
 
-def backwards(tr: engine.Trace, K: int, entering: Entering, change: Change | None = None) -> Iterator[Step]:
+def backwards(
+    tr: engine.Trace, K: int, entering: Entering, collapse: bool = False, change: Change | None = None
+) -> Iterator[Step]:
     """The steps of a layer from the last one read to the first, for K errors that enter on the way."""
-    T, B = tr.x.shape[:2]
-    rows = tuple(tr.x.new_zeros(B, K, s.shape[-1]) for s in tr.final)
+    B = tr.x.shape[1]
+    rows = [tr.x.new_zeros(B, K, s.shape[-1]) for s in tr.final]
+    spare = [torch.zeros_like(v) for v in rows] if collapse else []
     exponent = torch.full((B, K), EMPTY, dtype=torch.float64, device=tr.x.device)
     begun: slice | None = None
-    partials = per_row(tr.partials).steps(T)
-    for t in reversed(list(reading_order(tr))):
+    order = list(reversed(list(reading_order(tr))))
+    way = _collapsed(tr, order) if collapse else _direct(tr, order)
+    for number, (t, transfer) in enumerate(zip(order, way, strict=True)):
         new = entering(t)
         if new is not None:
-            begun = enter(rows, exponent, new, begun, tr, t)
+            _enter(rows, exponent, new, begun, tr, t)
+            begun = new.place if begun is None else hull(begun, new.place)
         if begun is None:
             continue
         here = tuple(v[:, begun] for v in rows)
         if change is not None:
-            here = change(partials[t], here)
-        adjoint = calculus.adjoint(tr.cell, partials[t], here, tr.weights)
+            here = change(transfer.partials, here)
+        if collapse:
+            assert isinstance(transfer, _Collapsed)
+            transfer.complete(here)
+            step = Step(t, begun, here, exponent[:, begun])
+            yield step
+            if not step.tame or number % SCALED_EVERY == 0:
+                _scale(here, exponent, begun)
+            transfer.back(here, tuple(v[:, begun] for v in spare))
+            rows, spare = spare, rows
+            continue
+        adjoint = calculus.adjoint(tr.cell, transfer.partials, here, tr.weights)
         shown = adjoint
         if tr.active is not None:
             # Steps without input are at one end, where a row has not entered yet or is finished: nothing has to be
@@ -79,10 +113,92 @@ def backwards(tr: engine.Trace, K: int, entering: Entering, change: Change | Non
         yield Step(t, begun, shown.state, exponent[:, begun].clone(), shown)
         for v, b in zip(rows, adjoint.previous, strict=True):
             v[:, begun] = b
-        exponent[:, begun] = scale(tuple(v[:, begun] for v in rows), exponent[:, begun])
+        _scale(tuple(v[:, begun] for v in rows), exponent, begun)
 
 
-def per_row(d: Partials) -> Partials:
+class _Direct:
+    """A step taken by the cell's adjoint."""
+
+    def __init__(self, partials: Partials) -> None:
+        self.partials = partials
+
+
+class _Collapsed:
+    """A step taken by one matrix per pair of states."""
+
+    def __init__(self, tr: engine.Trace, many: "_Matrices", i: int) -> None:
+        self.tr, self.many, self.i = tr, many, i
+
+    @property
+    def partials(self) -> Partials:
+        return self.many.partials.at(self.i)
+
+    def complete(self, rows: State) -> None:
+        """Complete δs_t, in place, for states from which others of the same step are computed."""
+        cell = self.tr.cell
+        number = {a: n for n, a in enumerate(cell.states)}
+        for b in self.many.order:
+            for (a, of), u in self.many.partials.made.items():
+                if of == b:
+                    rows[number[b]].addcmul_(rows[number[a]], u[self.i])
+            for (a, of), m in self.many.late.items():
+                if of == b:
+                    rows[number[b]].add_(rows[number[a]] @ m[self.i])
+
+    def back(self, rows: State, out: State) -> None:
+        """δs_{t−1} from the complete δs_t."""
+        for b, into in zip(self.tr.cell.states, out, strict=True):
+            empty = True
+            for a, row in zip(self.tr.cell.states, rows, strict=True):
+                m, c = self.many.matrices.get((a, b)), self.many.partials.s.get((a, b))
+                if m is not None:
+                    torch.bmm(row, m[self.i], out=into) if empty else into.baddbmm_(row, m[self.i])
+                elif c is not None:
+                    torch.mul(row, c[self.i], out=into) if empty else into.addcmul_(row, c[self.i])
+                empty = empty and m is None and c is None
+            if empty:
+                into.zero_()
+
+
+class _Matrices(NamedTuple):
+    """Of several steps, `[τ, B, ...]`."""
+
+    partials: Partials
+    """`[τ, B, 1, H]`"""
+    matrices: calculus.Diagonals
+    """(a, b) → `[τ, B, H, H]`, C_ab on the diagonal; pairs without a matrix are only in partials.s"""
+    late: calculus.Diagonals
+    """(a, source) → `[τ, B, H, H]` of the gates that read a state of the same step"""
+    order: list[str]
+
+
+def _direct(tr: engine.Trace, order: list[int]) -> Iterator[_Direct]:
+    steps = _per_row(tr.partials).steps(tr.x.shape[0])
+    for t in order:
+        yield _Direct(steps[t])
+
+
+def _collapsed(tr: engine.Trace, order: list[int]) -> Iterator[_Collapsed]:
+    """Forms matrices several steps at a time, in memory that the next steps reuse: fresh pages cost as much as the
+    arithmetic."""
+    B, H = tr.y.shape[1:]
+    block = max(1, BLOCK_ELEMENTS // (B * H * H * len(tr.final)))
+    memory: dict[tuple[str, str], Tensor] = {}
+    for first in range(0, len(order), block):
+        steps = order[first : first + block]
+        low = min(steps)
+        d = tr.partials.at(slice(low, max(steps) + 1))
+        many = _Matrices(
+            _per_row(d),
+            calculus.matrices(tr.cell, d, tr.weights, memory),
+            calculus.late_matrices(tr.cell, d, tr.weights),
+            calculus.backward_order(tr.cell, d.made),
+        )
+        for t in steps:
+            yield _Collapsed(tr, many, t - low)
+
+
+def _per_row(d: Partials) -> Partials:
     """`[..., B, H]` as `[..., B, 1, H]`, for all rows of a sample."""
     return d.map(lambda v: v.unsqueeze(-2))
 
@@ -95,26 +211,26 @@ def _present(adjoint: calculus.Adjoint, on: Tensor) -> calculus.Adjoint:
     return calculus.Adjoint(state, da, da_hh, adjoint.previous)
 
 
-def scale(rows: State, exponent: Tensor) -> Tensor:
-    """Rescale rows to about 1, in place; returns their exponents."""
-    shift, exponent = renormalisation(rows, exponent)
+def _scale(rows: State, exponent: Tensor, begun: slice) -> None:
+    """Rescale rows to about 1, in place."""
+    shift, exponent[:, begun] = renormalisation(rows, exponent[:, begun])
     for v in rows:
         v.copy_(times_power_of_two(v, -shift))
-    return exponent
 
 
-def enter(rows: State, exponent: Tensor, new: Some, begun: slice | None, tr: engine.Trace, t: int) -> slice:
-    """rows, exponent += new, in place; nothing enters where a sample is inactive. Returns which errors have begun."""
-    here, added = new.place, masked(new.rows, tr, t)
+def _enter(parts: list[Tensor], exponent: Tensor, new: Some, begun: slice | None, tr: engine.Trace, t: int) -> None:
+    """parts, exponent += new, in place; nothing enters where a sample is inactive."""
+    here, rows = new.place, masked(new.rows, tr, t)
     if begun is None or here.stop <= begun.start or here.start >= begun.stop:
-        rows[new.state][:, here], exponent[:, here] = added.v, added.exponent
-    else:
-        top = torch.maximum(exponent[:, here], added.exponent)
-        for v in rows:
-            v[:, here] = Rows(v[:, here], exponent[:, here]).scaled_to(top)
-        rows[new.state][:, here] += added.scaled_to(top)
-        exponent[:, here] = top
-    return here if begun is None else hull(begun, here)
+        for part in parts:
+            part[:, here] = 0
+        parts[new.state][:, here], exponent[:, here] = rows.v, rows.exponent
+        return
+    top = torch.maximum(exponent[:, here], rows.exponent)
+    for part in parts:
+        part[:, here] = Rows(part[:, here], exponent[:, here]).scaled_to(top)
+    parts[new.state][:, here] += rows.scaled_to(top)
+    exponent[:, here] = top
 
 
 def masked(rows: Rows, tr: engine.Trace, t: int) -> Rows:
@@ -141,10 +257,25 @@ def made_at(steps: list[int], error: Tensor) -> Entering:
     return entering
 
 
-def log_norms_of(tr: engine.Trace, K: int, entering: Entering, state: int) -> Tensor:
+def log_norms_of(tr: engine.Trace, K: int, entering: Entering, state: int, collapse: bool) -> Tensor:
     """ln‖δs_t‖ of each error at every step, `[K, T, B]` float64; −inf where none arrives."""
     T, B = tr.x.shape[:2]
-    found = torch.full((T, B, K), -torch.inf, dtype=torch.float64, device=tr.x.device)
-    for step in backwards(tr, K, entering):
-        found[step.t, :, step.place] = log_norms(step.state[state], step.exponent)
-    return found.permute(2, 0, 1)
+    out = torch.full((T, B, K), -torch.inf, dtype=torch.float64, device=tr.x.device)
+    for step in backwards(tr, K, entering, collapse):
+        out[step.t, :, step.place], step.tame = _log_norms(step.state[state], step.exponent)
+    found = out.permute(2, 0, 1)
+    return found if tr.active is None else torch.where(tr.active.squeeze(-1), found, -torch.inf)
+
+
+def _log_norms(v: Tensor, exponent: Tensor) -> tuple[Tensor, bool]:
+    """As `log_norms`, and whether all norms of v are tame.
+
+    Tame norms have squares well inside v's own range; float64, which costs several times as much, is for the others,
+    and for other devices, which are not waited for to tell.
+    """
+    if v.is_cpu:
+        norm = torch.linalg.vector_norm(v, dim=-1)
+        low, high = norm.aminmax()
+        if float(low) > 1 / TAME and float(high) < TAME:
+            return norm.double().log() + exponent * math.log(2), True
+    return log_norms(v, exponent), False

@@ -134,6 +134,7 @@ def log_survival(window: Window, paths: Paths) -> float:
 
     logs = torch.full((B, H), -torch.inf, dtype=torch.float64, device=tr.x.device)
     for step in backwards(tr, H, entering):
+        assert step.adjoint is not None
         if step.t in starts:
             here = (start == step.t)[:, None]
             logs = torch.where(here, log_norms(step.adjoint.previous[memory], step.exponent), logs)
