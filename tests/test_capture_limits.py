@@ -174,3 +174,11 @@ def test_nothing_is_recorded_while_a_cuda_graph_is_captured(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert "CUDA graph" in (unseen([on_gpu]) or "")
     assert unseen([torch.zeros(1)]) is None
+    layer, ends = nn.GRU(2, 3), list[Any]()
+    with uv.watch(layer):
+        layer(torch.zeros(4, 1, 2))[0].sum().backward()
+        # The hooks of earlier steps are still there when a step is captured.
+        monkeypatch.setattr("unvanish.flow.backward_runs.unseen", lambda _: "captured")
+        monkeypatch.setattr("unvanish.torch_internals.after_backward", ends.append)
+        layer.weight_hh_l0.sum().backward()
+    assert not ends

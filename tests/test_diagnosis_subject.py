@@ -114,6 +114,16 @@ def test_the_generators_of_every_gpu_go_on_too(monkeypatch: pytest.MonkeyPatch) 
     assert states == before
 
 
+def test_a_seed_that_waits_for_a_gpu_stays_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", waiting.append)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(42)
+        with seeded(4):
+            assert waiting[-1] == 4
+        assert waiting[-1] == 42
+
+
 def test_random_numbers_go_on_as_if_nothing_had_been_drawn() -> None:
     of = subject(torch.randn(N, T, 3), torch.randn(N))
 

@@ -105,6 +105,18 @@ def test_how_often_a_watched_step_waits_does_not_depend_on_its_length(name: str,
     assert len(waits) == 2 * number
 
 
+def test_numbers_of_tensor_subclasses_are_read_one_by_one(waits: list[str]) -> None:
+    class Sharded(Tensor):
+        """As DTensor, which has no tolist."""
+
+        def tolist(self) -> Any:
+            raise RuntimeError
+
+    plain = torch.empty((), device=DEVICE)
+    assert numbers([plain.as_subclass(Sharded), plain, plain]) == [0.0] * 3
+    assert waits == ["__float__", "tolist"]
+
+
 @pytest.mark.parametrize("what", ["map", "survival", "marks", "clipping"])
 def test_waits_do_not_become_more_with_the_steps_or_parameters(what: str, waits: list[str]) -> None:
     def run(T: int) -> int:
@@ -133,8 +145,9 @@ def test_waits_do_not_become_more_with_the_steps_or_parameters(what: str, waits:
     assert run(80) <= few + 4, waits
 
 
-def test_a_run_that_a_devices_thread_did_not_end_is_forgotten_at_the_next_step() -> None:
-    layer, failing = LAYERS["lstm"](), [True, False]
+@pytest.mark.parametrize("device", [DEVICE, "cpu"])
+def test_a_run_that_fails_is_forgotten_at_once_in_whatever_thread(device: str) -> None:
+    layer, failing = nn.LSTM(3, 4, device=device), [True, False]
 
     def fail(_: Tensor) -> None:
         if failing.pop(0):
@@ -144,11 +157,11 @@ def test_a_run_that_a_devices_thread_did_not_end_is_forgotten_at_the_next_step()
     watched = uv.watch(layer)
     with watched as flow:
         for _ in range(2):
-            loss = layer(sequence())[0].square().sum()
-            with contextlib.suppress(MemoryError), ThreadPoolExecutor(1) as device:
-                device.submit(loss.backward).result()
+            loss = layer(torch.empty(*sequence().shape, device=device))[0].square().sum()
+            with contextlib.suppress(MemoryError), ThreadPoolExecutor(1) as thread:
+                thread.submit(loss.backward).result()
+            assert not watched._runs._begun  # type: ignore[attr-defined]
         assert flow["l0"].step == 2
-        assert not watched._runs._begun  # type: ignore[attr-defined]
 
 
 MEASUREMENTS: dict[str, Callable[..., Any]] = {

@@ -185,3 +185,14 @@ def test_no_figure_and_no_cure_is_built_on_an_invalid_record_without_a_word() ->
     assert any("l0 (not valid)" in text for text in texts)
     with pytest.raises(ValueError, match="the record 'l0' is not valid: its own ∂E/∂W differs"):
         uv.cures.rescue_(lstm, flow, lag=20)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_another_use_of_a_weight_is_told_under_autocast_too(autocast: bool) -> None:
+    torch.manual_seed(0)
+    layer, x, other = nn.GRU(3, 8), torch.randn(12, 4, 3), torch.randn(24, 8)
+    with uv.watch(layer) as flow:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = layer(x)[0]
+        (y.float().square().sum() + 30 * (layer.weight_hh_l0 * other).sum()).backward()
+    assert "a weight takes part elsewhere in the loss too" in (flow["l0"].problem or "")

@@ -10,9 +10,14 @@ import torch
 def generators_kept() -> Iterator[None]:
     """Restore torch's generators after the block: the CPU's and those of all GPUs."""
     # All, whichever the block uses: `torch.manual_seed` reseeds every one.
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=list(gpus)):
-        yield
+    started = torch.cuda.is_initialized()
+    try:
+        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count())) if started else []):
+            yield
+    finally:
+        if not started:
+            # A seed that is set before CUDA starts waits for it: the last one has to be the user's.
+            torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 @contextmanager

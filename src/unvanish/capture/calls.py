@@ -29,7 +29,7 @@ class Call:
         return as_states(self.output if isinstance(self.module, nn.RNNCellBase) else self.output[1])
 
     @property
-    def output_comes_from_states(self) -> bool:
+    def h_comes_from_returned_c(self) -> bool:
         """Whether h_t of a cell was made from the very c_t that it returned, so that ∂E/∂c_t includes the path through
         h_t.
 

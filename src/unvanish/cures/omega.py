@@ -149,7 +149,7 @@ class Omega:
     def _after(self, call: Call) -> None:
         states, cell = call.states, isinstance(call.module, nn.RNNCellBase)
         attached = any(s.requires_grad for s in as_states(call.hx))
-        fused = cell and not call.output_comes_from_states
+        fused = cell and not call.h_comes_from_returned_c
         outputs = states if cell else (call.y, *states)
         call.x, call.hx, call.output = _detached(call.x), _detached(call.hx), _detached(call.output)
         observed = _ObservedCall(call, attached, fused)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from unvanish.capture import Call, Capture, Returned, link, returned
 from unvanish.diagnosis.cell_loop import CellLoop
 from unvanish.diagnosis.structure import detached_copy
-from unvanish.diagnosis.subject import able_to_go_back, on_engine
+from unvanish.diagnosis.subject import on_engine, out_of_eval_mode
 from unvanish.nn.accelerate import accelerate
 from unvanish.nn.modules import (
     CellModule,
@@ -102,7 +102,7 @@ def capture(model: nn.Module, loss: Callable[[nn.Module], Tensor], seed: int) ->
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    twin = able_to_go_back(on_engine(detached_copy(model)))
+    twin = out_of_eval_mode(on_engine(detached_copy(model)))
     calls: dict[str, list[_Call]] = {}
     last: dict[str, Returned] = {}
     seen = Capture(

@@ -224,9 +224,9 @@ def on_engine(twin: nn.Module) -> nn.Module:
     return twin
 
 
-def able_to_go_back(twin: nn.Module) -> nn.Module:
-    """This copy, with its layers on our engine out of eval mode, in which cuDNN's kernels have no backward pass; what
-    that mode keeps from being drawn is off instead."""
+def out_of_eval_mode(twin: nn.Module) -> nn.Module:
+    """This copy, with its layers on our engine in training mode, since cuDNN's kernels have no backward pass in eval
+    mode. Dropout and h_detach, which training mode would draw, are disabled in those that were in eval mode."""
     for module in twin.modules():
         if isinstance(module, EngineSequence) and not module.training:
             module.dropout, module.h_detach = 0.0, None

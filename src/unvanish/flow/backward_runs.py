@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
-from threading import get_ident
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,6 @@ class BackwardRun:
     """weight key → autograd's ∂E/∂W of this run"""
     sums: list[tuple[str, Tensor]] = field(default_factory=list)
     """(parameter, the sum of its gradient): not finite where the gradient is not"""
-    thread: int = 0
-    """that it runs in, or that waits for it"""
     differentiable: bool = False
     """whether its gradients are kept as part of a graph (create_graph)"""
 
@@ -65,17 +63,8 @@ class BackwardRuns:
 
     def catch(self, sequence: Sequence, key: Hashable, error: Any) -> None:
         """Record a gradient that arrived at a sequence."""
-        run = self._current()
-        if isinstance(error, Tensor) and not error.is_cpu:
-            # Hooks run in a thread of the device's own, while the one that ran forward waits.
-            run.thread = sequence.thread
-        errors = run.errors.setdefault(sequence, {})
+        errors = self._current().errors.setdefault(sequence, {})
         errors[key] = errors[key] + error if key in errors else error
-
-    def forget_aborted(self) -> None:
-        """Forget the runs of this thread that never ended."""
-        for task in [task for task, run in self._begun.items() if run.thread == get_ident()]:
-            del self._begun[task]
 
     def close(self) -> None:
         """Remove the hooks, and forget all runs."""
@@ -103,6 +92,12 @@ class BackwardRuns:
         task = torch_internals.backward_number()
         run = self._begun.get(task)
         if run is None:
-            run = self._begun[task] = BackwardRun(thread=get_ident(), differentiable=torch.is_grad_enabled())
-            torch_internals.after_backward(lambda: self._finish(self._begun.pop(task, None)))
+            run = self._begun[task] = BackwardRun(differentiable=torch.is_grad_enabled())
+            end = partial(self._end, task)
+            # autograd drops it at the end, and where a pass fails, whichever thread that happens in.
+            finalize(end, self._begun.pop, task, None).atexit = False
+            torch_internals.after_backward(end)
         return run
+
+    def _end(self, task: int) -> None:
+        self._finish(self._begun.pop(task, None))

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from unvanish.capture import Call, Capture, hidden_parts, steps_of
 from unvanish.capture.named_states import Getter, NamedStates
+from unvanish.engine.precision import cpu_by_default
 from unvanish.extras import extra
 from unvanish.flow.adjoint_map import adjoint_map
 from unvanish.flow.gates import gate_statistics
@@ -149,6 +150,7 @@ class GradientFlow(lightning.Callback):
             found |= self._capture.guarded(name, lambda c=calls: log_norms_of_calls(c, self.seed)) or {}
         self._curves = {name: curve[:, : self.samples].cpu() for name, curve in found.items()}
 
+    @cpu_by_default()
     def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if not self._observing:
             return

@@ -15,6 +15,7 @@ from unvanish.flow.record import LayerFlow, NonFiniteError
 from unvanish.flow.summary import healthy, summarise
 
 
+@cpu_by_default()
 def from_arrays(
     cell: str,
     weights: Any,
@@ -90,7 +91,6 @@ def from_arrays(
     return record
 
 
-@cpu_by_default()
 def _measure(
     cell: Cell, w: Weights, x: Tensor, dy: Tensor, state: State, lengths: Tensor | Sequence[int] | None, reverse: bool
 ) -> tuple[LayerFlow, NonFiniteOrigin | None]:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.transfer import numbers
 
+LARGE = 0.3
+"""A residual that no rounding explains."""
+
 
 def with_residual(
     record: LayerFlow,
@@ -19,7 +22,8 @@ def with_residual(
     weights: Mapping[Hashable, tuple[Tensor, Any]],
     rounding: float,
 ) -> LayerFlow:
-    """The record with its residual, and an explanation where it is more than ten times what `rounding` explains."""
+    """The record with its residual, and an explanation where it is more than ten times what `rounding` explains, or
+    more than `LARGE`."""
     pairs = {key: (mine, autograd[key]) for key, mine in ours.items() if key in autograd}
     if not pairs:
         return record
@@ -32,14 +36,14 @@ def with_residual(
     )
     apart, size = math.hypot(*norms[::2]), math.hypot(*norms[1::2])
     residual = apart / size if size > 0 else (0.0 if apart == 0 else math.inf)
-    record = replace(record, residual=residual)
-    if residual <= 10 * rounding or record.problem is not None or not math.isfinite(residual):
+    record, allowed = replace(record, residual=residual), min(10 * rounding, LARGE)
+    if residual <= allowed or record.problem is not None or not math.isfinite(residual):
         return record
     if all(_is_a_penalty(theirs - mine, weights.get(key)) for key, (mine, theirs) in pairs.items()):
         return record
     return replace(
         record,
-        problem=f"its own ∂E/∂W differs from autograd's by {residual:.1e} (rounding explains {10 * rounding:.0e}): "
+        problem=f"its own ∂E/∂W differs from autograd's by {residual:.1e} (rounding explains {allowed:.0e}): "
         "a weight takes part elsewhere in the loss too, part of the backward pass is hidden, or the backend's gradient "
         "is wrong; uv.audit checks it",
     )

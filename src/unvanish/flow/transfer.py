@@ -8,10 +8,12 @@ from torch import Tensor
 
 def numbers(scalars: Sequence[Tensor]) -> list[float]:
     """Scalars on any devices as numbers, with one wait for each device and dtype."""
-    found = [float(v) if v.is_cpu else 0.0 for v in scalars]
+    # Those of subclasses, such as DTensor, can't be stacked and listed.
+    alone = [v.is_cpu or type(v) is not Tensor for v in scalars]
+    found = [float(v) if single else 0.0 for v, single in zip(scalars, alone, strict=True)]
     elsewhere: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, v in enumerate(scalars):
-        if not v.is_cpu:
+        if not alone[i]:
             # Not all cast to float64, which some devices lack.
             elsewhere.setdefault((v.device, v.dtype), []).append(i)
     for places in elsewhere.values():

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -64,8 +63,6 @@ class Sequence(ABC):
         """whether samples of a call so far had different lengths"""
         self.number = 0
         self.era: tuple[int, ...] = (0, 0)
-        self.thread = get_ident()
-        """that ran forward"""
         self.differentiated = False
         """whether a gradient of it has been kept as part of a graph, to be differentiated again"""
         self.rounding = 0.0
@@ -158,7 +155,7 @@ class CellSequence(Sequence):
         dtype = self.weights.w_ih.dtype
         self.x.append(_batched(x.detach().to(dtype)))
         self.previous.append(tuple(_batched(s.detach().to(dtype)) for s in given))
-        self.exposed.append(call.output_comes_from_states)
+        self.exposed.append(call.h_comes_from_returned_c)
         self.last = tuple(_batched(s.detach()) for s in states)
         self._versions = tuple(s._version for s in self.last)
         for i, state in enumerate(states):

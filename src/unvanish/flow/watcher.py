@@ -231,7 +231,6 @@ class Watch(Flow):
             return
         if module is self._model and torch_internals.backward_number() < 0 and torch.is_grad_enabled():
             self._epoch += 1
-            self._runs.forget_aborted()
 
     def _awake(self, name: str) -> bool:
         """Whether a call is to be recorded."""

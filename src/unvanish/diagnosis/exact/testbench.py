@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unvanish.diagnosis.structure import detached_copy, floating, mapped, tensors
-from unvanish.diagnosis.subject import Subject, able_to_go_back, on_engine
+from unvanish.diagnosis.subject import Subject, on_engine, out_of_eval_mode
 from unvanish.diagnosis.trace import Pass, Trace, double, traced
 from unvanish.nn.modules import RecurrentModule
 
@@ -69,8 +69,8 @@ class Bench:
 
     def _takes(self, samples: int) -> bool:
         """Whether the model runs on a part of the batch: a kept state may fix its size."""
-        args, named = self.subject.rows(self.subject.call, torch.arange(samples))
         try:
+            args, named = self.subject.rows(self.subject.call, torch.arange(samples))
             with torch.no_grad(), self.subject.rng(0):
                 self.twin().eval()(*args, **named)
         except (RuntimeError, ValueError, IndexError, AssertionError):
@@ -102,8 +102,8 @@ class Bench:
     @cached_property
     def in_double(self) -> bool:
         """Whether the model runs in float64 at all; some make float32 tensors of their own."""
-        args, named = double(self._given)
         try:
+            args, named = double(self._given)
             with torch.no_grad(), self.subject.rng(0):
                 self.twin().eval().double()(*args, **named)
         except (RuntimeError, TypeError, ValueError, IndexError):
@@ -156,7 +156,7 @@ class Bench:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(entries, gradients) of a scalar of the answers at the floating-point inputs, or at what embeddings make of
         the others."""
-        twin = able_to_go_back(detached_copy(self.model))
+        twin = out_of_eval_mode(detached_copy(self.model))
         entries: list[Tensor] = []
 
         def enter(tensor: Tensor) -> Tensor:
