@@ -35,6 +35,20 @@ def test_rungs_agree_with_the_reference(rung: str, case: LayerCase, clip: float 
     )
 
 
+@given(case=layer_cases(), clip=st.none() | st.floats(0.1, 2), seed=st.integers(0, 99))
+def test_gradients_of_weights_alone_are_those_of_the_adjoint(case: LayerCase, clip: float | None, seed: int) -> None:
+    with torch.no_grad():
+        tr = engine.trace(case.cell, case.x, case.state, case.weights.detach(), case.lengths, case.reverse)
+    generator = torch.Generator().manual_seed(seed)
+    dy, *dfinal = (torch.randn(v.shape, generator=generator, dtype=v.dtype) for v in (tr.y, *tr.final))
+    alone = engine.gradients_of_weights(tr, dy, tuple(dfinal), clip)
+    every = engine.weight_gradients(tr, engine.adjoint(tr, dy, tuple(dfinal), clip))
+    for mine, theirs in zip(alone, every, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
 def torchs(case: LayerCase) -> torch.nn.RNNBase:
     """torch's module with the weights of this case."""
     w, (_, n_in) = case.weights, case.weights.w_ih.shape

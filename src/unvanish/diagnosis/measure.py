@@ -247,7 +247,6 @@ def _last_layer(stack: Stack, place: int, error: Tensor, k: int, clip: float | N
     part = slice((place % stack.directions) * width, (place % stack.directions + 1) * width)
     dy = torch.zeros_like(tr.y)
     dy[k] = stack.inputs.in_internal_order(error[k], 0)[:, part]
-    deltas = engine.adjoint(tr, dy, (None,) * len(tr.final), clip)
-    gradients = engine.weight_gradients(tr, deltas)[:2]
+    gradients = engine.gradients_of_weights(tr, dy, (None,) * len(tr.final), clip)[:2]
     above = torch.cat([other.y[k] for other in stack.traces[-stack.directions :]], dim=-1)
     return stack.inputs.in_user_order(above, 0), [d for d in gradients if d is not None]

@@ -5,7 +5,7 @@ Belongs here: how one layer runs over one sequence, forwards and backwards, and 
 Does not: modules and parameters (`nn`), the equations of a cell (`cells`), what a record shows (`flow`).
 """
 
-from unvanish.engine.dispatch import RUNGS, Choice, adjoint, explain, force, run, trace
+from unvanish.engine.dispatch import RUNGS, Choice, adjoint, explain, force, gradients_of_weights, run, trace
 from unvanish.engine.manual import Deltas, Trace, weight_gradients
 from unvanish.engine.native import isa
 from unvanish.engine.native_trace import adjoint_of_steps
@@ -28,6 +28,7 @@ __all__ = [
     "adjoint_of_steps",
     "explain",
     "force",
+    "gradients_of_weights",
     "isa",
     "run",
     "trace",

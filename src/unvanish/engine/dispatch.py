@@ -216,3 +216,17 @@ def adjoint(
     if tr.fused is not None and _forced is not None:
         explain(tr.cell, tr.x, clip=clip, cut=cut is not None)
     return manual.adjoint(tr, dy, dfinal, clip, cut)
+
+
+def gradients_of_weights(
+    tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None = None
+) -> Weights:
+    """∂E/∂W = Σ_t g_t of every weight present, with errors as `adjoint` takes them; δ is not kept where it need not be.
+
+    Raises:
+        ValueError, RuntimeError: as `adjoint`.
+    """
+    if tr.native is None:
+        return manual.weight_gradients(tr, adjoint(tr, dy, dfinal, clip))
+    check_errors(tr.x, tr.y, tr.final, dy, dfinal)
+    return native_trace.gradients_of_weights(tr, dy, dfinal, clip)

@@ -100,6 +100,35 @@ def adjoint(
     cut: Tensor | None = None,
 ) -> manual.Deltas:
     """As `unvanish.engine.manual.adjoint`, for a trace of this rung; also returns the weights' gradients."""
+    (_, dh0, dc0, *grads), delta = _back(tr, dy, dfinal, clip, cut, want_delta=True)
+    given = tr.native.given
+    if given.back is not None:
+        delta = [d.index_select(1, given.back) if d.numel() else d for d in delta]
+        dh0, dc0 = (d.index_select(0, given.back) if d.numel() else d for d in (dh0, dc0))
+    n = len(tr.cell.states)
+    weights = _present(tr, grads)
+    da_hh = delta[3] if delta[3].numel() else delta[2]
+    return manual.Deltas((delta[0], delta[1])[:n], delta[2], da_hh, (dh0, dc0)[:n], weights)
+
+
+@torch.no_grad()
+def gradients_of_weights(
+    tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ...], clip: float | None
+) -> Weights:
+    """∂E/∂W of every weight present, without δ, which takes more memory than all the rest."""
+    (_, _, _, *grads), _ = _back(tr, dy, dfinal, clip, None, want_delta=False)
+    return _present(tr, grads)
+
+
+def _back(
+    tr: manual.Trace,
+    dy: Tensor | None,
+    dfinal: tuple[Tensor | None, ...],
+    clip: float | None,
+    cut: Tensor | None,
+    want_delta: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(dx, dh_0, dc_0 and the weights' gradients, δ) as the kernels return them."""
     assert tr.native is not None
     given, y, gates, cells = tr.native
     order = None if given.back is None else torch.argsort(given.back)
@@ -110,13 +139,9 @@ def adjoint(
     dh, dc = (*(arrange(d, 0) for d in dfinal), None)[:2]
     saved: Any = (*native.prepared(given, tr.weights, cut), y, gates, cells)
     how: Any = {"cell": native.NUMBER[tr.cell.name], "reverse": tr.reverse, "clip": clip or 0.0}
-    out = native.backward(arrange(dy, 1), dh, dc, *saved, **how, want_dx=False, want_delta=True, want_norms=False)
-    _, dh0, dc0, *grads = out[:8]
-    delta = out[8:]
-    if given.back is not None:
-        delta = [d.index_select(1, given.back) if d.numel() else d for d in delta]
-        dh0, dc0 = (d.index_select(0, given.back) if d.numel() else d for d in (dh0, dc0))
-    n = len(tr.cell.states)
-    weights = Weights(*(None if w is None else g for w, g in zip(tr.weights[:5], grads, strict=True)))  # type: ignore[arg-type]
-    da_hh = delta[3] if delta[3].numel() else delta[2]
-    return manual.Deltas((delta[0], delta[1])[:n], delta[2], da_hh, (dh0, dc0)[:n], weights)
+    out = native.backward(arrange(dy, 1), dh, dc, *saved, **how, want_dx=False, want_delta=want_delta, want_norms=False)
+    return list(out[:8]), list(out[8:])
+
+
+def _present(tr: manual.Trace, grads: list[Tensor]) -> Weights:
+    return Weights(*(None if w is None else g for w, g in zip(tr.weights[:5], grads, strict=True)))  # type: ignore[arg-type]
