@@ -1,6 +1,6 @@
 """What unvanish bears: very long sequences, many steps, many layers, many parameters. One figure per line.
 
-python benchmarks/load.py [long|steps|layers|parameters]
+python benchmarks/load.py [long|diagnosis|steps|layers|parameters]
 """
 
 import resource
@@ -43,6 +43,26 @@ def long() -> None:
     )
 
 
+class Last(nn.Module):
+    """An LSTM and a linear layer on its last output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 64, batch_first=True), nn.Linear(64, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def diagnosis() -> None:
+    """A diagnosis of 16 sequences of 16,000 steps, without interventions."""
+    x, y = torch.randn(16, 16_000, 4), torch.randint(2, (16,))
+    start = time.perf_counter()
+    found = uv.diagnose(Last(), x, y, loss=nn.functional.cross_entropy, budget=0)
+    print(f"T=16,000, B=16, H=64: diagnosis {time.perf_counter() - start:.1f} s, {peak():.2f} GiB")
+    assert found.layers
+
+
 def steps() -> None:
     """Ten thousand watched training steps: what the process holds after each thousandth."""
     for family in (uv.nn.LSTM, nn.LSTM):
@@ -74,7 +94,7 @@ def layers() -> None:
 
 
 def parameters() -> None:
-    """A model with 200 million parameters, watched and diagnosed."""
+    """A model with 200 million parameters, watched."""
     embedding, lstm = nn.Embedding(100_000, 1500), uv.nn.LSTM(1500, 2048, num_layers=2, batch_first=True)
     head = nn.Linear(2048, 2)
 
@@ -95,7 +115,13 @@ def parameters() -> None:
     print(f"{count / 1e6:.0f} M parameters: watched step {seconds:.1f} s, {peak():.2f} GiB, residual {residual:.0e}")
 
 
-MEASURED: dict[str, Callable[[], None]] = {"long": long, "steps": steps, "layers": layers, "parameters": parameters}
+MEASURED: dict[str, Callable[[], None]] = {
+    "long": long,
+    "diagnosis": diagnosis,
+    "steps": steps,
+    "layers": layers,
+    "parameters": parameters,
+}
 
 if __name__ == "__main__":
     torch.manual_seed(0)
