@@ -125,7 +125,7 @@ def adding_1997(length: int, seed: int) -> Found:
 
 
 def mnist(cell: str, seed: int, step: str) -> Found:
-    """25 passes over 4,000 images, a row or a pixel at a step; the weights of the pass with the best validation error."""
+    """25 passes over 4,000 images, by rows or pixels; the weights of the pass with the best validation error."""
     task = RowsOfMNIST(seed=seed) if step == "row" else SequentialMNIST(seed=seed)
     batch, passes = 32, 25
     torch.manual_seed(seed)
