@@ -176,7 +176,6 @@ def _made(source: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
 def _try_out(source: str, model: Any, batch: tuple[Any, ...], how: dict[str, Any]) -> None:
     """Reports what the user's model and loss raise on the user's batch as a one-line error."""
-
     from unvanish.diagnosis.structure import detached_copy
 
     inputs, target = (batch[:-1], batch[-1:]) if len(batch) > 1 else (batch, ())
