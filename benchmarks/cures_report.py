@@ -77,7 +77,7 @@ def hours(runs: list[dict[str, Any]], cores: int = 2) -> float:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Share learnt, cure × (cell, task); grey: the cure refuses the cell."""
+    """Percentage learnt, cure × (cell, task), as wide as a page of the documentation; grey: the cure refuses the cell."""
     from matplotlib import pyplot as plt  # a figure is asked for: only then is it loaded
 
     names = [cure for cure in CURES if any(r["cure"] == cure for r in runs)]
@@ -88,9 +88,9 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         if mine:
             share[i, j] = sum(r["learnt_at"] is not None for r in mine) / len(mine)
     plt.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "cures"})
-    figure, axes = plt.subplots(figsize=(9.5, 8.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.4, 8.2), layout="constrained")
     axes.set_facecolor("#eeeeee")
-    image = axes.pcolormesh(share, cmap="viridis", vmin=0, vmax=1, edgecolors="white", linewidth=0.5)
+    axes.pcolormesh(share, cmap="viridis", vmin=0, vmax=1, edgecolors="white", linewidth=0.5)
     for i, j in (share == share).nonzero().tolist():
         value = float(share[i, j])
         axes.text(
@@ -99,7 +99,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
             f"{value:.0%}".removesuffix("%"),
             ha="center",
             va="center",
-            fontsize=6.5,
+            fontsize=7.5,
             color="black" if value > 0.6 else "white",
         )
     axes.set_yticks([i + 0.5 for i in range(len(names))], names, fontsize=8)
@@ -109,5 +109,4 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     for n, cell in enumerate(CELLS):
         axes.text((n + 0.5) * len(TASKS), -0.3, cell, ha="center", fontweight="bold")
         axes.axvline(n * len(TASKS), color="white", linewidth=4)
-    figure.colorbar(image, label="share of trainings that learnt (grey: the cure does not fit)", shrink=0.6)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=130)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=170)
