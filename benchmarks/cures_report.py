@@ -77,7 +77,7 @@ def hours(runs: list[dict[str, Any]], cores: int = 2) -> float:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Percentage learnt, cure × (cell, task), as wide as a page of the documentation; grey: the cure refuses the cell."""
+    """Percentage learnt, cure × (cell, task), as wide as a page of the documentation; grey: the cure does not fit."""
     from matplotlib import pyplot as plt  # a figure is asked for: only then is it loaded
 
     names = [cure for cure in CURES if any(r["cure"] == cure for r in runs)]
