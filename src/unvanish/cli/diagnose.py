@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from unvanish.cli.output import UserError
-from unvanish.seeding import generators_kept
 
 if TYPE_CHECKING:
     from unvanish.diagnosis import Diagnosis
@@ -177,6 +176,7 @@ def _made(source: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 def _try_out(source: str, model: Any, batch: tuple[Any, ...], how: dict[str, Any]) -> None:
     """Reports what the user's model and loss raise on the user's batch as a one-line error."""
     from unvanish.diagnosis.structure import detached_copy
+    from unvanish.seeding import generators_kept
 
     inputs, target = (batch[:-1], batch[-1:]) if len(batch) > 1 else (batch, ())
     calls = {"step": "step(model)", "loss": "loss(model(input), target)"}
