@@ -32,7 +32,7 @@ class BackwardRun:
 
 
 class BackwardRuns:
-    """The runs that have begun; `finish` is called at the end of each, with None for one that was forgotten."""
+    """The runs that have begun; `finish` is called at the end of each, with None for one that `close` has forgotten."""
 
     def __init__(self, finish: Callable[[BackwardRun | None], None]) -> None:
         self._finish = finish

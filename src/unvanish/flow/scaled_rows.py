@@ -270,8 +270,8 @@ def log_norms_of(tr: engine.Trace, K: int, entering: Entering, state: int, colla
 def _log_norms(v: Tensor, exponent: Tensor) -> tuple[Tensor, bool]:
     """As `log_norms`, and whether all norms of v are tame.
 
-    Tame norms have squares well inside v's own range; float64, which costs several times as much, is for the others,
-    and for other devices, which are not waited for to tell.
+    Tame norms have squares well inside v's own range; float64, which costs several times as much, is for the others.
+    Off the CPU it is for all, since to tell them apart would mean to wait for the device.
     """
     if v.is_cpu:
         norm = torch.linalg.vector_norm(v, dim=-1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def numbers(scalars: Sequence[Tensor]) -> list[float]:
     """Scalars on any devices as numbers, with one wait for each device and dtype."""
-    # Those of subclasses, such as DTensor, can't be stacked and listed.
+    # Tensors of subclasses, such as DTensor, can't be stacked and listed.
     alone = [v.is_cpu or type(v) is not Tensor for v in scalars]
     found = [float(v) if single else 0.0 for v, single in zip(scalars, alone, strict=True)]
     elsewhere: dict[tuple[torch.device, torch.dtype], list[int]] = {}
