@@ -186,6 +186,34 @@ void backward(const std::optional<std::string>& isa, int threads, const nb::kwar
   k.backward(l, wanted, norms.h == nullptr ? nullptr : &norms, threads);
 }
 
+template <class Real>
+void propagate(const std::optional<std::string>& isa, int threads, const nb::kwargs& arguments) {
+  Arguments a(arguments);
+  const Propagation<Real> given{
+      .reverse = a.get<bool, "reverse">(),
+      .first = a.get<int64_t, "first">(),
+      .steps = a.get<int64_t, "steps">(),
+      .B = a.get<int64_t, "B">(),
+      .K = a.get<int64_t, "K">(),
+      .H = a.get<int64_t, "H">(),
+      .states = a.get<int64_t, "states">(),
+      .measured = a.get<int64_t, "measured">(),
+      .sources = a.get<const int64_t*, "sources">(),
+      .matrices = a.get<const Real*, "matrices">(),
+      .shared = a.get<bool, "shared">(),
+      .scale = a.get<const Real*, "scale">(),
+      .made = a.get<const Real*, "made">(),
+      .carried = a.get<const Real*, "carried">(),
+      .rows = a.get<Real*, "rows">(),
+      .exponents = a.get<double*, "exponents">(),
+      .log_norms = a.get<double*, "log_norms">(),
+  };
+  a.all_read();
+  const Kernels<Real>& k = chosen<Real>(isa);
+  nb::gil_scoped_release release;
+  k.propagate(given, threads);
+}
+
 #include "step_bindings.h"
 
 template <class Real>
@@ -195,6 +223,7 @@ void bind(nb::module_& m, const char* suffix) {
   m.def(name("backward_").c_str(), &backward<Real>, nb::arg("isa").none(), nb::arg("threads"), nb::arg("arguments"));
   m.def(name("step_forward_").c_str(), &step_forward<Real>, nb::arg("cell"), nb::arg("isa").none(), nb::arg("threads"), nb::arg("arguments"));
   m.def(name("step_backward_").c_str(), &step_backward<Real>, nb::arg("cell"), nb::arg("isa").none(), nb::arg("threads"), nb::arg("arguments"));
+  m.def(name("propagate_").c_str(), &propagate<Real>, nb::arg("isa").none(), nb::arg("threads"), nb::arg("arguments"));
   m.def(name("layout_").c_str(), [](int cell, int64_t H, std::optional<std::string> isa) {
     const Kernels<Real>& k = chosen<Real>(isa);
     return nb::make_tuple(k.lanes, k.padded(static_cast<Cell>(cell), H), k.saved_width(static_cast<Cell>(cell), H));

@@ -8,6 +8,7 @@
 #include "backward.h"
 #include "cells.h"
 #include "forward.h"
+#include "rows.h"
 #include "sequence.h"
 #include "stepped_backward.h"
 #include "stepped_forward.h"
@@ -76,6 +77,11 @@ void step_backward(const StepLayer<Real>& layer, const StepGradients<Real>& grad
   StepBackward<Real>(layer, gradients, threads).run(threads);
 }
 
+template <class Real>
+void propagate(const Propagation<Real>& given, int threads) {
+  RowsBack<Real>(given).run(threads);
+}
+
 // More sums than the processor has multiply-adds in flight, but few enough for its registers.
 template <class Real>
 double peak(int64_t rounds) {
@@ -93,7 +99,7 @@ double peak(int64_t rounds) {
 
 template <class Real>
 constexpr Kernels<Real> table{UV_TEXT(UV_ISA),     kLanes<Real>,       padded<Real>,        saved_width<Real>, forward_any<Real>,
-                              backward_any<Real>, step_forward<Real>, step_backward<Real>, peak<Real>};
+                              backward_any<Real>, step_forward<Real>, step_backward<Real>, propagate<Real>, peak<Real>};
 
 }  // namespace
 

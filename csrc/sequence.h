@@ -152,10 +152,15 @@ void pack_columns(const Sizes<CellType, Real>& s, const Real* w, int64_t H, int6
 template <class Real>
 void pack_plain(const Real* w, int64_t rows, int64_t columns, bool transposed, Real* out) {
   const int64_t wide = kWide * kLanes<Real>, K = transposed ? columns : rows, N = transposed ? rows : columns;
-  for (int64_t n = 0; n < round_up(N, wide); ++n)
+  for (int64_t n = 0; n < N; n += wide)
     for (int64_t k = 0; k < K; ++k) {
-      Real value = n >= N ? Real(0) : transposed ? w[n * columns + k] : w[k * columns + n];
-      out[(n / wide * K + k) * wide + n % wide] = value;
+      Real* to = out + n * K + k * wide;
+      const int64_t here = smaller(wide, N - n);
+      if (transposed)
+        for (int64_t j = 0; j < here; ++j) to[j] = w[(n + j) * columns + k];
+      else
+        __builtin_memcpy(to, w + k * columns + n, static_cast<size_t>(here) * sizeof(Real));
+      for (int64_t j = here; j < wide; ++j) to[j] = 0;
     }
 }
 

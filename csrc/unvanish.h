@@ -75,6 +75,29 @@ struct Gradients : LayerGradients<Real> {
   Real* delta_a_hh; // out [T, B, G·H] with respect to W_hh h_{t−1} + b_hh, for the GRU; null: not wanted
 };
 
+// Errors propagated back through a layer, each alone: row k of sample b enters at step sources[k], and at every step t that is read before it
+//
+//     δc += made[t, b] ⊙ δh            δh ← [δh ⊙ scale[t, b], δc] matrix[t, b]            δc ← δc ⊙ carried[t, b]
+//
+// c, and all that concerns it, is the LSTM's alone. A row is a vector times 2^exponent, so that it may vanish or grow beyond the range of Real.
+template <class Real>
+struct Propagation {
+  bool reverse;            // the layer reads from the last step to the first, so that errors travel to the last
+  int64_t first, steps;    // t in [first, first + steps)
+  int64_t B, K, H;
+  int64_t states;          // 1, or 2 with c
+  int64_t measured;        // the state whose norms are wanted: 0 for h, 1 for c
+  const int64_t* sources;  // in [K], increasing
+  const Real* matrices;    // in [steps, B, states·H, H], or [states·H, H] for all
+  bool shared;             // the latter
+  const Real* scale;       // in [steps, B, H]; null: 1
+  const Real* made;        // in [steps, B, H]; null: no c
+  const Real* carried;     // in [steps, B, H]; null: no c
+  Real* rows;              // in, out [B, K, states·H]: the errors, then what is left of those that have entered
+  double* exponents;       // in, out [B, K]
+  double* log_norms;       // out [T, B, K] ln‖δ_t‖ at steps that an error has reached; left unchanged elsewhere
+};
+
 // The kernels of one instruction set. `lanes` is the number of Reals in a vector; hidden units are padded to whole blocks.
 template <class Real>
 struct Kernels {
@@ -88,6 +111,7 @@ struct Kernels {
   // The same for a cell given by programs; `final` is A times out [B, H].
   void (*step_forward)(const StepLayer<Real>&, Real* const* final, int threads);
   void (*step_backward)(const StepLayer<Real>&, const StepGradients<Real>&, int threads);
+  void (*propagate)(const Propagation<Real>&, int threads);
   // Multiplies and adds in registers as fast as the processor can; returns the number of operations. For benchmarks.
   double (*peak)(int64_t rounds);
 };

@@ -3,8 +3,8 @@
 //     stress [layers] [callers] [seed]
 //
 // Every array ends where an inaccessible page begins. Checked of each layer, on every instruction set that runs here: the same bits from
-// 1, 2, 3 and 4 threads and for one sample alone, and float32 and float64 close to each other. Every other layer is of a cell that random
-// programs make up.
+// 1, 2, 3 and 4 threads and for one sample alone, and float32 and float64 close to each other. Of every three,
+// one layer is of torch's cells, one of a cell that random programs make up, and one is the errors of a map, propagated back.
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -13,6 +13,7 @@
 
 #include "stress_layers.h"
 #include "stress_programs.h"
+#include "stress_rows.h"
 
 namespace {
 
@@ -35,11 +36,14 @@ bool passes(const Shape& s, Random& random, Test test) {
 
 bool work(long count, uint64_t seed) {
   Random random(seed);
-  for (long i = 0; i < count; ++i)
-    if (!(i % 2 == 0 ? passes(layers::shape(random), random, layers::test) : passes(programs::shape(random), random, programs::test))) {
-      std::fprintf(stderr, "  layer %ld of seed %llu\n", i, static_cast<unsigned long long>(seed));
-      return false;
-    }
+  for (long i = 0; i < count; ++i) {
+    const bool passed = i % 3 == 0   ? passes(layers::shape(random), random, layers::test)
+                        : i % 3 == 1 ? passes(programs::shape(random), random, programs::test)
+                                     : passes(rows::shape(random), random, rows::test);
+    if (passed) continue;
+    std::fprintf(stderr, "  layer %ld of seed %llu\n", i, static_cast<unsigned long long>(seed));
+    return false;
+  }
   return true;
 }
 

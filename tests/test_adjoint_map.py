@@ -111,12 +111,26 @@ def test_the_kernels_carry_errors_as_torch_operations_do(
     for B in (1, 40):
         x = torch.randn(400, B, 3, dtype=dtype)
         found, like = [], "l0.reverse" if reverse else "l0"
-        for few in (kernel_rows.FEW, 0):
+        for few, many in ((kernel_rows.FEW, kernel_rows.MANY), (0, 1), (0, 1000)):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(kernel_rows, "FEW", few)
+                patch.setattr(kernel_rows, "MANY", many)
                 found.append(uv.flow.adjoint_map(layer, x, sources=[1, 399], at=like).log_norms)
         close = 1e-9 if dtype == torch.float64 else 2e-3
-        torch.testing.assert_close(*found, rtol=close, atol=close)
+        for by_kernels in found[:2]:
+            torch.testing.assert_close(by_kernels, found[2], rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_no_error_is_made_beyond_the_end_of_a_sample(kind: str) -> None:
+    torch.manual_seed(0)
+    layer, x = getattr(nn, kind)(3, 5, bidirectional=True, dtype=torch.float64), torch.randn(40, 2, 3).double()
+    for at in ("l0", "l0.reverse"):
+        found = uv.flow.adjoint_map(layer, x, lengths=[40, 21], at=at).log_norms[:, :, 1:]
+        alone = uv.flow.adjoint_map(layer, x[:21, 1:], at=at, sources="all").log_norms
+        torch.testing.assert_close(found[:21, :21], alone, rtol=1e-12, atol=1e-12)
+        assert found[21:].isneginf().all()
+        assert found[:, 21:].isneginf().all()
 
 
 def test_sources_add_up_to_the_total_flow() -> None:

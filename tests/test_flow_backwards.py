@@ -16,6 +16,7 @@ from tests.strategies import ModuleCase, module_cases
 from tests.test_adjoint_map import outputs
 from unvanish import engine
 from unvanish.cells import ZOO
+from unvanish.flow import kernel_rows
 from unvanish.flow.descent import arriving_at, flow_at
 from unvanish.flow.exponents import Rows, log_norms, times_power_of_two
 from unvanish.flow.scaled_rows import backwards, log_norms_of, made_at
@@ -37,6 +38,10 @@ def test_collapsed_and_direct_maps_agree(case: ModuleCase, data: Any) -> None:
             for way in (False, True)
         )
         torch.testing.assert_close(collapsed, direct, rtol=1e-11, atol=1e-10)
+        if place >= len(stack.layers) - stack.directions:
+            own = error.unflatten(-1, (stack.directions, -1))[:, :, place % stack.directions]
+            by_kernels = kernel_rows.log_norms_of_many(tr, sources, own, state)
+            torch.testing.assert_close(by_kernels, direct, rtol=1e-11, atol=1e-10)
 
 
 @given(case=module_cases(), data=st.data())

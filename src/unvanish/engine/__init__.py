@@ -8,7 +8,7 @@ Does not: modules and parameters (`nn`), the equations of a cell (`cells`), what
 from unvanish.engine.dispatch import RUNGS, Choice, adjoint, explain, force, gradients_of_weights, run, trace
 from unvanish.engine.manual import Deltas, Trace, weight_gradients
 from unvanish.engine.native import isa
-from unvanish.engine.native_trace import adjoint_of_steps
+from unvanish.engine.native_trace import adjoint_of_steps, propagate
 from unvanish.engine.recording import SATURATED, Norms, Pass, Recompute, Recorder, Statistics
 from unvanish.engine.sequence import active_steps
 
@@ -30,6 +30,7 @@ __all__ = [
     "force",
     "gradients_of_weights",
     "isa",
+    "propagate",
     "run",
     "trace",
     "weight_gradients",

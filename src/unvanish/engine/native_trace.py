@@ -79,6 +79,57 @@ def adjoint_of_steps(tr: manual.Trace, steps: slice, dafter: State) -> tuple[Sta
     return tuple(out[8 : 8 + n]), tuple(out[1 : 1 + n])
 
 
+@torch.no_grad()
+def propagate(
+    tr: manual.Trace,
+    steps: slice,
+    matrices: Tensor,
+    scale: Tensor | None,
+    made: Tensor | None,
+    carried: Tensor | None,
+    sources: Tensor,
+    rows: Tensor,
+    exponents: Tensor,
+    log_norms: Tensor,
+    state: int,
+) -> None:
+    """Many errors taken back over these steps, each alone; rows and exponents, and ln‖δs_t‖ of one state at the steps
+    that they reach, are written in place:
+
+        δc += made_t ⊙ δh,    δh ← [δh ⊙ scale_t, δc] M_t,    δc ← δc ⊙ carried_t,
+
+    for the rows with sources[k] ≥ t (≤ t where the layer reads backwards), without c for a layer of one state.
+
+    Shapes: matrices `[n, B, S·H, H]` of n steps and S states, or `[S·H, H]` for all; scale, made, carried `[n, B, H]`;
+    sources `[K]` int64, increasing; rows `[B, K, S·H]` times 2^exponents, `[B, K]` float64; log_norms `[T, B, K]`
+    float64. All contiguous.
+    """
+    B, K, _ = rows.shape
+    native.call(
+        "propagate",
+        rows.dtype,
+        native.forced_isa(),
+        torch.get_num_threads(),
+        reverse=tr.reverse,
+        first=steps.start,
+        steps=steps.stop - steps.start,
+        B=B,
+        K=K,
+        H=matrices.shape[-1],
+        states=len(tr.final),
+        measured=state,
+        sources=sources.data_ptr(),
+        matrices=matrices.data_ptr(),
+        shared=matrices.dim() == 2,
+        scale=native.address(scale),
+        made=native.address(made),
+        carried=native.address(carried),
+        rows=rows.data_ptr(),
+        exponents=exponents.data_ptr(),
+        log_norms=log_norms.data_ptr(),
+    )
+
+
 def _blocks(kept: Tensor, T: int, B: int) -> list[Tensor]:
     """`[T, samples, ·]` of what the kernels keep, block by block of samples."""
     rows, width = native.block_rows(B), kept.numel() // (T * B)

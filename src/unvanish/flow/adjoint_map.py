@@ -29,9 +29,6 @@ from unvanish.nn.modules import SequenceModule
 if TYPE_CHECKING:
     import pandas as pd
 
-MANY = 32
-"""The number of sources from which a step's matrices are collapsed into one for all of them."""
-
 
 @dataclass(frozen=True, repr=False)
 class AdjointMap(Record):
@@ -169,10 +166,13 @@ def map_of(
         K = len(here)
         entering = arriving_at(stack, place, K, made_at(here, given[first : first + K]))
         number = tr.cell.states.index(chosen)
-        if not below and kernel_rows.able(tr, K):
+        if not below and kernel_rows.few(tr, K):
             parts.append(torch.stack([kernel_rows.log_norms_of_one(tr, t, entering(t), number) for t in here]))
+        elif not below and kernel_rows.many(tr, K):
+            direction = given.unflatten(-1, (stack.directions, -1))[:, :, place % stack.directions]
+            parts.append(kernel_rows.log_norms_of_many(tr, here, direction, number))
         else:
-            parts.append(log_norms_of(tr, K, entering, number, K >= MANY and tr.weights.w_hr is None))
+            parts.append(log_norms_of(tr, K, entering, number, K >= kernel_rows.MANY and tr.weights.w_hr is None))
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     log_norms = stack.inputs.in_user_order(whole, 2)
     return AdjointMap(log_norms.cpu(), tuple(steps), chosen, stack.layers[place].name)

@@ -1,17 +1,23 @@
-"""A few gradients propagated back over many steps by the kernels, a stretch of steps at a time.
+"""Errors propagated back over many steps by the kernels; torch operations (`unvanish.flow.scaled_rows`) handle
+everything else.
 
-Within a stretch the rows are plain numbers; between two stretches they are rescaled to about 1, and their exponents are
-updated. A stretch over which a row leaves the middle of the range is repeated at half the length. For a few samples,
-steps cost a tenth of those in torch operations (`unvanish.flow.scaled_rows`), which handle everything else.
+*A few errors* go back through the kernels of the backward pass, a stretch of steps at a time. Within a stretch the rows
+are plain numbers; between two stretches they are rescaled to about 1, and their exponents are updated. A stretch over
+which a row leaves the middle of the range is repeated at half the length.
+
+*Many errors* go back through a kernel of their own, one step after the other; it rescales a row where that leaves the
+middle of the range.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from unvanish import engine
-from unvanish.cells import State
-from unvanish.flow.exponents import EMPTY, log_norms, renormalisation, times_power_of_two
-from unvanish.flow.scaled_rows import Some
+from unvanish.cells import State, calculus
+from unvanish.flow.exponents import EMPTY, Rows, log_norms, renormalisation, times_power_of_two
+from unvanish.flow.scaled_rows import BLOCK_ELEMENTS, Some
 
 LONGEST = 256
 """steps of a stretch"""
@@ -21,9 +27,55 @@ MARGIN = {torch.float32: 2.0**-60, torch.float64: 2.0**-400}
 """A row whose norm has shrunk by this factor may have lost components unnoticed."""
 
 
-def able(tr: engine.Trace, K: int) -> bool:
-    """Whether the kernels can propagate K errors back through this trace."""
+MANY = 32
+"""The number of errors from which each is a row of a product."""
+
+
+def few(tr: engine.Trace, K: int) -> bool:
+    """Whether the kernels can propagate K errors back through this trace, one after the other."""
     return tr.native is not None and tr.active is None and K <= FEW
+
+
+def many(tr: engine.Trace, K: int) -> bool:
+    """Whether the kernels can propagate K errors back through this trace, all at once."""
+    return tr.native is not None and tr.weights.w_hr is None and K >= MANY
+
+
+def log_norms_of_many(tr: engine.Trace, sources: list[int], error: Tensor, state: int) -> Tensor:
+    """ln‖δs_t‖ `[K, T, B]` of `error` `[K, B, H]` at the output of steps `sources`, each alone; −inf where it does not
+    arrive."""
+    T, B, H = tr.y.shape
+    if tr.active is not None:
+        error = torch.where(tr.active[sources], error, 0.0)
+    enters = Rows.of(error.transpose(0, 1))
+    rows = torch.nn.functional.pad(enters.v, (0, (len(tr.final) - 1) * H)).contiguous()
+    exponents, at = enters.exponent.contiguous(), torch.tensor(sources)
+    found = torch.full((T, B, len(sources)), -torch.inf, dtype=torch.float64)
+    for steps, matrices, scale in _matrices(tr):
+        d = tr.partials.at(steps)
+        made, carried = (None if v is None else v.contiguous() for v in (d.made.get(("h", "c")), d.s.get(("c", "c"))))
+        engine.propagate(tr, steps, matrices, scale, made, carried, at, rows, exponents, found, state)
+    found = found.permute(2, 0, 1)
+    return found if tr.active is None else torch.where(tr.active.squeeze(-1), found, -torch.inf)
+
+
+def _matrices(tr: engine.Trace) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """(steps, matrices, scale) of stretches of steps, from the last one read, as `engine.propagate` takes them: one
+    matrix per step and sample, or that of a single gate for all steps, scaled."""
+    T, B, H = tr.y.shape
+    if len(tr.cell.gates) == 1:
+        assert tr.weights.w_hh is not None
+        yield slice(0, T), tr.weights.w_hh.contiguous(), tr.partials.q["h", tr.cell.gates[0]].contiguous()
+        return
+    states = len(tr.final)
+    block = max(1, BLOCK_ELEMENTS // (B * H * H * states))
+    memory = tr.x.new_empty(block, B, states, H, H)
+    views = {(a, "h"): memory[:, :, i] for i, a in enumerate(tr.cell.states)}
+    for end in range(T, 0, -block):
+        begin = max(0, end - block)
+        steps = slice(T - end, T - begin) if tr.reverse else slice(begin, end)
+        calculus.matrices(tr.cell, tr.partials.at(steps), tr.weights, views)
+        yield steps, memory[: end - begin].flatten(2, 3), None
 
 
 def log_norms_of_one(tr: engine.Trace, source: int, enters: Some | None, state: int) -> Tensor:
