@@ -1,6 +1,8 @@
 """What a watch takes for one pass: cells in a loop, calls that follow one another, marks, several backwards."""
 
+import sys
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -205,3 +207,33 @@ def test_passes_stand_in_the_order_of_the_calls(kind: type[nn.RNNBase]) -> None:
         sum(layer(torch.randn(T, 2, 3))[0].sum() for T in (5, 9, 7)).backward()  # type: ignore[union-attr]
     assert [len(record.dh) for record in flow.passes("l0")] == [5, 9, 7]
     assert len(flow["l0"].dh) == 7
+
+
+def test_passes_of_two_threads_are_both_measured() -> None:
+    layers = [nn.LSTM(3, 4, dtype=torch.float64) for _ in range(2)]
+    model = nn.ModuleList(layers)
+    with uv.watch(model) as flow:
+        losses = [layer(torch.randn(5, 2, 3, dtype=torch.float64))[0].sum() for layer in layers]
+        threads = [Thread(target=loss.backward) for loss in losses]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(flow[f"{i}.l0"].residual <= 1e-12 for i in range(2))
+    assert not flow.skipped
+
+
+def test_a_pass_does_not_wait_for_ever_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two GPUs the other one may be waiting for the thread in which this one ends."""
+    monkeypatch.setattr(sys.modules["unvanish.flow.watcher"], "LONGEST_WAIT", 0.05)
+    layer = nn.LSTM(3, 4)
+    with uv.watch(layer) as flow:
+        loss = layer(torch.randn(5, 2, 3))[0].sum()
+        with flow._lock:
+            thread = Thread(target=loss.backward)
+            thread.start()
+            thread.join(20)
+        assert not thread.is_alive()
+    assert layer.weight_hh_l0.grad is not None
+    assert "in two threads" in flow.skipped[""]
+    assert "not recorded: the model: two backward passes ended at once" in repr(flow)

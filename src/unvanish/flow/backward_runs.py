@@ -17,6 +17,9 @@ from unvanish.capture.parts import unseen
 from unvanish.flow.watched_sequence import Sequence, observable_weights
 from unvanish.nn.modules import RecurrentModule
 
+LONGEST_WAIT = 60.0
+"""seconds for which the end of a run waits while another one, of another thread, is being measured"""
+
 
 @dataclass
 class BackwardRun:

@@ -29,7 +29,7 @@ from unvanish.capture import Call, Capture, Returned, hidden_parts, link, return
 from unvanish.capture.named_states import Getter, NamedStates
 from unvanish.capture.parts import unseen
 from unvanish.engine.precision import full_precision
-from unvanish.flow.backward_runs import BackwardRun, BackwardRuns
+from unvanish.flow.backward_runs import LONGEST_WAIT, BackwardRun, BackwardRuns
 from unvanish.flow.module_sequence import ModuleSequence
 from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin
 from unvanish.flow.passes import Passes
@@ -338,9 +338,15 @@ class Watch(Flow):
     def _finish(self, run: BackwardRun | None) -> None:
         """A backward pass has ended: measure every sequence it reached, before an optimizer moves the weights."""
         self._cut += 1
-        if run is not None:
-            with self._lock:
-                self._capture.guarded("", lambda: self._measure(run))
+        # On a GPU a pass ends in autograd's thread for that device, which the pass being measured may be waiting for.
+        if run is None or not self._lock.acquire(timeout=LONGEST_WAIT):
+            if run is not None:
+                self._capture.problems[""] = "two backward passes ended at once, in two threads; one was not measured"
+            return
+        try:
+            self._capture.guarded("", lambda: self._measure(run))
+        finally:
+            self._lock.release()
 
     def _measure(self, run: BackwardRun) -> None:
         names, totals = [name for name, _ in run.sums], numbers([total for _, total in run.sums])
