@@ -158,8 +158,8 @@ class Backward {
 
   void begin(int64_t number, const Work& w, const TeamMember& me) const {
     const Walk<Real> walk = this->walk(number);
-    const int64_t first = one_chunk() ? sums_.dw_hr() : 0, summed = sums_.size() - first;
-    zero(sums_.of(number) + first + me.from(summed), me.to(summed) - me.from(summed));
+    // No chunk of a block without rows writes its sums.
+    if (walk.rows <= 0 && me.leads()) zero(sums_.of(number), sums_.size());
     if (me.leads()) {
       // The padding and the accumulators.
       zero(w.carried, w.padded_size);
@@ -213,12 +213,11 @@ class Backward {
     for (int64_t p = mine.p0; p < mine.p1; ++p) {
       // With a single chunk the sums are final: they are written out while in the cache, and the next panel reuses their memory.
       Real* here = sums + (one_chunk() ? mine.p0 : p) * sums_.panel_size();
-      if (one_chunk()) zero(here, sums_.panel_size());
-      sums_.add(p, w.x, w.h_prev, w.da, w.da_hh, filled, here);
+      sums_.add(p, w.x, w.h_prev, w.da, w.da_hh, filled, here, i1 == l.T);
       if (one_chunk()) sums_.put(p, g, here, 1);
     }
     if (l.w_hr != nullptr)
-      add_outer<kWide>(w.projected_dh, me.from(l.R), me.to(l.R), w.m, 0, s.dh_stride / (kWide * L), filled, sums + sums_.dw_hr(), s.dh_stride);
+      add_outer<kWide>(w.projected_dh, me.from(l.R), me.to(l.R), w.m, 0, s.dh_stride / (kWide * L), filled, sums + sums_.dw_hr(), s.dh_stride, i1 == l.T);
     if (g.dx != nullptr)
       multiply_rows(w.da, me.from(filled), me.to(filled), w_ih_.get(), s.width, 0, round_up(l.I, kWide * L) / (kWide * L), l.I,
                     [&](int64_t row) { return g.dx + w.places[row] * l.I; });

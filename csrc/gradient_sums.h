@@ -25,13 +25,14 @@ class GradientSums {
   // Within a panel: [columns of the weight, gates in the order of δa].
   int64_t panel_size() const { return (l.I + l.R + 2) * A * L; }
 
-  // Adds the contribution of `rows` rows of x, h_{t−1}, δa and δa_hh to the sums of panel p, which begin at `sums`.
-  void add(int64_t p, const Blocked<Real>& x, const Blocked<Real>& h, const Blocked<Real>& da, const Blocked<Real>& da_hh, int64_t rows, Real* sums) const {
+  // Adds the contribution of `rows` rows of x, h_{t−1}, δa and δa_hh to the sums of panel p, which begin at `sums`; `first`: writes it there.
+  void add(int64_t p, const Blocked<Real>& x, const Blocked<Real>& h, const Blocked<Real>& da, const Blocked<Real>& da_hh, int64_t rows, Real* sums,
+           bool first) const {
     const Blocked<Real> ih{da.at(0, p * A * L), da.rows}, hh{da_hh.at(0, p * A * L), da_hh.rows};
-    add_outer<A>(x, 0, l.I, ih, 0, 1, rows, sums + dw_ih(), A * L);
-    add_outer<A>(h, 0, l.R, hh, 0, 1, rows, sums + dw_hh(), A * L);
-    add_rows(ih, 0, A * L, rows, sums + db_ih());
-    if (CellType::kSplit) add_rows(hh, 0, A * L, rows, sums + db_hh());
+    add_outer<A>(x, 0, l.I, ih, 0, 1, rows, sums + dw_ih(), A * L, first);
+    add_outer<A>(h, 0, l.R, hh, 0, 1, rows, sums + dw_hh(), A * L, first);
+    add_rows(ih, 0, A * L, rows, sums + db_ih(), first);
+    if (CellType::kSplit) add_rows(hh, 0, A * L, rows, sums + db_hh(), first);
   }
 
   // Writes the sums of panel p in torch's layout: those of the first block begin at `sums`, and those of `blocks` are added in order.
@@ -41,13 +42,9 @@ class GradientSums {
     // One cache line of each row at a time: rows a power of two apart map to the same cache sets.
     constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(Real));
     const auto put = [&](int64_t at, Real* out, int64_t columns) {
-      for (int64_t c = 0; out != nullptr && c < columns; c += line) {
-        const int64_t n = smaller(line, columns - c);
-        Real total[line][A * L];
-        for (int64_t j = 0; j < n; ++j) add_blocks(sums + at + (c + j) * A * L, blocks, total[j], A * L);
-        for (int64_t k = 0; k < A * L; ++k)
-          for (int64_t j = 0; rows[k] >= 0 && j < n; ++j) out[rows[k] * columns + c + j] = total[j][k];
-      }
+      for (int64_t c = 0; out != nullptr && c < columns; c += line)
+        for (int v = 0; v < A; ++v)
+          for (int64_t k = c; k < c + line && k < columns; k += L) put_tile(sums + at + (k * A + v) * L, blocks, rows + v * L, out + k, columns, columns - k);
     };
     put(dw_ih(), g.dw_ih, l.I);
     put(dw_hh(), g.dw_hh, l.R);
@@ -70,6 +67,20 @@ class GradientSums {
   int64_t dw_hh() const { return l.I * A * L; }
   int64_t db_ih() const { return dw_hh() + l.R * A * L; }
   int64_t db_hh() const { return db_ih() + A * L; }
+
+  // The sums of L gates over up to L columns of the weight, from column by column to row by row; out: the first of these columns.
+  void put_tile(const Real* first, int64_t blocks, const int64_t* rows, Real* out, int64_t columns, int64_t left) const {
+    const int64_t n = smaller(left, L);
+    Vec<Real> tile[L] = {};
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t j = 0; j < n; ++j) {
+        const Vec<Real> more = load(first + b * size() + j * A * L);
+        tile[j] = b == 0 ? more : tile[j] + more;
+      }
+    transpose<Real>(tile);
+    for (int i = 0; i < L; ++i)
+      if (rows[i] >= 0) store(out + rows[i] * columns, tile[i], n);
+  }
 
   void add_blocks(const Real* first, int64_t blocks, Real* out, int64_t n) const {
     copy(out, first, n);

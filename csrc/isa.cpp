@@ -79,7 +79,7 @@ void step_backward(const StepLayer<Real>& layer, const StepGradients<Real>& grad
 
 template <class Real>
 void propagate(const Propagation<Real>& given, int threads) {
-  RowsBack<Real>(given).run(threads);
+  RowsBack<Real>(given, threads).run(threads);
 }
 
 // More sums than the processor has multiply-adds in flight, but few enough for its registers.

@@ -17,30 +17,39 @@ class RowsBack {
  public:
   static constexpr int L = kLanes<Real>;
 
-  explicit RowsBack(const Propagation<Real>& given)
-      : p(given), n_(p.states * p.H), wide_(round_up(p.H, kWide * L)), stride_(p.states * wide_), shared_(p.shared ? n_ * wide_ : 1) {
+  RowsBack(const Propagation<Real>& given, int threads)
+      : p(given),
+        n_(p.states * p.H),
+        wide_(round_up(p.H, kWide * L)),
+        stride_(p.states * wide_),
+        rows_(smaller(kRows, (p.K * p.B + threads - 1) / threads)),
+        parts_((p.K + rows_ - 1) / rows_),
+        slots_(smaller(threads, parts_ * p.B)),
+        shared_(p.shared ? n_ * wide_ : 1),
+        memory_(slots_ * slot_size()) {
     if (p.shared) pack_plain(p.matrices, n_, p.H, false, shared_.get());
   }
 
   // Rows are independent of each other, so that any division of the work gives the same result.
   void run(int threads) const {
-    const int64_t parts = (p.K + kRows - 1) / kRows;
-    for_each(parts * p.B, threads, [&](int64_t task) { propagate(task / parts, task % parts * kRows); });
+    for_blocks(parts_ * p.B, threads, 1,
+               [&](int64_t task, int slot, TeamMember) { propagate(task / parts_, task % parts_ * rows_, memory_.get() + slot * slot_size()); });
   }
 
  private:
-  // Rows that are propagated together: so many that packing a step's matrix for them pays, so few that they stay in the cache.
+  // The most rows that are propagated together: so many that packing a step's matrix for them pays, so few that they stay in the cache.
   static constexpr int64_t kRows = 64;
 
   // A row is rescaled where the square of its norm leaves [1 / kTame, kTame]: a range far from the ends of Real's, and seldom left.
   static constexpr double kTame = 1099511627776.0;  // 2⁴⁰
 
-  // Rows [k0, k0 + kRows) of sample b over all steps.
-  void propagate(int64_t b, int64_t k0) const {
-    const int64_t count = smaller(kRows, p.K - k0);
-    const Scratch<Real> memory(2 * kRows * stride_ + (p.shared ? 0 : n_ * wide_));
-    Real *rows = memory.get(), *left = rows + kRows * stride_, *packed = p.shared ? shared_.get() : left + kRows * stride_;
-    zero(rows, kRows * stride_);  // the padding
+  int64_t slot_size() const { return 2 * rows_ * stride_ + (p.shared ? 0 : n_ * wide_) + kThreadPadding / static_cast<int64_t>(sizeof(Real)); }
+
+  // Rows [k0, k0 + rows_) of sample b over all steps.
+  void propagate(int64_t b, int64_t k0, Real* memory) const {
+    const int64_t count = smaller(rows_, p.K - k0);
+    Real *rows = memory, *left = rows + rows_ * stride_, *packed = p.shared ? shared_.get() : left + rows_ * stride_;
+    zero(rows, rows_ * stride_);  // the padding
     for (int64_t k = 0; k < count; ++k)
       for (int64_t s = 0; s < p.states; ++s) copy(rows + k * stride_ + s * wide_, row_of(b, k0 + k, s), p.H);
     double* exponents = p.exponents + b * p.K + k0;
@@ -149,8 +158,10 @@ class RowsBack {
   static constexpr double kLn2 = 0.69314718055994530942;
 
   const Propagation<Real>& p;
-  const int64_t n_, wide_, stride_;  // elements of a row; of a state, padded; of a row, padded
-  const Scratch<Real> shared_;       // the matrix of all steps, in panels
+  const int64_t n_, wide_, stride_;     // elements of a row; of a state, padded; of a row, padded
+  const int64_t rows_, parts_, slots_;  // rows of a part; parts of a sample; parts at the same time
+  const Scratch<Real> shared_;          // the matrix of all steps, in panels
+  const Scratch<Real> memory_;          // of each slot: rows, the left side of the product, a step's matrix in panels
 };
 
 }  // namespace

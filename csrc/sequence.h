@@ -120,10 +120,14 @@ void pack_gates(const Sizes<CellType, Real>& s, const Real* w, int64_t H, int64_
       Real* to = out + p * K * across + v * L;
       const int64_t first = s.source(p, v, 0, H);
       if (first >= 0 && s.source(p, v, L - 1, H) >= 0) {
-        const Real* from = w + first * K;
-        for (int64_t k = 0; k < K; ++k)
+        for (int64_t k = 0; k < K; k += L) {
+          const int64_t n = smaller(L, K - k);
+          Vec<Real> tile[L];
 #pragma GCC unroll 16
-          for (int j = 0; j < L; ++j) to[k * across + j] = from[j * K + k];
+          for (int j = 0; j < L; ++j) tile[j] = load(w + (first + j) * K + k, n);
+          transpose<Real>(tile);
+          for (int64_t i = 0; i < n; ++i) store(to + (k + i) * across, tile[i]);
+        }
         continue;
       }
       for (int j = 0; j < L; ++j) {

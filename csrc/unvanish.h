@@ -75,11 +75,12 @@ struct Gradients : LayerGradients<Real> {
   Real* delta_a_hh; // out [T, B, G·H] with respect to W_hh h_{t−1} + b_hh, for the GRU; null: not wanted
 };
 
-// Errors propagated back through a layer, each alone: row k of sample b enters at step sources[k], and at every step t that is read before it
+// Errors propagated back through a layer, each alone: row k of sample b enters at step sources[k], and at that step and every one read before it
 //
 //     δc += made[t, b] ⊙ δh            δh ← [δh ⊙ scale[t, b], δc] matrix[t, b]            δc ← δc ⊙ carried[t, b]
 //
-// c, and all that concerns it, is the LSTM's alone. A row is a vector times 2^exponent, so that it may vanish or grow beyond the range of Real.
+// with the norm taken after the first of these. c, and all that concerns it, is the LSTM's alone. A row is a vector times 2^exponent, so that
+// it may vanish or grow beyond the range of Real.
 template <class Real>
 struct Propagation {
   bool reverse;            // the layer reads from the last step to the first, so that errors travel to the last

@@ -215,6 +215,25 @@ UV_INLINE Vec<Real> sums(const Vec<Real> (&v)[N]) {
   }
 }
 
+template <class Real, int D, int... J>
+UV_INLINE void exchange(Vec<Real>& a, Vec<Real>& b, Lanes<J...>) {
+  constexpr int L = kLanes<Real>;
+  const Vec<Real> before = a;
+  a = __builtin_shufflevector(before, b, (J & D ? L + J - D : J)...);
+  b = __builtin_shufflevector(before, b, (J & D ? L + J : J + D)...);
+}
+
+// Lane j of v[i] and lane i of v[j] change places. kApart: the distance of the vectors that exchange halves of their lanes first.
+template <class Real, int kApart = 1>
+UV_INLINE void transpose(Vec<Real> (&v)[kLanes<Real>]) {
+  if constexpr (kApart < kLanes<Real>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<Real>; ++i)
+      if ((i & kApart) == 0) exchange<Real, kApart>(v[i], v[i + kApart], typename UpTo<kLanes<Real>>::lanes());
+    transpose<Real, 2 * kApart>(v);
+  }
+}
+
 UV_INLINE void add_squares(Vec<float>& total, Vec<float> v) { total += v * v; }
 UV_INLINE void add_squares(Vec<double>& total, Vec<double> v) { total += v * v; }
 

@@ -1,5 +1,6 @@
 """The adjoint map equals one watched backward pass per source, and stays right where floats end."""
 
+import itertools
 import math
 from functools import partial
 
@@ -90,7 +91,7 @@ def test_right_where_all_components_grow_beyond_the_range(dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("scale", [1e-20, 0.3, 1.0, 3.0])
 @pytest.mark.parametrize(
     "make",
     [
@@ -108,14 +109,14 @@ def test_the_kernels_carry_errors_as_torch_operations_do(
     with torch.no_grad():
         for name, w in layer.named_parameters():
             w.mul_(scale if "weight_hh" in name else 1.0)
-    for B in (1, 40):
+    for B, state in itertools.product((1, 40), ["h", "c"] if isinstance(layer, nn.LSTM) else ["h"]):
         x = torch.randn(400, B, 3, dtype=dtype)
         found, like = [], "l0.reverse" if reverse else "l0"
         for few, many in ((kernel_rows.FEW, kernel_rows.MANY), (0, 1), (0, 1000)):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(kernel_rows, "FEW", few)
                 patch.setattr(kernel_rows, "MANY", many)
-                found.append(uv.flow.adjoint_map(layer, x, sources=[1, 399], at=like).log_norms)
+                found.append(uv.flow.adjoint_map(layer, x, sources=[1, 399], at=like, state=state).log_norms)
         close = 1e-9 if dtype == torch.float64 else 2e-3
         for by_kernels in found[:2]:
             torch.testing.assert_close(by_kernels, found[2], rtol=close, atol=close)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import unvanish as uv
 from tests.test_other_device import MEASUREMENTS
 from unvanish.cells import ZOO
+from unvanish.flow import kernel_rows
 
 T, B, LENGTHS = 7, 3, [7, 5, 4]
 LAYERS: dict[str, Callable[[], Any]] = {
@@ -72,6 +73,15 @@ def test_a_watched_step(name: str, packed: bool) -> None:
 def test_measurements(name: str, what: str, lengths: Any) -> None:
     layer, x = made(name)
     same_elsewhere(lambda: MEASUREMENTS[what](layer, x, lengths=lengths))
+
+
+@every_layer
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_a_map_of_many_sources(name: str, lengths: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_rows, "FEW", 0)
+    monkeypatch.setattr(kernel_rows, "MANY", 1)
+    layer, x = made(name)
+    same_elsewhere(lambda: uv.flow.adjoint_map(layer, x, lengths=lengths))
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "ours", "peephole"])

@@ -369,7 +369,7 @@ def test_a_short_call_runs_torchs_layer_where_that_is_faster_and_is_watched_all_
     with torch.set_grad_enabled(train):
         says = uv.nn.explain(ours, short)
         assert uv.nn.explain(ours, long).rung == "native"
-    why = "cell is faster for so few steps" if kind == "LSTM" and train else "layer is faster for so short a call"
+    why = "cell is faster for a single step" if kind == "LSTM" and train else "layer is faster for so short a call"
     assert str(says) == f"native: not used, torch's {why}\ntorch: runs"
     assert uv.nn.explain(ours, short, lengths=[1, 1]).rung == "native"
     assert torch.equal(ours(short)[0], theirs(short)[0]) or kind == "LSTM"
@@ -393,7 +393,7 @@ def test_the_rule_of_cost() -> None:
     one = faster_in_torch("GRU", 1, 32, 10**5, torch.float32, True)
     assert one == "torch's layer is faster for so short a call"
     assert faster_in_torch("GRU", 100, 32, 10**5, torch.float32, True) is None
-    assert faster_in_torch("LSTM", 2, 1, 10**5, torch.float32, True) == "torch's cell is faster for so few steps"
+    assert faster_in_torch("LSTM", 2, 1, 10**5, torch.float32, True) == "torch's cell is faster for a single step"
     assert faster_in_torch("LSTM", 3, 1, 10**5, torch.float32, True) is None
     assert faster_in_torch("packed", 1, 1, 10**5, torch.float64, False) is None
     low = faster_in_torch("GRU", 100, 32, 10**5, torch.bfloat16, True)

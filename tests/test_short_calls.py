@@ -87,8 +87,8 @@ def test_gradients_are_torchs(kind: str) -> None:
     ),
     st.integers(1, 3), st.integers(0, 2), st.booleans(),
 )  # fmt: skip
-def test_an_lstm_trains_step_by_step(options: dict[str, Any], T: int, B: int, with_state: bool) -> None:
-    """Through torch's cell over one step and two, on the engine over three; float64."""
+def test_a_short_lstm_trains(options: dict[str, Any], T: int, B: int, with_state: bool) -> None:
+    """Through torch's cell over one step, on the engine over more; float64."""
     if options["num_layers"] == 1:
         options["dropout"] = 0.0
     theirs, ours = pair("LSTM", dtype=torch.float64, **options)
@@ -132,7 +132,7 @@ def test_final_states_can_be_detached_in_place(kind: str, T: int, train: bool) -
                 s.detach_()
 
 
-def test_explain_knows_which_short_lstms_run_step_by_step() -> None:
+def test_explain_knows_which_lstms_of_one_step_run_by_torchs_cell() -> None:
     _, ours = pair("LSTM")
     state = [torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)]
     assert uv.nn.explain(ours, torch.zeros(1, 2, 3), tuple(state)).rung == "torch"

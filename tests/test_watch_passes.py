@@ -1,6 +1,5 @@
 """What a watch takes for one pass: cells in a loop, calls that follow one another, marks, several backwards."""
 
-import sys
 from collections.abc import Callable
 from threading import Thread
 from typing import Any
@@ -8,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import unvanish as uv
 from tests.test_watch import project_out
+from unvanish.flow import backward_runs
 
 
 class Decoder(nn.Module):
@@ -223,17 +224,19 @@ def test_passes_of_two_threads_are_both_measured() -> None:
     assert not flow.skipped
 
 
-def test_a_pass_does_not_wait_for_ever_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On two GPUs the other one may be waiting for the thread in which this one ends."""
-    monkeypatch.setattr(sys.modules["unvanish.flow.watcher"], "LONGEST_WAIT", 0.05)
-    layer = nn.LSTM(3, 4)
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_pass_does_not_wait_for_ever_for_another(recomputed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two GPUs the other one may be waiting for the thread in which this one ends, or is computed again."""
+    monkeypatch.setattr(backward_runs, "LONGEST_WAIT", 0.05)
+    layer, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
     with uv.watch(layer) as flow:
-        loss = layer(torch.randn(5, 2, 3))[0].sum()
-        with flow._lock:
-            thread = Thread(target=loss.backward)
+        y = checkpoint(lambda v: layer(v)[0].sin(), x, use_reentrant=False) if recomputed else layer(x)[0]
+        with flow._alone("") as alone:
+            assert alone
+            thread = Thread(target=y.sum().backward)
             thread.start()
             thread.join(20)
         assert not thread.is_alive()
     assert layer.weight_hh_l0.grad is not None
-    assert "in two threads" in flow.skipped[""]
-    assert "not recorded: the model: two backward passes ended at once" in repr(flow)
+    assert "still being measured after 0.05 seconds" in flow.skipped[""]
+    assert "not recorded: the model: the backward pass of another thread" in repr(flow)

@@ -39,8 +39,9 @@ def check_layer(cell: Cell, x: Tensor, state: State, w: Weights) -> None:
     R = H if w.w_hr is None else w.w_hr.shape[0]
     states = zip((f"{s}_0" for s in cell.states), state, ((B, R), *((B, H),) * (len(state) - 1)), strict=True)
     shapes = ((GH, I), (Q * H, R), (GH,), (Q * H,), (R, H), (len(cell.vectors), H))
+    dtype, device = x.dtype, x.device
     for name, v, shape in (*zip(w._fields, w, shapes, strict=True), *states):
-        if v is not None:
+        if v is not None and (v.shape != shape or v.dtype != dtype or v.device != device):
             _check_like(name, v, shape, x)
 
 

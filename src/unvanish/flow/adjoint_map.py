@@ -161,16 +161,17 @@ def map_of(
     below = place < len(stack.layers) - stack.directions
     at_once = max(1, HELD_ELEMENTS // (T * B * given.shape[-1])) if below else len(steps)
     parts = []
+    number = tr.cell.states.index(chosen)
     for first in range(0, len(steps), at_once):
-        here = steps[first : first + at_once]
+        here, errors = steps[first : first + at_once], given[first : first + at_once]
         K = len(here)
-        entering = arriving_at(stack, place, K, made_at(here, given[first : first + K]))
-        number = tr.cell.states.index(chosen)
+        if not below and kernel_rows.many(tr, K):
+            own = errors.unflatten(-1, (stack.directions, -1))[:, :, place % stack.directions]
+            parts.append(kernel_rows.log_norms_of_many(tr, here, own, number))
+            continue
+        entering = arriving_at(stack, place, K, made_at(here, errors))
         if not below and kernel_rows.few(tr, K):
             parts.append(torch.stack([kernel_rows.log_norms_of_one(tr, t, entering(t), number) for t in here]))
-        elif not below and kernel_rows.many(tr, K):
-            direction = given.unflatten(-1, (stack.directions, -1))[:, :, place % stack.directions]
-            parts.append(kernel_rows.log_norms_of_many(tr, here, direction, number))
         else:
             parts.append(log_norms_of(tr, K, entering, number, K >= kernel_rows.MANY and tr.weights.w_hr is None))
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import RLock
 from typing import Any
 from weakref import finalize
 
@@ -18,7 +20,7 @@ from unvanish.flow.watched_sequence import Sequence, observable_weights
 from unvanish.nn.modules import RecurrentModule
 
 LONGEST_WAIT = 60.0
-"""seconds for which the end of a run waits while another one, of another thread, is being measured"""
+"""seconds for which a thread waits until another one has measured"""
 
 
 @dataclass
@@ -32,6 +34,29 @@ class BackwardRun:
     """(parameter, the sum of its gradient): not finite where the gradient is not"""
     differentiable: bool = False
     """whether its gradients are kept as part of a graph (create_graph)"""
+
+
+class OneAtATime:
+    """Lets one thread measure at a time; the others wait, though not for ever: on a GPU they are autograd's threads for
+    its devices, which may be needed for what is being measured."""
+
+    def __init__(self, problems: dict[str, str]) -> None:
+        self._problems, self._lock = problems, RLock()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[bool]:
+        """Whether the turn of this thread has come; if not, the problem of `name` says so."""
+        alone = self._lock.acquire(timeout=LONGEST_WAIT)
+        if not alone:
+            self._problems[name] = (
+                f"the backward pass of another thread was still being measured after {LONGEST_WAIT:g} seconds, so that "
+                "a part was left out"
+            )
+        try:
+            yield alone
+        finally:
+            if alone:
+                self._lock.release()
 
 
 class BackwardRuns:

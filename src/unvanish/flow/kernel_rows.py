@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from unvanish import engine
-from unvanish.cells import State, calculus
+from unvanish.cells import Partials, State, calculus
 from unvanish.flow.exponents import EMPTY, Rows, log_norms, renormalisation, times_power_of_two
 from unvanish.flow.scaled_rows import BLOCK_ELEMENTS, Some
 
 LONGEST = 256
 """steps of a stretch"""
 FEW = 16
-"""the most errors for which the kernels are used: each one is a separate pass"""
+"""the most errors that go back one after the other, each in a pass of its own"""
+MANY = 32
+"""the number of errors from which they go back together, by a kernel of their own or one matrix per step and sample"""
 MARGIN = {torch.float32: 2.0**-60, torch.float64: 2.0**-400}
 """A row whose norm has shrunk by this factor may have lost components unnoticed."""
-
-
-MANY = 32
-"""The number of errors from which each is a row of a product."""
+SMALLEST = {dtype: torch.finfo(dtype).tiny / torch.finfo(dtype).eps for dtype in MARGIN}
+"""Below it a number may have lost digits."""
 
 
 def few(tr: engine.Trace, K: int) -> bool:
@@ -51,21 +51,21 @@ def log_norms_of_many(tr: engine.Trace, sources: list[int], error: Tensor, state
     rows = torch.nn.functional.pad(enters.v, (0, (len(tr.final) - 1) * H)).contiguous()
     exponents, at = enters.exponent.contiguous(), torch.tensor(sources)
     found = torch.full((T, B, len(sources)), -torch.inf, dtype=torch.float64)
-    for steps, matrices, scale in _matrices(tr):
-        d = tr.partials.at(steps)
+    for steps, d, matrices, scale in _matrices(tr):
         made, carried = (None if v is None else v.contiguous() for v in (d.made.get(("h", "c")), d.s.get(("c", "c"))))
         engine.propagate(tr, steps, matrices, scale, made, carried, at, rows, exponents, found, state)
     found = found.permute(2, 0, 1)
     return found if tr.active is None else torch.where(tr.active.squeeze(-1), found, -torch.inf)
 
 
-def _matrices(tr: engine.Trace) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """(steps, matrices, scale) of stretches of steps, from the last one read, as `engine.propagate` takes them: one
-    matrix per step and sample, or that of a single gate for all steps, scaled."""
+def _matrices(tr: engine.Trace) -> Iterator[tuple[slice, Partials, Tensor, Tensor | None]]:
+    """(steps, their derivatives, matrices, scale) of stretches of steps, from the last one read, as `engine.propagate`
+    takes them: one matrix per step and sample, or that of a single gate for all steps, scaled."""
     T, B, H = tr.y.shape
     if len(tr.cell.gates) == 1:
         assert tr.weights.w_hh is not None
-        yield slice(0, T), tr.weights.w_hh.contiguous(), tr.partials.q["h", tr.cell.gates[0]].contiguous()
+        d = tr.partials
+        yield slice(0, T), d, tr.weights.w_hh.contiguous(), d.q["h", tr.cell.gates[0]].contiguous()
         return
     states = len(tr.final)
     block = max(1, BLOCK_ELEMENTS // (B * H * H * states))
@@ -73,9 +73,16 @@ def _matrices(tr: engine.Trace) -> Iterator[tuple[slice, Tensor, Tensor | None]]
     views = {(a, "h"): memory[:, :, i] for i, a in enumerate(tr.cell.states)}
     for end in range(T, 0, -block):
         begin = max(0, end - block)
-        steps = slice(T - end, T - begin) if tr.reverse else slice(begin, end)
-        calculus.matrices(tr.cell, tr.partials.at(steps), tr.weights, views)
-        yield steps, memory[: end - begin].flatten(2, 3), None
+        steps = _steps(tr, begin, end)
+        d = tr.partials.at(steps)
+        calculus.matrices(tr.cell, d, tr.weights, views)
+        yield steps, d, memory[: end - begin].flatten(2, 3), None
+
+
+def _steps(tr: engine.Trace, begin: int, end: int) -> slice:
+    """The steps whose places in reading order are [begin, end)."""
+    T = tr.x.shape[0]
+    return slice(T - end, T - begin) if tr.reverse else slice(begin, end)
 
 
 def log_norms_of_one(tr: engine.Trace, source: int, enters: Some | None, state: int) -> Tensor:
@@ -86,13 +93,13 @@ def log_norms_of_one(tr: engine.Trace, source: int, enters: Some | None, state: 
         return found
     v, exponent = enters.rows.v[:, 0], enters.rows.exponent[:, 0]
     rows: State = (v, *(v.new_zeros(B, s.shape[-1]) for s in tr.final[1:]))
-    # Steps by their place in reading order: [begin, end) is the next stretch.
+    # [begin, end) is the next stretch, in reading order.
     end, length = (T - source if tr.reverse else source + 1), LONGEST
     while end > 0:
         begin = max(0, end - length)
-        steps = slice(T - end, T - begin) if tr.reverse else slice(begin, end)
+        steps = _steps(tr, begin, end)
         deltas, handed = engine.adjoint_of_steps(tr, steps, rows)
-        if end - begin > 1 and not _in_range(deltas, handed, exponent > EMPTY):
+        if end - begin > 1 and not _in_range(deltas, handed, exponent > EMPTY, state):
             length = (end - begin) // 2
             continue
         found[steps] = log_norms(deltas[state], exponent.expand(end - begin, B))
@@ -102,11 +109,14 @@ def log_norms_of_one(tr: engine.Trace, source: int, enters: Some | None, state: 
     return found
 
 
-def _in_range(deltas: State, handed: State, there: Tensor) -> bool:
-    """Whether every row that is not zero from the start stays well inside its range."""
+def _in_range(deltas: State, handed: State, there: Tensor, state: int) -> bool:
+    """Whether every row that is not zero from the start stays well inside its range, and so does the state measured,
+    which may be far smaller than the others."""
     largest = torch.stack([v.abs().amax(-1).amin(0) for v in deltas]).amax(0)
     ends = torch.stack([v.abs().amax(-1) for v in handed]).amax(0)
     margin = MARGIN[ends.dtype]
     least = torch.minimum(largest, ends)[there]
     most = torch.stack([v.abs().amax() for v in (*deltas, *handed)]).amax()
-    return bool((least > margin).all()) and bool(most < 1 / margin)
+    own = deltas[state].abs().amax(-1)
+    faint = (own > 0) & (own < SMALLEST[ends.dtype])
+    return bool((least > margin).all()) and bool(most < 1 / margin) and not bool(faint.any())

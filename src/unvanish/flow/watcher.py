@@ -14,7 +14,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from threading import RLock
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 from weakref import WeakSet, WeakValueDictionary
@@ -29,7 +28,7 @@ from unvanish.capture import Call, Capture, Returned, hidden_parts, link, return
 from unvanish.capture.named_states import Getter, NamedStates
 from unvanish.capture.parts import unseen
 from unvanish.engine.precision import full_precision
-from unvanish.flow.backward_runs import LONGEST_WAIT, BackwardRun, BackwardRuns
+from unvanish.flow.backward_runs import BackwardRun, BackwardRuns, OneAtATime
 from unvanish.flow.module_sequence import ModuleSequence
 from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin
 from unvanish.flow.passes import Passes
@@ -86,7 +85,7 @@ class Watch(Flow):
         self._model = model
         self._want_partial = partial
         self._capture = Capture(model, self._after, self._before)
-        self._lock = RLock()
+        self._alone = OneAtATime(self._capture.problems)
         self._named = NamedStates(model, states or {}, self.mark, self._capture.problems)
         self._stream = None if stream is None else Stream(Path(stream))
         self._names = [n for path, module in self._capture.parts.modules.items() for n in _record_names(path, module)]
@@ -250,8 +249,9 @@ class Watch(Flow):
         return True
 
     def _after(self, call: Call) -> None:
-        with self._lock:
-            self._add(call)
+        with self._alone(call.name) as alone:
+            if alone:
+                self._add(call)
 
     def _add(self, call: Call) -> None:
         """Add the call to the sequence that it continues, or to a new one."""
@@ -338,15 +338,10 @@ class Watch(Flow):
     def _finish(self, run: BackwardRun | None) -> None:
         """A backward pass has ended: measure every sequence it reached, before an optimizer moves the weights."""
         self._cut += 1
-        # On a GPU a pass ends in autograd's thread for that device, which the pass being measured may be waiting for.
-        if run is None or not self._lock.acquire(timeout=LONGEST_WAIT):
-            if run is not None:
-                self._capture.problems[""] = "two backward passes ended at once, in two threads; one was not measured"
-            return
-        try:
-            self._capture.guarded("", lambda: self._measure(run))
-        finally:
-            self._lock.release()
+        if run is not None:
+            with self._alone("") as alone:
+                if alone:
+                    self._capture.guarded("", lambda: self._measure(run))
 
     def _measure(self, run: BackwardRun) -> None:
         names, totals = [name for name, _ in run.sums], numbers([total for _, total in run.sums])

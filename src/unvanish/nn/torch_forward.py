@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import torch_internals
 from unvanish.engine import Choice, dispatch
-from unvanish.engine.cost import STEPS, faster_in_torch
+from unvanish.engine.cost import STEP, faster_in_torch
 from unvanish.engine.sequence import transform
 from unvanish.nn.modules import as_states, layer_directions, time_major
 
@@ -26,7 +26,7 @@ def explain(layer: Any, x: Tensor | PackedSequence, hx: Any = None, lengths: Any
     torch: runs
     """
     why = reason(layer, x, hx) if lengths is None and layer._torch_can() else None
-    if why is not None and not (why is STEPS and _fitting(layer, x, hx) is None):
+    if why is not None and not (why is STEP and _fitting(layer, x, hx) is None):
         return Choice("torch", {"native": why})
     inputs, first = time_major(layer, x, lengths), layer_directions(layer)[0]
     return dispatch.explain(first.cell, inputs.x, others=(*as_states(hx), *first.weights))
@@ -60,7 +60,7 @@ def reason(layer: nn.RNNBase, x: Any, hx: Any) -> str | None:
     # torch has no fast path for samples of different length.
     mode = "packed" if data is not x else layer.mode
     why = faster_in_torch(mode, _steps(layer, x), B, w_ih.numel() + w_hh.numel(), dtype, trains)
-    return None if why is STEPS and layer.proj_size else why  # torch's cell has no projection
+    return None if why is STEP and layer.proj_size else why  # torch's cell has no projection
 
 
 _KERNELS: dict[str, Any] = {
@@ -75,11 +75,11 @@ _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expect
 
 def run(layer: Any, x: Any, hx: Any, why: str) -> tuple[Any, Any] | None:
     """torch's own forward, for the `reason` why; a valid padded batch goes straight to its kernel, because the checks
-    in torch's forward take as long as a short call. None: the engine runs the call, which was meant to run step by
-    step but is not of the plain kind or not valid."""
+    in torch's forward take as long as a short call. None: the engine runs the call, which was meant to run by torch's
+    cell but is not of the plain kind or not valid."""
     states = None if torch.compiler.is_compiling() else _fitting(layer, x, hx)
-    if why is STEPS:
-        return None if states is None or any(s.dtype != x.dtype for s in states) else _step_by_step(layer, x, states)
+    if why is STEP:
+        return None if states is None or any(s.dtype != x.dtype for s in states) else _one_step(layer, x, states)
     if states is None:
         return torchs_class(type(layer)).forward(layer, x, hx)
     y, *final = _KERNELS[layer.mode](
@@ -89,29 +89,25 @@ def run(layer: Any, x: Any, hx: Any, why: str) -> tuple[Any, Any] | None:
     return y, tuple(final) if layer.mode == "LSTM" else final[0]
 
 
-def _step_by_step(layer: Any, x: Tensor, initial: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """An LSTM as a loop of torch's cell."""
-    if layer.batch_first:
-        x = x.transpose(0, 1)
+def _one_step(layer: Any, x: Tensor, initial: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """An LSTM over one step, by torch's cell."""
+    time = 1 if layer.batch_first else 0
+    row = x.select(time, 0)
     n, finals = 4 if layer.bias else 2, []
     weights = [layer._flat_weights[k : k + n] for k in range(0, len(layer._flat_weights), n)]
     places = zip(initial[0].unbind(0), initial[1].unbind(0), weights, strict=True)
     for number in range(layer.num_layers):
         if number and layer.dropout and layer.training:
-            x = dropout(x, layer.dropout)
-        outputs, steps = [], x.unbind(0)
-        for reverse in (False, True) if layer.bidirectional else (False,):
+            row = dropout(row, layer.dropout)
+        here = []
+        for _ in range(2 if layer.bidirectional else 1):
             h, c, w = next(places)
-            hs = []
-            for x_t in reversed(steps) if reverse else steps:
-                h, c = torch.lstm_cell(x_t, (h, c), *w)
-                hs.append(h)
-            # A copy: the output may be changed in place, and the final state stays.
-            outputs.append(torch.stack(hs[::-1] if reverse else hs))
-            finals.append((h, c))
-        x = torch.cat(outputs, dim=-1) if layer.bidirectional else outputs[0]
+            here.append(torch.lstm_cell(row, (h, c), *w))
+        row = torch.cat([h for h, _ in here], dim=-1) if layer.bidirectional else here[0][0]
+        finals += here
+    # Copies: the output may be changed in place, and the final state stays.
     h_n, c_n = (torch.stack(s) for s in zip(*finals, strict=True))
-    return x.transpose(0, 1) if layer.batch_first else x, (h_n, c_n)
+    return torch.stack([row], dim=time), (h_n, c_n)
 
 
 def _fitting(layer: Any, x: Any, hx: Any) -> Any:
