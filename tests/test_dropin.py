@@ -393,8 +393,8 @@ def test_the_rule_of_cost() -> None:
     one = faster_in_torch("GRU", 1, 32, 10**5, torch.float32, True)
     assert one == "torch's layer is faster for so short a call"
     assert faster_in_torch("GRU", 100, 32, 10**5, torch.float32, True) is None
-    assert faster_in_torch("LSTM", 2, 1, 10**5, torch.float32, True) == "torch's cell is faster for a single step"
-    assert faster_in_torch("LSTM", 3, 1, 10**5, torch.float32, True) is None
+    assert faster_in_torch("LSTM", 1, 1, 10**5, torch.float32, True) == "torch's cell is faster for a single step"
+    assert faster_in_torch("LSTM", 2, 1, 10**5, torch.float32, True) is None
     assert faster_in_torch("packed", 1, 1, 10**5, torch.float64, False) is None
     low = faster_in_torch("GRU", 100, 32, 10**5, torch.bfloat16, True)
     assert (low is not None) == torch_internals.multiplies(torch.bfloat16)
