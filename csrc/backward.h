@@ -158,8 +158,6 @@ class Backward {
 
   void begin(int64_t number, const Work& w, const TeamMember& me) const {
     const Walk<Real> walk = this->walk(number);
-    // No chunk of a block without rows writes its sums.
-    if (walk.rows <= 0 && me.leads()) zero(sums_.of(number), sums_.size());
     if (me.leads()) {
       // The padding and the accumulators.
       zero(w.carried, w.padded_size);

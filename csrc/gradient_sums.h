@@ -25,14 +25,15 @@ class GradientSums {
   // Within a panel: [columns of the weight, gates in the order of δa].
   int64_t panel_size() const { return (l.I + l.R + 2) * A * L; }
 
-  // Adds the contribution of `rows` rows of x, h_{t−1}, δa and δa_hh to the sums of panel p, which begin at `sums`; `first`: writes it there.
+  // Adds the contribution of `rows` rows of x, h_{t−1}, δa and δa_hh to the sums of panel p, which begin at `sums`; with `overwrite` it
+  // replaces them.
   void add(int64_t p, const Blocked<Real>& x, const Blocked<Real>& h, const Blocked<Real>& da, const Blocked<Real>& da_hh, int64_t rows, Real* sums,
-           bool first) const {
+           bool overwrite) const {
     const Blocked<Real> ih{da.at(0, p * A * L), da.rows}, hh{da_hh.at(0, p * A * L), da_hh.rows};
-    add_outer<A>(x, 0, l.I, ih, 0, 1, rows, sums + dw_ih(), A * L, first);
-    add_outer<A>(h, 0, l.R, hh, 0, 1, rows, sums + dw_hh(), A * L, first);
-    add_rows(ih, 0, A * L, rows, sums + db_ih(), first);
-    if (CellType::kSplit) add_rows(hh, 0, A * L, rows, sums + db_hh(), first);
+    add_outer<A>(x, 0, l.I, ih, 0, 1, rows, sums + dw_ih(), A * L, overwrite);
+    add_outer<A>(h, 0, l.R, hh, 0, 1, rows, sums + dw_hh(), A * L, overwrite);
+    add_rows(ih, 0, A * L, rows, sums + db_ih(), overwrite);
+    if (CellType::kSplit) add_rows(hh, 0, A * L, rows, sums + db_hh(), overwrite);
   }
 
   // Writes the sums of panel p in torch's layout: those of the first block begin at `sums`, and those of `blocks` are added in order.
@@ -59,7 +60,13 @@ class GradientSums {
 
   void put_projection(const Gradients<Real>& g) const {
     if (l.w_hr == nullptr) return;
-    for (int64_t r = 0; r < l.R; ++r) add_blocks(of(0) + dw_hr() + r * s.dh_stride, s.blocks, g.dw_hr + r * l.H, l.H);
+    for (int64_t r = 0; r < l.R; ++r) {
+      const Real* sums = of(0) + dw_hr() + r * s.dh_stride;
+      Real* out = g.dw_hr + r * l.H;
+      copy(out, sums, l.H);
+      for (int64_t b = 1; b < s.blocks; ++b)
+        for (int64_t k = 0; k < l.H; ++k) out[k] += sums[b * size() + k];
+    }
   }
 
  private:
@@ -80,14 +87,6 @@ class GradientSums {
     transpose<Real>(tile);
     for (int i = 0; i < L; ++i)
       if (rows[i] >= 0) store(out + rows[i] * columns, tile[i], n);
-  }
-
-  void add_blocks(const Real* first, int64_t blocks, Real* out, int64_t n) const {
-    copy(out, first, n);
-    for (int64_t b = 1; b < blocks; ++b) {
-      const Real* more = first + b * size();
-      for (int64_t k = 0; k < n; ++k) out[k] += more[k];
-    }
   }
 
   const Sizes<CellType, Real>& s;

@@ -195,11 +195,11 @@ void multiply_rows(const Left& left, int64_t first, int64_t end, const Real* pan
         });
 }
 
-// c[m, k] += Σ_r a[r, m] b[r, k] over the first `rows` rows, m in [m0, m1), k in panels [q0, q1) of NV vectors: the gradient of a weight; `first`:
-// c[m, k] = that. Rows of c are `stride` elements apart.
+// c[m, k] += Σ_r a[r, m] b[r, k] over the first `rows` rows, m in [m0, m1), k in panels [q0, q1) of NV vectors: the gradient of a weight; with `overwrite`
+// the sum replaces c. Rows of c are `stride` elements apart.
 template <int NV, class Real>
 void add_outer(const Blocked<Real>& a, int64_t m0, int64_t m1, const Blocked<Real>& b, int64_t q0, int64_t q1, int64_t rows, Real* c,
-               int64_t stride, bool first = false) {
+               int64_t stride, bool overwrite = false) {
   constexpr int L = kLanes<Real>;
   for (int64_t k = q0 * NV * L; k < q1 * NV * L; k += NV * L)
     for_tiles<kTile<NV>>(m0, m1, [&](auto tile, int64_t m) {
@@ -214,19 +214,19 @@ void add_outer(const Blocked<Real>& a, int64_t m0, int64_t m1, const Blocked<Rea
       for (int i = 0; i < M; ++i)
         for (int v = 0; v < NV; ++v) {
           Real* p = c + (m + i) * stride + k + v * L;
-          store(p, first ? acc[i][v] : load(p) + acc[i][v]);
+          store(p, overwrite ? acc[i][v] : load(p) + acc[i][v]);
         }
     });
 }
 
-// out[k] += Σ_r a[r, k] for columns k in [k0, k1): the gradient of a bias; `first`: out[k] = that.
+// out[k] += Σ_r a[r, k] for columns k in [k0, k1): the gradient of a bias; with `overwrite` the sum replaces out.
 template <class Real>
-void add_rows(const Blocked<Real>& a, int64_t k0, int64_t k1, int64_t rows, Real* out, bool first = false) {
+void add_rows(const Blocked<Real>& a, int64_t k0, int64_t k1, int64_t rows, Real* out, bool overwrite = false) {
   for (int64_t k = k0; k < k1; k += kLanes<Real>) {
     Vec<Real> total{};
     const Real* column = a.at(0, k);
     for (int64_t r = 0; r < rows; ++r) total += load(column + r * kLanes<Real>);
-    store(out + k, first ? total : load(out + k) + total);
+    store(out + k, overwrite ? total : load(out + k) + total);
   }
 }
 

@@ -73,6 +73,19 @@ def test_every_instruction_set_equals_the_reference(
         assert float((a - b).norm()) <= tolerance * float(b.norm())
 
 
+def test_the_projection_of_several_blocks_equals_the_reference(isa: str) -> None:
+    torch.manual_seed(0)
+    layer, x = uv.nn.LSTM(3, 9, proj_size=4, dtype=torch.float64), torch.randn(50, 40, 3, dtype=torch.float64)
+    found = []
+    for rung in ("native", "reference"):
+        layer.zero_grad()
+        with uv.engine.force(rung):
+            layer(x)[0].sin().sum().backward()
+        found.append([p.grad for p in layer.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
 @settings(max_examples=int(os.environ.get("UNVANISH_SHAPES", "150")))
 @given(case=layer_cases(torch.float32), clip=st.none() | st.floats(0.1, 2), seed=st.integers(0, 99))
 def test_random_float32_layers_equal_float64(case: LayerCase, clip: float | None, seed: int) -> None:

@@ -173,11 +173,11 @@ class Cell(ABC):
 
     def start(self, like: Tensor, sizes: tuple[int, ...]) -> State:
         """The states before the first step, `[B, n]` each, for input like x `[..., B, I]`."""
-        B = like.shape[-2]
-        zeros = tuple([like.new_zeros(B, n) for n in sizes])
-        if not self.initial:
-            return zeros
-        return tuple(z + self.initial.get(a, 0.0) for a, z in zip(self.states, zeros, strict=True))
+        B, first = like.shape[-2], self.initial
+        return tuple(
+            like.new_full((B, n), first[a]) if a in first else like.new_zeros(B, n)
+            for a, n in zip(self.states, sizes, strict=True)
+        )
 
     def project(self, x: Tensor, w: Weights) -> Tensor:
         """p = W_ih x + b_ih, `[..., G·H]`: the input's share of the pre-activations, for every step at once."""

@@ -38,8 +38,8 @@ torch's layer, however short the call: in float32 it has no second derivatives a
 LAYER = "torch's layer is faster for so short a call"
 STEP = "torch's cell is faster for a single step"
 STEPPED = ("LSTM",)
-"""modes that train a single step with torch's cell. An LSTM: 1.2 times as fast as torch's layer at H ≤ 128, up to 6
-times at 512, since that layer packs its weights again at each call; from two steps on the engine is as fast"""
+"""modes that train a single step with torch's cell. An LSTM: 1.2 to 1.4 times as fast as torch's layer at H ≤ 128, 1.6
+to 6 times at 512, since that layer packs its weights again at each call. From two steps on the engine is as fast"""
 
 RAISING = ("LSTM",)
 """modes of which torch 2.13's layer raises an error under autocast to a dtype that the processor does not multiply"""

@@ -50,7 +50,7 @@ class OneAtATime:
         if not alone:
             self._problems[name] = (
                 f"the backward pass of another thread was still being measured after {LONGEST_WAIT:g} seconds, so that "
-                "a part was left out"
+                "a part was left out; run the passes one after the other, or watch less often (every=)"
             )
         try:
             yield alone

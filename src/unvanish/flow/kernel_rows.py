@@ -51,8 +51,9 @@ def log_norms_of_many(tr: engine.Trace, sources: list[int], error: Tensor, state
     rows = torch.nn.functional.pad(enters.v, (0, (len(tr.final) - 1) * H)).contiguous()
     exponents, at = enters.exponent.contiguous(), torch.tensor(sources)
     found = torch.full((T, B, len(sources)), -torch.inf, dtype=torch.float64)
+    h, c = (*tr.cell.states, None)[:2]
     for steps, d, matrices, scale in _matrices(tr):
-        made, carried = (None if v is None else v.contiguous() for v in (d.made.get(("h", "c")), d.s.get(("c", "c"))))
+        made, carried = (None if c is None else v[key, c].contiguous() for v, key in ((d.made, h), (d.s, c)))
         engine.propagate(tr, steps, matrices, scale, made, carried, at, rows, exponents, found, state)
     found = found.permute(2, 0, 1)
     return found if tr.active is None else torch.where(tr.active.squeeze(-1), found, -torch.inf)
@@ -65,12 +66,12 @@ def _matrices(tr: engine.Trace) -> Iterator[tuple[slice, Partials, Tensor, Tenso
     if len(tr.cell.gates) == 1:
         assert tr.weights.w_hh is not None
         d = tr.partials
-        yield slice(0, T), d, tr.weights.w_hh.contiguous(), d.q["h", tr.cell.gates[0]].contiguous()
+        yield slice(0, T), d, tr.weights.w_hh.contiguous(), d.q[tr.cell.states[0], tr.cell.gates[0]].contiguous()
         return
     states = len(tr.final)
     block = max(1, BLOCK_ELEMENTS // (B * H * H * states))
     memory = tr.x.new_empty(block, B, states, H, H)
-    views = {(a, "h"): memory[:, :, i] for i, a in enumerate(tr.cell.states)}
+    views = {(a, tr.cell.states[0]): memory[:, :, i] for i, a in enumerate(tr.cell.states)}
     for end in range(T, 0, -block):
         begin = max(0, end - block)
         steps = _steps(tr, begin, end)
@@ -112,11 +113,11 @@ def log_norms_of_one(tr: engine.Trace, source: int, enters: Some | None, state: 
 def _in_range(deltas: State, handed: State, there: Tensor, state: int) -> bool:
     """Whether every row that is not zero from the start stays well inside its range, and so does the state measured,
     which may be far smaller than the others."""
-    largest = torch.stack([v.abs().amax(-1).amin(0) for v in deltas]).amax(0)
+    sizes = [v.abs().amax(-1) for v in deltas]
+    largest = torch.stack([size.amin(0) for size in sizes]).amax(0)
     ends = torch.stack([v.abs().amax(-1) for v in handed]).amax(0)
     margin = MARGIN[ends.dtype]
     least = torch.minimum(largest, ends)[there]
-    most = torch.stack([v.abs().amax() for v in (*deltas, *handed)]).amax()
-    own = deltas[state].abs().amax(-1)
-    faint = (own > 0) & (own < SMALLEST[ends.dtype])
+    most = torch.stack([size.amax() for size in (*sizes, ends)]).amax()
+    faint = (sizes[state] > 0) & (sizes[state] < SMALLEST[ends.dtype])
     return bool((least > margin).all()) and bool(most < 1 / margin) and not bool(faint.any())
