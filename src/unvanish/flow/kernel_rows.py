@@ -51,9 +51,9 @@ def log_norms_of_many(tr: engine.Trace, sources: list[int], error: Tensor, state
     rows = torch.nn.functional.pad(enters.v, (0, (len(tr.final) - 1) * H)).contiguous()
     exponents, at = enters.exponent.contiguous(), torch.tensor(sources)
     found = torch.full((T, B, len(sources)), -torch.inf, dtype=torch.float64)
-    h, c = (*tr.cell.states, None)[:2]
+    h, c = tr.cell.states[0], tr.cell.states[-1]
     for steps, d, matrices, scale in _matrices(tr):
-        made, carried = (None if c is None else v[key, c].contiguous() for v, key in ((d.made, h), (d.s, c)))
+        made, carried = (None if c == h else v[key, c].contiguous() for v, key in ((d.made, h), (d.s, c)))
         engine.propagate(tr, steps, matrices, scale, made, carried, at, rows, exponents, found, state)
     found = found.permute(2, 0, 1)
     return found if tr.active is None else torch.where(tr.active.squeeze(-1), found, -torch.inf)
