@@ -132,6 +132,7 @@ Layer<Real> layer(Arguments& a) {
   l.c0 = a.get<const Real*, "c0">();
   l.w_hr = a.get<const Real*, "w_hr">();
   l.y = a.get<Real*, "y">();
+  l.y_again = a.get<Real*, "y_again">();
   l.gates = a.get<Real*, "gates">();
   l.cells = a.get<Real*, "cells">();
   return l;

@@ -120,7 +120,11 @@ class Forward {
         projected += n * s.width;
         me.sync();
         if (tally != nullptr) tally->add(walk.gates(t, s.saved), t * l.B + first, n);
-        if (me.leads()) zero(l.y + (t * l.B + first + n) * l.R, (rows - n) * l.R);
+        if (me.leads()) {
+          const int64_t padding = (t * l.B + first + n) * l.R, count = (rows - n) * l.R;
+          zero(l.y + padding, count);
+          if (l.y_again != nullptr) zero(l.y_again + padding, count);
+        }
         Real* before = w.now;
         w.now = w.next;
         w.next = before;
@@ -166,6 +170,7 @@ class Forward {
   void plan_prefetch(const Walk<Real>& walk, int64_t t, int64_t n, Prefetch& prefetch) const {
     const int64_t at = t * l.B + walk.first;
     prefetch.add(l.y + at * l.R, walk.rows, l.R);
+    if (l.y_again != nullptr) prefetch.add(l.y_again + at * l.R, walk.rows, l.R);
     if (l.gates != nullptr && l.gates != l.y) prefetch.add(walk.gates(t, s.saved), walk.rows, s.saved);
     if (l.cells != nullptr) prefetch.add(walk.cells(t, s.Hp), walk.rows, s.Hp);
     prefetch.spread(s.panels * prefetch_calls<A>(n, l.R));
@@ -176,7 +181,7 @@ class Forward {
     const int64_t at = t * l.B + walk.first;
     Real* gates = l.gates == nullptr || l.gates == l.y ? nullptr : walk.gates(t, s.saved);
     Real* cells = l.cells == nullptr ? nullptr : walk.cells(t, s.Hp);
-    Real* y = l.y + at * l.R;
+    Real *y = l.y + at * l.R, *again = l.y_again == nullptr ? nullptr : l.y_again + at * l.R;
     const Rows<Real> now{w.now, s.Rp};
     const bool whole = l.w_hr == nullptr;
     for (int64_t p = me.from(s.panels); p < me.to(s.panels); ++p)
@@ -203,6 +208,7 @@ class Forward {
                 if (whole) {
                   store(w.next + row * s.Rp + unit, h);
                   if (unit < l.R) store(y + row * l.R + unit, h, l.R - unit);
+                  if (again != nullptr && unit < l.R) store(again + row * l.R + unit, h, l.R - unit);
                 } else {
                   store(w.m + row * s.Hp + unit, h);
                 }
@@ -221,7 +227,11 @@ class Forward {
     if (!whole) {
       me.sync();
       multiply_rows(Rows<Real>{w.m, s.Hp}, 0, n, w_hr_.get(), l.H, q0, q1, l.R, [&](int64_t r) { return y + r * l.R; });
-      for (int64_t r = 0; r < n; ++r) copy(w.next + r * s.Rp + q0 * wide, y + r * l.R + q0 * wide, smaller(q1 * wide, l.R) - q0 * wide);
+      const int64_t first = q0 * wide, count = smaller(q1 * wide, l.R) - first;
+      for (int64_t r = 0; r < n; ++r) {
+        copy(w.next + r * s.Rp + first, y + r * l.R + first, count);
+        if (again != nullptr) copy(again + r * l.R + first, y + r * l.R + first, count);
+      }
     }
     // Samples without this step keep their state.
     const int64_t from = whole ? me.from(s.panels) * s.kBlock : q0 * wide, to = whole ? me.to(s.panels) * s.kBlock : q1 * wide;

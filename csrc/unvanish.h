@@ -28,6 +28,7 @@ struct Layer : LayerInput<Real> {
   const Real* c0;          // in [B, H]; null but for the LSTM
   const Real* w_hr;        // in [P, H]; null: no projection
   Real* y;                 // [T, B, R]: out of forward, in of backward
+  Real* y_again;           // [T, B, R]: the same out of forward, for a caller who gives it away; null: not wanted
   // Values kept for the backward pass, stored in blocks of block_rows(B) samples, each [T, its samples, ·], so that no two threads touch the
   // same memory. Where a sample is inactive these two are left unchanged.
   Real* gates;             // [·, T, ·, saved_width()]: out of forward, in of backward; null in forward: keep nothing; may be y, with

@@ -65,7 +65,7 @@ struct Run : Written<Real> {
     Edge<Real> gates(s.T * B * k.saved_width(s.cell, s.H)), cells(s.T * B * k.padded(s.cell, s.H));
     Layer<Real> l{{s.reverse, s.T, B, s.I, s.H, s.ragged ? lengths.get() : nullptr, x.get(), w_ih.get(), w_hh.get(),
                    s.bias ? b_ih.get() : nullptr, s.bias ? b_hh.get() : nullptr},
-                  s.cell, s.R, h0.get(), lstm ? c0.get() : nullptr, s.projected ? w_hr.get() : nullptr, out(s.T, s.R), gates.get(),
+                  s.cell, s.R, h0.get(), lstm ? c0.get() : nullptr, s.projected ? w_hr.get() : nullptr, out(s.T, s.R), out(s.T, s.R), gates.get(),
                   lstm ? cells.get() : nullptr};
     if (G == 1 && k.saved_width(s.cell, s.H) == s.H) l.gates = l.y;
     const Final<Real> final{out(1, s.R), lstm ? out(1, s.H) : nullptr};
@@ -76,6 +76,8 @@ struct Run : Written<Real> {
     };
     const Statistics statistics{0.05, doubles(s.T * B * G), doubles(s.T * B * G), G > 1 ? doubles(s.H) : nullptr};
     k.forward(l, final, s.measured ? &statistics : nullptr, threads);
+    const auto same = [&](const Real* y) { return std::memcmp(y, l.y, static_cast<size_t>(s.T * B * s.R) * sizeof(Real)) == 0; };
+    if (!same(l.y_again)) throw std::runtime_error("y again differs");
     const Edge<bool> cut = cut_steps(s.T, random);
     Gradients<Real> g{{dy.get(), s.clip, s.cut ? cut.get() : nullptr}};
     g.dhn = dhn.get(), g.dcn = lstm ? dcn.get() : nullptr;
@@ -91,10 +93,10 @@ struct Run : Written<Real> {
     l.gates = l.cells = nullptr;
     Edge<Real> again(s.T * B * s.R);
     Layer<Real> bare = l;
-    bare.y = again.get();
+    bare.y = again.get(), bare.y_again = nullptr;
     if (!s.measured) {
       k.forward(bare, final, nullptr, threads);
-      if (std::memcmp(again.get(), l.y, static_cast<size_t>(again.count()) * sizeof(Real)) != 0) throw std::runtime_error("inference differs");
+      if (!same(again.get())) throw std::runtime_error("inference differs");
     }
   }
 

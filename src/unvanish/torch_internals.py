@@ -63,6 +63,13 @@ def captures_graph() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FUNCTIONAL))
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)` where no transform is active and none has left a wrapper among the tensors. Instead:
+    `function.apply`, which looks for them."""
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply(*args)
+
+
 def saved_tensors_hooked() -> bool:
     """Whether what autograd saves passes through a user's hooks, which may return other tensors. Instead: assume so, at
     the price of checking everything that was saved."""

@@ -205,13 +205,16 @@ def forward(
     clip: float,
     save: bool,
     closed: float,
+    twice: bool = False,
     clear: bool = False,
 ) -> tuple[Tensor, ...]:
     """(y, final h, final c, gates, cells); those that the cell lacks are empty. With `closed` > 0 the gates' (mean,
-    saturated, Σ ln carry) follow. Where a sample is inactive `gates` and `cells` are undefined, or 0 with `clear`.
+    saturated, Σ ln carry) follow, and with `twice` y again, for `backward`: the first may be changed in place, as the
+    output of torch's layers may. Where a sample is inactive `gates` and `cells` are undefined, or 0 with `clear`.
     `clip` and `cut` are for the backward pass."""
     T, B, _, H, R = sizes(x, w_ih, w_hh, cell)
     y, h = pooled(x, T, B, R), x.new_empty(B, R)
+    own = pooled(x, T, B, R) if twice else y
     c = x.new_empty(0) if c0 is None else x.new_empty(B, H)
     gates, cells, kept_gates = x.new_empty(0), x.new_empty(0), None
     if save:
@@ -219,7 +222,7 @@ def forward(
         if keeps_gates(cell_of(cell), H, kept):
             kept_gates = gates = pooled(x, T * B * kept.saved)
         else:
-            kept_gates = y
+            kept_gates = own
         if c0 is not None:
             cells = pooled(x, T * B * kept.padded)
         if clear and lengths is not None:
@@ -233,7 +236,8 @@ def forward(
         forced_isa(),
         torch.get_num_threads(),
         **_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse),
-        y=y.data_ptr(),
+        y=own.data_ptr(),
+        y_again=y.data_ptr() if twice else 0,
         gates=address(kept_gates),
         cells=address(cells),
         h=h.data_ptr(),
@@ -243,7 +247,7 @@ def forward(
         saturated=address(saturated),
         log_carry=address(log_carry),
     )
-    return y, h, c, gates, cells, *statistics
+    return y, h, c, gates, cells, *statistics, *([own] if twice else [])
 
 
 def statistics_shapes(x: Tensor, T: int, B: int, H: int, cell: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,6 +296,7 @@ def backward(
         torch.get_num_threads(),
         **_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse),
         y=y.data_ptr(),
+        y_again=0,
         gates=address(gates) or y.data_ptr(),
         cells=address(cells),
         dy=address(dy),

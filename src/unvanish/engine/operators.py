@@ -7,6 +7,7 @@ has checked them.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,19 +28,13 @@ def _forward(*given: Any) -> tuple[Tensor, ...]:
     check_forward(LayerTensors(*tensors), cell=cell, clip=clip, save=save, closed=closed)
     inputs: Any = (*_contiguous(tensors), *given[len(tensors) :])
     # The same call returns the same values, as torch's own checks of operators demand.
-    y, *rest = native.forward(*inputs, clear=True)
-    statistics = () if closed else _no_statistics(y)
-    return y, *rest, *statistics, own_output(y, save)
+    y, h, c, gates, cells, *rest = native.forward(*inputs, twice=save, clear=True)
+    statistics = rest[:3] if closed else _no_statistics(y)
+    return y, h, c, gates, cells, *statistics, rest[-1] if save else y.new_empty(0)
 
 
 def _no_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(0, dtype=torch.float64), x.new_empty(0, dtype=torch.float64), x.new_empty(0, dtype=torch.float64)
-
-
-def own_output(y: Tensor, save: bool) -> Tensor:
-    """The copy of an output that its backward reads: the output itself may be changed in place, as that of torch's
-    layers may."""
-    return native.pooled(y, *y.shape).copy_(y) if save else y.new_empty(0)
 
 
 forward_operator = torch.library.custom_op(
@@ -48,7 +43,7 @@ forward_operator = torch.library.custom_op(
     mutates_args=(),
     schema=f"({SCHEMA}, int cell, bool reverse, float clip, bool save, float closed) -> ({_EIGHT}, Tensor)",
 )
-"""`native.forward`, checked, with statistics that are empty where `closed` is 0, and `own_output`."""
+"""`native.forward`, checked; statistics are empty where `closed` is 0, the second y where nothing is saved."""
 
 
 @forward_operator.register_fake
@@ -189,13 +184,16 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        y, h, c, gates, cells = native.forward(*inputs)
-        _keep_call(ctx, inputs, own_output(y, save=True), gates, cells)
+        y, h, c, gates, cells, own = native.forward(*inputs, twice=True)
+        _keep_call(ctx, inputs, own, gates, cells)
         ctx.intact = not torch_internals.saved_tensors_hooked()
         # Only outputs that have a gradient: autograd spends time on each one.
         return (y, h) if inputs[2] is None else (y, h, c)
 
     backward = staticmethod(_autograd)
+
+
+_eager = partial(torch_internals.apply, _Eager)
 
 
 def is_direct(*arriving: Tensor | None) -> bool:
@@ -223,8 +221,8 @@ def run(
     save = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, *state, *w))
     given = sort(x, state, lengths)
     inputs = native.prepared(given, w, cut)
-    apply: Any = forward_operator if not is_direct() else _Eager.apply if save else native.forward
-    y, *rest = apply(*inputs, native.NUMBER[cell.name], reverse, clip or 0.0, save, 0.0)
+    forward: Any = forward_operator if not is_direct() else _eager if save else native.forward
+    y, *rest = forward(*inputs, native.NUMBER[cell.name], reverse, clip or 0.0, save, 0.0)
     final = tuple(rest[: len(cell.states)])
     if given.back is None:
         return y, final

@@ -134,9 +134,11 @@ class _Recorded(torch.autograd.Function):
         ctx: Any, record: Recorder, cell: Cell, back: Tensor | None, reverse: bool, clip: float | None, *inputs: Any
     ) -> Any:
         how = _how(cell, reverse, clip)
-        y, h, c, *kept, mean, saturated, log_carry = native.forward(*inputs, **how, save=True, closed=SATURATED)
+        y, h, c, gates, cells, mean, saturated, log_carry, own = native.forward(
+            *inputs, **how, save=True, closed=SATURATED, twice=True
+        )
         record.forward(_statistics(mean, saturated, log_carry, back))
-        operators.keep(ctx, inputs, operators.own_output(y, save=True), *kept)
+        operators.keep(ctx, inputs, own, gates, cells)
         ctx.record, ctx.cell, ctx.back, ctx.reverse, ctx.clip = record, cell, back, reverse, clip
         ctx.errors = None
         ctx.intact = not torch_internals.saved_tensors_hooked()
@@ -232,7 +234,8 @@ def run_recorded(
 ) -> tuple[Tensor, State]:
     """`native.run`, bit for bit, which notifies `record` of both passes."""
     given = sort(x, state, lengths)
-    y, *final = _Recorded.apply(record, cell, given.back, reverse, clip, *native.prepared(given, w, cut))
+    inputs = native.prepared(given, w, cut)
+    y, *final = torch_internals.apply(_Recorded, record, cell, given.back, reverse, clip, *inputs)
     return _in_order(y, 1, given.back), tuple(_in_order(s, 0, given.back) for s in final)
 
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from unvanish import engine
 from unvanish.capture import Call, Link
 from unvanish.cells import State, Weights, calculus
+from unvanish.engine.precision import full_precision
 from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin, origin_of_nonfinite
 from unvanish.flow.record import LayerFlow
 from unvanish.flow.summary import healthy, summarise
@@ -78,6 +79,7 @@ class Sequence(ABC):
     def measure(self, errors: Errors) -> list[Measured]:
         """The records for these gradients. A segment that no gradient reached has zero flow."""
 
+    @full_precision()
     def arrive(self, errors: Errors) -> list[Measured]:
         """The records of all gradients so far, including these; their ∂E/∂W are of these alone."""
         found = self.measure(errors)

@@ -27,7 +27,6 @@ from unvanish import torch_internals
 from unvanish.capture import Call, Capture, Returned, hidden_parts, link, returned
 from unvanish.capture.named_states import Getter, NamedStates
 from unvanish.capture.parts import unseen
-from unvanish.engine.precision import full_precision
 from unvanish.flow.backward_runs import BackwardRun, BackwardRuns, OneAtATime
 from unvanish.flow.module_sequence import ModuleSequence
 from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin
@@ -355,8 +354,7 @@ class Watch(Flow):
                 # the record stays that of the gradient that was differentiated.
                 continue
             sequence.differentiated = run.differentiable
-            with full_precision():
-                found = self._capture.guarded(sequence.name, lambda s=sequence, e=errors: s.arrive(e)) or []
+            found = self._capture.guarded(sequence.name, lambda s=sequence, e=errors: s.arrive(e)) or []
             for part in found:
                 for key, gradient in part.gradients.items():
                     ours[key] = ours[key] + gradient if key in ours else gradient

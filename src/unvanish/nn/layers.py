@@ -284,7 +284,7 @@ class EngineSequence(TorchTools, SequenceLayer, nn.RNNBase):
         return None
 
     def _check_call(self, x: Tensor | PackedSequence, hx: Any) -> None:
-        self._update_flat_weights()
+        torch_forward.update_flat_weights(self)
         if isinstance(x, PackedSequence):
             data, batch_sizes = x.data, x.batch_sizes
         else:

@@ -110,6 +110,13 @@ def _one_step(layer: Any, x: Tensor, initial: tuple[Tensor, Tensor]) -> tuple[Te
     return torch.stack([row], dim=time), (h_n, c_n)
 
 
+def update_flat_weights(module: nn.RNNBase) -> None:
+    """As torch's method, which takes longer: weights that were replaced enter the list that a call uses."""
+    now = map(module._parameters.get, module._flat_weights_names)
+    if torch.compiler.is_compiling() or not all(map(is_, now, module._flat_weights)):
+        module._update_flat_weights()
+
+
 def _fitting(layer: Any, x: Any, hx: Any) -> Any:
     """The initial states as torch's kernel takes them; None where the call is not of the plain kind or not valid:
     torch's forward then runs it, or raises the error."""
@@ -119,8 +126,7 @@ def _fitting(layer: Any, x: Any, hx: Any) -> Any:
         return None
     if type(x) is not Tensor or x.dim() != 3 or x.shape[2] != layer.input_size:
         return None
-    if not all(map(is_, map(layer._parameters.get, layer._flat_weights_names), layer._flat_weights)):
-        layer._update_flat_weights()
+    update_flat_weights(layer)
     if x.dtype != layer._flat_weights[0].dtype:
         return None
     B, places = x.shape[0 if layer.batch_first else 1], layer.num_layers * (2 if layer.bidirectional else 1)
