@@ -1,12 +1,14 @@
 """What the packages may know of each other, beyond the layers that lint-imports checks."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src" / "unvanish"
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "unvanish"
 PACKAGES = sorted(path.parent for path in SOURCE.glob("*/__init__.py"))
 
 
@@ -52,3 +54,11 @@ def test_no_two_modules_have_one_name() -> None:
     # A command is named like the function that it calls.
     names = [path.name for path in SOURCE.rglob("*.py") if path.name != "__init__.py" and path.parent.name != "cli"]
     assert {name for name in names if names.count(name) > 1} == set()
+
+
+def test_every_planted_bug_has_its_place() -> None:
+    bugs = tomllib.loads((ROOT / "tests/mutations/planted.toml").read_text(encoding="utf-8"))["bug"]
+    counts = {
+        (bug["file"], bug["old"]): (ROOT / bug["file"]).read_text(encoding="utf-8").count(bug["old"]) for bug in bugs
+    }
+    assert {place for place, count in counts.items() if count != 1} == set()

@@ -17,6 +17,7 @@ from tests.strategies import LayerCase, layer_cases
 from tests.test_engine import outcome
 from unvanish.cells import CELLS, Weights
 from unvanish.engine import native, native_trace, operators
+from unvanish.engine.sequence import sort
 
 pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=f"native rung: {native.MISSING}")
 
@@ -84,6 +85,23 @@ def test_the_projection_of_several_blocks_equals_the_reference(isa: str) -> None
         found.append([p.grad for p in layer.parameters()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", list(CELLS))
+@pytest.mark.parametrize("lengths", [None, torch.tensor([9, 9, 6, 4, 1, 0])])
+def test_the_output_given_away_is_the_one_that_is_kept(isa: str, name: str, lengths: Tensor | None) -> None:
+    for P in (0, 4) if name == "lstm" else (0,):
+        case = layer(name, 9, 6, 3, 17, P=P)
+        # Freed at once, so that whatever is left unwritten shows.
+        _ = [torch.full((9, 6, P or 17), torch.nan) for _ in range(8)]
+        given = sort(case.x, case.state, lengths)
+        with torch.no_grad():
+            y, *_, kept = native.forward(
+                *native.prepared(given, case.weights), native.NUMBER[name], False, 0.0, True, 0.0, twice=True
+            )  # fmt: skip
+        assert y.data_ptr() != kept.data_ptr()
+        assert y.isfinite().all()
+        torch.testing.assert_close(y, kept, rtol=0, atol=0)
 
 
 @settings(max_examples=int(os.environ.get("UNVANISH_SHAPES", "150")))

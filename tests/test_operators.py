@@ -192,7 +192,8 @@ def test_kernels_take_their_arrays_by_name() -> None:
     call = native._native.forward_float32
     with pytest.raises(TypeError, match="reverse: missing"):
         call(None, 1)
-    numbers = dict.fromkeys(("cell", "T", "B", "I", "H", "R", "lengths", *FORWARD, "y", "gates", "cells", "h", "c"), 0)
+    arrays = ("lengths", *FORWARD, "y", "y_again", "gates", "cells", "h", "c")
+    numbers = dict.fromkeys(("cell", "T", "B", "I", "H", "R", *arrays), 0)
     complete = {**numbers, "reverse": False, "closed": 0.0, "mean": 0, "saturated": 0, "log_carry": 0}
     with pytest.raises(TypeError, match="an argument that the kernels do not know"):
         call(None, 1, **complete, weights=0)
