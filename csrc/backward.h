@@ -32,7 +32,10 @@ class Backward {
         w_hr_(l.w_hr == nullptr ? 1 : l.R * s.dh_stride),
         sums_(s, layer),
         memory_(slots_ * Work(*this, nullptr).size),
-        places_(slots_ * most_rows()) {
+        places_(slots_ * most_rows()),
+        step_rows_(norms == nullptr ? 1 : threads * s.blocks),
+        room_size_(norms == nullptr || s.blocks == 1 ? 0 : Measure<CellType, Real>{l, s, *norms}.room()),
+        room_(1 + threads * room_size_) {
     for_each(s.panels, threads_for(s.width * (l.R + l.I), threads), [&](int64_t p) {
       pack_columns(s, l.w_hh, l.H, l.R, w_hh_.get(), p, p + 1);
       if (g.dx != nullptr) pack_columns(s, l.w_ih, l.H, l.I, w_ih_.get(), p, p + 1);
@@ -64,7 +67,8 @@ class Backward {
     Work(const Backward& run, Real* memory) : Arena<Real>{memory} {
       const Sizes<CellType, Real>& s = run.s;
       const bool projected = run.l.w_hr != nullptr;
-      const int64_t rows = s.block_rows, most = run.most_rows() + kSpare, held = run.norms_ == nullptr || s.blocks == 1 ? 1 : kChunksHeld;
+      const bool lockstep = run.norms_ != nullptr && s.blocks > 1 && run.chunk_steps_ < run.l.T;
+      const int64_t rows = s.block_rows, most = run.most_rows() + kSpare, held = lockstep ? kChunksHeld : 1;
       carried = this->take(rows * s.dh_stride);
       dh = this->take(2 * rows * s.dh_stride);
       total = run.norms_ == nullptr ? nullptr : this->take(2 * rows * s.Hp);
@@ -134,7 +138,7 @@ class Backward {
     const auto start_of = [&](int64_t c) { return end_of(c) > chunk_steps_ ? end_of(c) - chunk_steps_ : 0; };
     const TeamMember alone{0, 1, nullptr};
     const int64_t round = s.blocks + chunk_steps_;
-    for_each((chunks + 1) * round, threads, [&](int64_t task) {
+    for_each((chunks + 1) * round, threads, [&](int64_t task, int member) {
       const int64_t c = task / round, b = task % round;
       if (b < s.blocks) {
         if (c == chunks) return;
@@ -150,7 +154,7 @@ class Backward {
         const int64_t i = end_of(c - 1) - 1 - (b - s.blocks);
         if (i < start_of(c - 1)) return;
         for (int64_t each = 0; each < s.blocks; ++each) wait_for(done.get() + each, c);
-        measure(i, end_of(c - 1), (c - 1) % kChunksHeld);
+        measure(i, end_of(c - 1), (c - 1) % kChunksHeld, member);
         signal(measured.get() + c - 1);
       }
     });
@@ -221,25 +225,26 @@ class Backward {
                     [&](int64_t row) { return g.dx + w.places[row] * l.I; });
     me.sync();
     if (norms_ == nullptr || s.blocks > 1) return;
-    for (int64_t i = i1 - 1 - me.number; i >= i0; i -= me.of) measure(i, i1, part);
+    for (int64_t i = i1 - 1 - me.number; i >= i0; i -= me.of) measure(i, i1, part, me.number);
     me.sync();
   }
 
-  // ‖g_t‖_F of step i of a chunk that ends before i1, kept as `part` of the blocks' work.
-  void measure(int64_t i, int64_t i1, int64_t part) const {
+  // ‖g_t‖_F of step i of a chunk that ends before i1, kept as `part` of the blocks' work; `member` is the thread.
+  void measure(int64_t i, int64_t i1, int64_t part, int64_t member) const {
     const Walk<Real> all_samples{l, 0, l.B};
     const int64_t t = all_samples.step(i);
-    Scratch<StepRows<Real>> rows(s.blocks);
+    StepRows<Real>* const rows = step_rows_.get() + member * s.blocks;
     int64_t stride = 0;
     for (int64_t number = 0; number < s.blocks; ++number) {
       const Walk<Real> walk = this->walk(number);
       const Work w = work(number).part(part, s);
       int64_t row = 0;
       for (int64_t j = i1 - 1; j > i; --j) row += walk.active(walk.step(j));
-      rows.get()[number] = {w.da.at(row, 0), w.da_hh.at(row, 0), w.h_prev.at(row, 0), w.x.at(row, 0), walk.active(t)};
+      rows[number] = {w.da.at(row, 0), w.da_hh.at(row, 0), w.h_prev.at(row, 0), w.x.at(row, 0), walk.active(t)};
       stride = w.da.rows * L;
     }
-    Measure<CellType, Real>{l, s, *norms_}.step(t, all_samples.active(t), rows.get(), s.blocks, stride);
+    Real* const room = room_size_ > 0 ? room_.get() + member * room_size_ : nullptr;
+    Measure<CellType, Real>{l, s, *norms_}.step(t, all_samples.active(t), rows, s.blocks, stride, room);
   }
 
   // Step t of n active samples, whose rows in the chunk begin at `filled`; `next` is the step computed after it, −1 for none.
@@ -381,6 +386,9 @@ class Backward {
   const GradientSums<CellType, Real> sums_;
   Scratch<Real> memory_;
   Scratch<int64_t> places_;
+  const Scratch<StepRows<Real>> step_rows_;  // of each thread
+  const int64_t room_size_;
+  const Scratch<Real> room_;  // of each thread, to measure a step in
 };
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "product.h"
 #include "sequence.h"
 #include "unvanish.h"
 #include "vector.h"
@@ -43,8 +44,8 @@ void scale(Real* v, int64_t k0, int64_t k1, Real by) {
   for (int64_t k = k0; k < k1; ++k) v[k] *= by;
 }
 
-// ‖Σ_b u_bᵀ v_b‖_F of a step's samples b by the Gram identity ‖·‖² = Σ_{b,b'} (u_b · u_b')(v_b · v_b'): far fewer products than the matrix
-// itself takes. Pairs are taken in groups, kRows rows of one against kGroup of the other, whose products fill a vector.
+// ‖Σ_b u_bᵀ v_b‖_F of a step's samples b by the Gram identity ‖·‖² = Σ_{b,b'} (u_b · u_b')(v_b · v_b'): if there are not many samples, far fewer
+// products than the matrix itself takes. Pairs are taken in groups, kRows rows of one against kGroup of the other, whose products fill a vector.
 template <class Real>
 struct Pairs {
   static constexpr int L = kLanes<Real>;
@@ -114,8 +115,16 @@ struct Measure {
     norms.h[at] = __builtin_sqrt(totals[kOfH]);
   }
 
+  // Whether n samples are so many that computing g_t itself takes less time than all pairs: measured for all cells at H = 128 and 256.
+  bool many(int64_t n) const {
+    const int64_t columns = l.I + l.R;
+    return n >= 64 && 2 * n * ((CellType::kGates + CellType::kSplit) * l.H + columns) > 3 * s.width * columns;
+  }
+  // Reals that this takes as working memory.
+  int64_t room() const { return many(l.B) ? l.B * (s.Iv + s.Rv + (1 + CellType::kSplit) * s.width) : 0; }
+
   // ‖g_t‖_F of n samples, whose norms are known, in `blocks` blocks; consecutive vectors of a row are `stride` elements apart.
-  void step(int64_t t, int64_t n, const StepRows<Real>* rows, int64_t blocks, int64_t stride) const {
+  void step(int64_t t, int64_t n, const StepRows<Real>* rows, int64_t blocks, int64_t stride, Real* room) const {
     double largest = 0;
     for (int64_t b = 0; b < n; ++b) {
       double square = 0;
@@ -129,13 +138,14 @@ struct Measure {
     }
     int exponent = 0;
     __builtin_frexp(largest, &exponent);
-    if (-kNear <= exponent && exponent <= kNear) {
-      norms.w[t] = root<false>(rows, blocks, stride, Real(1));
-    } else {
-      // Scaled by a power of two to about 1, because the squares of δ could leave Real's range.
-      const double scale = __builtin_ldexp(1.0, exponent > kFar ? -kFar : exponent < -kFar ? kFar : -exponent);
-      norms.w[t] = root<true>(rows, blocks, stride, static_cast<Real>(scale)) / scale;
-    }
+    // Scaled by a power of two to about 1 where the squares of δ could leave Real's range.
+    const bool near = -kNear <= exponent && exponent <= kNear;
+    const double scale = near ? 1 : __builtin_ldexp(1.0, exponent > kFar ? -kFar : exponent < -kFar ? kFar : -exponent);
+    const Real by = static_cast<Real>(scale);
+    const double square = room != nullptr && many(n) ? by_elements(n, rows, blocks, stride, by, room)
+                          : near                     ? by_pairs<false>(rows, blocks, stride, by)
+                                                     : by_pairs<true>(rows, blocks, stride, by);
+    norms.w[t] = __builtin_sqrt(square > 0 ? square : 0) / scale;
   }
 
  private:
@@ -167,8 +177,31 @@ struct Measure {
     return exact || sizeof(Sum) == sizeof(double);
   }
 
+  // ‖g_t‖², from g_t tile by tile.
+  double by_elements(int64_t n, const StepRows<Real>* rows, int64_t blocks, int64_t stride, Real scale, Real* room) const {
+    // The rows of all blocks, one after the other.
+    const auto gathered = [&](const Real* StepRows<Real>::*field, int64_t width, Real by) {
+      const Blocked<Real> all{room, n};
+      for (int64_t k = 0; k < width / L; ++k)
+        for (int64_t b = 0; b < blocks; ++b) {
+          const Real* from = rows[b].*field + k * stride;
+          for (int64_t r = 0; r < rows[b].n; ++r, room += L) store(room, load(from + r * L) * by);
+        }
+      return all;
+    };
+    const Blocked<Real> x = gathered(&StepRows<Real>::x, s.Iv, Real(1)), h = gathered(&StepRows<Real>::h_prev, s.Rv, Real(1));
+    const Blocked<Real> da = gathered(&StepRows<Real>::da, s.width, scale);
+    const Blocked<Real> da_hh = CellType::kSplit ? gathered(&StepRows<Real>::da_hh, s.width, scale) : da;
+    double square = 0;
+    for (int64_t p = 0; p < s.panels; ++p) {
+      const Vec<Real> found = squares_of_outer<A>(x, l.I, da, p, n) + squares_of_outer<A>(h, l.R, da_hh, p, n);
+      for (int j = 0; j < L; ++j) square += static_cast<double>(found[j]);
+    }
+    return square;
+  }
+
   template <bool kScaled>
-  double root(const StepRows<Real>* rows, int64_t blocks, int64_t stride, Real scale) const {
+  double by_pairs(const StepRows<Real>* rows, int64_t blocks, int64_t stride, Real scale) const {
     using P = Pairs<Real>;
     Vec<Real> total{};
     for (int64_t p = 0; p < blocks; ++p)
@@ -182,7 +215,7 @@ struct Measure {
             }
     double sum = 0;
     for (int j = 0; j < L; ++j) sum += static_cast<double>(total[j]);
-    return __builtin_sqrt(sum > 0 ? sum : 0);
+    return sum;
   }
 
   // (u_b · u_b')(v_b · v_b') of a group of pairs, in lanes.

@@ -182,17 +182,17 @@ void run_team(int wanted, int threads, void (*work)(void*, int, int), void* cont
   pool.run(work, context, wanted);
 }
 
-void parallel_for(int64_t count, int threads, void (*work)(void*, int64_t), void* context) {
+void parallel_for(int64_t count, int threads, void (*work)(void*, int64_t, int), void* context) {
   struct Run {
-    void (*work)(void*, int64_t);
+    void (*work)(void*, int64_t, int);
     void* context;
     int64_t count, next;
   } run{work, context, count, 0};
   run_team(
       static_cast<int>(count < threads ? count : threads), threads,
-      [](void* context, int, int) {
+      [](void* context, int member, int) {
         Run& run = *static_cast<Run*>(context);
-        for (int64_t i = take(&run.next); i < run.count; i = take(&run.next)) run.work(run.context, i);
+        for (int64_t i = take(&run.next); i < run.count; i = take(&run.next)) run.work(run.context, i, member);
       },
       &run);
 }

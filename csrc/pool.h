@@ -11,8 +11,8 @@ namespace unvanish {
 // more threads are available.
 void run_team(int wanted, int threads, void (*work)(void* context, int member, int members), void* context);
 
-// Runs work(context, i) for i in [0, count), taken in order, on up to `threads` threads.
-void parallel_for(int64_t count, int threads, void (*work)(void* context, int64_t i), void* context);
+// Runs work(context, i, member) for i in [0, count), taken in order, on up to `threads` threads, the members.
+void parallel_for(int64_t count, int threads, void (*work)(void* context, int64_t i, int member), void* context);
 
 // Returns *counter and increments it.
 int64_t take(int64_t* counter);

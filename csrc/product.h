@@ -195,11 +195,9 @@ void multiply_rows(const Left& left, int64_t first, int64_t end, const Real* pan
         });
 }
 
-// c[m, k] += Σ_r a[r, m] b[r, k] over the first `rows` rows, m in [m0, m1), k in panels [q0, q1) of NV vectors: the gradient of a weight; with `overwrite`
-// the sum replaces c. Rows of c are `stride` elements apart.
-template <int NV, class Real>
-void add_outer(const Blocked<Real>& a, int64_t m0, int64_t m1, const Blocked<Real>& b, int64_t q0, int64_t q1, int64_t rows, Real* c,
-               int64_t stride, bool overwrite = false) {
+// finish(m, k, sums) for tiles [m …, k …] of Σ_r a[r, m] b[r, k] over the first `rows` rows, m in [m0, m1), k in panels [q0, q1) of NV vectors.
+template <int NV, class Real, class Finish>
+UV_INLINE void outer(const Blocked<Real>& a, int64_t m0, int64_t m1, const Blocked<Real>& b, int64_t q0, int64_t q1, int64_t rows, Finish finish) {
   constexpr int L = kLanes<Real>;
   for (int64_t k = q0 * NV * L; k < q1 * NV * L; k += NV * L)
     for_tiles<kTile<NV>>(m0, m1, [&](auto tile, int64_t m) {
@@ -211,12 +209,34 @@ void add_outer(const Blocked<Real>& a, int64_t m0, int64_t m1, const Blocked<Rea
       const int64_t distance = b.rows * L;
       for (int64_t r = 0; r < rows; ++r)
         multiply_step<Real, M, NV>(acc, [&](int i) { return column[i][r * L]; }, right + r * L, distance);
-      for (int i = 0; i < M; ++i)
-        for (int v = 0; v < NV; ++v) {
-          Real* p = c + (m + i) * stride + k + v * L;
-          store(p, overwrite ? acc[i][v] : load(p) + acc[i][v]);
-        }
+      finish(m, k, acc);
     });
+}
+
+// c[m, k] += these sums: the gradient of a weight; with `overwrite` they replace c. Rows of c are `stride` elements apart.
+template <int NV, class Real>
+void add_outer(const Blocked<Real>& a, int64_t m0, int64_t m1, const Blocked<Real>& b, int64_t q0, int64_t q1, int64_t rows, Real* c,
+               int64_t stride, bool overwrite = false) {
+  outer<NV>(a, m0, m1, b, q0, q1, rows, [&](int64_t m, int64_t k, auto& acc) {
+    for (auto& sums : acc) {
+      for (int v = 0; v < NV; ++v) {
+        Real* p = c + m * stride + k + v * kLanes<Real>;
+        store(p, overwrite ? sums[v] : load(p) + sums[v]);
+      }
+      ++m;
+    }
+  });
+}
+
+// Σ of the squares of these sums, lane by lane.
+template <int NV, class Real>
+Vec<Real> squares_of_outer(const Blocked<Real>& a, int64_t m1, const Blocked<Real>& b, int64_t q, int64_t rows) {
+  Vec<Real> total{};
+  outer<NV>(a, 0, m1, b, q, q + 1, rows, [&](int64_t, int64_t, auto& acc) {
+    for (auto& sums : acc)
+      for (auto& v : sums) total += v * v;
+  });
+  return total;
 }
 
 // out[k] += Σ_r a[r, k] for columns k in [k0, k1): the gradient of a bias; with `overwrite` the sum replaces out.

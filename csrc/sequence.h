@@ -21,10 +21,17 @@ constexpr int64_t kForwardRows = 96, kBackwardRows = UV_BYTES == 64 ? 384 : 192;
 
 constexpr int64_t kThreadPadding = 1 << 18;  // bytes between two threads' memory: the hardware prefetcher would otherwise steal cache lines from the other thread
 
-// f(i) for i in [0, count), on up to `threads` threads.
+// f(i), or f(i, member), for i in [0, count), on up to `threads` threads, the members.
 template <class F>
 void for_each(int64_t count, int threads, F f) {
-  parallel_for(count, threads, [](void* f, int64_t i) { (*static_cast<F*>(f))(i); }, &f);
+  const auto call = [](void* given, int64_t i, int member) {
+    F& f = *static_cast<F*>(given);
+    if constexpr (requires { f(i, member); })
+      f(i, member);
+    else
+      f(i);
+  };
+  parallel_for(count, threads, call, &f);
 }
 
 // One thread of the team that works on a block.

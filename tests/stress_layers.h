@@ -31,7 +31,7 @@ inline Shape shape(Random& random) {
   s.reverse = between(random, 0, 1), s.bias = between(random, 0, 1), s.ragged = between(random, 0, 1), s.dx = between(random, 0, 1);
   s.measured = between(random, 0, 3) == 0;
   const bool large = between(random, 0, 9) == 0;
-  s.T = between(random, 1, large ? 250 : 9), s.B = between(random, 1, between(random, 0, 1) ? 6 : 70);
+  s.T = between(random, 1, large ? 250 : 9), s.B = between(random, 1, between(random, 0, 1) ? 6 : 100);
   s.I = between(random, 1, 40), s.H = between(random, 1, large ? 150 : 70);
   s.projected = s.cell == Cell::lstm && s.H > 1 && between(random, 0, 2) == 0;
   s.R = s.projected ? between(random, 1, s.H - 1) : s.H;
