@@ -60,15 +60,15 @@ class Backward {
  private:
   // Extra rows: a group of pairs may read past the last row, and vectors 4096 bytes apart would map to the same cache set.
   static constexpr int64_t kSpare = Pairs<Real>::kGroup;
-  static constexpr int64_t kChunksHeld = 2;  // where blocks run in lockstep: one being computed, one being measured
+  static constexpr int64_t kChunksHeld = 2;  // where blocks run in lockstep over several chunks: one being computed, one being measured
 
   // A block's working memory.
   struct Work : Arena<Real> {
     Work(const Backward& run, Real* memory) : Arena<Real>{memory} {
       const Sizes<CellType, Real>& s = run.s;
       const bool projected = run.l.w_hr != nullptr;
-      const bool lockstep = run.norms_ != nullptr && s.blocks > 1 && run.chunk_steps_ < run.l.T;
-      const int64_t rows = s.block_rows, most = run.most_rows() + kSpare, held = lockstep ? kChunksHeld : 1;
+      const bool alternates = run.norms_ != nullptr && s.blocks > 1 && run.chunk_steps_ < run.l.T;
+      const int64_t rows = s.block_rows, most = run.most_rows() + kSpare, held = alternates ? kChunksHeld : 1;
       carried = this->take(rows * s.dh_stride);
       dh = this->take(2 * rows * s.dh_stride);
       total = run.norms_ == nullptr ? nullptr : this->take(2 * rows * s.Hp);
@@ -231,6 +231,7 @@ class Backward {
 
   // ‖g_t‖_F of step i of a chunk that ends before i1, kept as `part` of the blocks' work; `member` is the thread.
   void measure(int64_t i, int64_t i1, int64_t part, int64_t member) const {
+    FlushSubnormals flush;
     const Walk<Real> all_samples{l, 0, l.B};
     const int64_t t = all_samples.step(i);
     StepRows<Real>* const rows = step_rows_.get() + member * s.blocks;

@@ -138,14 +138,15 @@ struct Measure {
     }
     int exponent = 0;
     __builtin_frexp(largest, &exponent);
-    // Scaled by a power of two to about 1 where the squares of δ could leave Real's range.
-    const bool near = -kNear <= exponent && exponent <= kNear;
-    const double scale = near ? 1 : __builtin_ldexp(1.0, exponent > kFar ? -kFar : exponent < -kFar ? kFar : -exponent);
+    // δ times this power of two is about 1: squares could leave Real's range.
+    const double scale = __builtin_ldexp(1.0, exponent > kFar ? -kFar : exponent < -kFar ? kFar : -exponent);
     const Real by = static_cast<Real>(scale);
-    const double square = room != nullptr && many(n) ? by_elements(n, rows, blocks, stride, by, room)
-                          : near                     ? by_pairs<false>(rows, blocks, stride, by)
-                                                     : by_pairs<true>(rows, blocks, stride, by);
-    norms.w[t] = __builtin_sqrt(square > 0 ? square : 0) / scale;
+    if (room != nullptr && many(n))
+      norms.w[t] = root(by_elements(n, rows, blocks, stride, by, room)) / scale;
+    else if (-kNear <= exponent && exponent <= kNear)
+      norms.w[t] = root(by_pairs<false>(rows, blocks, stride, Real(1)));
+    else
+      norms.w[t] = root(by_pairs<true>(rows, blocks, stride, by)) / scale;
   }
 
  private:
@@ -176,6 +177,9 @@ struct Measure {
     }
     return exact || sizeof(Sum) == sizeof(double);
   }
+
+  // Rounding may leave a sum of products below 0. A NaN stays one.
+  static double root(double square) { return square < 0 ? 0 : __builtin_sqrt(square); }
 
   // ‖g_t‖², from g_t tile by tile.
   double by_elements(int64_t n, const StepRows<Real>* rows, int64_t blocks, int64_t stride, Real scale, Real* room) const {

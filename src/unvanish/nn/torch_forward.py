@@ -112,8 +112,8 @@ def _one_step(layer: Any, x: Tensor, initial: tuple[Tensor, Tensor]) -> tuple[Te
 
 def update_flat_weights(module: nn.RNNBase) -> None:
     """As torch's method, which takes longer: weights that were replaced enter the list that a call uses."""
-    now = map(module._parameters.get, module._flat_weights_names)
-    if torch.compiler.is_compiling() or not all(map(is_, now, module._flat_weights)):
+    names, used = module._flat_weights_names, module._flat_weights
+    if torch.compiler.is_compiling() or not all(map(is_, map(module._parameters.get, names), used)):
         module._update_flat_weights()
 
 
