@@ -321,6 +321,14 @@ class Backward {
         }
         if (CellType::kSplit) h = load(w.h_prev.at(row, unit));
         CellType::template backward<Real>(load(dm + unit), later, total, saved, c, c_prev, h, gates, gates_hh, rest);
+        if (const int64_t inside = l.H - unit; inside < L) {
+          // After an infinite input the padding is NaN, 0 · ∞, which the product with W_hh would hand to all units.
+          total = first_lanes<Real>(total, inside), later = first_lanes<Real>(later, inside), rest = first_lanes<Real>(rest, inside);
+          for (int v = 0; v < CellType::kGates; ++v) {
+            gates[v] = first_lanes<Real>(gates[v], inside);
+            if (CellType::kSplit) gates_hh[v] = first_lanes<Real>(gates_hh[v], inside);
+          }
+        }
         if (CellType::kHasC) store(dc + unit, later);
         if (CellType::kSplit) store(carried + unit, rest);
         if constexpr (CellType::kHasC)

@@ -105,6 +105,21 @@ def test_the_output_given_away_is_the_one_that_is_kept(isa: str, name: str, leng
         torch.testing.assert_close(y, kept, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", [name for name in CELLS if name != "rnn_relu"])
+@pytest.mark.parametrize("H", [9, 16, 64])
+def test_an_infinite_input_spoils_the_gradients_that_it_is_a_factor_of(isa: str, name: str, H: int) -> None:
+    """Its units are saturated, so no error reaches them: ∂E/∂W_ih has 0 · ∞ in one column, nothing else is spoilt."""
+    case = layer(name, 3, 5, 2, H)
+    with torch.no_grad():
+        case.x[1, 0, 0] = torch.inf
+    y, _ = uv.engine.run(case.cell, case.x, case.state, case.weights, rung="native")
+    y[:, 1:].square().sum().backward()
+    grads = [w.grad for w in case.weights if w is not None]
+    assert grads[0][:, 0].isnan().all()
+    assert grads[0][:, 1].isfinite().all()
+    assert all(g.isfinite().all() for g in grads[1:])
+
+
 @settings(max_examples=int(os.environ.get("UNVANISH_SHAPES", "150")))
 @given(case=layer_cases(torch.float32), clip=st.none() | st.floats(0.1, 2), seed=st.integers(0, 99))
 def test_random_float32_layers_equal_float64(case: LayerCase, clip: float | None, seed: int) -> None:
