@@ -178,8 +178,8 @@ struct Measure {
     return exact || sizeof(Sum) == sizeof(double);
   }
 
-  // Rounding may leave a sum of products below 0. A NaN stays one.
-  static double root(double square) { return square < 0 ? 0 : __builtin_sqrt(square); }
+  // Rounding may leave a sum of products below 0, and products of huge inputs a NaN.
+  static double root(double square) { return square > 0 ? __builtin_sqrt(square) : 0; }
 
   // ‖g_t‖², from g_t tile by tile.
   double by_elements(int64_t n, const StepRows<Real>* rows, int64_t blocks, int64_t stride, Real scale, Real* room) const {
