@@ -321,24 +321,18 @@ class Backward {
         }
         if (CellType::kSplit) h = load(w.h_prev.at(row, unit));
         CellType::template backward<Real>(load(dm + unit), later, total, saved, c, c_prev, h, gates, gates_hh, rest);
-        if (const int64_t inside = l.H - unit; inside < L) {
-          // After an infinite input the padding is NaN, 0 · ∞, which the product with W_hh would hand to all units.
-          total = first_lanes<Real>(total, inside), later = first_lanes<Real>(later, inside), rest = first_lanes<Real>(rest, inside);
-          for (int v = 0; v < CellType::kGates; ++v) {
-            gates[v] = first_lanes<Real>(gates[v], inside);
-            if (CellType::kSplit) gates_hh[v] = first_lanes<Real>(gates_hh[v], inside);
-          }
-        }
-        if (CellType::kHasC) store(dc + unit, later);
-        if (CellType::kSplit) store(carried + unit, rest);
+        // After an infinite input the padding is NaN, 0 · ∞, which the product with W_hh would hand to all units.
+        const auto units = [&](Vec<Real> v) { return first_lanes<Real>(v, l.H - unit); };
+        if (CellType::kHasC) store(dc + unit, units(later));
+        if (CellType::kSplit) store(carried + unit, units(rest));
         if constexpr (CellType::kHasC)
           if (w.m.data != nullptr) store(w.m.at(row, unit), CellType::template output<Real>(saved, c));
         for (int v = 0; v < CellType::kGates; ++v) {
           const int64_t k = (p * A + (CellType::kUnits == 1 ? v : u)) * L;
-          store(w.da.at(row, k), gates[v]);
-          if (CellType::kSplit) store(w.da_hh.at(row, k), gates_hh[v]);
+          store(w.da.at(row, k), units(gates[v]));
+          if (CellType::kSplit) store(w.da_hh.at(row, k), units(gates_hh[v]));
         }
-        if (CellType::kHasC && w.total != nullptr) store(w.total + r * s.Hp + unit, total);
+        if (CellType::kHasC && w.total != nullptr) store(w.total + r * s.Hp + unit, units(total));
         if (unit < l.H) {
           if (CellType::kHasC && g.delta_c != nullptr) store(g.delta_c + at * l.H + unit, total, l.H - unit);
           for (int v = 0; v < CellType::kGates; ++v) {

@@ -76,7 +76,7 @@ struct Run : Written<Real> {
     };
     const Statistics statistics{0.05, doubles(s.T * B * G), doubles(s.T * B * G), G > 1 ? doubles(s.H) : nullptr};
     k.forward(l, final, s.measured ? &statistics : nullptr, threads);
-    const auto same = [&](const Real* y) { return std::memcmp(y, l.y, static_cast<size_t>(s.T * B * s.R) * sizeof(Real)) == 0; };
+    const auto same = [&](const Real* y) { return identical(y, l.y, s.T * B * s.R); };
     if (!same(l.y_again)) throw std::runtime_error("y again differs");
     const Edge<bool> cut = cut_steps(s.T, random);
     Gradients<Real> g{{dy.get(), s.clip, s.cut ? cut.get() : nullptr}};
