@@ -132,7 +132,7 @@ struct Relu {
   }
   template <class Real>
   static UV_INLINE Vec<Real> slope(Vec<Real> h) {
-    return h > Real(0) ? all<Real>(1) : all<Real>(0);
+    return h <= Real(0) ? all<Real>(0) : all<Real>(1);  // of NaN 1, as in torch
   }
 };
 

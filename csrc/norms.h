@@ -102,6 +102,8 @@ struct Measure {
   static constexpr int L = kLanes<Real>, A = CellType::kAcross;
   static constexpr int kNear = sizeof(Real) == 4 ? 30 : 200;   // the square of 2^±kNear is well within the range,
   static constexpr int kFar = sizeof(Real) == 4 ? 120 : 1000;  // 2^±kFar is normal
+  // Between these, a sum of squares has nearly Real's full precision.
+  static constexpr double kLeast = sizeof(Real) == 4 ? 1e-30 : 1e-250, kMost = sizeof(Real) == 4 ? 1e36 : 1e300;
 
   // The norms of δh, δc and δa of sample r of a block, whose δa is `row` of the chunk.
   template <class Work>
@@ -126,10 +128,10 @@ struct Measure {
   // ‖g_t‖_F of n samples, whose norms are known, in `blocks` blocks; consecutive vectors of a row are `stride` elements apart.
   void step(int64_t t, int64_t n, const StepRows<Real>* rows, int64_t blocks, int64_t stride, Real* room) const {
     double largest = 0;
-    for (int64_t b = 0; b < n; ++b) {
+    for (int64_t b = 0; b < n && largest == largest; ++b) {
       double square = 0;
       for (int v = 0; v < CellType::kGates; ++v) square += __builtin_pow(norms.a[(t * l.B + b) * CellType::kGates + v], 2);
-      if (!(square <= largest)) largest = square;
+      if (!(square <= largest)) largest = square;  // also a NaN, which stays
     }
     largest = __builtin_sqrt(largest);
     if (!(largest > 0) || largest > __DBL_MAX__) {
@@ -141,12 +143,14 @@ struct Measure {
     // δ times this power of two is about 1: squares could leave Real's range.
     const double scale = __builtin_ldexp(1.0, exponent > kFar ? -kFar : exponent < -kFar ? kFar : -exponent);
     const Real by = static_cast<Real>(scale);
-    if (room != nullptr && many(n))
-      norms.w[t] = root(by_elements(n, rows, blocks, stride, by, room)) / scale;
-    else if (-kNear <= exponent && exponent <= kNear)
-      norms.w[t] = root(by_pairs<false>(rows, blocks, stride, Real(1)));
-    else
-      norms.w[t] = root(by_pairs<true>(rows, blocks, stride, by)) / scale;
+    const bool near = -kNear <= exponent && exponent <= kNear, elements = room != nullptr && many(n);
+    double square = elements ? by_elements(n, rows, blocks, stride, by, room)
+                    : near   ? by_pairs<false>(rows, blocks, stride, Real(1))
+                             : by_pairs<true>(rows, blocks, stride, by);
+    const bool scaled = elements || !near;
+    // Inputs and states can be so large or small that their squares leave Real's range.
+    if (!(square > kLeast && square < kMost)) square = in_double(rows, blocks, stride, scaled ? scale : 1);
+    norms.w[t] = __builtin_sqrt(square) / (scaled ? scale : 1);
   }
 
  private:
@@ -178,8 +182,33 @@ struct Measure {
     return exact || sizeof(Sum) == sizeof(double);
   }
 
-  // Rounding may leave a sum of products below 0, and products of huge inputs a NaN.
-  static double root(double square) { return square > 0 ? __builtin_sqrt(square) : 0; }
+  // ‖g_t‖² from its elements, summed in double.
+  double in_double(const StepRows<Real>* rows, int64_t blocks, int64_t stride, double scale) const {
+    double square = 0;
+    const auto add = [&](const Real* StepRows<Real>::*errors, const Real* StepRows<Real>::*inputs, int64_t width) {
+      for (int64_t k = 0; k < width; k += L) {
+        const auto for_rows = [&](auto f) {
+          for (int64_t b = 0; b < blocks; ++b)
+            for (int64_t r = 0; r < rows[b].n; ++r) f(rows[b].*errors + r * L, load(rows[b].*inputs + k / L * stride + r * L));
+        };
+        bool any = false;
+        for_rows([&](const Real*, Vec<Real> v) {
+          for (int j = 0; j < L; ++j) any = any || v[j] != 0;
+        });
+        if (!any) continue;
+        for (int64_t u = 0; u < s.width; ++u) {
+          double element[L] = {};
+          for_rows([&](const Real* d, Vec<Real> v) {
+            for (int j = 0; j < L; ++j) element[j] += scale * static_cast<double>(d[u / L * stride + u % L]) * static_cast<double>(v[j]);
+          });
+          for (double e : element) square += e * e;
+        }
+      }
+    };
+    add(&StepRows<Real>::da, &StepRows<Real>::x, s.Iv);
+    add(CellType::kSplit ? &StepRows<Real>::da_hh : &StepRows<Real>::da, &StepRows<Real>::h_prev, s.Rv);
+    return square;
+  }
 
   // ‖g_t‖², from g_t tile by tile.
   double by_elements(int64_t n, const StepRows<Real>* rows, int64_t blocks, int64_t stride, Real scale, Real* room) const {

@@ -1,6 +1,7 @@
 """Every rung against torch's own modules and against the reference."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,18 @@ def test_rungs_agree_with_the_reference(rung: str, case: LayerCase, clip: float 
     clip = None if rung == "fused" else clip
     torch.testing.assert_close(
         outcome(case, rung, clip, seed), outcome(case, "reference", clip, seed), rtol=1e-11, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize("rung", FAST)
+@given(case=layer_cases(), seed=st.integers(0, 99))
+def test_rungs_agree_where_an_input_is_no_number(rung: str, case: LayerCase, seed: int) -> None:
+    assume(runs(rung, case))
+    x = case.x.detach().clone()
+    x[len(x) // 2, 0, 0] = torch.nan
+    case = replace(case, x=x.requires_grad_())
+    torch.testing.assert_close(
+        outcome(case, rung, None, seed), outcome(case, "reference", None, seed), rtol=1e-11, atol=1e-11, equal_nan=True
     )
 
 

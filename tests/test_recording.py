@@ -133,6 +133,31 @@ def test_norms_hold_where_their_squares_leave_float32(scale: float) -> None:
         check(layer("gru", 12, B, 3, 9), 2e-5, scale)
 
 
+@pytest.mark.parametrize("B", [5, 100])
+@pytest.mark.parametrize("name", list(CELLS))
+@pytest.mark.parametrize("factor", [1e-25, 1e25, float("inf")])
+def test_the_norm_of_g_t_holds_where_squares_of_inputs_leave_float32(
+    isa: str, name: str, B: int, factor: float
+) -> None:
+    case, heard = layer(name, 12, B, 3, 9), Heard()
+    x, w_ih = case.x.detach().clone(), case.weights.w_ih.detach()
+    if factor == float("inf"):
+        x[7, 2, 1] = factor
+    else:
+        x, w_ih = x * factor, w_ih / factor
+    # Without an initial state the first g_t has only the input's part.
+    state = tuple(torch.zeros_like(s) for s in case.state)
+    case = LayerCase(case.cell, x, state, case.weights._replace(w_ih=w_ih.requires_grad_()), None, False)
+    y, final = engine.run(case.cell, x, state, case.weights, record=heard)
+    errors = errors_of(case, y, final)
+    torch.autograd.backward((y, *final), errors)
+    right = expected(case, errors)[1].w
+    assert torch.equal(right.isfinite(), heard.norms[0].w.isfinite())
+    finite = right.isfinite()
+    torch.testing.assert_close(heard.norms[0].w[finite], right[finite], rtol=2e-5, atol=0.0)
+    assert bool(finite.all()) == (factor != float("inf"))
+
+
 def test_a_second_backward_adds_its_errors() -> None:
     case = layer("lstm", 7, 3, 2, 5, torch.float64)
     heard = Heard()

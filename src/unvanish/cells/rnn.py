@@ -90,7 +90,7 @@ class ReluRNN(RNN):
     phi = staticmethod(torch.relu)
 
     def derivative(self, h: Tensor) -> Tensor:
-        return (h > 0).to(h.dtype)
+        return (~(h <= 0)).to(h.dtype)  # of NaN 1, as in torch
 
 
 class SigmoidRNN(RNN):
