@@ -8,6 +8,7 @@
 #include "pool.h"
 #include "product.h"
 #include "sequence.h"
+#include "sketch.h"
 #include "unvanish.h"
 #include "vector.h"
 
@@ -27,14 +28,15 @@ class Backward {
         chunk_steps_(smaller(s.steps(kBackwardRows), l.T)),
         // Where norms are wanted, all blocks have memory of their own.
         slots_(norms != nullptr || s.blocks < threads ? s.blocks : threads),
+        room_size_(norms == nullptr || s.blocks == 1 ? 0 : Measure<CellType, Real>{l, s, *norms}.room()),
         w_hh_(s.width * s.Rp),
         w_ih_(g.dx == nullptr ? 1 : s.width * round_up(l.I, kWide * L)),
         w_hr_(l.w_hr == nullptr ? 1 : l.R * s.dh_stride),
-        sums_(s, layer),
+        sums_(s, layer, g.probes == nullptr),
+        sketch_(s, layer, g.probes),
         memory_(slots_ * Work(*this, nullptr).size),
         places_(slots_ * most_rows()),
         step_rows_(norms == nullptr ? 1 : threads * s.blocks),
-        room_size_(norms == nullptr || s.blocks == 1 ? 0 : Measure<CellType, Real>{l, s, *norms}.room()),
         room_(1 + threads * room_size_) {
     for_each(s.panels, threads_for(s.width * (l.R + l.I), threads), [&](int64_t p) {
       pack_columns(s, l.w_hh, l.H, l.R, w_hh_.get(), p, p + 1);
@@ -53,6 +55,7 @@ class Backward {
         for (int64_t i1 = l.T; i1 > 0; i1 -= chunk_steps_) chunk(number, i1 - smaller(i1, chunk_steps_), i1, 0, w, me);
         end(number, w, me);
       });
+    if (g.probes != nullptr) return sketch_.put(g.sketch);
     if (!one_chunk()) sums_.put_all(g, threads);
     sums_.put_projection(g);
   }
@@ -83,6 +86,7 @@ class Backward {
         projected_dh = {this->take(held * most * s.Rv), most};
       }
       padded_size = this->size;
+      if (run.g.probes != nullptr) sketch_room = this->take(most * Sketch<CellType, Real>::kRoom);
       this->take(kThreadPadding / static_cast<int64_t>(sizeof(Real)));
     }
 
@@ -108,6 +112,7 @@ class Backward {
     Real *dc;                          // [rows, Hp] the contribution of later steps to δc
     Blocked<Real> h_prev, x;           // [chunk rows, Rv], [chunk rows, Iv]
     Blocked<Real> da, da_hh;           // [chunk rows, width]
+    Real* sketch_room = nullptr;
     Blocked<Real> m{};                 // [chunk rows, dh_stride] o ⊙ tanh c
     Blocked<Real> projected_dh{};      // [chunk rows, Rv]
     int64_t* places = nullptr;         // [chunk rows] where in [T, B] each row is
@@ -211,15 +216,12 @@ class Backward {
       if (g.dx != nullptr && me.leads()) zero(g.dx + (t * l.B + walk.first + n) * l.I, (walk.rows - n) * l.I);
       filled += n;
     }
-    Real* sums = sums_.of(number);
-    for (int64_t p = mine.p0; p < mine.p1; ++p) {
-      // With a single chunk the sums are final: they are written out while in the cache, and the next panel reuses their memory.
-      Real* here = sums + (one_chunk() ? mine.p0 : p) * sums_.panel_size();
-      sums_.add(p, w.x, w.h_prev, w.da, w.da_hh, filled, here, i1 == l.T);
-      if (one_chunk()) sums_.put(p, g, here, 1);
+    if (g.probes != nullptr) {
+      sketch_.add(number, w.x, w.h_prev, w.da, w.da_hh, filled, w.sketch_room, i1 == l.T, me);
+    } else {
+      sums_.add(number, mine.p0, mine.p1, w.x, w.h_prev, w.da, w.da_hh, filled, i1 == l.T, one_chunk() ? &g : nullptr);
+      if (l.w_hr != nullptr) sums_.add_projection(number, me.from(l.R), me.to(l.R), w.projected_dh, w.m, filled, i1 == l.T);
     }
-    if (l.w_hr != nullptr)
-      add_outer<kWide>(w.projected_dh, me.from(l.R), me.to(l.R), w.m, 0, s.dh_stride / (kWide * L), filled, sums + sums_.dw_hr(), s.dh_stride, i1 == l.T);
     if (g.dx != nullptr)
       multiply_rows(w.da, me.from(filled), me.to(filled), w_ih_.get(), s.width, 0, round_up(l.I, kWide * L) / (kWide * L), l.I,
                     [&](int64_t row) { return g.dx + w.places[row] * l.I; });
@@ -384,13 +386,13 @@ class Backward {
   const Gradients<Real>& g;
   const Norms* norms_;
   const Sizes<CellType, Real> s;
-  const int64_t chunk_steps_, slots_;
+  const int64_t chunk_steps_, slots_, room_size_;
   Scratch<Real> w_hh_, w_ih_, w_hr_;
   const GradientSums<CellType, Real> sums_;
+  const Sketch<CellType, Real> sketch_;
   Scratch<Real> memory_;
   Scratch<int64_t> places_;
   const Scratch<StepRows<Real>> step_rows_;  // of each thread
-  const int64_t room_size_;
   const Scratch<Real> room_;  // of each thread, to measure a step in
 };
 

@@ -150,6 +150,8 @@ Gradients<Real> gradients(Arguments& a) {
   g.delta_c = a.get<Real*, "delta_c">();
   g.delta_a = a.get<Real*, "delta_a">();
   g.delta_a_hh = a.get<Real*, "delta_a_hh">();
+  g.probes = a.get<const Real*, "probes">();
+  g.sketch = a.get<Real*, "sketch">();
   return g;
 }
 

@@ -144,10 +144,10 @@ void pack_gates(const Sizes<CellType, Real>& s, const Real* w, int64_t H, int64_
     }
 }
 
-// The same for the backward pass: gates, in the order of δa, against wide panels of columns.
-template <class CellType, class Real>
+// The same for the backward pass: gates, in the order of δa, against panels of columns.
+template <int NV = kWide, class CellType, class Real>
 void pack_columns(const Sizes<CellType, Real>& s, const Real* w, int64_t H, int64_t columns, Real* out, int64_t p0, int64_t p1) {
-  const int64_t wide = kWide * s.L, padded = round_up(columns, wide);
+  const int64_t wide = NV * s.L, padded = round_up(columns, wide);
   for (int64_t k = p0 * CellType::kAcross * s.L; k < p1 * CellType::kAcross * s.L; ++k) {
     const int64_t row = s.source_of(k, H);
     for (int64_t c = 0; c < padded; c += wide) {

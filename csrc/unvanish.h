@@ -62,6 +62,8 @@ struct Norms {
   double* w;  // out [T] ‖g_t‖_F, g_t = δa_tᵀ [h_{t−1}, x_t] of the batch
 };
 
+constexpr int kProbes = 16;  // columns of U
+
 template <class Real>
 struct Gradients : LayerGradients<Real> {
   const Real* dhn;  // in [B, R] with respect to the final h; null: zero
@@ -74,6 +76,8 @@ struct Gradients : LayerGradients<Real> {
   Real* delta_c;    // out [T, B, H] δc_t; null: not wanted
   Real* delta_a;    // out [T, B, G·H] δa_t; null: not wanted
   Real* delta_a_hh; // out [T, B, G·H] with respect to W_hh h_{t−1} + b_hh, for the GRU; null: not wanted
+  const Real* probes; // in [G·H, kProbes] U; null: the gradients of the weights are wanted whole
+  Real* sketch;     // out [I + R, kProbes] Uᵀ ∂E/∂[W_ih, W_hh], transposed, instead of all gradients of weights and biases
 };
 
 // Errors propagated back through a layer, each alone: row k of sample b enters at step sources[k], and at that step and every one read before it

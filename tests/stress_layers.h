@@ -89,6 +89,13 @@ struct Run : Written<Real> {
     if (s.projected) g.dw_hr = sum(s.R * s.H);
     const Norms norms{doubles(s.T * B), lstm ? doubles(s.T * B) : nullptr, doubles(s.T * B * G), doubles(s.T)};
     k.backward(l, g, s.measured ? &norms : nullptr, threads);
+    if (s.measured) {
+      const Edge<Real> probes = filled<Real>(G * s.H * kProbes, random, 0.25);
+      Gradients<Real> sketched = g;
+      sketched.dw_ih = sketched.dw_hh = sketched.db_ih = sketched.db_hh = sketched.dw_hr = nullptr;
+      sketched.probes = probes.get(), sketched.sketch = sum((s.I + s.R) * kProbes);
+      k.backward(l, sketched, &norms, threads);
+    }
     // Inference keeps nothing, and gives the same.
     l.gates = l.cells = nullptr;
     Edge<Real> again(s.T * B * s.R);

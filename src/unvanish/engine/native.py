@@ -30,6 +30,8 @@ else:
 NUMBER = {name: i for i, name in enumerate(("rnn_tanh", "rnn_relu", "rnn_sigmoid", "lstm", "gru"))}
 _CELLS = tuple(CELLS[name] for name in NUMBER)
 _KINDS = {cell.name: type(cell) for cell in _CELLS}
+PROBES = 16
+"""columns of a matrix that gradients of weights are multiplied by, as kProbes of csrc/unvanish.h says"""
 _SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -280,15 +282,18 @@ def backward(
     want_dx: bool,
     want_delta: bool,
     want_norms: bool,
+    probes: Tensor | None = None,
 ) -> list[Tensor]:
     """[dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr], then [δh, δc, δa, δa_hh] if want_delta, then the norms of
-    [h, c, a, w] if want_norms; empty where absent."""
+    [h, c, a, w] if want_norms; empty where absent. With `probes` `[G·H, PROBES]` not the five gradients of weights and
+    biases, but, last of all, [∂E/∂W_ih, ∂E/∂W_hh]ᵀ probes `[I + R, PROBES]`."""
     ragged = lengths is not None
     wants = want_dx, want_delta, want_norms
-    out = gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, *wants, ragged, pooled)
+    out = gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, *wants, ragged, pooled, whole=probes is None)
     dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *rest = out
     delta_h, delta_c, delta_a, delta_a_hh = rest[:4] if want_delta else [None] * 4
     norm_h, norm_c, norm_a, norm_w = rest[-4:] if want_norms else [None] * 4
+    sketch = None if probes is None else x.new_empty(x.shape[-1] + w_hh.shape[-1], PROBES)
     call(
         "backward",
         x.dtype,
@@ -305,8 +310,8 @@ def backward(
         clip=clip,
         cut=address(cut),
         dx=address(dx),
-        dw_ih=dw_ih.data_ptr(),
-        dw_hh=dw_hh.data_ptr(),
+        dw_ih=address(dw_ih),
+        dw_hh=address(dw_hh),
         db_ih=address(db_ih),
         db_hh=address(db_hh),
         dw_hr=address(dw_hr),
@@ -316,12 +321,14 @@ def backward(
         delta_c=address(delta_c),
         delta_a=address(delta_a),
         delta_a_hh=address(delta_a_hh),
+        probes=address(probes),
+        sketch=address(sketch),
         norm_h=address(norm_h),
         norm_c=address(norm_c),
         norm_a=address(norm_a),
         norm_w=address(norm_w),
     )
-    return out
+    return out if sketch is None else [*out, sketch]
 
 
 def gradient_shapes(
@@ -339,9 +346,11 @@ def gradient_shapes(
     want_norms: bool,
     ragged: bool = True,
     empty: Callable[..., Tensor] = Tensor.new_empty,
+    whole: bool = True,
 ) -> list[Tensor]:
-    """What `backward` returns, to be written."""
-    like = (h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    """What `backward` returns, to be written; without `whole` nothing for weights and biases."""
+    weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
+    like = (h0, c0, *(weights if whole else [None] * 5))
     out = [empty(x, *x.shape) if want_dx else x.new_empty(0)]
     out += [x.new_empty(0) if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in like]
     T, B, _, H, R = sizes(x, w_ih, w_hh, cell)

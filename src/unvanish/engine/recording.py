@@ -95,8 +95,13 @@ class Pass:
         clip: float | None,
         want_dx: bool,
         cut: Tensor | None = None,
+        probes: Tensor | None = None,
     ) -> tuple[Tensor | None, Norms, Weights]:
-        """(∂E/∂x, norms, ∂E/∂W) from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero."""
+        """(∂E/∂x, norms, ∂E/∂W) from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero.
+
+        With `probes` `[G·H, PROBES]` the gradients of W_ih and W_hh are (∂E/∂W)ᵀ probes, which takes less time, and
+        there are no others.
+        """
         check_errors(self.x, self.y, self.final, dy, dfinal)
         check_cut(cut, self.x)
         order = None if self._back is None else torch.argsort(self._back)
@@ -105,14 +110,15 @@ class Pass:
         saved: Any = (*self._inputs[:-1], None if cut is None else cut.contiguous(), self._y, *self._kept)
         how = _how(self.cell, self.reverse, clip)
         out = native.backward(
-            _contiguous(dy, 1, order), dh, dc, *saved, **how, want_dx=want_dx, want_delta=False, want_norms=True
-        )
+            _contiguous(dy, 1, order), dh, dc, *saved, **how, want_dx=want_dx, want_delta=False, want_norms=True,
+            probes=probes,
+        )  # fmt: skip
         dx, _, _, *gradients = out[:8]
-        return (
-            _in_order(dx, 1, self._back) if want_dx else None,
-            _norms(out[8:], self._back),
-            _present(gradients, self.weights),
-        )
+        if probes is None:
+            found = _present(gradients, self.weights)
+        else:
+            found = Weights(*out.pop().split([self.x.shape[-1], self._y.shape[-1]]))
+        return _in_order(dx, 1, self._back) if want_dx else None, _norms(out[8:], self._back), found
 
     def recompute(
         self,

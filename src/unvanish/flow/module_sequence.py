@@ -13,6 +13,7 @@ from unvanish.capture import Call
 from unvanish.cells import State, Weights
 from unvanish.flow.nonfinite import origin_of_nonfinite
 from unvanish.flow.record import LayerFlow
+from unvanish.flow.sketch import probes, sketch
 from unvanish.flow.summary import healthy, layer_flow, reorder, summarise
 from unvanish.flow.watched_sequence import Errors, Measured, Sequence, apart, join, rounding, weight_keys
 from unvanish.nn.modules import (
@@ -31,6 +32,9 @@ from unvanish.nn.modules import (
     run_layers,
     used_weights,
 )
+
+Sketches = tuple[Tensor | None, Tensor | None]
+"""of ∂E/∂W_ih and ∂E/∂W_hh"""
 
 
 @dataclass(frozen=True)
@@ -122,12 +126,16 @@ class ModuleSequence(Sequence):
         layer, cut = call.layers[place], call.drawn.cuts[place]
         name, lengths, clip = self._name(layer), self._lengths(call), getattr(self.module, "clip", None)
         if isinstance(ran, engine.Pass):
-            dx, norms, grads = ran.back(dy, ends, clip, want_dx, cut)
+            w = layer.weights.w_ih
+            u = None if isinstance(self.module, CellModule) else probes(len(w), w.dtype, w.device)
+            dx, norms, grads = ran.back(dy, ends, clip, want_dx, cut, u)
             record = layer_flow(name, layer.cell, lengths, [ran.statistics], [norms])
-            return dx, self._measured(call, layer, record, grads, lambda: ran.recompute(dy, ends, clip, cut))
+            sketches = self._sketches(layer, grads) if u is None else (grads.w_ih, grads.w_hh)
+            return dx, self._measured(call, layer, record, sketches, lambda: ran.recompute(dy, ends, clip, cut))
         flow = engine.adjoint(ran, dy, ends, clip, cut)
         record = summarise(name, ran, flow, self.want_partial, lengths)
-        found = self._measured(call, layer, record, engine.weight_gradients(ran, flow), lambda: (ran, dy, flow))
+        sketches = self._sketches(layer, engine.weight_gradients(ran, flow))
+        found = self._measured(call, layer, record, sketches, lambda: (ran, dy, flow))
         return flow.da @ ran.weights.w_ih if want_dx else None, found
 
     def _name(self, layer: LayerDirection) -> str:
@@ -137,17 +145,20 @@ class ModuleSequence(Sequence):
         T, B = call.inputs.x.shape[:2]
         return torch.full((B,), T) if call.inputs.lengths is None else call.inputs.lengths.cpu()
 
+    def _sketches(self, layer: LayerDirection, grads: Weights) -> Sketches:
+        both = (grads.w_ih, grads.w_hh)
+        if isinstance(self.module, CellModule):
+            both = self.module.learnt_gradients(layer.layer, layer.reverse, grads)
+        w_ih, w_hh = (None if g is None else sketch(g) for g in both)
+        return w_ih, w_hh
+
     def _measured(
-        self, call: _Call, layer: LayerDirection, record: LayerFlow, grads: Weights, recompute: engine.Recompute
+        self, call: _Call, layer: LayerDirection, record: LayerFlow, sketches: Sketches, recompute: engine.Recompute
     ) -> Measured:
         born = None if healthy(record) else origin_of_nonfinite(record.name, *recompute(), 0, call.inputs.order)
         if call.inputs.order is not None:
             record = reorder(record, call.inputs.order.argsort())
-        both = (grads.w_ih, grads.w_hh)
-        if isinstance(self.module, CellModule):
-            both = self.module.learnt_gradients(layer.layer, layer.reverse, grads)
         if layer.name not in self._keys:
             self._keys[layer.name] = weight_keys(self.module, layer)
-        return Measured(
-            record, {key: g for key, i in self._keys[layer.name].items() if (g := both[i]) is not None}, born
-        )
+        places = self._keys[layer.name].items()
+        return Measured(record, {key: g for key, i in places if (g := sketches[i]) is not None}, born)

@@ -21,6 +21,7 @@ from unvanish.cells import State, Weights, calculus
 from unvanish.engine.precision import full_precision
 from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin, origin_of_nonfinite
 from unvanish.flow.record import LayerFlow
+from unvanish.flow.sketch import sketch
 from unvanish.flow.summary import healthy, summarise
 from unvanish.flow.transfer import numbers
 from unvanish.nn.modules import (
@@ -44,7 +45,7 @@ class Measured:
 
     flow: LayerFlow
     gradients: dict[Hashable, Tensor] = field(default_factory=dict)
-    """weight key → Σ_t g_t"""
+    """weight key → Σ_t g_t; its `sketch` where the layer is replayed"""
     nonfinite: NonFiniteOrigin | None = None
     """where a NaN or infinity first appeared"""
 
@@ -190,7 +191,7 @@ class CellSequence(Sequence):
         record = summarise(self.name, tr, flow, self.want_partial, lengths)
         made = engine.weight_gradients(tr, flow)
         mine = {"weight_ih": made.w_ih, "weight_hh": made.w_hh}
-        gradients = {key: mine[name] for name, (key, _) in observable_weights(self.module).items()}
+        gradients = {key: sketch(mine[name]) for name, (key, _) in observable_weights(self.module).items()}
         # A tensor changed in place since then says nothing about the run.
         kept = [i for i, s in enumerate(self.last) if s._version == self._versions[i]]
         last = tuple(self.last[i] for i in kept)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin
 from unvanish.flow.passes import Passes
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
 from unvanish.flow.recorded_sequence import RecordedCall, RecordedSequence
-from unvanish.flow.residual import with_residual
+from unvanish.flow.residual import sketches_to_compare, with_residual
 from unvanish.flow.stream import Stream
 from unvanish.flow.transfer import numbers
 from unvanish.flow.watched_sequence import CellSequence, MarkSequence, Measured, Sequence
@@ -346,7 +346,6 @@ class Watch(Flow):
         names, totals = [name for name, _ in run.sums], numbers([total for _, total in run.sums])
         bad = [name for name, total in zip(names, totals, strict=True) if not math.isfinite(total)]
         self._reached.update(names)
-        ours: dict[Hashable, Tensor] = {}
         measured: list[tuple[Sequence, list[Measured]]] = []
         for sequence, errors in run.errors.items():
             if sequence.differentiated:
@@ -355,13 +354,11 @@ class Watch(Flow):
                 continue
             sequence.differentiated = run.differentiable
             found = self._capture.guarded(sequence.name, lambda s=sequence, e=errors: s.arrive(e)) or []
-            for part in found:
-                for key, gradient in part.gradients.items():
-                    ours[key] = ours[key] + gradient if key in ours else gradient
             measured.append((sequence, found))
         self._bad_parameter = bad[0] if bad else None
         if not measured:
             return
+        ours = sketches_to_compare(measured)
         # Gradients arrive at the last call first; records are in the order of the calls.
         measured = sorted(measured, key=lambda m: m[0].number)
         first = first_origin(part.nonfinite for _, found in measured for part in found)
