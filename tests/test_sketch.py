@@ -102,3 +102,13 @@ def test_a_weight_of_recorded_and_replayed_calls_has_both_gradients() -> None:
     recorded, replayed = flow.passes("l0")
     assert math.isnan(recorded.residual)
     assert replayed.residual <= 1e-12
+
+
+def test_a_residual_is_not_rounded_by_autocast() -> None:
+    torch.manual_seed(0)
+    model, x = nn.LSTM(8, 32), torch.randn(20, 4, 8)
+    with uv.watch(model) as flow:
+        loss = model(x)[0].square().sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward()
+    assert flow["l0"].residual < 1e-5
