@@ -112,7 +112,7 @@ class Backward {
     Real *dc;                          // [rows, Hp] the contribution of later steps to δc
     Blocked<Real> h_prev, x;           // [chunk rows, Rv], [chunk rows, Iv]
     Blocked<Real> da, da_hh;           // [chunk rows, width]
-    Real* sketch_room = nullptr;
+    Real* sketch_room = nullptr;       // [chunk rows, kRoom] δ U; null: no sketch is wanted
     Blocked<Real> m{};                 // [chunk rows, dh_stride] o ⊙ tanh c
     Blocked<Real> projected_dh{};      // [chunk rows, Rv]
     int64_t* places = nullptr;         // [chunk rows] where in [T, B] each row is

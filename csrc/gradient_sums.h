@@ -19,17 +19,17 @@ class GradientSums {
   GradientSums(const Sizes<CellType, Real>& sizes, const Layer<Real>& layer, bool wanted) : s(sizes), l(layer), sums_(wanted ? s.blocks * size() : 1) {}
 
   // Adds the contribution of `rows` rows of x, h_{t−1}, δa and δa_hh to a block's sums of panels [p0, p1); with `overwrite` it replaces
-  // them. Where no other rows contribute, `last` receives each panel while it is in the cache, and the next one reuses its memory.
+  // them. Given `out`, where no other rows contribute, each panel is written there while it is in the cache, and the next one reuses its memory.
   void add(int64_t block, int64_t p0, int64_t p1, const Blocked<Real>& x, const Blocked<Real>& h, const Blocked<Real>& da,
-           const Blocked<Real>& da_hh, int64_t rows, bool overwrite, const Gradients<Real>* last) const {
+           const Blocked<Real>& da_hh, int64_t rows, bool overwrite, const Gradients<Real>* out) const {
     for (int64_t p = p0; p < p1; ++p) {
-      Real* sums = of(block) + (last == nullptr ? p : p0) * panel_size();
+      Real* sums = of(block) + (out == nullptr ? p : p0) * panel_size();
       const Blocked<Real> ih{da.at(0, p * A * L), da.rows}, hh{da_hh.at(0, p * A * L), da_hh.rows};
       add_outer<A>(x, 0, l.I, ih, 0, 1, rows, sums + dw_ih(), A * L, overwrite);
       add_outer<A>(h, 0, l.R, hh, 0, 1, rows, sums + dw_hh(), A * L, overwrite);
       add_rows(ih, 0, A * L, rows, sums + db_ih(), overwrite);
       if (CellType::kSplit) add_rows(hh, 0, A * L, rows, sums + db_hh(), overwrite);
-      if (last != nullptr) put(p, *last, sums, 1);
+      if (out != nullptr) put(p, *out, sums, 1);
     }
   }
 

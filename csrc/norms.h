@@ -102,7 +102,7 @@ struct Measure {
   static constexpr int L = kLanes<Real>, A = CellType::kAcross;
   static constexpr int kNear = sizeof(Real) == 4 ? 30 : 200;   // the square of 2^±kNear is well within the range,
   static constexpr int kFar = sizeof(Real) == 4 ? 120 : 1000;  // 2^±kFar is normal
-  // Between these, a sum of squares has nearly Real's full precision.
+  // Between these, a sum of squares of numbers around 1 and any others has nearly Real's full precision.
   static constexpr double kLeast = sizeof(Real) == 4 ? 1e-30 : 1e-250, kMost = sizeof(Real) == 4 ? 1e36 : 1e300;
 
   // The norms of δh, δc and δa of sample r of a block, whose δa is `row` of the chunk.
@@ -148,8 +148,9 @@ struct Measure {
                     : near   ? by_pairs<false>(rows, blocks, stride, Real(1))
                              : by_pairs<true>(rows, blocks, stride, by);
     const bool scaled = elements || !near;
-    // Inputs and states can be so large or small that their squares leave Real's range.
-    if (!(square > kLeast && square < kMost)) square = in_double(rows, blocks, stride, scaled ? scale : 1);
+    // The squares of inputs and states can leave a float's range, too.
+    const double least = kLeast * (scaled || largest < 1 ? 1 : largest * largest);
+    if (!(square > least && square < kMost)) square = in_double(rows, blocks, stride, scaled ? scale : 1);
     norms.w[t] = __builtin_sqrt(square) / (scaled ? scale : 1);
   }
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import unvanish as uv
-from tests.test_native import isa, layer
+from tests.test_native import isa, layer, threads
 from unvanish import engine
 from unvanish.cells import CELLS, Weights
 from unvanish.engine import native
@@ -16,7 +16,9 @@ from unvanish.flow import module_sequence
 from unvanish.flow.sketch import probes, sketch
 from unvanish.nn.modules import LayerDirection
 
-__all__ = ["isa"]
+__all__ = ["isa", "threads"]
+
+NATIVE = pytest.mark.skipif(bool(native.MISSING), reason=f"native rung: {native.MISSING}")
 
 
 def test_the_norm_of_a_sketch_is_that_of_the_gradient_on_average() -> None:
@@ -38,12 +40,12 @@ def test_probes_are_independent_of_each_other_and_always_the_same() -> None:
     assert torch.equal(u, probes(4096, torch.float64, torch.device("cpu")))
 
 
-@pytest.mark.skipif(bool(native.MISSING), reason=f"native rung: {native.MISSING}")
+@NATIVE
 @pytest.mark.parametrize("name", list(CELLS))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize(
     ("T", "B", "n_in", "H", "P", "ragged"),
-    [(70, 9, 5, 17, 0, True), (9, 70, 3, 33, 7, False), (130, 2, 4, 8, 0, True), (200, 1, 40, 200, 0, False)],
+    [(200, 9, 5, 17, 0, True), (9, 70, 3, 33, 7, False), (130, 2, 4, 8, 0, True), (200, 1, 40, 200, 0, False)],
 )
 def test_the_kernels_sketch_is_that_of_the_gradients(
     isa: str, name: str, dtype: torch.dtype, tolerance: float, T: int, B: int, n_in: int, H: int, P: int, ragged: bool
@@ -67,6 +69,34 @@ def test_the_kernels_sketch_is_that_of_the_gradients(
         assert float((sketched - right).norm()) <= tolerance * float(right.norm())
 
 
+@NATIVE
+@pytest.mark.parametrize("name", list(CELLS))
+@pytest.mark.parametrize("B", [1, 33])
+def test_sketches_are_bitwise_the_same_for_any_number_of_threads(name: str, B: int, threads: None) -> None:
+    case, found = layer(name, 20, B, 40, 150), []
+    state = tuple(s.detach() for s in case.state)
+    ran = engine.Pass(case.cell, case.x.detach(), state, case.weights.detach(), None, False)
+    error, u = torch.randn_like(ran.y), probes(len(case.weights.w_ih), torch.float32, ran.y.device)
+    for count in (1, 2, 3, 4, 2):
+        torch.set_num_threads(count)
+        found.append(ran.back(error, (None,) * len(state), None, False, probes=u)[2][:2])
+    assert all(torch.equal(a, b) for pair in found for a, b in zip(pair, found[0], strict=True))
+
+
+@NATIVE
+def test_probes_that_do_not_fit_are_refused() -> None:
+    case = layer("gru", 3, 2, 2, 4)
+    ran = engine.Pass(case.cell, case.x.detach(), (case.state[0].detach(),), case.weights.detach(), None, False)
+    u = probes(12, torch.float32, ran.y.device)
+    with pytest.raises(ValueError, match=r"probes: expected \(12, 16\), got \(11, 16\)"):
+        ran.back(None, (None,), None, False, probes=u[:11])
+    with pytest.raises(ValueError, match="probes: expected contiguous"):
+        ran.back(None, (None,), None, False, probes=u.mT.contiguous().mT)
+    with pytest.raises(RuntimeError, match="probes: expected torch.float32"):
+        ran.back(None, (None,), None, False, probes=u.double())
+
+
+@NATIVE
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 def test_a_residual_is_the_relative_difference_of_the_whole_gradients(
     monkeypatch: pytest.MonkeyPatch, kind: type[nn.RNNBase]
@@ -93,7 +123,7 @@ def test_a_residual_is_the_relative_difference_of_the_whole_gradients(
     assert flow["l0"].residual == pytest.approx(exact, rel=0.4)
 
 
-@pytest.mark.skipif(bool(native.MISSING), reason=f"native rung: {native.MISSING}")
+@NATIVE
 def test_a_weight_of_recorded_and_replayed_calls_has_both_gradients() -> None:
     layer, x = uv.nn.GRU(3, 5, dtype=torch.float64), torch.randn(6, 2, 3, dtype=torch.float64)
     with uv.watch(layer) as flow:

@@ -58,6 +58,20 @@ def check_errors(x: Tensor, y: Tensor, final: State, dy: Tensor | None, dfinal: 
             _check_like(name, d, tuple(out.shape), x)
 
 
+def check_probes(probes: Tensor | None, x: Tensor, w: Weights, columns: int) -> None:
+    """Check that `probes` multiplies gradients of W_ih from the left, transposed, in `columns` columns.
+
+    Raises:
+        ValueError: the shape does not fit, or it is not contiguous.
+        RuntimeError: a dtype or device is not that of x.
+    """
+    if probes is None:
+        return
+    _check_like("probes", probes, (len(w.w_ih), columns), x)
+    if not probes.is_contiguous():
+        raise ValueError("probes: expected contiguous memory; call .contiguous()")
+
+
 def check_cut(cut: Tensor | None, x: Tensor) -> None:
     """Check that `cut` has one flag for each step of x `[T, B, I]`.
 

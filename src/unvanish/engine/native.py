@@ -285,11 +285,11 @@ def backward(
     probes: Tensor | None = None,
 ) -> list[Tensor]:
     """[dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr], then [δh, δc, δa, δa_hh] if want_delta, then the norms of
-    [h, c, a, w] if want_norms; empty where absent. With `probes` `[G·H, PROBES]` not the five gradients of weights and
-    biases, but, last of all, [∂E/∂W_ih, ∂E/∂W_hh]ᵀ probes `[I + R, PROBES]`."""
+    [h, c, a, w] if want_norms; empty where absent. With `probes` `[G·H, PROBES]` the five gradients of weights and
+    biases stay empty, and [∂E/∂W_ih, ∂E/∂W_hh]ᵀ probes `[I + R, PROBES]` follows at the end."""
     ragged = lengths is not None
     wants = want_dx, want_delta, want_norms
-    out = gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, *wants, ragged, pooled, whole=probes is None)
+    out = gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, *wants, ragged, pooled, want_weights=probes is None)
     dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *rest = out
     delta_h, delta_c, delta_a, delta_a_hh = rest[:4] if want_delta else [None] * 4
     norm_h, norm_c, norm_a, norm_w = rest[-4:] if want_norms else [None] * 4
@@ -346,11 +346,11 @@ def gradient_shapes(
     want_norms: bool,
     ragged: bool = True,
     empty: Callable[..., Tensor] = Tensor.new_empty,
-    whole: bool = True,
+    want_weights: bool = True,
 ) -> list[Tensor]:
-    """What `backward` returns, to be written; without `whole` nothing for weights and biases."""
+    """What `backward` returns, to be written; without want_weights nothing for weights and biases."""
     weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
-    like = (h0, c0, *(weights if whole else [None] * 5))
+    like = (h0, c0, *(weights if want_weights else [None] * 5))
     out = [empty(x, *x.shape) if want_dx else x.new_empty(0)]
     out += [x.new_empty(0) if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in like]
     T, B, _, H, R = sizes(x, w_ih, w_hh, cell)

@@ -12,7 +12,7 @@ from torch import Tensor
 from unvanish import torch_internals
 from unvanish.cells import Cell, State, Weights
 from unvanish.engine import manual, native, native_trace, operators, reference
-from unvanish.engine.checks import check_cut, check_errors, check_layer, whole_lengths
+from unvanish.engine.checks import check_cut, check_errors, check_layer, check_probes, whole_lengths
 from unvanish.engine.operator_checks import LayerTensors, check_backward
 from unvanish.engine.sequence import add, sort
 
@@ -99,11 +99,12 @@ class Pass:
     ) -> tuple[Tensor | None, Norms, Weights]:
         """(∂E/∂x, norms, ∂E/∂W) from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero.
 
-        With `probes` `[G·H, PROBES]` the gradients of W_ih and W_hh are (∂E/∂W)ᵀ probes, which takes less time, and
-        there are no others.
+        With `probes` U `[G·H, PROBES]` the place of ∂E/∂W_ih and ∂E/∂W_hh is taken by (∂E/∂W_ih)ᵀ U `[I, PROBES]` and
+        (∂E/∂W_hh)ᵀ U `[R, PROBES]`, which take less time, and the other gradients are None.
         """
         check_errors(self.x, self.y, self.final, dy, dfinal)
         check_cut(cut, self.x)
+        check_probes(probes, self.x, self.weights, native.PROBES)
         order = None if self._back is None else torch.argsort(self._back)
         dh, dc = (*(_contiguous(d, 0, order) for d in dfinal), None)[:2]
         # The forward pass saved no cut.

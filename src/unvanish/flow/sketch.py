@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from unvanish.engine.native import PROBES
-from unvanish.engine.precision import full_precision
 
 
 @lru_cache(32)
@@ -21,7 +20,6 @@ def probes(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return (signs / PROBES**0.5).to(device, dtype)
 
 
-@full_precision()
 def sketch(gradient: Tensor) -> Tensor:
     """Gᵀ U `[m, PROBES]` of a gradient G `[n, m]`, in at least single precision."""
     g = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).flatten(1)

@@ -33,7 +33,7 @@ from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin
 from unvanish.flow.passes import Passes
 from unvanish.flow.record import Flow, LayerFlow, NoBackwardError, NonFiniteError
 from unvanish.flow.recorded_sequence import RecordedCall, RecordedSequence
-from unvanish.flow.residual import sketches_to_compare, with_residual
+from unvanish.flow.residual import with_residuals
 from unvanish.flow.stream import Stream
 from unvanish.flow.transfer import numbers
 from unvanish.flow.watched_sequence import CellSequence, MarkSequence, Measured, Sequence
@@ -358,16 +358,12 @@ class Watch(Flow):
         self._bad_parameter = bad[0] if bad else None
         if not measured:
             return
-        ours = sketches_to_compare(measured)
         # Gradients arrive at the last call first; records are in the order of the calls.
-        measured = sorted(measured, key=lambda m: m[0].number)
+        measured = with_residuals(sorted(measured, key=lambda m: m[0].number), run.gradients, self._runs.weights)
         first = first_origin(part.nonfinite for _, found in measured for part in found)
         for sequence, found in measured:
             for index, part in enumerate(found):
                 record = replace(part.flow, step=self._epoch)
-                if not isinstance(sequence, RecordedSequence):
-                    mine = {key: ours[key] for key in part.gradients}
-                    record = with_residual(record, mine, run.gradients, self._runs.weights, sequence.rounding)
                 origin = part.nonfinite
                 if origin is None and bad:
                     says = f"its gradient is not finite, although every gradient at {record.name} is"
