@@ -92,7 +92,7 @@ def test_probes_that_do_not_fit_are_refused() -> None:
         ran.back(None, (None,), None, False, probes=u[:11])
     with pytest.raises(ValueError, match="probes: expected contiguous"):
         ran.back(None, (None,), None, False, probes=u.mT.contiguous().mT)
-    with pytest.raises(RuntimeError, match="probes: expected torch.float32"):
+    with pytest.raises(RuntimeError, match=r"probes: expected torch\.float32"):
         ran.back(None, (None,), None, False, probes=u.double())
 
 

@@ -289,7 +289,9 @@ def backward(
     biases stay empty, and [∂E/∂W_ih, ∂E/∂W_hh]ᵀ probes `[I + R, PROBES]` follows at the end."""
     ragged = lengths is not None
     wants = want_dx, want_delta, want_norms
-    out = gradient_shapes(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, *wants, ragged, pooled, want_weights=probes is None)
+    out = gradient_shapes(
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, *wants, ragged, pooled, want_weights=probes is None
+    )
     dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *rest = out
     delta_h, delta_c, delta_a, delta_a_hh = rest[:4] if want_delta else [None] * 4
     norm_h, norm_c, norm_a, norm_w = rest[-4:] if want_norms else [None] * 4

@@ -39,9 +39,7 @@ def with_residuals(
 
 
 @full_precision()
-def _compared(
-    found: Pass, autograd: Mapping[Hashable, Tensor], weights: Mapping[Hashable, tuple[Tensor, Any]]
-) -> Pass:
+def _compared(found: Pass, autograd: Mapping[Hashable, Tensor], weights: Mapping[Hashable, tuple[Tensor, Any]]) -> Pass:
     extra = {key: sketch(theirs) for key, theirs in autograd.items()}
     for sequence, parts in found:
         whole = isinstance(sequence, RecordedSequence)
