@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
 from tests.strategies import LayerCase, layer_cases
-from unvanish.cells import CELLS, Partials, Point, State, Weights, calculus, derived
+from unvanish.cells import CELLS, Partials, Point, ReluRNN, State, Weights, calculus, derived
 from unvanish.cells.activations import activations
 
 TORCH_CELLS = {
@@ -152,3 +152,12 @@ def test_sensitivity_is_the_relative_slope_of_each_gate(case: LayerCase) -> None
             torch.testing.assert_close(slope[:, i], 1 - v * v)
         else:
             assert torch.equal(slope[:, i], (v > 0).to(v.dtype))
+
+
+def test_the_slope_of_relu_is_autograds() -> None:
+    a = torch.tensor([torch.nan, -1.0, 0.0, 2.0, torch.inf], requires_grad=True)
+    h = torch.relu(a)
+    (right,) = torch.autograd.grad(h.sum(), a)
+    cell = CELLS["rnn_relu"]
+    assert isinstance(cell, ReluRNN)
+    assert torch.equal(cell.derivative(h.detach()), right)

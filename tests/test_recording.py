@@ -158,6 +158,16 @@ def test_the_norm_of_g_t_holds_where_squares_of_inputs_leave_float32(
     assert bool(finite.all()) == (factor != float("inf"))
 
 
+@pytest.mark.parametrize("name", list(CELLS))
+def test_a_gradient_of_one_sample_that_is_no_number_is_none_of_the_batch(isa: str, name: str) -> None:
+    case, heard = layer(name, 5, 3, 3, 9), Heard()
+    y, _ = engine.run(case.cell, case.x, case.state, case.weights, record=heard)
+    error = torch.zeros_like(y)
+    error[-1, 0] = torch.nan
+    y.backward(error)
+    assert bool(heard.norms[0].w.isnan().all())
+
+
 def test_a_second_backward_adds_its_errors() -> None:
     case = layer("lstm", 7, 3, 2, 5, torch.float64)
     heard = Heard()

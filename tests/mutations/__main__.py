@@ -96,6 +96,8 @@ class Copy:
 def main(word: str = "") -> int:
     bugs = tomllib.loads((Path(__file__).parent / "planted.toml").read_text(encoding="utf-8"))["bug"]
     bugs = [bug for bug in bugs if word in f"{bug['file']} {bug['test']}"]
+    if not bugs:
+        raise SystemExit(f"no planted bug names {word!r} in its file or its test")
     lost = [bug for bug in bugs if (ROOT / bug["file"]).read_text(encoding="utf-8").count(bug["old"]) != 1]
     if lost:
         raise SystemExit("\n".join(f"{bug['file']}: expected once: {bug['old']}" for bug in lost))
