@@ -1,19 +1,23 @@
 """Gradients compared by a few random combinations of their rows."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import nn
 
 import unvanish as uv
+from tests.strategies import LayerCase, layer_cases, runs
 from tests.test_native import isa, layer, threads
 from unvanish import engine
 from unvanish.cells import CELLS, Weights
 from unvanish.engine import native
 from unvanish.flow import module_sequence
-from unvanish.flow.sketch import probes, sketch
+from unvanish.flow.sketch import probes, sketch, sketches_of
 from unvanish.nn.modules import LayerDirection
 
 __all__ = ["isa", "threads"]
@@ -67,6 +71,22 @@ def test_the_kernels_sketch_is_that_of_the_gradients(
         assert gradient is not None
         right = sketch(gradient)
         assert float((sketched - right).norm()) <= tolerance * float(right.norm())
+
+
+@pytest.mark.parametrize("rung", ["native", "fused", "manual"])
+@given(case=layer_cases(), seed=st.integers(0, 99))
+def test_sketches_without_gradients_are_those_of_the_gradients(rung: str, case: LayerCase, seed: int) -> None:
+    assume(runs(rung, case))
+    state, generator = tuple(s.detach() for s in case.state), torch.Generator().manual_seed(seed)
+    with engine.force(rung), torch.no_grad():
+        tr = engine.trace(case.cell, case.x.detach(), state, case.weights.detach(), case.lengths, case.reverse)
+        dy = torch.randn(tr.y.shape, generator=generator, dtype=torch.float64)
+        flow = engine.adjoint(tr, dy, (None,) * len(state))
+    whole = engine.weight_gradients(tr, flow)
+    for found, gradient in zip(sketches_of(tr, replace(flow, weights=None)), whole[:2], strict=True):
+        assert found is not None
+        assert gradient is not None
+        torch.testing.assert_close(found, sketch(gradient), rtol=1e-10, atol=1e-10)
 
 
 @NATIVE

@@ -218,8 +218,7 @@ def adjoint(tr: manual.Trace, dy: Tensor | None, dfinal: tuple[Tensor | None, ..
             if (b, b) in carried:
                 total[b] = _back(carried[b, b], total[b], tr)
         dstate = tuple(arrived if a == h and w.w_hr is not None else total[a] for a in cell.states)
-        flow = manual.Deltas(dstate, dp, dq, dinitial)
-        return manual.Deltas(dstate, dp, dq, dinitial, manual.weight_gradients(tr, flow))
+        return manual.Deltas(dstate, dp, dq, dinitial)
 
 
 def _earlier(reverse: bool) -> slice:

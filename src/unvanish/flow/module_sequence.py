@@ -13,7 +13,7 @@ from unvanish.capture import Call
 from unvanish.cells import State, Weights
 from unvanish.flow.nonfinite import origin_of_nonfinite
 from unvanish.flow.record import LayerFlow
-from unvanish.flow.sketch import probes, sketch
+from unvanish.flow.sketch import Sketches, probes, sketch, sketches_of
 from unvanish.flow.summary import healthy, layer_flow, reorder, summarise
 from unvanish.flow.watched_sequence import Errors, Measured, Sequence, apart, join, rounding, weight_keys
 from unvanish.nn.modules import (
@@ -32,10 +32,6 @@ from unvanish.nn.modules import (
     run_layers,
     used_weights,
 )
-
-Sketches = tuple[Tensor | None, Tensor | None]
-"""of ∂E/∂W_ih and ∂E/∂W_hh"""
-
 
 @dataclass(frozen=True)
 class _Call:
@@ -130,11 +126,14 @@ class ModuleSequence(Sequence):
             u = None if isinstance(self.module, CellModule) else probes(len(w), w.dtype, w.device)
             dx, norms, grads = ran.back(dy, ends, clip, want_dx, cut, u)
             record = layer_flow(name, layer.cell, lengths, [ran.statistics], [norms])
-            sketches = self._sketches(layer, grads) if u is None else (grads.w_ih, grads.w_hh)
+            sketches = self._learnt(layer, grads) if u is None else (grads.w_ih, grads.w_hh)
             return dx, self._measured(call, layer, record, sketches, lambda: ran.recompute(dy, ends, clip, cut))
         flow = engine.adjoint(ran, dy, ends, clip, cut)
         record = summarise(name, ran, flow, self.want_partial, lengths)
-        sketches = self._sketches(layer, engine.weight_gradients(ran, flow))
+        if isinstance(self.module, CellModule):
+            sketches = self._learnt(layer, engine.weight_gradients(ran, flow))
+        else:
+            sketches = sketches_of(ran, flow)
         found = self._measured(call, layer, record, sketches, lambda: (ran, dy, flow))
         return flow.da @ ran.weights.w_ih if want_dx else None, found
 
@@ -145,12 +144,11 @@ class ModuleSequence(Sequence):
         T, B = call.inputs.x.shape[:2]
         return torch.full((B,), T) if call.inputs.lengths is None else call.inputs.lengths.cpu()
 
-    def _sketches(self, layer: LayerDirection, grads: Weights) -> Sketches:
-        both = (grads.w_ih, grads.w_hh)
-        if isinstance(self.module, CellModule):
-            both = self.module.learnt_gradients(layer.layer, layer.reverse, grads)
-        w_ih, w_hh = (None if g is None else sketch(g) for g in both)
-        return w_ih, w_hh
+    def _learnt(self, layer: LayerDirection, grads: Weights) -> Sketches:
+        """Sketches of the gradients of the learnt weights, of which `grads` of those that the engine takes follow."""
+        assert isinstance(self.module, CellModule)
+        w_ih, w_hh = self.module.learnt_gradients(layer.layer, layer.reverse, grads)
+        return sketch(w_ih), None if w_hh is None else sketch(w_hh)
 
     def _measured(
         self, call: _Call, layer: LayerDirection, record: LayerFlow, sketches: Sketches, recompute: engine.Recompute

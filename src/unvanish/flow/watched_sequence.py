@@ -21,7 +21,7 @@ from unvanish.cells import State, Weights, calculus
 from unvanish.engine.precision import full_precision
 from unvanish.flow.nonfinite import NonFiniteOrigin, first_origin, origin_of_nonfinite
 from unvanish.flow.record import LayerFlow
-from unvanish.flow.sketch import sketch
+from unvanish.flow.sketch import sketches_of
 from unvanish.flow.summary import healthy, summarise
 from unvanish.flow.transfer import numbers
 from unvanish.nn.modules import (
@@ -189,9 +189,8 @@ class CellSequence(Sequence):
         step = calculus.adjoint(self.cell, tr.partials, d, self.weights)
         flow = engine.Deltas(step.state, step.da, step.da_hh, tuple(s[0] for s in step.previous))
         record = summarise(self.name, tr, flow, self.want_partial, lengths)
-        made = engine.weight_gradients(tr, flow)
-        mine = {"weight_ih": made.w_ih, "weight_hh": made.w_hh}
-        gradients = {key: sketch(mine[name]) for name, (key, _) in observable_weights(self.module).items()}
+        mine = dict(zip(("weight_ih", "weight_hh"), sketches_of(tr, flow), strict=True))
+        gradients = {key: mine[name] for name, (key, _) in observable_weights(self.module).items()}
         # A tensor changed in place since then says nothing about the run.
         kept = [i for i, s in enumerate(self.last) if s._version == self._versions[i]]
         last = tuple(self.last[i] for i in kept)
