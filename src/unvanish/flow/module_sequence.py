@@ -33,6 +33,7 @@ from unvanish.nn.modules import (
     used_weights,
 )
 
+
 @dataclass(frozen=True)
 class _Call:
     """One call."""

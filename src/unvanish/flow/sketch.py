@@ -28,7 +28,7 @@ Sketches = tuple[Tensor, Tensor | None]
 
 
 def sketches_of(tr: engine.Trace, flow: engine.Deltas) -> Sketches:
-    """The `sketch` of ∂E/∂W_ih and of ∂E/∂W_hh, without the gradients themselves: (Σ_t δ_tᵀ s_t)ᵀ U = Σ_t s_tᵀ (δ_t U)."""
+    """The `sketch` of ∂E/∂W_ih and of ∂E/∂W_hh without these gradients: (Σ_t δ_tᵀ s_t)ᵀ U = Σ_t s_tᵀ (δ_t U)."""
     if flow.weights is not None:
         w_ih, w_hh = flow.weights[:2]
         return sketch(w_ih), None if w_hh is None else sketch(w_hh)
