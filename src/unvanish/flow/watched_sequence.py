@@ -189,8 +189,9 @@ class CellSequence(Sequence):
         step = calculus.adjoint(self.cell, tr.partials, d, self.weights)
         flow = engine.Deltas(step.state, step.da, step.da_hh, tuple(s[0] for s in step.previous))
         record = summarise(self.name, tr, flow, self.want_partial, lengths)
-        mine = dict(zip(("weight_ih", "weight_hh"), sketches_of(tr, flow), strict=True))
-        gradients = {key: mine[name] for name, (key, _) in observable_weights(self.module).items()}
+        places = {name: key for name, (key, _) in observable_weights(self.module).items()}
+        mine = zip(("weight_ih", "weight_hh"), sketches_of(tr, flow), strict=True)
+        gradients = {places[name]: g for name, g in mine if name in places and g is not None}
         # A tensor changed in place since then says nothing about the run.
         kept = [i for i, s in enumerate(self.last) if s._version == self._versions[i]]
         last = tuple(self.last[i] for i in kept)
