@@ -102,7 +102,7 @@ struct Measure {
   static constexpr int L = kLanes<Real>, A = CellType::kAcross;
   static constexpr int kNear = sizeof(Real) == 4 ? 30 : 200;   // the square of 2^±kNear is well within the range,
   static constexpr int kFar = sizeof(Real) == 4 ? 120 : 1000;  // 2^±kFar is normal
-  // Between these, a sum of squares of numbers around 1 and any others has nearly Real's full precision.
+  // If δ is about 1, ‖g_t‖² between these has nearly Real's full precision, whatever the size of inputs and states.
   static constexpr double kLeast = sizeof(Real) == 4 ? 1e-30 : 1e-250, kMost = sizeof(Real) == 4 ? 1e36 : 1e300;
 
   // The norms of δh, δc and δa of sample r of a block, whose δa is `row` of the chunk.

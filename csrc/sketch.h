@@ -1,4 +1,4 @@
-// Uᵀ ∂E/∂[W_ih, W_hh] for a matrix U of few columns: it tells gradients apart at a fraction of their cost.
+// Uᵀ ∂E/∂[W_ih, W_hh] = Σ_t (δa_t U)ᵀ [x_t, h_{t−1}] for a matrix U of few columns: it tells gradients apart at a fraction of their cost.
 #pragma once
 
 #include <cstdint>

@@ -38,7 +38,7 @@ def test_rungs_agree_with_the_reference(rung: str, case: LayerCase, clip: float 
 
 @pytest.mark.parametrize("rung", FAST)
 @given(case=layer_cases(), seed=st.integers(0, 99))
-def test_rungs_agree_where_an_input_is_no_number(rung: str, case: LayerCase, seed: int) -> None:
+def test_rungs_agree_where_an_input_is_nan(rung: str, case: LayerCase, seed: int) -> None:
     assume(runs(rung, case))
     x = case.x.detach().clone()
     x[len(x) // 2, 0, 0] = torch.nan

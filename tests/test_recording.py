@@ -159,7 +159,7 @@ def test_the_norm_of_g_t_holds_where_squares_of_inputs_leave_float32(
 
 
 @pytest.mark.parametrize("name", list(CELLS))
-def test_a_gradient_of_one_sample_that_is_no_number_is_none_of_the_batch(isa: str, name: str) -> None:
+def test_a_nan_in_the_gradient_of_one_sample_makes_the_norm_of_g_t_nan(isa: str, name: str) -> None:
     case, heard = layer(name, 5, 3, 3, 9), Heard()
     y, _ = engine.run(case.cell, case.x, case.state, case.weights, record=heard)
     error = torch.zeros_like(y)

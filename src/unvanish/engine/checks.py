@@ -59,7 +59,7 @@ def check_errors(x: Tensor, y: Tensor, final: State, dy: Tensor | None, dfinal: 
 
 
 def check_probes(probes: Tensor | None, x: Tensor, w: Weights, columns: int) -> None:
-    """Check that `probes` multiplies gradients of W_ih from the left, transposed, in `columns` columns.
+    """Check that `probes` is `[G·H, columns]`, with a row for each of W_ih.
 
     Raises:
         ValueError: the shape does not fit, or it is not contiguous.

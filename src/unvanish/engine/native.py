@@ -31,7 +31,7 @@ NUMBER = {name: i for i, name in enumerate(("rnn_tanh", "rnn_relu", "rnn_sigmoid
 _CELLS = tuple(CELLS[name] for name in NUMBER)
 _KINDS = {cell.name: type(cell) for cell in _CELLS}
 PROBES = 16
-"""columns of a matrix that gradients of weights are multiplied by, as kProbes of csrc/unvanish.h says"""
+"""columns of the matrix by which `backward` may multiply gradients of weights; kProbes in csrc/unvanish.h"""
 _SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
 
 

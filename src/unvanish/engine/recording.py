@@ -99,8 +99,8 @@ class Pass:
     ) -> tuple[Tensor | None, Norms, Weights]:
         """(∂E/∂x, norms, ∂E/∂W) from dy `[T, B, R]` = ∂E_t/∂h_t and dfinal = ∂E/∂(final state); None is zero.
 
-        With `probes` U `[G·H, PROBES]` the place of ∂E/∂W_ih and ∂E/∂W_hh is taken by (∂E/∂W_ih)ᵀ U `[I, PROBES]` and
-        (∂E/∂W_hh)ᵀ U `[R, PROBES]`, which take less time, and the other gradients are None.
+        With `probes` U `[G·H, PROBES]`, (∂E/∂W_ih)ᵀ U `[I, PROBES]` and (∂E/∂W_hh)ᵀ U `[R, PROBES]` are returned in
+        place of ∂E/∂W_ih and ∂E/∂W_hh, which takes less time; the other gradients are None.
         """
         check_errors(self.x, self.y, self.final, dy, dfinal)
         check_cut(cut, self.x)

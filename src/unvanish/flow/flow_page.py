@@ -61,8 +61,8 @@ def flow_page(flow: Flow) -> str:
         section("Layers", _table(courses), name="layers"),
         section("Not recorded, or not to be trusted", listed(notes, kind="note"), name="notes"),
         paragraph(
-            "Norms: median over the samples. Residual: ‖Σₜ gₜ − autograd's ∂E/∂W‖ / ‖autograd's‖ to within 18 %, "
-            "the record's own checksum.",
+            "Norms: median over the samples. Residual: ‖Σₜ gₜ − autograd's ∂E/∂W‖ / ‖autograd's‖, the record's own "
+            "checksum, estimated with a standard error of at most 18 %.",
             "note",
         ),
     )

@@ -120,19 +120,20 @@ class ModuleSequence(Sequence):
         want_dx: bool,
     ) -> tuple[Tensor | None, Measured]:
         """(∂E/∂x if wanted, the measurement of the backward pass)."""
-        layer, cut = call.layers[place], call.drawn.cuts[place]
-        name, lengths, clip = self._name(layer), self._lengths(call), getattr(self.module, "clip", None)
+        layer, cut, module = call.layers[place], call.drawn.cuts[place], self.module
+        name, lengths, clip = self._name(layer), self._lengths(call), getattr(module, "clip", None)
         if isinstance(ran, engine.Pass):
             w = layer.weights.w_ih
-            u = None if isinstance(self.module, CellModule) else probes(len(w), w.dtype, w.device)
+            # Gradients of what `Recurrent` learns follow from whole ones.
+            u = None if isinstance(module, CellModule) else probes(len(w), w.dtype, w.device)
             dx, norms, grads = ran.back(dy, ends, clip, want_dx, cut, u)
             record = layer_flow(name, layer.cell, lengths, [ran.statistics], [norms])
-            sketches = self._learnt(layer, grads) if u is None else (grads.w_ih, grads.w_hh)
+            sketches = _learnt(module, layer, grads) if isinstance(module, CellModule) else (grads.w_ih, grads.w_hh)
             return dx, self._measured(call, layer, record, sketches, lambda: ran.recompute(dy, ends, clip, cut))
         flow = engine.adjoint(ran, dy, ends, clip, cut)
         record = summarise(name, ran, flow, self.want_partial, lengths)
-        if isinstance(self.module, CellModule):
-            sketches = self._learnt(layer, engine.weight_gradients(ran, flow))
+        if isinstance(module, CellModule):
+            sketches = _learnt(module, layer, engine.weight_gradients(ran, flow))
         else:
             sketches = sketches_of(ran, flow)
         found = self._measured(call, layer, record, sketches, lambda: (ran, dy, flow))
@@ -145,12 +146,6 @@ class ModuleSequence(Sequence):
         T, B = call.inputs.x.shape[:2]
         return torch.full((B,), T) if call.inputs.lengths is None else call.inputs.lengths.cpu()
 
-    def _learnt(self, layer: LayerDirection, grads: Weights) -> Sketches:
-        """Sketches of the gradients of the learnt weights, of which `grads` of those that the engine takes follow."""
-        assert isinstance(self.module, CellModule)
-        w_ih, w_hh = self.module.learnt_gradients(layer.layer, layer.reverse, grads)
-        return sketch(w_ih), None if w_hh is None else sketch(w_hh)
-
     def _measured(
         self, call: _Call, layer: LayerDirection, record: LayerFlow, sketches: Sketches, recompute: engine.Recompute
     ) -> Measured:
@@ -161,3 +156,9 @@ class ModuleSequence(Sequence):
             self._keys[layer.name] = weight_keys(self.module, layer)
         places = self._keys[layer.name].items()
         return Measured(record, {key: g for key, i in places if (g := sketches[i]) is not None}, born)
+
+
+def _learnt(module: CellModule, layer: LayerDirection, grads: Weights) -> Sketches:
+    """Sketches of ∂E/∂(the learnt weights), from `grads` with respect to those that the engine takes."""
+    w_ih, w_hh = module.learnt_gradients(layer.layer, layer.reverse, grads)
+    return sketch(w_ih), None if w_hh is None else sketch(w_hh)

@@ -13,7 +13,7 @@ from unvanish.engine.native import PROBES
 
 @lru_cache(32)
 def probes(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """U `[rows, PROBES]` of ±1/4 at random, the same whenever it is asked for.
+    """U `[rows, PROBES]` of ±1/4 at random, the same at every call.
 
     For any G `[rows, m]`, ‖Gᵀ U‖_F² is ‖G‖_F² on average over U, with a standard deviation of at most √(2 / PROBES) =
     0.35 of it (Alon, Matias, Szegedy 1996); where G ≠ 0, Gᵀ U = 0 has a probability of at most 2^−PROBES (Freivalds

@@ -45,7 +45,7 @@ class Measured:
 
     flow: LayerFlow
     gradients: dict[Hashable, Tensor] = field(default_factory=dict)
-    """weight key → Σ_t g_t of a recorded sequence, the `sketch` of it of any other"""
+    """weight key → Σ_t g_t, whole for a `RecordedSequence`, as its `sketch` for any other"""
     nonfinite: NonFiniteOrigin | None = None
     """where a NaN or infinity first appeared"""
 
