@@ -33,3 +33,4 @@ def engine_at_any_length(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     the tests are short."""
     if request.node.get_closest_marker("by_cost") is None:
         monkeypatch.setattr("unvanish.engine.cost.CALLS", {})
+        monkeypatch.setattr("unvanish.engine.cost.LOW", {})

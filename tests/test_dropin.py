@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import unvanish as uv
 from tests.low_precision import runs_under_autocast
 from unvanish import torch_internals
-from unvanish.engine.cost import faster_in_torch
+from unvanish.engine.cost import faster_in_torch, mode_of
 from unvanish.nn import torch_forward
 
 LAYERS = ["RNN", "LSTM", "GRU"]
@@ -396,5 +396,60 @@ def test_the_rule_of_cost() -> None:
     assert faster_in_torch("LSTM", 1, 1, 10**5, torch.float32, True) == "torch's cell is faster for a single step"
     assert faster_in_torch("LSTM", 2, 1, 10**5, torch.float32, True) is None
     assert faster_in_torch("packed", 1, 1, 10**5, torch.float64, False) is None
-    low = faster_in_torch("GRU", 100, 32, 10**5, torch.bfloat16, True)
-    assert (low is not None) == torch_internals.multiplies(torch.bfloat16)
+
+
+@pytest.mark.by_cost
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", ["RNN_TANH", "RNN_RELU", "LSTM", "GRU"])
+def test_where_the_processor_multiplies_in_low_precision_large_products_are_torchs(
+    monkeypatch: pytest.MonkeyPatch, mode: str, training: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch_internals, "multiplies", lambda dtype: True)
+    assert faster_in_torch(mode, 500, 2, 10**4, dtype, training) is None
+    large = faster_in_torch(mode, 500, 64, 10**6, dtype, training)
+    assert large == f"torch multiplies faster, in {str(dtype).removeprefix('torch.')}"
+    assert faster_in_torch(mode, 1, 1, 10**3, torch.float32, False) == "torch's layer is faster for so short a call"
+    if mode != "LSTM":
+        assert faster_in_torch(mode, 1, 1, 10**3, dtype, training) == "torch's layer is faster for so short a call"
+
+
+@pytest.mark.by_cost
+def test_an_lstm_without_a_kernel_of_torchs_has_a_rule_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_internals, "multiplies", lambda dtype: True)
+    half = torch.float16
+    assert mode_of("LSTM", False, half, True) == mode_of("LSTM", True, torch.float32, False) == "LSTM_LOOP"
+    assert mode_of("LSTM", False, half, False) == mode_of("LSTM", False, torch.bfloat16, True) == "LSTM"
+    assert mode_of("GRU", False, half, True) == "GRU"
+    # torch's kernel is faster for 20 steps, its loop is not; nor is its cell, which has no projection.
+    assert faster_in_torch("LSTM", 20, 1, 10**5, torch.float32, False) is not None
+    assert uv.nn.explain(uv.nn.LSTM(8, 64), torch.zeros(20, 1, 8)).rung == "native"
+    for layer in (uv.nn.LSTM(8, 64, proj_size=32), uv.nn.LSTM(8, 64, proj_size=32).half()):
+        with torch.no_grad():
+            assert uv.nn.explain(layer, torch.zeros(20, 1, 8, dtype=layer.weight_ih_l0.dtype)).rung == "native"
+            short = uv.nn.explain(layer, torch.zeros(1, 1, 8, dtype=layer.weight_ih_l0.dtype))
+            assert short.declined == {"native": "torch's layer is faster for so short a call"}
+    one = uv.nn.explain(uv.nn.LSTM(8, 64, proj_size=32), torch.zeros(1, 1, 8))
+    assert one.declined == {"native": "torch's layer is faster for so short a call"}
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+def test_avx512_alone_does_not_multiply_in_bfloat16(monkeypatch: pytest.MonkeyPatch, instructions: bool) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    assert torch_internals.multiplies.__wrapped__(torch.bfloat16) == instructions
+    assert not torch_internals.multiplies(torch.float64)
+
+
+@pytest.mark.by_cost
+def test_torchs_lstm_takes_longer_for_a_step_in_low_precision_on_several_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch_internals, "multiplies", lambda dtype: True)
+    found = []
+    for threads in (1, 2, 8):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        found.append(faster_in_torch("LSTM", 200, 16, 24_576, torch.bfloat16, True))
+    assert found[0] is not None
+    assert found[1] is found[2] is None

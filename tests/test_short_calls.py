@@ -150,11 +150,6 @@ def test_a_watch_takes_no_second_derivatives_away() -> None:
     assert set(flow) == {"l0"}
 
 
-def test_a_projected_lstm_trains_on_the_engine() -> None:
-    _, ours = pair("LSTM", proj_size=2)
-    assert uv.nn.explain(ours, torch.zeros(1, 2, 3)).rung == "native"
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
 def test_the_weights_are_those_of_the_moment(kind: str) -> None:

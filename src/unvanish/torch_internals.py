@@ -135,10 +135,12 @@ def fixed(size: int | torch.SymInt) -> bool:
 
 @cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch's own layers have kernels for this dtype of less than single precision on this CPU. Instead: time a
-    product of matrices in it against one in float32."""
+    """Whether torch's own layers multiply in this dtype of less than single precision by instructions of this CPU: with
+    AVX-512 alone, oneDNN emulates bfloat16. Instead: time a product of matrices in it against one in float32."""
     ask = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    return ask is not None and torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, ask)())
+    if ask is None or not torch.backends.mkldnn.is_available() or not getattr(torch.ops.mkldnn, ask)():
+        return False
+    return dtype is torch.float16 or not torch.cpu._is_avx512_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def quantizes(tracer: Any) -> bool:

@@ -24,11 +24,11 @@ from unvanish import engine
 from unvanish.cells import State
 from unvanish.nn import torch_forward
 from unvanish.nn.checkpointing import run_in_pieces
+from unvanish.nn.low_precision import in_float32, rounded_to
 from unvanish.nn.modules import (
     LayerDirection,
     SequenceModule,
     TimeMajor,
-    as_states,
     draw_cuts,
     draws_cuts,
     evaluating,
@@ -112,16 +112,13 @@ class SequenceLayer(nn.Module):
     ) -> tuple[Any, Any]:
         self._check(input, hx)
         inputs, layers = self._prepared(input, lengths)
-        if _autocasts(layers, inputs, hx):
-            device = inputs.x.device.type
-            dtype = torch.get_autocast_dtype(device)
-            if self._autocast_promotes:
-                dtype = torch.promote_types(dtype, inputs.x.dtype if hx is None else hx.dtype)
-            with torch.autocast(device, enabled=False):
-                y, final = self._run(*_in_float32(layers, inputs, hx), recorders)
-            y, final = y.to(dtype), tuple(s.to(dtype) for s in final)
-        else:
+        dtype = rounded_to(layers, inputs, hx, self._autocast_promotes)
+        if dtype is None:
             y, final = self._run(layers, inputs, hx, recorders)
+        else:
+            with torch.autocast(inputs.x.device.type, enabled=False):
+                y, final = self._run(*in_float32(layers, inputs, hx), recorders)
+            y, final = y.to(dtype), tuple(s.to(dtype) for s in final)
         return in_layout(cast(SequenceModule, self), input, inputs, y, final)
 
     def states(
@@ -134,7 +131,7 @@ class SequenceLayer(nn.Module):
         """Every state and gate of every layer: "l0", "l1.reverse", … → LayerStates; 0 where a sample has no input.
 
         Differentiable where gradients are enabled. Dropout between layers is not applied: these are the states of
-        evaluation. Autocast does not round them.
+        evaluation, in float32 where the layer computes in it and rounds its output.
 
         Raises:
             ValueError, RuntimeError: as `forward`.
@@ -142,10 +139,10 @@ class SequenceLayer(nn.Module):
         with evaluating(self):
             self._check(input, hx)
             inputs, layers = self._prepared(input, lengths)
-        if not _autocasts(layers, inputs, hx):
+        if rounded_to(layers, inputs, hx) is None:
             return self._states(layers, inputs, hx)
         with torch.autocast(inputs.x.device.type, enabled=False):
-            return self._states(*_in_float32(layers, inputs, hx))
+            return self._states(*in_float32(layers, inputs, hx))
 
     def _states(self, layers: list[LayerDirection], inputs: TimeMajor, hx: Any) -> dict[str, LayerStates]:
         def run(d: LayerDirection, x: Tensor, state: State) -> engine.Trace:
@@ -376,16 +373,3 @@ class GRU(EngineSequence, nn.GRU):
 def _by_layer(layers: list[LayerDirection], states: list[State]) -> list[tuple[list[LayerDirection], list[State]]]:
     n_dir = 2 if any(d.reverse for d in layers) else 1
     return [(layers[k : k + n_dir], states[k : k + n_dir]) for k in range(0, len(layers), n_dir)]
-
-
-def _autocasts(layers: list[LayerDirection], inputs: TimeMajor, hx: Any) -> bool:
-    """Whether autocast applies; it does not change float64."""
-    given = (inputs.x, layers[0].weights.w_ih, *as_states(hx))
-    return torch.is_autocast_enabled(inputs.x.device.type) and all(v.dtype != torch.float64 for v in given)
-
-
-def _in_float32(
-    layers: list[LayerDirection], inputs: TimeMajor, hx: Any
-) -> tuple[list[LayerDirection], TimeMajor, Any]:
-    layers = [d._replace(weights=d.weights.to(torch.float32)) for d in layers]
-    return layers, inputs._replace(x=inputs.x.float()), None if hx is None else tuple(h.float() for h in as_states(hx))

@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import torch_internals
 from unvanish.engine import Choice, dispatch
-from unvanish.engine.cost import STEP, faster_in_torch
+from unvanish.engine.cost import STEP, faster_in_torch, mode_of
 from unvanish.engine.sequence import transform
+from unvanish.nn.low_precision import in_float32, rounded_to
 from unvanish.nn.modules import as_states, layer_directions, time_major
 
 
@@ -28,8 +29,10 @@ def explain(layer: Any, x: Tensor | PackedSequence, hx: Any = None, lengths: Any
     why = reason(layer, x, hx) if lengths is None and layer._torch_can() else None
     if why is not None and not (why is STEP and _fitting(layer, x, hx) is None):
         return Choice("torch", {"native": why})
-    inputs, first = time_major(layer, x, lengths), layer_directions(layer)[0]
-    return dispatch.explain(first.cell, inputs.x, others=(*as_states(hx), *first.weights))
+    inputs, layers = time_major(layer, x, lengths), layer_directions(layer)
+    if rounded_to(layers, inputs, hx) is not None:
+        layers, inputs, hx = in_float32(layers, inputs, hx)
+    return dispatch.explain(layers[0].cell, inputs.x, others=(*as_states(hx), *layers[0].weights))
 
 
 def reason(layer: nn.RNNBase, x: Any, hx: Any) -> str | None:
@@ -58,9 +61,8 @@ def reason(layer: nn.RNNBase, x: Any, hx: Any) -> str | None:
     )
     B = data.shape[0 if layer.batch_first else 1] if data.dim() == 3 else 1
     # torch has no fast path for samples of different length.
-    mode = "packed" if data is not x else layer.mode
-    why = faster_in_torch(mode, _steps(layer, x), B, w_ih.numel() + w_hh.numel(), dtype, trains)
-    return None if why is STEP and layer.proj_size else why  # torch's cell has no projection
+    mode = "packed" if data is not x else mode_of(layer.mode, layer.proj_size > 0, dtype, trains)
+    return faster_in_torch(mode, _steps(layer, x), B, w_ih.numel() + w_hh.numel(), dtype, trains)
 
 
 _KERNELS: dict[str, Any] = {
