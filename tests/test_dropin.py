@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import unvanish as uv
 from tests.low_precision import runs_under_autocast
 from unvanish import torch_internals
-from unvanish.engine.cost import faster_in_torch, mode_of
+from unvanish.engine.cost import faster_in_torch
 from unvanish.nn import torch_forward
 
 LAYERS = ["RNN", "LSTM", "GRU"]
@@ -417,14 +417,19 @@ def test_where_the_processor_multiplies_in_low_precision_large_products_are_torc
 @pytest.mark.by_cost
 def test_an_lstm_without_a_kernel_of_torchs_has_a_rule_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_internals, "multiplies", lambda dtype: True)
-    half = torch.float16
-    assert mode_of("LSTM", False, half, True) == mode_of("LSTM", True, torch.float32, False) == "LSTM_LOOP"
-    assert mode_of("LSTM", False, half, False) == mode_of("LSTM", False, torch.bfloat16, True) == "LSTM"
-    assert mode_of("GRU", False, half, True) == "GRU"
+    for dtype, training, projected in (
+        (torch.float16, True, False),
+        (torch.float32, False, True),
+        (torch.float64, False, False),
+    ):
+        call = (20, 1, 10**4, dtype, training)
+        assert faster_in_torch("LSTM", *call, projected=projected) is None
+        assert faster_in_torch("LSTM", 1, *call[1:], projected=projected) is not None
+    assert faster_in_torch("LSTM", 1, 1, 10**4, torch.float64, True) == "torch's cell is faster for a single step"
     # torch's kernel is faster for 20 steps, its loop is not; nor is its cell, which has no projection.
     assert faster_in_torch("LSTM", 20, 1, 10**5, torch.float32, False) is not None
     assert uv.nn.explain(uv.nn.LSTM(8, 64), torch.zeros(20, 1, 8)).rung == "native"
-    for layer in (uv.nn.LSTM(8, 64, proj_size=32), uv.nn.LSTM(8, 64, proj_size=32).half()):
+    for layer in (uv.nn.LSTM(8, 64, proj_size=32), uv.nn.LSTM(8, 64, proj_size=32).half(), uv.nn.LSTM(8, 64).double()):
         with torch.no_grad():
             assert uv.nn.explain(layer, torch.zeros(20, 1, 8, dtype=layer.weight_ih_l0.dtype)).rung == "native"
             short = uv.nn.explain(layer, torch.zeros(1, 1, 8, dtype=layer.weight_ih_l0.dtype))

@@ -58,24 +58,21 @@ LOW: dict[tuple[str, bool], Call] = {
 Intel Xeon with AMX, of which no other processor has the speed: elsewhere the engine is taken too seldom, not too
 often"""
 LOOP = "LSTM_LOOP"
-"""an LSTM that torch runs step by step, without a kernel for the sequence: see `mode_of`"""
+"""an LSTM that torch runs step by step, having no kernel for it: with a projection, in float64, trained in float16"""
 LAYER = "torch's layer is faster for so short a call"
 STEP = "torch's cell is faster for a single step"
 STEPPED = ("LSTM",)
-"""modes that train a single step with torch's cell. An LSTM: 1.2 to 1.4 times as fast as torch's layer at H ≤ 128, 1.6
-to 6 times at 512, since that layer packs its weights again at each call. From two steps on the engine is as fast"""
-
+"""modes that train a single step with torch's cell, which has no projection. An LSTM: 1.2 to 1.4 times as fast as
+torch's layer at H ≤ 128, 1.6 to 6 times at 512, since that layer packs its weights again at each call. From two steps
+on the engine is as fast"""
 RAISING = ("LSTM",)
 """modes of which torch 2.13's layer can raise an error under autocast to a dtype that the processor does not multiply:
 an LSTM does without AVX-512"""
 
 
-def mode_of(mode: str, projected: bool, dtype: torch.dtype, training: bool) -> str:
-    """`LOOP` for an LSTM with a projection or trained in float16, for which torch has no kernel; else the mode."""
-    return LOOP if mode == "LSTM" and (projected or (training and dtype is torch.float16)) else mode
-
-
-def faster_in_torch(mode: str, T: int, B: int, weights: int, dtype: torch.dtype, training: bool) -> str | None:
+def faster_in_torch(
+    mode: str, T: int, B: int, weights: int, dtype: torch.dtype, training: bool, projected: bool = False
+) -> str | None:
     """Why torch is faster for a call, as the end of a sentence: `STEP` if its cell is; else the reason for its layer.
     None: the engine is faster.
 
@@ -89,8 +86,10 @@ def faster_in_torch(mode: str, T: int, B: int, weights: int, dtype: torch.dtype,
             calls = LOW
         elif mode in RAISING:
             return None
-    elif training and T == 1 and mode in STEPPED:
+    elif training and T == 1 and mode in STEPPED and not projected:
         return STEP
+    if mode == "LSTM" and (projected or dtype is torch.float64 or (training and dtype is torch.float16)):
+        mode = LOOP
     cost = calls.get((mode, training))
     if cost is None:
         return None

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import torch_internals
 from unvanish.engine import Choice, dispatch
-from unvanish.engine.cost import STEP, faster_in_torch, mode_of
+from unvanish.engine.cost import STEP, faster_in_torch
 from unvanish.engine.sequence import transform
 from unvanish.nn.low_precision import in_float32, rounded_to
 from unvanish.nn.modules import as_states, layer_directions, time_major
@@ -61,8 +61,9 @@ def reason(layer: nn.RNNBase, x: Any, hx: Any) -> str | None:
     )
     B = data.shape[0 if layer.batch_first else 1] if data.dim() == 3 else 1
     # torch has no fast path for samples of different length.
-    mode = "packed" if data is not x else mode_of(layer.mode, layer.proj_size > 0, dtype, trains)
-    return faster_in_torch(mode, _steps(layer, x), B, w_ih.numel() + w_hh.numel(), dtype, trains)
+    mode = "packed" if data is not x else layer.mode
+    W = w_ih.numel() + w_hh.numel()
+    return faster_in_torch(mode, _steps(layer, x), B, W, dtype, trains, layer.proj_size > 0)
 
 
 _KERNELS: dict[str, Any] = {
