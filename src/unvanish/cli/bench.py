@@ -47,13 +47,15 @@ def bench(
     for ratio, torchs, t in sorted(timed, key=lambda found: found[0])[:10]:
         lowest.add_row(str(t.row), f"{1e3 * torchs:.3g}", f"{ratio:.2f}")
     console.print(lowest)
-    gains = ", ".join(
-        f"{kind} {geometric_mean(t for *_, t in timed if t.row.kind == kind and t.row.train and not t.row.low):.1f}"
-        for kind in kinds
-    )
+
+    def gains(low: bool) -> str:
+        training = [t for *_, t in timed if t.row.train and t.row.low == low]
+        means = {kind: geometric_mean(t for t in training if t.row.kind == kind) for kind in kinds}
+        return ", ".join(f"{kind} {mean:.1f}" for kind, mean in means.items() if mean is not None)
+
     console.print(
         f"On this machine ({engine.isa()}, {_threads()}) accelerate makes float32 training this many times as fast: "
-        f"{gains}.",
+        f"{gains(False)}; in bfloat16: {gains(True)}.",
         soft_wrap=True,
     )
 
