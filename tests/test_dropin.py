@@ -395,7 +395,8 @@ def test_the_rule_of_cost() -> None:
     assert faster_in_torch("GRU", 100, 32, 10**5, torch.float32, True) is None
     assert faster_in_torch("LSTM", 1, 1, 10**5, torch.float32, True) == "torch's cell is faster for a single step"
     assert faster_in_torch("LSTM", 2, 1, 10**5, torch.float32, True) is None
-    assert faster_in_torch("packed", 1, 1, 10**5, torch.float64, False) is None
+    assert faster_in_torch("GRU", 1, 1, 10**5, torch.float64, False, packed=True) is None
+    assert faster_in_torch("LSTM", 1, 1, 10**5, torch.float32, True, packed=True) is None
 
 
 @pytest.mark.by_cost
@@ -436,6 +437,22 @@ def test_an_lstm_without_a_kernel_of_torchs_has_a_rule_of_its_own(monkeypatch: p
             assert short.declined == {"native": "torch's layer is faster for so short a call"}
     one = uv.nn.explain(uv.nn.LSTM(8, 64, proj_size=32), torch.zeros(1, 1, 8))
     assert one.declined == {"native": "torch's layer is faster for so short a call"}
+
+
+@pytest.mark.by_cost
+@pytest.mark.parametrize("training", [True, False])
+@every_layer
+def test_packed_samples_are_torchs_only_where_it_multiplies_faster(
+    monkeypatch: pytest.MonkeyPatch, kind: str, training: bool
+) -> None:
+    monkeypatch.setattr(torch_internals, "multiplies", lambda dtype: True)
+    with torch.set_grad_enabled(training):
+        for n, H, says in ((2, 8, None), (64, 512, "torch multiplies faster, in bfloat16")):
+            layer = getattr(uv.nn, kind)(4, H)
+            x = nn.utils.rnn.pack_padded_sequence(torch.zeros(60, n, 4), [60, *[40] * (n - 1)])
+            assert uv.nn.explain(layer, x).rung == "native"
+            with torch.autocast("cpu", torch.bfloat16):
+                assert uv.nn.explain(layer, x).declined.get("native") == says
 
 
 @pytest.mark.parametrize("instructions", [True, False])

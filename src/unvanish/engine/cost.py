@@ -58,7 +58,8 @@ LOW: dict[tuple[str, bool], Call] = {
 Intel Xeon with AMX, of which no other processor has the speed: elsewhere the engine is taken too seldom, not too
 often"""
 LOOP = "LSTM_LOOP"
-"""an LSTM that torch runs step by step, having no kernel for it: with a projection, in float64, trained in float16"""
+"""an LSTM that torch runs step by step, having no kernel for it: packed, with a projection, in float64, or trained in
+float16"""
 LAYER = "torch's layer is faster for so short a call"
 STEP = "torch's cell is faster for a single step"
 STEPPED = ("LSTM",)
@@ -71,14 +72,23 @@ an LSTM does without AVX-512"""
 
 
 def faster_in_torch(
-    mode: str, T: int, B: int, weights: int, dtype: torch.dtype, training: bool, projected: bool = False
+    mode: str,
+    T: int,
+    B: float,
+    weights: int,
+    dtype: torch.dtype,
+    training: bool,
+    *,
+    projected: bool = False,
+    packed: bool = False,
 ) -> str | None:
     """Why torch is faster for a call, as the end of a sentence: `STEP` if its cell is; else the reason for its layer.
     None: the engine is faster.
 
     Below single precision the engine computes in float32. That is compared with torch's kernels in such a dtype where
     the processor multiplies in it; elsewhere they are slow, and the engine is chosen as for float32, and always for
-    `RAISING`.
+    `RAISING`. For packed samples, B of which take part in a step on average, torch has no kernel at all: its loop is
+    faster only where it multiplies faster.
     """
     calls = CALLS
     if dtype not in (torch.float32, torch.float64):
@@ -86,9 +96,13 @@ def faster_in_torch(
             calls = LOW
         elif mode in RAISING:
             return None
-    elif training and T == 1 and mode in STEPPED and not projected:
-        return STEP
-    if mode == "LSTM" and (projected or dtype is torch.float64 or (training and dtype is torch.float16)):
+    if calls is CALLS:
+        if packed:
+            return None
+        if training and T == 1 and mode in STEPPED and not projected and dtype in (torch.float32, torch.float64):
+            return STEP
+    loops = projected or packed or dtype is torch.float64 or (training and dtype is torch.float16)
+    if mode == "LSTM" and loops:
         mode = LOOP
     cost = calls.get((mode, training))
     if cost is None:

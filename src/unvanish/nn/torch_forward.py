@@ -59,11 +59,10 @@ def reason(layer: nn.RNNBase, x: Any, hx: Any) -> str | None:
     trains = torch.is_grad_enabled() and (
         w_ih.requires_grad or data.requires_grad or any(getattr(h, "requires_grad", False) for h in states)
     )
-    B = data.shape[0 if layer.batch_first else 1] if data.dim() == 3 else 1
-    # torch has no fast path for samples of different length.
-    mode = "packed" if data is not x else layer.mode
-    W = w_ih.numel() + w_hh.numel()
-    return faster_in_torch(mode, _steps(layer, x), B, W, dtype, trains, layer.proj_size > 0)
+    T, packed = _steps(layer, x), data is not x
+    B = data.shape[0] / T if packed else data.shape[0 if layer.batch_first else 1] if data.dim() == 3 else 1
+    W, projected = w_ih.numel() + w_hh.numel(), layer.proj_size > 0
+    return faster_in_torch(layer.mode, T, B, W, dtype, trains, projected=projected, packed=packed)
 
 
 _KERNELS: dict[str, Any] = {
