@@ -1,6 +1,9 @@
 """PyTorch's own inputs for its recurrent modules, and the ways out of Python: export, ONNX, quantisation."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,3 +86,53 @@ def test_dynamic_quantisation_of_the_restored_model(kind: str) -> None:
     quantised = torch.ao.quantization.quantize_dynamic(uv.restore(copy.deepcopy(model)), {getattr(nn, kind)})
     assert "quantized" in type(quantised.layer).__module__
     torch.testing.assert_close(quantised(x), model(x), rtol=0.1, atol=0.05)
+
+
+IN_TORCHS_PLACE = """
+import torch
+from torch import nn
+from torch.nn.modules import rnn as torchs
+import unvanish as uv
+
+for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"):
+    setattr(nn, name, getattr(uv.nn, name))
+
+class Output(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+for kind in ("RNN", "LSTM", "GRU"):
+    stock = getattr(torchs, kind)
+    for T, dtype in ((1, torch.float32), (1, torch.float64), (20, torch.float32), (0, torch.float32)):
+        ours, theirs, x = getattr(nn, kind)(3, 4, dtype=dtype), stock(3, 4, dtype=dtype), torch.randn(T or 5, 2, 3)
+        theirs.load_state_dict(ours.state_dict())
+        x = x.to(dtype) if T else x[:, :0]
+        torch.testing.assert_close(ours(x), theirs(x))
+        if T:
+            torch.testing.assert_close(torch.jit.script(Output(ours))(x), theirs(x)[0])
+        for layer in (ours, theirs) if T else ():
+            with uv.watch(layer) as flow:
+                layer(x)[0].sum().backward()
+            assert flow.layers
+    assert type(uv.accelerate(stock(3, 4))) is getattr(uv.nn, kind)
+    assert type(uv.restore(getattr(nn, kind)(3, 4))) is stock
+    assert type(uv.cures.layer_norm_(stock(3, 4)).inner) is stock
+    for layer in (stock(3, 4).double(), getattr(nn, kind)(3, 4).double()):
+        uv.flow.adjoint_map(layer, torch.randn(6, 2, 3).double())
+torch.jit.script(nn.RNNCell(3, 4))(torch.randn(2, 3))
+assert type(uv.cures.replace_(torchs.RNN(3, 4), "gru")) is torchs.GRU
+assert type(uv.cures.replace_(torchs.RNNCell(3, 4), "gru")) is torchs.GRUCell
+"""
+
+
+def test_ours_take_the_place_of_torchs_for_a_whole_program(tmp_path: Path) -> None:
+    """As where torch.nn.LSTM is set to ours before a library is imported; what unvanish imports later must still know
+    torch's own classes."""
+    program = tmp_path / "program.py"
+    program.write_text(IN_TORCHS_PLACE)
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr

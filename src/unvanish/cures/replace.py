@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import rnn as torchs
 
 from unvanish.cells import ZOO, Cell
 from unvanish.cures.hidden_state import HiddenOnly
@@ -14,8 +15,11 @@ from unvanish.nn.modules import cell_of
 from unvanish.nn.recurrent import Recurrent
 
 # `replace_` names classes: the successor has to read the constructor's arguments as the class it replaces did.
-_PLAIN = (nn.RNN, nn.RNNCell)
-_TORCHS: dict[str, tuple[Any, Any, Any]] = {"lstm": (nn.LSTM, nn.LSTMCell, LSTM), "gru": (nn.GRU, nn.GRUCell, GRU)}
+_PLAIN = (torchs.RNN, torchs.RNNCell)
+_TORCHS: dict[str, tuple[Any, Any, Any]] = {
+    "lstm": (torchs.LSTM, torchs.LSTMCell, LSTM),
+    "gru": (torchs.GRU, torchs.GRUCell, GRU),
+}
 """name → (layer, single cell, layer of unvanish.nn) that takes a plain RNN's place"""
 REPLACEABLE = (*_PLAIN, RNN)
 """the classes of torch's layers that `replace_` takes; ours after `restore`"""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import rnn as torchs
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.cells import State
@@ -64,7 +65,7 @@ def check_place(path: str, module: Any, cure: str) -> None:
     Raises:
         ValueError: it is of a subclass, parametrized, has hooks or a projection, or a cell with `given` shares.
     """
-    if type(module) not in (nn.RNN, nn.LSTM, nn.GRU, Recurrent, *EngineSequence.__subclasses__()):
+    if type(module) not in (torchs.RNN, torchs.LSTM, torchs.GRU, Recurrent, *EngineSequence.__subclasses__()):
         raise ValueError(
             f"model: {path} is a {type(module).__module__}.{type(module).__name__}, whose own behaviour would be lost; "
             "remove its parametrization, or use the class it derives from"

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import rnn as torchs
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish.cures.hidden_state import HiddenState, joined
@@ -14,7 +15,7 @@ from unvanish.nn.layers import ADDED
 from unvanish.nn.modules import RecurrentModule, as_states, cell_of
 from unvanish.nn.recurrent import Recurrent
 
-CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+CELLS = (torchs.RNNCell, torchs.LSTMCell, torchs.GRUCell)
 """the single steps that `widen_` takes"""
 
 

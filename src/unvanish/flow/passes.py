@@ -7,11 +7,11 @@ Token = tuple[int, int]
 
 
 class Passes:
-    """Token → its measurement, in the order of the calls; the last `keep` of each layer."""
+    """The last `keep` measurements of each layer, in the order of the calls."""
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
-        self._found: dict[Token, Measured] = {}
+        self._found: dict[str, dict[Token, Measured]] = {}
         self.dropped = 0
         """passes measured and forgotten, since more than `keep` of a layer came"""
 
@@ -20,16 +20,16 @@ class Passes:
 
     def add(self, token: Token, measured: Measured) -> None:
         """Store the measurement of a pass, replacing an earlier one of the same pass."""
-        self._found[token] = measured
-        same = [key for key, other in self._found.items() if other.flow.name == measured.flow.name]
-        for key in same[: -self._keep]:
-            del self._found[key]
+        held = self._found.setdefault(measured.flow.name, {})
+        held[token] = measured
+        if len(held) > self._keep:
+            del held[next(iter(held))]
             self.dropped += 1
 
     def of(self, name: str) -> list[Measured]:
         """The measurements of one layer, oldest first."""
-        return [measured for measured in self._found.values() if measured.flow.name == name]
+        return list(self._found.get(name, {}).values())
 
     def latest(self, step: int | None = None) -> dict[str, Measured]:
         """Name → the last one of each layer, or the last that was measured in a training step."""
-        return {m.flow.name: m for m in self._found.values() if step is None or m.flow.step == step}
+        return {name: m for name, held in self._found.items() for m in held.values() if step in (None, m.flow.step)}

@@ -24,9 +24,10 @@ from unvanish.nn.modules import (
     draws_dropout,
     evaluating,
 )
+from unvanish.nn.observing import TORCHS
 from unvanish.nn.recurrent import Recurrent
 
-_LAYERS = (Recurrent, RNN, LSTM, GRU, nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+_LAYERS = (Recurrent, RNN, LSTM, GRU, *TORCHS)
 """classes whose forward computes the cell's equations, listed by name, since a subclass may compute others"""
 _not_compiled: Any = torch.compiler.disable
 """Compiled code must not look inside: it would trace the bookkeeping instead of doing it."""

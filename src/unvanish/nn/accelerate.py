@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules import rnn as torchs
 from torch.nn.utils.parametrize import is_parametrized
 
 from unvanish.nn.layers import ADDED, GRU, LSTM, RNN, EngineSequence
 
 M = TypeVar("M", bound=nn.Module)
 
-_OURS: dict[type[nn.Module], type[EngineSequence]] = {nn.RNN: RNN, nn.LSTM: LSTM, nn.GRU: GRU}
+_OURS: dict[type[nn.Module], type[EngineSequence]] = {torchs.RNN: RNN, torchs.LSTM: LSTM, torchs.GRU: GRU}
 _TORCHS: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in _OURS.items()}
 _TORCH_NAMES = {kind.__name__ for kind in _OURS}
 

@@ -9,7 +9,8 @@ import copy
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import GRUCell, LSTMCell
+from torch.nn.modules import rnn as torchs
+from torch.nn.modules.rnn import GRUCell, LSTMCell
 
 from unvanish.cells import CELLS, Weights
 from unvanish.nn.torch_tools import TorchTools
@@ -17,7 +18,7 @@ from unvanish.nn.torch_tools import TorchTools
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 
-class RNNCell(TorchTools, nn.RNNCell):
+class RNNCell(TorchTools, torchs.RNNCell):
     """h' = φ(W_ih x + b_ih + W_hh h + b_hh), φ ∈ {tanh, relu, sigmoid}: torch.nn.RNNCell, and sigmoid."""
 
     def _as_torchs(self) -> nn.Module:
@@ -25,7 +26,7 @@ class RNNCell(TorchTools, nn.RNNCell):
             raise ValueError("nonlinearity: torch's RNNCell, which is used here, has no sigmoid")
         twin: Any = copy.copy(self)
         if type(self) is RNNCell:
-            twin.__class__ = nn.RNNCell
+            twin.__class__ = torchs.RNNCell
         return twin
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
+from torch.nn.modules import rnn as torchs
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.hooks import RemovableHandle
 
@@ -112,11 +113,11 @@ def cell_of(module: RecurrentModule) -> Cell:
         return module.cell
     if isinstance(module, nn.RNNBase) and module.mode.lower() in CELLS:
         return CELLS[module.mode.lower()]
-    if isinstance(module, nn.LSTMCell):
+    if isinstance(module, torchs.LSTMCell):
         return CELLS["lstm"]
-    if isinstance(module, nn.GRUCell):
+    if isinstance(module, torchs.GRUCell):
         return CELLS["gru"]
-    if isinstance(module, nn.RNNCell):
+    if isinstance(module, torchs.RNNCell):
         return CELLS[f"rnn_{module.nonlinearity}"]
     raise TypeError(
         f"module: expected torch's RNN, LSTM, GRU, one of their cells, or unvanish.nn.Recurrent, got "

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.modules import rnn as torchs
 
 from unvanish import engine
 from unvanish.nn.modules import LayerDirection, TimeMajor
@@ -38,7 +39,7 @@ class Observer(Protocol):
         """Called after a call has returned. A returned value replaces the output; None: the output stays."""
 
 
-TORCHS = (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+TORCHS = (torchs.RNN, torchs.LSTM, torchs.GRU, torchs.RNNCell, torchs.LSTMCell, torchs.GRUCell)
 
 # A plain tuple, replaced as a whole: read without the lock by every thread.
 _observers: tuple[Observer, ...] = ()

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import rnn as torchs
 
 from unvanish.nn.accelerate import accelerate
 from unvanish.seeding import seeded
 
-KINDS = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
+KINDS = {"RNN": torchs.RNN, "GRU": torchs.GRU, "LSTM": torchs.LSTM}
 SHAPES = (
     (1, 1, 16, 32), (1, 32, 64, 128), (4, 8, 32, 64), (8, 1, 64, 128), (8, 64, 64, 128), (16, 32, 32, 64),
     (25, 4, 16, 32), (25, 64, 64, 128), (50, 1, 32, 64), (50, 16, 64, 128), (50, 32, 128, 256), (100, 1, 64, 128),

@@ -70,7 +70,7 @@ _KERNELS: dict[str, Any] = {
 }  # fmt: skip
 """mode → torch's function for a whole sequence"""
 _FORWARD: dict[type[nn.RNNBase], Any] = {kind: kind.forward for kind in (nn.RNN, nn.LSTM, nn.GRU)}
-"""as torch defines it"""
+"""torch's classes and their forward, as torch defines them: `torch.nn.LSTM` itself may have been set to ours"""
 _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "permute_hidden")
 """methods that torch's forward calls"""
 
@@ -153,7 +153,7 @@ def _checks_as_torch(kind: type[nn.RNNBase]) -> bool:
 @cache
 def torchs_class(kind: type[nn.RNNBase]) -> type[nn.RNNBase]:
     """The class among torch's RNN, LSTM and GRU that a class derives from."""
-    return next(base for base in kind.__mro__ if base in (nn.RNN, nn.LSTM, nn.GRU))
+    return next(base for base in kind.__mro__ if base in _FORWARD)
 
 
 def _steps(layer: nn.RNNBase, x: Tensor | PackedSequence) -> int:

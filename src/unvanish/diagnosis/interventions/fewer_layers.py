@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import rnn as torchs
 from torch.nn.utils.parametrize import is_parametrized
 
 from unvanish.diagnosis.interventions.candidates import Candidate, hooked
@@ -13,7 +14,7 @@ DEEP, KEPT = 4, 2
 """the number of stacked layers from which fewer are tried, and how many are kept"""
 SUSPECT = 6
 """stacked layers from which depth is a suspect"""
-STACKS = (nn.RNN, nn.LSTM, nn.GRU)
+STACKS = (torchs.RNN, torchs.LSTM, torchs.GRU)
 
 
 def of_depth(model: nn.Module) -> list[Candidate]:
