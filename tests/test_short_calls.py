@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import unvanish as uv
 from unvanish.engine import cost
+from unvanish.nn import torch_forward
 
 pytestmark = pytest.mark.by_cost
 
@@ -216,3 +217,14 @@ def test_where_no_multiplication_is_of_low_precision_short_calls_are_torchs_but_
             assert cost.faster_in_torch(mode, 1, 1, 1024, low, training) == cost.LAYER
             assert cost.faster_in_torch(mode, 500, 32, 1024, low, training) is None
         assert cost.faster_in_torch("LSTM", 1, 1, 1024, low, training) is None
+
+
+@pytest.mark.parametrize(("kind", "T"), [("RNN", 8), ("LSTM", 4), ("GRU", 3)])
+def test_what_another_call_left_in_the_list_of_weights_decides_nothing(kind: str, T: int) -> None:
+    layer, x = getattr(uv.nn, kind)(3, 8), torch.randn(T, 8, 3)
+    trained = torch_forward.reason(layer, x, None)
+    functional_call(layer, {k: p.detach() for k, p in layer.named_parameters()}, (x,))
+    assert not layer._flat_weights[0].requires_grad
+    assert torch_forward.reason(layer, x, None) == trained
+    with torch.no_grad():
+        assert torch_forward.reason(layer, x, None) != trained

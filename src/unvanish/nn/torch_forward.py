@@ -3,7 +3,7 @@ functions, graphs for other tools, other devices and dtypes), and where it is fa
 
 from functools import cache
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,9 @@ def reason(layer: nn.RNNBase, x: Any, hx: Any) -> str | None:
         return None
     rounds = data.dtype != torch.float64 and torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if rounds else data.dtype
-    weights: Any = layer._flat_weights
-    w_ih, w_hh = weights[:2]
+    # The list holds the weights of the last call, which may have been others; a computed weight is found only there.
+    last, own = cast(list[Tensor], layer._flat_weights), cast(dict[str, Tensor], layer._parameters)
+    w_ih, w_hh = own.get("weight_ih_l0", last[0]), own.get("weight_hh_l0", last[1])
     trains = torch.is_grad_enabled() and (
         w_ih.requires_grad or data.requires_grad or any(getattr(h, "requires_grad", False) for h in states)
     )
