@@ -235,6 +235,37 @@ def test_eager_quantisation_is_told_to_restore_first(kind: str) -> None:
     assert not hasattr(pair(kind, 3, 8)[1], "qconfig")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*reduce_range.*")
+@pytest.mark.parametrize("kind", [*LAYERS, "RNNCell"])
+@pytest.mark.parametrize("named", ["by name", "by class"])
+def test_eager_quantisation_of_a_layer_that_is_named(kind: str, named: str) -> None:
+    found = []
+    for module in pair(kind, 3, 8):
+        torch.manual_seed(0)
+        model, x = Reads(module).eval(), given(kind)
+        chosen = {"part" if named == "by name" else type(module): torch.ao.quantization.default_dynamic_qconfig}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*unvanish.*")
+            done = torch.ao.quantization.quantize_dynamic(model, chosen)
+        found.append((type(done.part), done(x)))
+    assert found[1][0] is found[0][0]
+    torch.testing.assert_close(found[1][1], found[0][1])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_eager_quantisation_leaves_a_layer_with_an_option_of_its_own() -> None:
+    model = nn.Sequential(
+        uv.nn.LSTM(3, 8), uv.nn.RNN(8, 8, nonlinearity="sigmoid"), uv.nn.RNNCell(8, 8, nonlinearity="sigmoid")
+    )
+    model[0].clip = 1.0
+    for k, kind in enumerate(("LSTM", "RNN", "RNNCell")):
+        with pytest.warns(UserWarning, match=f"leaves this {kind} of unvanish as it is"):
+            torch.ao.quantization.quantize_dynamic(
+                model[k : k + 1], {"0": torch.ao.quantization.default_dynamic_qconfig}
+            )
+        assert type(model[k]).__module__.startswith("unvanish.")
+
+
 @every_layer
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_exported_program_holds_torchs_operators(kind: str, strict: bool, compiler: Any) -> None:

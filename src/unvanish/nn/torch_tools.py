@@ -49,13 +49,20 @@ class TorchTools(nn.Module):
 
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
+        vars(self)["qconfig"] = value
+        if value is not None:
+            try:
+                cast(Any, self).__class__ = type(self._as_torchs())
+                return
+            except ValueError:
+                # torch quantises no layer with such an option.
+                pass
         warnings.warn(
             f"torch's eager quantisation knows layers by their class and leaves this {type(self).__name__} of unvanish "
             "as it is; to quantise it, call unvanish.restore(model) first",
             UserWarning,
             stacklevel=2,
         )
-        vars(self)["qconfig"] = value
 
     @qconfig.deleter
     def qconfig(self) -> None:
