@@ -89,6 +89,7 @@ def test_dynamic_quantisation_of_the_restored_model(kind: str) -> None:
 
 
 IN_TORCHS_PLACE = """
+import warnings
 import torch
 from torch import nn
 from torch.nn.modules import rnn as torchs
@@ -124,6 +125,10 @@ for kind in ("RNN", "LSTM", "GRU"):
     for layer in (stock(3, 4).double(), getattr(nn, kind)(3, 4).double()):
         uv.flow.adjoint_map(layer, torch.randn(6, 2, 3).double())
 torch.jit.script(nn.RNNCell(3, 4))(torch.randn(2, 3))
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    left = torch.ao.quantization.quantize_dynamic(Output(nn.LSTM(3, 4)).eval(), {nn.LSTM})
+assert type(left.layer) is uv.nn.LSTM and any("unvanish.restore" in str(w.message) for w in told)
 assert type(uv.cures.replace_(torchs.RNN(3, 4), "gru")) is torchs.GRU
 assert type(uv.cures.replace_(torchs.RNNCell(3, 4), "gru")) is torchs.GRUCell
 """

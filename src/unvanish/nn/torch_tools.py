@@ -52,11 +52,13 @@ class TorchTools(nn.Module):
         vars(self)["qconfig"] = value
         if value is not None:
             try:
-                cast(Any, self).__class__ = type(self._as_torchs())
-                return
+                kind = type(self._as_torchs())
             except ValueError:
-                # torch quantises no layer with such an option.
-                pass
+                kind = None  # the layer uses an option that torch's class does not have
+            # What is quantised is compared with the classes in torch.nn, where ours may stand in the place of torch's.
+            if kind is not None and vars(nn).get(kind.__name__) is kind:
+                cast(Any, self).__class__ = kind
+                return
         warnings.warn(
             f"torch's eager quantisation knows layers by their class and leaves this {type(self).__name__} of unvanish "
             "as it is; to quantise it, call unvanish.restore(model) first",
