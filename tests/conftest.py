@@ -34,3 +34,11 @@ def engine_at_any_length(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     if request.node.get_closest_marker("by_cost") is None:
         monkeypatch.setattr("unvanish.engine.cost.CALLS", {})
         monkeypatch.setattr("unvanish.engine.cost.LOW", {})
+
+
+@pytest.fixture
+def compiler():
+    """torch.compile of a whole graph, allowed to compile recurrent layers."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        yield lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")

@@ -3,11 +3,12 @@ functions, graphs for other tools, other devices and dtypes), and where it is fa
 
 from functools import cache
 from operator import is_
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
+from torch.nn.modules import rnn as torchs
 from torch.nn.utils.rnn import PackedSequence
 
 from unvanish import torch_internals
@@ -54,8 +55,9 @@ def reason(layer: nn.RNNBase, x: Any, hx: Any) -> str | None:
         return None
     rounds = data.dtype != torch.float64 and torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if rounds else data.dtype
-    # The list holds the weights of the last call, which may have been others; a computed weight is found only there.
-    last, own = cast(list[Tensor], layer._flat_weights), cast(dict[str, Tensor], layer._parameters)
+    # The list holds the weights of the last call, which may have been others; a parametrized weight is only there.
+    last: Any = layer._flat_weights
+    own: Any = layer._parameters
     w_ih, w_hh = own.get("weight_ih_l0", last[0]), own.get("weight_hh_l0", last[1])
     trains = torch.is_grad_enabled() and (
         w_ih.requires_grad or data.requires_grad or any(getattr(h, "requires_grad", False) for h in states)
@@ -70,8 +72,8 @@ _KERNELS: dict[str, Any] = {
     "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu, "GRU": torch.gru, "LSTM": torch.lstm
 }  # fmt: skip
 """mode → torch's function for a whole sequence"""
-_FORWARD: dict[type[nn.RNNBase], Any] = {kind: kind.forward for kind in (nn.RNN, nn.LSTM, nn.GRU)}
-"""torch's classes and their forward, as torch defines them: `torch.nn.LSTM` itself may have been set to ours"""
+_FORWARD: dict[type[nn.RNNBase], Any] = {kind: kind.forward for kind in (torchs.RNN, torchs.LSTM, torchs.GRU)}
+"""torch's classes → their forward, as torch defines it; `torch.nn.LSTM` may have been set to ours"""
 _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "permute_hidden")
 """methods that torch's forward calls"""
 

@@ -50,18 +50,20 @@ class TorchTools(nn.Module):
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
         vars(self)["qconfig"] = value
+        advice = "to quantise it, call unvanish.restore(model) first"
         if value is not None:
             try:
                 kind = type(self._as_torchs())
-            except ValueError:
-                kind = None  # the layer uses an option that torch's class does not have
-            # What is quantised is compared with the classes in torch.nn, where ours may stand in the place of torch's.
-            if kind is not None and vars(nn).get(kind.__name__) is kind:
-                cast(Any, self).__class__ = kind
-                return
+            except ValueError as error:
+                advice = f"torch's, which it quantises, can't take its place: {error}"
+            else:
+                # It compares with the classes in torch.nn, where ours may stand in the place of torch's.
+                if vars(nn).get(kind.__name__) is kind:
+                    cast(Any, self).__class__ = kind
+                    return
         warnings.warn(
             f"torch's eager quantisation knows layers by their class and leaves this {type(self).__name__} of unvanish "
-            "as it is; to quantise it, call unvanish.restore(model) first",
+            f"as it is; {advice}",
             UserWarning,
             stacklevel=2,
         )
